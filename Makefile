@@ -1,0 +1,62 @@
+# Development tasks; `make help` lists them. Everything is installed into .venv, from constraints.txt.
+
+PYTHON ?= python3
+# Python 3.10 where there is one that runs (a version manager's shim may be there and not run).
+PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo '$(PYTHON)')
+# Test processes, each with one thread.
+WORKERS ?= 2
+
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+PIP_FLAGS := -qq --disable-pip-version-check
+comma := ,
+PYTEST_ENV := OMP_NUM_THREADS=1
+PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help .venv demo lint test test-all test-oldest clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.venv: $(VENV)/.installed ## create the environment (the other targets do so when needed)
+
+# $(call install,INTERPRETER,ENVIRONMENT,CONSTRAINTS,EXTRAS,VARIABLE). The stamp is written last: a failed install is tried again.
+define install
+	@'$(1)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(1) does not run or is older than Python 3.10: name another with make $(5)=..." >&2; exit 1; }
+	@echo "Installing into $(2) with $$('$(1)' --version) and $(3); the first time takes minutes ..."
+	@'$(1)' -m venv $(2)
+	@$(2)/bin/python -m pip install $(PIP_FLAGS) -c $(3) -e ".[$(4)]"
+	@touch $(2)/.installed
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(PYTHON),$(VENV),constraints.txt,dev$(comma)examples,PYTHON)
+
+$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(PYTHON_OLDEST),$(VENV_OLDEST),constraints-oldest.txt,test$(comma)examples,PYTHON_OLDEST)
+
+demo: $(VENV)/.installed ## run the demonstration on handwritten digits
+	$(BIN)/python examples/random_label_digits.py
+
+lint: $(VENV)/.installed ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then every test that is not slow
+	$(PYTEST) -m "not slow"
+
+test-all: lint ## lint, then every test
+	$(PYTEST)
+
+# Warnings of old releases are not acted on, so here they are no errors.
+test-oldest: $(VENV_OLDEST)/.installed ## the tests with the oldest supported dependencies (downloads gigabytes)
+	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W default
+
+clean: ## remove environments, caches and outputs
+	rm -rf $(VENV) $(VENV_OLDEST) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"""Tells at the start of every task whether a network can still learn it, and repairs it if asked to.
+
+The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``probe`` (what is the
+loss here, without touching the run?), ``curvature`` (what does the loss surface look like?), ``diagnostics`` (which
+numbers say so?), ``collapse`` (is this a collapse?), ``interventions`` (what is done about it?), ``loggers`` and
+``plots`` (where do people see it?). ``callback`` conducts; ``curvature`` and ``interventions`` work without Lightning.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_plasticity.callback import SpectralCollapseCallback as SpectralCollapseCallback
+    from lightning_plasticity.collapse import Collapse as Collapse
+    from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
+    from lightning_plasticity.probe import GGNProbe as GGNProbe
+    from lightning_plasticity.reports import TaskReport as TaskReport
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Collapse": "collapse",
+    "GGNProbe": "probe",
+    "PlasticityWarning": "collapse",
+    "SpectralCollapseCallback": "callback",
+    "TaskReport": "reports",
+}
+
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first asked for: ``curvature`` must not import Lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,267 @@
+"""The conductor: asks each room in its turn, and holds the history. It computes nothing itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_plasticity._compat import SingleDeviceStrategy, is_restoring_for_finder
+from lightning_plasticity.collapse import Collapse, PlasticityWarning
+from lightning_plasticity.diagnostics import measure
+from lightning_plasticity.interventions import Intervention, RepairReport
+from lightning_plasticity.loggers import log_summary, log_task
+from lightning_plasticity.probe import GGNProbe, LossFunction, isolated_copy, training_loss
+from lightning_plasticity.reports import TaskReport
+from lightning_plasticity.tasks import TaskDetector, TaskId
+
+_STATE_VERSION = 1
+
+
+class SpectralCollapseCallback(Callback):
+    """Tells at the start of every task whether the network can still learn it, and repairs it if asked to.
+
+    On the first training batch of a task a copy of the module is probed: the spectrum of its Gauss-Newton matrix and
+    of its tangent kernel on that batch, and the same for its initial weights. The numbers go to every logger of the
+    Trainer as ``plasticity/<name>`` (at the number of optimizer steps, over all fits) and ``plasticity_by_task/<name>``
+    (at the number of the task), the spectra to TensorBoard's Histograms tab, and all of it to :attr:`history`. A
+    collapse is announced by one :class:`~lightning_plasticity.collapse.PlasticityWarning` and followed by the
+    interventions. As long as nothing is repaired, training is bit-identical to training without this callback.
+
+    A task is, by the first of these that applies: what follows :meth:`new_task`; what follows a change of ``task_id``
+    or ``current_task`` on the data module or the module; otherwise every ``trainer.fit`` that does not resume from a
+    checkpoint. Keep one instance for all tasks, also if each task has a new Trainer.
+
+    The first probe of a callback's life must succeed: a model or loss that cannot be probed is an error there, before
+    any weight has changed. From then on a failing probe is reported and logged, and training goes on.
+
+    Args:
+        probe: How the curvature is measured.
+        collapse: What is called a collapse.
+        interventions: What is done about a collapse, one after the other.
+        task_detector: How new tasks are recognised.
+        loss_fn: ``loss_fn(module, batch)`` returns the mean loss of the data with a graph; by default the loss that
+            ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
+
+    Raises:
+        MisconfigurationException: At the start of a fit whose strategy is not supported or whose loss is not known; at
+            the first probe if the module cannot be probed.
+
+    References:
+        "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Model(BoringModel):
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.mse_loss(self(batch), torch.ones(len(batch), 2))
+        >>> callback = SpectralCollapseCallback()
+        >>> trainer = Trainer(
+        ...     callbacks=[callback],
+        ...     max_steps=2,
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(Model())
+        >>> [(report.task, report.spectrum.num_parameters, report.collapsed) for report in callback.history]
+        [(0, 66, False)]
+    """
+
+    def __init__(
+        self,
+        probe: GGNProbe = GGNProbe(),  # noqa: B008  (immutable)
+        collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
+        interventions: Sequence[Intervention] = (),
+        task_detector: TaskDetector | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> None:
+        if isinstance(interventions, Intervention):
+            raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
+        for intervention in interventions:
+            if not isinstance(intervention, Intervention):
+                raise TypeError(
+                    f"interventions=[{intervention!r}] must hold instances of Intervention, such as ShrinkPerturb()"
+                )
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
+        self.probe = probe
+        self.collapse = collapse
+        self.interventions = list(interventions)
+        self.history: list[TaskReport] = []
+        self._tasks = task_detector if task_detector is not None else TaskDetector()
+        self._loss_fn = loss_fn
+        self._initial: dict[str, Tensor] = {}
+        self._steps_before_fit = 0
+        self._steps = 0
+        self._resumed = False
+        self._keep_state = False
+
+    def new_task(self, task_id: TaskId = None) -> None:
+        """The next training batch is the first of a new task.
+
+        Args:
+            task_id: The name of the task, for the report.
+        """
+        self._tasks.announce(task_id)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+            raise MisconfigurationException(
+                f"SpectralCollapseCallback works on a single device today, not with {type(trainer.strategy).__name__}: "
+                "use Trainer(devices=1)"
+            )
+        if self._loss_fn is None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes manually, so its training_step cannot be asked for a loss "
+                "without training it: pass SpectralCollapseCallback(loss_fn=...), loss_fn(module, batch) -> mean loss"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tasks.on_fit(resumed=self._resumed and bool(self.history))
+        self._resumed = False
+        self._steps_before_fit = self._steps - trainer.global_step
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._tasks.new_task(trainer, pl_module):
+            self._start_task(trainer, pl_module, batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps = self._steps_before_fit + trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_summary(trainer.loggers, self.history)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._resumed |= fitting and not is_restoring_for_finder(trainer)
+        self._keep_state = not fitting  # to test or validate a checkpoint must not roll back the history
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": _STATE_VERSION,
+            "history": [report.to_dict() for report in self.history],
+            "initial": self._initial,
+            "steps": self._steps,
+            "tasks": self._tasks.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._keep_state:
+            self._keep_state = False
+            return
+        if state_dict.get("version") != _STATE_VERSION:
+            raise MisconfigurationException(
+                f"the checkpoint holds state of SpectralCollapseCallback in version {state_dict.get('version')!r}, "
+                f"and this release reads version {_STATE_VERSION}: resume with the release that wrote it, or without "
+                "the callback"
+            )
+        self.history = [TaskReport.from_dict(report) for report in state_dict["history"]]
+        self._initial = dict(state_dict["initial"])
+        self._steps = state_dict["steps"]
+        self._tasks.load_state_dict(state_dict["tasks"])
+
+    def _start_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        self._remember_initial(pl_module)
+        report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
+        first = all(earlier.spectrum is None for earlier in self.history)
+        try:
+            message = self._probe_task(report, trainer, pl_module, batch)
+            if first:
+                self._rehearse_repairs(trainer, pl_module)
+        except Exception as error:
+            if first:
+                raise
+            message = f"task {report.task}: plasticity could not be measured, training goes on: {error}"
+        if message is not None:
+            rank_zero_warn(message, category=PlasticityWarning)
+        if report.collapsed:
+            report.repairs = self._repair(trainer, pl_module)
+        self.history.append(report)
+        log_task(trainer.loggers, report)
+
+    def _remember_initial(self, pl_module: LightningModule) -> None:
+        """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""
+        for name, tensor in _named_tensors(pl_module):
+            if name not in self._initial or self._initial[name].shape != tensor.shape:
+                self._initial[name] = tensor.detach().cpu().clone()
+
+    def _probe_task(self, report: TaskReport, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
+        """Fills the report; returns what to warn of."""
+        loss_fn = self._loss_fn or training_loss
+
+        def make_copy() -> LightningModule:
+            return isolated_copy(pl_module, trainer, share_uncopyable=self._loss_fn is not None)
+
+        def make_initial_copy() -> LightningModule:
+            module = make_copy()
+            with torch.no_grad():
+                for name, tensor in _named_tensors(module):
+                    tensor.copy_(self._initial[name])
+            return module
+
+        now = self.probe.measure(make_copy, batch, loss_fn)
+        initial = self.probe.measure(make_initial_copy, batch, loss_fn)
+        values, references = measure(now.spectrum), measure(initial.spectrum)
+        relative = {f"{name}_vs_initial": _ratio(value, references[name]) for name, value in values.items()}
+        metric = self.collapse.metric
+        verdict = self.collapse.judge(
+            values[metric],
+            earlier=[earlier.metrics.get(metric) for earlier in self.history],
+            initial=references[metric],
+        )
+        report.spectrum = now.spectrum
+        report.metrics = {**values, **{n: r for n, r in relative.items() if math.isfinite(r)}, "probe_loss": now.loss}
+        report.collapsed = verdict.collapsed
+        return verdict.message if verdict.collapsed else None
+
+    def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""
+        for intervention in self.interventions:
+            module = isolated_copy(pl_module, trainer, share_uncopyable=self._loss_fn is not None)
+            intervention.repair(module, generator=torch.Generator().manual_seed(0))
+
+    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> list[RepairReport]:
+        repairs = []
+        for number, intervention in enumerate(self.interventions):
+            generator = torch.Generator().manual_seed(1000 * len(self.history) + number)
+            try:
+                repairs.append(intervention.repair(pl_module, optimizers=trainer.optimizers, generator=generator))
+            except Exception as error:
+                rank_zero_warn(
+                    f"task {len(self.history)}: {type(intervention).__name__} failed and changed nothing, "
+                    f"training goes on: {error}",
+                    category=PlasticityWarning,
+                )
+        return repairs
+
+
+def _named_tensors(module: LightningModule) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan

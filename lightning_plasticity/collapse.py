@@ -1,0 +1,100 @@
+"""Is this a collapse? Which number, which threshold, compared with what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_plasticity.diagnostics import DIAGNOSTICS
+
+Reference = Literal["best", "initial", "first"]
+
+
+class PlasticityWarning(UserWarning):
+    """The network is losing its ability to learn, or could not be asked about it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What :class:`Collapse` found at the start of one task.
+
+    Args:
+        collapsed: Whether the value is below the threshold.
+        message: One sentence with the numbers.
+    """
+
+    collapsed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Calls it a collapse when a diagnostic at the start of a task falls below a share of a reference.
+
+    Args:
+        metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS`.
+        below: The alarm rings below this share of the reference, in (0, 1]. Without a reference, below this value.
+        relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
+            ``"initial"``, the value that the network's initial weights have on the same batch; ``"first"``, the value
+            at the first task; ``None``, none.
+
+    Raises:
+        ValueError: If an argument is not one of these.
+
+    Example:
+        >>> verdict = Collapse().judge(0.63, earlier=[0.80, 0.86, 0.95], initial=0.80)
+        >>> verdict.collapsed
+        True
+        >>> print(verdict.message)
+        task 3: learnable fraction 0.63, 66 % of its best (task 2) and 79 % of what the initial weights would have on
+        this batch: the network is losing its plasticity
+    """
+
+    metric: str = "learnable_fraction"
+    below: float = 0.8
+    relative_to: Reference | None = "best"
+
+    def __post_init__(self) -> None:
+        if self.metric not in DIAGNOSTICS:
+            raise ValueError(f"Collapse(metric={self.metric!r}) is not a diagnostic; choose one of {list(DIAGNOSTICS)}")
+        if self.relative_to is not None and self.relative_to not in get_args(Reference):
+            raise ValueError(
+                f"Collapse(relative_to={self.relative_to!r}) is not a reference; choose one of "
+                f"{[*get_args(Reference), None]}"
+            )
+        bounded = self.relative_to is not None or DIAGNOSTICS[self.metric].is_share
+        if not (0 < self.below <= 1 if bounded else 0 < self.below < math.inf):
+            allowed = "in (0, 1]: a share, 0.8 for 80 %" if bounded else "a positive number"
+            raise ValueError(f"Collapse(below={self.below}) must be {allowed}")
+
+    def judge(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
+        """Decides about the value of the metric at the start of a task.
+
+        Args:
+            value: The value now.
+            earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed.
+            initial: The value that the initial weights have on the batch of now.
+        """
+        values = [*earlier, value]
+        known = [(number, task) for task, number in enumerate(values) if number is not None]
+        best, best_task = max(known, key=lambda pair: pair[0])
+        references = {"best": best, "first": known[0][0], "initial": initial, None: 1.0}
+        collapsed = value < self.below * references[self.relative_to]
+
+        comparisons = []
+        if self.relative_to == "first":
+            comparisons.append(_share(value, known[0][0], f"of its first (task {known[0][1]})"))
+        else:
+            comparisons.append(_share(value, best, f"of its best (task {best_task})"))
+        comparisons.append(_share(value, initial, "of what the initial weights would have on this batch"))
+        shown = f"{value:.2f}" if DIAGNOSTICS[self.metric].is_share else f"{value:.3g}"
+        message = f"task {len(earlier)}: {DIAGNOSTICS[self.metric].title} {shown}, " + " and ".join(comparisons)
+        if collapsed:
+            message += ": the network is losing its plasticity"
+        return Verdict(collapsed, message)
+
+
+def _share(value: float, reference: float, of_what: str) -> str:
+    return f"{value / reference:.0%}".replace("%", " %") + f" {of_what}" if reference > 0 else f"0 {of_what}"

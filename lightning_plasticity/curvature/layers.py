@@ -1,0 +1,287 @@
+"""How each layer function uses its parameters: closed forms of the Jacobian of a layer's output by its parameters.
+
+Shapes, in all of this file: ``n`` samples; ``q`` output numbers of the network per sample; ``t`` positions (tokens,
+pixels) and ``c`` channels of the layer's output per sample. The *cotangents* of a layer are the gradients of every
+output of the network by the layer's output, shape ``(n, q, t, c)``. A parameter is seen as a matrix whose rows are
+its first dimension, so that its Jacobian, shape ``(n, q, rows, columns)``, can be built some rows at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from typing_extensions import override
+
+
+class ParameterUse(ABC):
+    """One use of one parameter in one call of a layer function."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+
+    @abstractmethod
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        """Jacobian of the network's outputs by the given rows of the parameter, through this use.
+
+        Args:
+            cotangents: Shape ``(n, q, t, c)``.
+            rows: Indices of rows of the parameter, shape ``(k,)``.
+
+        Returns:
+            Shape ``(n, q, k, columns)``.
+        """
+
+    def active_rows(self) -> Tensor:
+        """The rows of the parameter that this use can touch, ascending."""
+        return torch.arange(self.parameter.shape[0], device=self.parameter.device)
+
+    def _inputs_by_position(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
+        return inputs.reshape(samples, -1, channels)
+
+
+class Weight(ParameterUse):
+    r"""The matrix of a linear layer, :math:`y_t = W x_t`: :math:`\partial f / \partial W = \sum_t g_t x_t^\top`."""
+
+    def __init__(self, parameter: Tensor, inputs: Tensor) -> None:
+        super().__init__(parameter)
+        self._inputs = inputs.detach()
+
+    def inputs(self, samples: int) -> Tensor:
+        """What the matrix is applied to, shape ``(n, t, columns)``."""
+        return self._inputs_by_position(self._inputs, samples, self.parameter.shape[1])
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        return torch.einsum("nqto,nti->nqoi", cotangents[..., rows], self.inputs(len(cotangents)))
+
+
+class ConvolutionWeight(ParameterUse):
+    """The kernel of a convolution: a matrix applied to the patch of the input under it, group by group."""
+
+    def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
+        super().__init__(parameter)
+        self._make_patches = patches
+        self._patches: Tensor | None = None
+        self._groups = groups
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        if self._patches is None:
+            self._patches = self._make_patches()
+        samples = len(cotangents)
+        patches = self._patches.reshape(samples, -1, self._groups, self.parameter[0].numel())
+        if self._groups == 1:
+            return torch.einsum("nqto,nti->nqoi", cotangents[..., rows], patches[:, :, 0])
+        group_of_row = rows // (self.parameter.shape[0] // self._groups)
+        return torch.einsum("nqto,ntoi->nqoi", cotangents[..., rows], patches[:, :, group_of_row])
+
+
+class Shift(ParameterUse):
+    r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        return _rows_of_channels(cotangents.sum(2), self.parameter, rows)
+
+
+class Scale(ParameterUse):
+    r"""The gain of a norm layer, :math:`y_t = \gamma \hat x_t`, with the normalised input :math:`\hat x_t`.
+
+    :math:`\partial f / \partial \gamma = \sum_t g_t \hat x_t`.
+    """
+
+    def __init__(self, parameter: Tensor, normalized: Tensor) -> None:
+        super().__init__(parameter)
+        self._normalized = normalized.detach()
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        normalized = self._inputs_by_position(self._normalized, len(cotangents), self.parameter.numel())
+        return _rows_of_channels(torch.einsum("nqtc,ntc->nqc", cotangents, normalized), self.parameter, rows)
+
+
+class Lookup(ParameterUse):
+    r"""The table of an embedding, :math:`y_t = E_{i_t}`: :math:`\partial f / \partial E_v = \sum_{t : i_t = v} g_t`."""
+
+    def __init__(self, parameter: Tensor, indices: Tensor, padding_index: int | None) -> None:
+        super().__init__(parameter)
+        self._indices = indices.detach()
+        self._padding_index = padding_index
+
+    @override
+    def active_rows(self) -> Tensor:
+        used: Tensor = self._indices.unique()
+        return used if self._padding_index is None else used[used != self._padding_index]
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        indices = self._inputs_by_position(self._indices, len(cotangents), 1)
+        hit = indices == rows
+        if self._padding_index is not None:
+            hit &= rows != self._padding_index
+        return torch.einsum("nqtd,ntv->nqvd", cotangents, hit.to(cotangents.dtype))
+
+
+def _rows_of_channels(by_channel: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
+    """Turns ``(n, q, c)``, one number an entry of the parameter, into ``(n, q, k, columns)``."""
+    return by_channel.reshape(*by_channel.shape[:2], parameter.shape[0], -1)[:, :, rows]
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer function that used trainable parameters.
+
+    Args:
+        output: Where the layer's output stands in the autograd graph. The tensor itself may be changed in place later.
+        output_shape: Shape of that output.
+        channels: Number of channels ``c``.
+        channels_first: Whether the channels are dimension 1 (convolutions, BatchNorm) rather than the last ones.
+        uses: What was used in it.
+    """
+
+    output: GradientEdge
+    output_shape: torch.Size
+    channels: int
+    channels_first: bool
+    uses: list[ParameterUse]
+
+    def by_position(self, cotangent: Tensor, samples: int) -> Tensor:
+        """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
+        if self.channels_first:
+            cotangent = cotangent.movedim(1, -1)
+        return cotangent.reshape(samples, -1, self.channels)
+
+
+LayerRule = Callable[..., "LayerCall | None"]
+"""Takes the output of a layer function, then what the function took; ``None``: this call has no closed form."""
+
+
+def _call(
+    output: Tensor, channels: int, uses: Sequence[ParameterUse | None], *, channels_first: bool = False
+) -> LayerCall:
+    present = [use for use in uses if use is not None]
+    return LayerCall(get_gradient_edge(output), output.shape, channels, channels_first, present)
+
+
+def _shift(bias: Tensor | None) -> Shift | None:
+    return None if bias is None else Shift(bias)
+
+
+def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall | None:
+    if weight.dim() != 2:
+        return None
+    return _call(output, weight.shape[0], [Weight(weight, input), _shift(bias)])
+
+
+def _convolution(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> LayerCall | None:
+    if input.dim() != weight.dim():  # an input without a batch dimension
+        return None
+    values = input.detach()
+    kernel = weight.shape[2:]
+
+    def patches() -> Tensor:
+        return _patches(values, kernel, stride, padding, dilation)
+
+    uses = [ConvolutionWeight(weight, patches, groups), _shift(bias)]
+    return _call(output, weight.shape[0], uses, channels_first=True)
+
+
+def _per_dimension(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
+    if isinstance(value, int):
+        return [value] * dimensions
+    return list(value) * dimensions if len(value) == 1 else value
+
+
+def _patches(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """The input under the kernel at every output position, shape ``(batch, *output positions, channels, *kernel)``."""
+    dimensions = len(kernel)
+    strides, dilations = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
+    spans = [step * (size - 1) for size, step in zip(kernel, dilations, strict=True)]
+    if padding == "same":
+        margins = [(span // 2, span - span // 2) for span in spans]
+    elif isinstance(padding, str):
+        margins = [(0, 0)] * dimensions
+    else:
+        margins = [(margin, margin) for margin in _per_dimension(padding, dimensions)]
+    result = F.pad(input, [side for margin in reversed(margins) for side in margin])
+    for dimension in range(dimensions):
+        windows = result.unfold(2 + dimension, spans[dimension] + 1, strides[dimension])
+        result = windows[..., :: dilations[dimension]]
+    return result.movedim(1, 1 + dimensions)
+
+
+def _batch_norm(
+    output: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> LayerCall | None:
+    if training or running_mean is None or running_var is None:  # statistics of the batch: the samples are coupled
+        return None
+    scale = None
+    if weight is not None:
+        normalized = F.batch_norm(input.detach(), running_mean, running_var, eps=eps)
+        scale = Scale(weight, normalized.movedim(1, -1))
+    return _call(output, input.shape[1], [scale, _shift(bias)], channels_first=True)
+
+
+def _layer_norm(
+    output: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> LayerCall | None:
+    channels = torch.Size(normalized_shape).numel()
+    scale = None
+    if weight is not None:
+        scale = Scale(weight, F.layer_norm(input.detach(), list(normalized_shape), eps=eps))
+    return _call(output, channels, [scale, _shift(bias)])
+
+
+def _embedding(
+    output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: object, **__: object
+) -> LayerCall | None:
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return _call(output, weight.shape[1], [Lookup(weight, input, padding_idx)])
+
+
+LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
+    F.linear: _linear,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.embedding: _embedding,
+}
+"""Every layer function with a closed form, and the rule that says how it uses its parameters."""

@@ -1,0 +1,186 @@
+r"""The loss functions whose curvature by the network's outputs is known in closed form.
+
+A loss function takes *outputs* of the network, a tensor of any shape, here seen as rows of ``q`` numbers, one row a
+sample. What is needed of it is the residual, its gradient by the outputs, and a root :math:`S_i` of its Hessian,
+:math:`S_i S_i^\top = \partial^2 L / \partial f_i^2`, sample by sample. Both are computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LossCurvature:
+    """First and second derivative of a loss by the outputs that it was given.
+
+    Args:
+        residual: Gradient by the outputs, the shape of the outputs.
+        root: Root of the Hessian, block by block: ``(blocks, b, b)``. Block ``k`` is about the ``k``-th run of ``b``
+            numbers of the outputs once their class dimension is the last.
+        scale: Size of the terms that the residual is the difference of: what its rounding error is relative to.
+    """
+
+    residual: Tensor
+    root: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LossCall:
+    """One call of a loss function.
+
+    Args:
+        outputs: The tensor of network outputs it was given.
+        value: What it returned.
+        curvature: Takes the gradient of the whole loss by ``value``, returns the derivatives by ``outputs``.
+        class_dim: The dimension of ``outputs`` whose entries are coupled (the classes of a softmax), or -1.
+    """
+
+    outputs: Tensor
+    value: Tensor
+    curvature: Callable[[Tensor], LossCurvature]
+    class_dim: int = -1
+
+
+LossRule = Callable[..., "LossCall | None"]
+"""Takes the value of a loss function, then what the function took; ``None``: this call has no closed form."""
+
+
+def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
+    return gradient / denominator if reduction == "mean" else gradient
+
+
+def _cross_entropy(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> LossCall | None:
+    r"""Softmax cross-entropy, :math:`L = -\sum_i a_i \sum_c y_{ic} \log p_{ic}`.
+
+    With :math:`s_i = a_i \sum_c y_{ic}` the residual is :math:`s_i p_i - a_i y_i` and the Hessian
+    :math:`s_i (\mathrm{diag}(p_i) - p_i p_i^\top)`, whose root is
+    :math:`\sqrt{s_i} (\mathrm{diag} \sqrt{p_i} - p_i \sqrt{p_i}^\top)`.
+    """
+    if size_average is not None or reduce is not None or target.requires_grad:
+        return None
+    class_dim = 0 if input.dim() == 1 else 1
+
+    def curvature(gradient: Tensor) -> LossCurvature:
+        logits = input.detach().double().movedim(class_dim, -1)
+        classes = logits.shape[-1]
+        class_weight = torch.ones(classes, dtype=logits.dtype, device=logits.device)
+        if weight is not None:
+            class_weight = weight.detach().double()
+        if target.is_floating_point():
+            labels = target.detach().double().movedim(class_dim, -1)
+            labels = class_weight * (labels * (1 - label_smoothing) + label_smoothing / classes)
+            denominator = torch.tensor(float(logits[..., 0].numel()), device=logits.device, dtype=logits.dtype)
+        else:
+            kept = (target != ignore_index).double()
+            one_hot = F.one_hot(torch.where(kept.bool(), target, 0), classes).double()
+            labels = class_weight * (one_hot * (1 - label_smoothing) + label_smoothing / classes) * kept[..., None]
+            denominator = ((one_hot * class_weight).sum(-1) * kept).sum()
+        labels = labels * _mean_weight(reduction, gradient.double(), denominator).expand(logits.shape[:-1])[..., None]
+        strength = labels.sum(-1, keepdim=True)
+        probabilities = logits.softmax(-1)
+        roots = probabilities.sqrt()
+        block = torch.diag_embed(roots) - probabilities[..., :, None] * roots[..., None, :]
+        return LossCurvature(
+            residual=(strength * probabilities - labels).movedim(-1, class_dim),
+            root=(_root_of(strength)[..., None] * block).reshape(-1, classes, classes),
+            scale=labels.norm(),
+        )
+
+    return LossCall(input, value, curvature, class_dim)
+
+
+def _mse_loss(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> LossCall | None:
+    r"""Squared error, :math:`L = \sum_i a_i (f_i - y_i)^2`.
+
+    The residual is :math:`2 a_i (f_i - y_i)`, the Hessian :math:`2 a_i`.
+    """
+    if target.requires_grad and not input.requires_grad:
+        input, target = target, input
+    if size_average is not None or reduce is not None or target.requires_grad or input.shape != target.shape:
+        return None
+
+    def curvature(gradient: Tensor) -> LossCurvature:
+        outputs, labels = input.detach().double(), target.detach().double()
+        strength = torch.ones_like(outputs) if weight is None else weight.detach().double().expand(outputs.shape)
+        denominator = strength.sum() if weight is not None else float(outputs.numel())
+        strength = 2 * strength * _mean_weight(reduction, gradient.double(), denominator)
+        scale = (strength * (outputs.abs() + labels.abs())).norm()
+        return LossCurvature(strength * (outputs - labels), _root_of(strength).reshape(-1, 1, 1), scale)
+
+    return LossCall(input, value, curvature)
+
+
+def _bce_with_logits(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> LossCall | None:
+    r"""Binary cross-entropy, :math:`L = -\sum_i a_i [w y_i \log \sigma_i + (1 - y_i) \log (1 - \sigma_i)]`.
+
+    With :math:`s_i = a_i (w y_i + 1 - y_i)` the residual is :math:`s_i \sigma_i - a_i w y_i`, the Hessian
+    :math:`s_i \sigma_i (1 - \sigma_i)`.
+    """
+    if size_average is not None or reduce is not None or target.requires_grad:
+        return None
+
+    def curvature(gradient: Tensor) -> LossCurvature:
+        outputs, labels = input.detach().double(), target.detach().double()
+        strength = _mean_weight(reduction, gradient.double(), float(outputs.numel())).expand(outputs.shape)
+        if weight is not None:
+            strength = strength * weight.detach().double()
+        positive = strength * labels
+        if pos_weight is not None:
+            positive = positive * pos_weight.detach().double()
+        total = positive + strength * (1 - labels)
+        sigmoid = outputs.sigmoid()
+        root = _root_of(total * sigmoid * (-outputs).sigmoid())
+        return LossCurvature(total * sigmoid - positive, root.reshape(-1, 1, 1), strength.norm())
+
+    return LossCall(input, value, curvature)
+
+
+def _root_of(strength: Tensor) -> Tensor:
+    if (strength < 0).any():
+        raise ValueError(
+            "the loss counts some samples negatively (weight, target or factor below zero), so the Gauss-Newton matrix "
+            "is not positive semi-definite; give the probe a loss_fn without negative weights"
+        )
+    return strength.sqrt()
+
+
+LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {
+    F.cross_entropy: _cross_entropy,
+    F.mse_loss: _mse_loss,
+    F.binary_cross_entropy_with_logits: _bce_with_logits,
+}
+"""Every loss function with a closed form, and the rule that says what its curvature is."""

@@ -1,0 +1,67 @@
+"""Reset: draw weights anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import Intervention, RepairReport, replace_tensors
+from lightning_plasticity.interventions.initialization import fresh_values
+
+
+class Reset(Intervention):
+    """Draws the weights anew by each layer's own ``reset_parameters``: of the whole network, or of named layers.
+
+    Norm layers go back to gain 1 and shift 0, running statistics to mean 0 and variance 1. Frozen parameters are left
+    as they are.
+
+    Args:
+        layers: Names of modules, with ``*`` and ``?`` as wildcards; what lies inside a named module is reset with it.
+            ``None`` resets the whole network.
+
+    Raises:
+        ValueError: If ``layers`` is empty, or at the repair if a name matches nothing.
+
+    References:
+        Nikishin et al. 2022, arXiv 2205.07802; the RESET baseline of arXiv 2509.22335.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> Reset(layers=["2"]).repair(model).num_parameters_changed
+        8
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
+        if isinstance(layers, str) or (layers is not None and not layers):
+            raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")
+        self.layers = layers
+
+    @override
+    def repair(
+        self,
+        model: nn.Module,
+        *,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        forward: Callable[[nn.Module], object] | None = None,
+        loss: Callable[[nn.Module], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RepairReport:
+        new_values = fresh_values(model, self._selected(model), generator)
+        return replace_tensors(type(self).__name__, new_values, optimizers)
+
+    def _selected(self, model: nn.Module) -> dict[str, nn.Module]:
+        modules = dict(model.named_modules())
+        if self.layers is None:
+            return modules
+        chosen: dict[str, nn.Module] = {}
+        for pattern in self.layers:
+            matches = [name for name in modules if name and fnmatchcase(name, pattern)]
+            if not matches:
+                raise ValueError(f"Reset(layers=...): {pattern!r} matches no module; there are {list(modules)[1:]}")
+            for match in matches:
+                chosen |= {n: m for n, m in modules.items() if n == match or n.startswith(f"{match}.")}
+        return chosen

@@ -1,0 +1,57 @@
+"""Shrink and perturb: move all weights part of the way to freshly drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import Intervention, RepairReport, replace_tensors
+from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
+
+
+class ShrinkPerturb(Intervention):
+    r"""Shrink and perturb: :math:`\theta \leftarrow (1 - s)\,\theta + s\,\theta_{\mathrm{fresh}}`.
+
+    :math:`\theta_{\mathrm{fresh}}` is drawn by each layer's own ``reset_parameters``, so that the noise has the scale
+    of that layer's initialisation. Norm layers, buffers and frozen parameters are left as they are.
+
+    Args:
+        s: How far to go, in (0, 1]; 1 is a reset.
+
+    Raises:
+        ValueError: If ``s`` is outside (0, 1].
+
+    References:
+        Ash and Adams 2020, arXiv 1910.08475.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> ShrinkPerturb(s=0.5).repair(model).num_parameters_changed
+        10
+    """
+
+    def __init__(self, s: float = 0.8) -> None:
+        if not 0 < s <= 1:
+            raise ValueError(f"ShrinkPerturb(s={s}) must be in (0, 1]: the share of the way to fresh weights")
+        self.s = s
+
+    @override
+    def repair(
+        self,
+        model: nn.Module,
+        *,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        forward: Callable[[nn.Module], object] | None = None,
+        loss: Callable[[nn.Module], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RepairReport:
+        modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
+        new_values = {
+            old: torch.lerp(old.detach(), fresh.to(old), self.s)
+            for old, fresh in fresh_values(model, modules, generator).items()
+            if isinstance(old, nn.Parameter)
+        }
+        return replace_tensors(type(self).__name__, new_values, optimizers)

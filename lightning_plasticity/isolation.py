@@ -1,0 +1,68 @@
+"""Probing leaves no trace: modes, buffers, random numbers and precision are put back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restores the state of every global random number generator, also after an exception."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global generator is what must be kept)
+    # CUDA is left alone as long as nobody has initialised it: asking for its state would.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Runs compiled modules uncompiled: their calls cannot be watched, and their hooks may be dead."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and asking would import the compiler
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):  # acts when it is built, not when it is entered
+        yield
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode; restores each one's mode and every buffer, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    with (
+        isolated_rng(),
+        evaluation_mode(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+        _eager(),
+    ):
+        yield

@@ -1,0 +1,81 @@
+"""Where people see it: every logger gets the numbers, TensorBoard the spectra and a picture too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
+from lightning_plasticity.reports import TaskReport
+
+BY_STEP = "plasticity/"
+"""Prefix of names logged at the number of optimizer steps over all fits."""
+
+BY_TASK = "plasticity_by_task/"
+"""Prefix of names logged at the number of the task."""
+
+
+def log_task(loggers: Iterable[Logger], report: TaskReport) -> None:
+    """Logs the numbers of one task, and to TensorBoard the spectrum as a histogram."""
+    numbers = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
+
+    def log(logger: Logger) -> None:
+        logger.log_metrics({BY_STEP + name: value for name, value in numbers.items()}, step=report.step)
+        logger.log_metrics({BY_TASK + name: value for name, value in numbers.items()}, step=report.task)
+        if isinstance(logger, TensorBoardLogger) and report.spectrum is not None:
+            _log_histogram(logger, report)
+
+    _for_each(loggers, log)
+
+
+def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport]) -> None:
+    """Logs a picture of the whole history to TensorBoard."""
+
+    def log(logger: Logger) -> None:
+        if isinstance(logger, TensorBoardLogger):
+            pixels = _pixels(plot_history(history))
+            logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
+
+    if any(report.spectrum is not None for report in history):
+        _for_each(loggers, log)
+
+
+def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
+    for logger in loggers:
+        try:
+            log(logger)
+        except Exception as error:  # whatever is wrong with a logger must not end the run
+            rank_zero_warn(
+                f"{type(logger).__name__} could not log the plasticity of the network, training goes on: {error!r}",
+                category=PlasticityWarning,
+            )
+
+
+def _log_histogram(logger: TensorBoardLogger, report: TaskReport) -> None:
+    """The same bins for every task, one step a task: TensorBoard's Histograms tab shows them as a ridge plot."""
+    values = log_eigenvalues(report)
+    counts = torch.histogram(values, LOG_EIGENVALUE_EDGES).hist
+    logger.experiment.add_histogram_raw(
+        BY_TASK + "log10_ggn_eigenvalues",
+        min=values.min().item(),
+        max=values.max().item(),
+        num=len(values),
+        sum=values.sum().item(),
+        sum_squares=values.square().sum().item(),
+        bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=report.task,
+    )
+
+
+def _pixels(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,0 +1,254 @@
+"""One table of small models with a batch and a loss, and the dense float64 answer for each of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its batch, and the loss as a function of the model's output."""
+
+    name: str
+    make: Callable[[], tuple[nn.Module, Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    def build(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Batch]:
+        torch.manual_seed(0)
+        model, inputs, targets = self.make()
+        for module in model.modules():  # as after some training: norm layers are not the identity
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm) and module.weight is not None:
+                nn.init.normal_(module.weight, 1, 0.3)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, 0, 0.3)
+        return model.to(dtype), (_to(inputs, dtype), _to(targets, dtype))
+
+    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss(model(batch[0]), batch[1])
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Everything from the Jacobian itself."""
+
+    ggn: Tensor
+    tangent_kernel: Tensor
+    residual: Tensor
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.ggn).flip(0)
+
+
+def dense(case: Case) -> Dense:
+    model, (inputs, targets) = case.build()
+    model.eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, values, (inputs,))
+
+    out = outputs(parameters).detach()
+    jacobian = torch.cat([j.reshape(out.numel(), -1) for j in jacrev(outputs)(parameters).values()], dim=1)
+
+    def loss(flat: Tensor) -> Tensor:
+        return case.loss(flat.reshape(out.shape), targets)
+
+    curvature = hessian(loss)(out.flatten())
+    return Dense(
+        ggn=jacobian.T @ curvature @ jacobian,
+        tangent_kernel=jacobian @ jacobian.T / (out.shape[0] if out.dim() else 1),
+        residual=torch.func.grad(loss)(out.flatten()),
+    )
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the output layer's matrix too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.middle = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.middle(self.table(x))).mean(1))
+
+
+class Repeated(nn.Module):
+    """The same layer called twice, in a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.relu(self.block(x))
+        return self.head(x + torch.relu(self.block(x)))
+
+
+class HandAttention(nn.Module):
+    """Attention written by hand with linear layers: many positions for one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.qkv = nn.Linear(4, 12)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return self.out((torch.softmax(q @ k.mT, -1) @ v).mean(1))
+
+
+def classes(n: int, c: int = 3) -> Tensor:
+    return torch.arange(n) % c
+
+
+def mlp(n: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(n, 5), classes(n)
+
+
+def frozen() -> tuple[nn.Module, Tensor, Tensor]:
+    model, x, y = mlp()
+    model[0].requires_grad_(False)
+    return model, x, y
+
+
+def conv(*layers: nn.Module, shape: tuple[int, ...]) -> Callable[[], tuple[nn.Module, Tensor, Tensor]]:
+    def make() -> tuple[nn.Module, Tensor, Tensor]:
+        x = torch.randn(4, *shape)
+        body = nn.Sequential(*copy.deepcopy(layers), nn.Flatten())
+        for module in body.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                module.reset_parameters()
+        return nn.Sequential(*body, nn.Linear(body.eval()(x).shape[1], 3)).train(), x, classes(4)
+
+    return make
+
+
+def smoothed(f: Tensor, y: Tensor) -> Tensor:
+    weight = torch.tensor([1.0, 0.5, 2.0], dtype=f.dtype)
+    return F.cross_entropy(f, y.where(y != 1, -100), weight=weight, label_smoothing=0.1)
+
+
+def soft(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, F.softmax(y, 1), weight=torch.tensor([1.0, 0.5, 2.0], dtype=f.dtype))
+
+
+def masked(f: Tensor, y: Tensor) -> Tensor:
+    return (F.cross_entropy(f, y, reduction="none") * torch.linspace(0.1, 1, len(y), dtype=f.dtype)).sum() / len(y)
+
+
+def mixup(f: Tensor, y: Tensor) -> Tensor:
+    return 0.7 * F.cross_entropy(f, y) + 0.3 * F.cross_entropy(f, y.flip(0)) + 0.1 * F.mse_loss(f, torch.zeros_like(f))
+
+
+def weighted_bce(f: Tensor, y: Tensor) -> Tensor:
+    positive = torch.tensor([2.0, 1.0, 0.5], dtype=f.dtype)
+    return F.binary_cross_entropy_with_logits(f, y, weight=positive.flip(0), pos_weight=positive)
+
+
+def regression(out: int, n: int = 6) -> Callable[[], tuple[nn.Module, Tensor, Tensor]]:
+    return lambda: (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, out)), torch.randn(n, 5), torch.rand(n, out))
+
+
+class Squeezed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze(-1)
+
+
+def sequence() -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    return nn.Sequential(model, Transpose()), torch.randint(7, (4, 5)), torch.randint(3, (4, 5))
+
+
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+CASES = [
+    Case("mlp", mlp),
+    Case("one sample", lambda: mlp(1)),
+    Case("more rows than parameters", lambda: (nn.Linear(2, 3), torch.randn(9, 2), classes(9))),
+    Case("frozen layer", frozen),
+    Case("relu in place", lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(True), nn.Linear(8, 3)), *mlp()[1:])),
+    Case(
+        "layer norm and dropout",
+        lambda: (
+            nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3)),
+            *mlp()[1:],
+        ),
+    ),
+    Case(
+        "layer norm over two dimensions",
+        lambda: (
+            nn.Sequential(nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3)), nn.Flatten(), nn.Linear(6, 3)),
+            torch.randn(5, 6),
+            classes(5),
+        ),
+    ),
+    Case(
+        "batch norm of features",
+        lambda: (nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), *mlp()[1:]),
+    ),
+    Case("conv1d", conv(nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.ReLU(), shape=(2, 9))),
+    Case(
+        "conv2d with batch norm",
+        conv(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), shape=(2, 6, 6)),
+    ),
+    Case(
+        "conv2d grouped, dilated, strided",
+        conv(
+            nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2),
+            nn.Tanh(),
+            shape=(4, 5, 6),
+        ),
+    ),
+    Case("conv2d depthwise, same", conv(nn.Conv2d(3, 6, 4, padding="same", groups=3), nn.Tanh(), shape=(3, 4, 5))),
+    Case("conv2d reflected", conv(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Tanh(), shape=(2, 4, 4))),
+    Case("conv3d", conv(nn.Conv3d(1, 2, 2), nn.Tanh(), shape=(1, 3, 4, 3))),
+    Case(
+        "embedding with padding",
+        lambda: (
+            nn.Sequential(nn.Embedding(7, 4, padding_idx=-2), nn.Flatten(), nn.Linear(20, 3)),
+            torch.randint(7, (6, 5)),
+            classes(6),
+        ),
+    ),
+    Case("tied embedding", lambda: (Tied(), torch.randint(7, (6, 5)), classes(6, 7))),
+    Case("layer called twice", lambda: (Repeated(), torch.randn(6, 5), classes(6))),
+    Case("attention by hand", lambda: (HandAttention(), torch.randn(5, 6, 4), classes(5))),
+    Case("class weights, smoothing, ignored labels", mlp, smoothed),
+    Case("soft labels", lambda: (*mlp()[:2], torch.randn(6, 3)), soft),
+    Case("loss per sample, weighted", mlp, masked),
+    Case("mixup and a penalty on the outputs", mlp, mixup),
+    Case("sequence of labels", sequence),
+    Case("squared error", regression(2), F.mse_loss),
+    Case("squared error, summed", regression(2), lambda f, y: F.mse_loss(f, y, reduction="sum") / 7),
+    Case("binary labels", regression(3), weighted_bce),
+    Case(
+        "one output, no dimension for it",
+        lambda: (Squeezed(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 5), classes(6, 2).float()),
+        F.binary_cross_entropy_with_logits,
+    ),
+]

@@ -1,0 +1,74 @@
+"""Which values are called a collapse."""
+
+import math
+
+import pytest
+
+from lightning_plasticity import Collapse
+
+
+def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
+    rule = Collapse()
+    assert not rule.judge(0.77, earlier=[0.5, 0.95], initial=0.9).collapsed
+    assert rule.judge(0.75, earlier=[0.5, 0.95], initial=0.9).collapsed
+    assert not rule.judge(0.3, earlier=[], initial=0.9).collapsed, "the first task has nothing to be compared with"
+
+
+@pytest.mark.parametrize(
+    ("relative_to", "value", "collapsed"),
+    [
+        ("first", 0.41, False),
+        ("first", 0.39, True),
+        ("initial", 0.73, False),
+        ("initial", 0.71, True),
+        (None, 0.79, True),
+    ],
+)
+def test_references(relative_to: str | None, value: float, collapsed: bool) -> None:
+    rule = Collapse(relative_to=relative_to)  # type: ignore[arg-type]
+    assert rule.judge(value, earlier=[0.5, 0.95], initial=0.9).collapsed is collapsed
+
+
+def test_the_sentence_names_task_value_and_both_comparisons() -> None:
+    verdict = Collapse().judge(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
+    assert verdict.message == (
+        "task 12: learnable fraction 0.63, 66 % of its best (task 2) and 79 % of what the initial weights would have "
+        "on this batch: the network is losing its plasticity"
+    )
+
+
+def test_the_sentence_says_first_where_the_first_task_is_the_reference() -> None:
+    verdict = Collapse("epsilon_rank", relative_to="first").judge(35, earlier=[None, 485], initial=70)
+    assert verdict.message.startswith("task 2: ε-rank 35, 7 % of its first (task 1) and 50 % of what")
+
+
+def test_failed_probes_do_not_count() -> None:
+    verdict = Collapse().judge(0.5, earlier=[None, 0.9, None], initial=0.9)
+    assert verdict.collapsed
+    assert "its best (task 1)" in verdict.message
+
+
+def test_nothing_learnable_ever_is_no_collapse_and_no_division_by_zero() -> None:
+    assert not Collapse().judge(0.0, earlier=[0.0], initial=0.0).collapsed
+
+
+def test_counts_may_have_a_threshold_above_one_without_a_reference() -> None:
+    assert Collapse("epsilon_rank", below=50, relative_to=None).judge(49, earlier=[], initial=400).collapsed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric": "loss"}, r"Collapse\(metric='loss'\) is not a diagnostic; choose one of \['learnable_fraction'"),
+        ({"relative_to": "last"}, r"relative_to='last'\) is not a reference; choose one of \['best', 'initial'"),
+        ({"below": 0}, r"Collapse\(below=0\) must be in \(0, 1\]"),
+        ({"below": -0.5}, r"Collapse\(below=-0.5\) must be in \(0, 1\]"),
+        ({"below": 1.01}, r"Collapse\(below=1.01\) must be in \(0, 1\]"),
+        ({"below": math.nan}, r"Collapse\(below=nan\) must be in \(0, 1\]"),
+        ({"below": 2, "relative_to": None}, r"Collapse\(below=2\) must be in \(0, 1\]"),
+        ({"below": math.inf, "relative_to": None, "metric": "epsilon_rank"}, "must be a positive number"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Collapse(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,291 @@
+"""The exact curvature against dense float64 Jacobians."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum
+from lightning_plasticity.curvature.gram import gram
+from tests.cases import CASES, Case, dense
+
+each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def padded(spectrum: Spectrum) -> Tensor:
+    """All eigenvalues, the many zeros included."""
+    counts = (spectrum.weights * spectrum.num_parameters).round().long()
+    return spectrum.eigenvalues.repeat_interleave(counts)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@each_case
+def test_spectrum_equals_that_of_the_dense_gauss_newton_matrix(case: Case) -> None:
+    spectrum = ggn_spectrum(*case.build(), case.loss_fn)
+    expected = dense(case).eigenvalues
+    assert spectrum.exact
+    assert spectrum.num_parameters == len(expected)
+    assert relative_error(padded(spectrum), expected) <= 1e-10
+
+
+@each_case
+def test_float32_spectrum_is_within_1e_4_of_the_largest_eigenvalue(case: Case) -> None:
+    spectrum = ggn_spectrum(*case.build(torch.float32), case.loss_fn)
+    assert relative_error(padded(spectrum), dense(case).eigenvalues) <= 1e-4
+
+
+@each_case
+def test_tangent_kernel_equals_that_of_the_dense_jacobian(case: Case) -> None:
+    matrices = gram(*case.build(), case.loss_fn)
+    expected = dense(case)
+    if case.name == "mixup and a penalty on the outputs":
+        assert len(matrices.residual) == len(expected.residual), "outputs shared by several losses count once"
+    assert relative_error(matrices.tangent_kernel, expected.tangent_kernel) <= 1e-10
+    assert relative_error(matrices.residual, expected.residual) <= 1e-10
+
+
+@each_case
+def test_derived_numbers_equal_those_of_the_dense_matrices(case: Case) -> None:
+    spectrum, expected = ggn_spectrum(*case.build(), case.loss_fn), dense(case)
+    values = expected.eigenvalues
+    for epsilon in (1e-1, 1e-2, 1e-3):
+        if (values.abs() / epsilon - 1).abs().min() > 1e-6:
+            assert spectrum.epsilon_rank(epsilon) == (values.abs() > epsilon).sum().item()
+            assert spectrum.epsilon_fraction(epsilon) == pytest.approx((values.abs() > epsilon).double().mean().item())
+    assert spectrum.trace == pytest.approx(expected.ggn.trace().item(), rel=1e-10)
+    assert spectrum.lambda_max == pytest.approx(values[0].item(), rel=1e-10)
+    share = values.clamp(min=0) / values.clamp(min=0).sum()
+    assert spectrum.effective_rank == pytest.approx(torch.exp(-torch.xlogy(share, share).sum()).item(), rel=1e-6)
+    # The learnable fraction from the matrix exponential: what is left of the residual after gradient flow.
+    kernel, residual = expected.tangent_kernel, expected.residual
+    time = 100 / torch.linalg.eigvalsh(kernel)[-1]
+    left = torch.linalg.matrix_exp(-time * kernel) @ residual
+    fraction = 1 - (left.square().sum() / residual.square().sum()).item()
+    assert spectrum.learnable_fraction() == pytest.approx(fraction, abs=1e-9)
+
+
+def test_loss_of_two_heads_is_the_sum_of_their_curvatures() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.tanh(self.trunk(x))
+            return self.a(h), self.b(h)
+
+    torch.manual_seed(0)
+    model, x = TwoHeads().double(), torch.randn(5, 4, dtype=torch.float64)
+    labels, targets = torch.arange(5) % 3, torch.randn(5, 1, dtype=torch.float64)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        a, b = model(batch)
+        return F.cross_entropy(a, labels) + 0.3 * F.mse_loss(b, targets)
+
+    def head_loss(f: Tensor, y: None) -> Tensor:
+        return F.cross_entropy(f[:, :3], labels) + 0.3 * F.mse_loss(f[:, 3:], targets)
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat(self.model(x), 1)
+
+    expected = dense(Case("two heads", lambda: (Joined(), x, torch.zeros(5)), head_loss)).eigenvalues
+    assert relative_error(padded(ggn_spectrum(model, x, loss_fn)), expected) <= 1e-10
+
+
+def test_flattened_tokens_equal_the_same_tokens_unflattened() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    tokens, labels = torch.randint(7, (4, 5)), torch.randint(3, (4, 5))
+    flat = ggn_spectrum(model, None, lambda m, _: F.cross_entropy(m(tokens).flatten(0, 1), labels.flatten()))
+    split = ggn_spectrum(model, None, lambda m, _: F.cross_entropy(m(tokens).mT, labels))
+    assert relative_error(flat.eigenvalues, split.eigenvalues) <= 1e-12
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), factor=st.floats(1e-6, 1e6))
+def test_loss_times_a_factor_scales_the_eigenvalues(seed: int, factor: float) -> None:
+    torch.manual_seed(seed)
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+        torch.randn(5, 3),
+        torch.arange(5) % 2,
+    )
+    plain = ggn_spectrum(model, x.double(), lambda m, b: F.cross_entropy(m(b), y))
+    scaled = ggn_spectrum(model, x.double(), lambda m, b: factor * F.cross_entropy(m(b), y))
+    assert relative_error(scaled.eigenvalues, factor * plain.eigenvalues) <= 1e-10
+    assert scaled.learnable_fraction() == pytest.approx(plain.learnable_fraction(), abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_order_of_the_samples_and_rotation_of_the_inputs_do_not_matter(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+        torch.randn(5, 3).double(),
+        torch.arange(5) % 2,
+    )
+    order, rotation = torch.randperm(5), torch.linalg.qr(torch.randn(3, 3).double()).Q
+    plain = ggn_spectrum(model, x, lambda m, b: F.cross_entropy(m(b), y))
+    shuffled = ggn_spectrum(model, x[order], lambda m, b: F.cross_entropy(m(b), y[order]))
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight @ rotation)
+    rotated = ggn_spectrum(model, x @ rotation, lambda m, b: F.cross_entropy(m(b), y))
+    for other in (shuffled, rotated):
+        assert relative_error(other.eigenvalues, plain.eigenvalues) <= 1e-10
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20), st.floats(0, 1e3), st.floats(0, 1e3))
+def test_epsilon_rank_falls_with_epsilon_and_counts(values: list[float], low: float, high: float) -> None:
+    low, high = sorted((low, high))
+    eigenvalues = torch.tensor(values, dtype=torch.float64)
+    weights = torch.full_like(eigenvalues, 1 / len(values))
+    spectrum = Spectrum(eigenvalues, weights, len(values), exact=True)
+    assert spectrum.epsilon_rank(low) == sum(value > low for value in values)
+    assert spectrum.epsilon_rank(high) <= spectrum.epsilon_rank(low)
+    assert spectrum.trace == pytest.approx(sum(values), abs=1e-9)
+
+
+def test_dead_network_has_no_curvature_and_nothing_learnable() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    spectrum = ggn_spectrum(model, torch.rand(6, 4), lambda m, x: F.cross_entropy(m(x), torch.arange(6) % 3))
+    assert spectrum.epsilon_rank(1e-12) == spectrum.relative_epsilon_rank(1e-3) == spectrum.trace == 0
+    assert spectrum.effective_rank == spectrum.learnable_fraction() == 0
+
+
+def test_no_residual_means_that_all_of_it_can_be_learned() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    target = model(x).detach()
+    assert ggn_spectrum(model, x, lambda m, b: F.mse_loss(m(b), target)).learnable_fraction() == 1.0
+
+
+def test_unused_parameters_count_as_flat_directions() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(7, 7)})
+    spectrum = ggn_spectrum(model, torch.randn(4, 3), lambda m, x: F.mse_loss(m["used"](x), torch.zeros(4, 2)))
+    assert spectrum.num_parameters == 8 + 56
+    assert spectrum.weights.sum().item() == pytest.approx(1)
+
+
+class Scaled(nn.Module):
+    """A bare parameter, used by an operation that nobody has heard of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class Centred(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0)) + self[0].bias.sum() * 0
+
+
+class BatchStatistics(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self[0](x)
+        return self[1](h - h.mean(0))
+
+
+def regress(model: nn.Module, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), torch.zeros(len(x), 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "culprit"),
+    [
+        (Scaled(), r"'scale', shape \(2,\): used by mul"),
+        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "'1.weight'"),
+        (BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), "'0.weight'"),
+        (nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), r"'1.weight', shape \(1,\): used by prelu"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "original0"),
+        (Centred(nn.Linear(3, 2)), None),
+    ],
+    ids=["bare parameter", "batch norm without statistics", "mixed samples", "prelu", "weight norm", "mixed inputs"],
+)
+def test_what_is_not_known_is_noticed_and_named(model: nn.Module, culprit: str | None) -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    if culprit is None:  # mixing the inputs before the first parameter couples nothing that matters
+        assert ggn_spectrum(model, x, regress).trace > 0
+    else:
+        with pytest.raises(UnsupportedModelError, match=culprit):
+            ggn_spectrum(model, x, regress)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda m, x: m(x).square().mean(), "not computed by torch.nn.functional.cross_entropy"),
+        (lambda m, x: regress(m, x) + m.weight.square().sum(), "depends on 'weight' other than through"),
+        (lambda m, x: regress(m, x) + m(x).abs().mean(), "depends on 'weight', 'bias' other than through"),
+        (lambda m, x: regress(m, x).exp(), "not a weighted sum"),
+        (lambda m, x: -regress(m, x), "counts some samples negatively"),
+        (lambda m, x: F.mse_loss(f := m(x), torch.zeros(5, 2)) + f.abs().mean(), "in another way besides"),
+        (lambda m, x: regress(m, x).detach(), "does not depend on any trainable parameter"),
+        (lambda m, x: F.mse_loss(m(x), torch.zeros(5, 2), reduction="none"), r"tensor of shape \(5, 2\)"),
+        (lambda m, x: None, "returned NoneType"),
+        (lambda m, x: regress(m, x) * math.nan, "loss on the probe batch is nan"),
+    ],
+)
+def test_losses_without_a_known_curvature_are_refused(loss_fn: object, message: str) -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises((UnsupportedModelError, ValueError), match=message):
+        ggn_spectrum(nn.Linear(3, 2), x, loss_fn)  # type: ignore[arg-type]
+
+
+def test_models_that_cannot_be_probed_are_refused() -> None:
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"float64 or|model.float\(\)"):
+        ggn_spectrum(nn.Linear(3, 2).bfloat16(), x, regress)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        ggn_spectrum(nn.Linear(3, 2).requires_grad_(False), x, regress)
+    with pytest.raises(ValueError, match="not initialised"):
+        ggn_spectrum(nn.LazyLinear(2), x, regress)
+    with pytest.raises(TooManyRowsError, match="5 samples with 2 outputs each make a Gram matrix of 10 rows"):
+        ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9)
+
+
+def test_probe_leaves_no_trace_on_the_model_also_when_it_fails() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[2].eval()
+    model[0].weight.grad = torch.ones(4, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+
+    def failing(model: nn.Module, x: Tensor) -> Tensor:
+        torch.rand(1)
+        model[1].running_mean += 1
+        raise RuntimeError("the user's own")
+
+    ggn_spectrum(model, torch.randn(5, 3, generator=torch.Generator()), regress)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the user's own"):
+        ggn_spectrum(model, torch.randn(5, 3, generator=torch.Generator()), failing)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones(4, 3))
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name != "0.weight")
+
+
+def test_probe_works_inside_no_grad_and_under_autocast() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    plain = ggn_spectrum(model, x, regress)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside = ggn_spectrum(model, x, regress)
+    assert torch.equal(plain.eigenvalues, inside.eigenvalues)

@@ -1,0 +1,94 @@
+"""What people find in their loggers afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, plot_history
+from tests.modules import Classifier, loader, trainer
+
+NAMES = {*DIAGNOSTICS, *(f"{name}_vs_initial" for name in DIAGNOSTICS), "probe_loss", "collapsed", "probe_failed"}
+
+
+def three_tasks(*loggers: Logger) -> SpectralCollapseCallback:
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9))
+    module = Classifier()
+    for _ in range(3):
+        trainer(callback, logger=list(loggers)).fit(module, loader())
+    return callback
+
+
+def test_tensorboard_shows_scalars_by_step_and_by_task(tmp_path: Path) -> None:
+    callback = three_tasks(TensorBoardLogger(tmp_path, version=0))
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"scalars": 0}).Reload()
+    for prefix, steps in (("plasticity/", [0, 3, 6]), ("plasticity_by_task/", [0, 1, 2])):
+        assert {tag[len(prefix) :] for tag in events.Tags()["scalars"] if tag.startswith(prefix)} == NAMES
+        for name in DIAGNOSTICS:
+            shown = events.Scalars(prefix + name)
+            assert [event.step for event in shown] == steps
+            expected = [report.metrics[name] for report in callback.history]
+            assert [event.value for event in shown] == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: Path) -> None:
+    callback = three_tasks(TensorBoardLogger(tmp_path, version=0))
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
+    shown = events.Histograms("plasticity_by_task/log10_ggn_eigenvalues")
+    assert [event.step for event in shown] == [0, 1, 2]
+    for event, report in zip(shown, callback.history, strict=True):
+        histogram = event.histogram_value
+        assert histogram.num == 4 * 3, "one eigenvalue for each of 4 samples × 3 outputs"
+        edges = LOG_EIGENVALUE_EDGES.numpy()
+        values = np.log10(np.clip(report.spectrum.eigenvalues.numpy()[:12], 1e-8, None))
+        expected, _ = np.histogram(values, edges)
+        counts = dict(zip(histogram.bucket_limit, histogram.bucket, strict=True))
+        assert [counts.get(edge, 0) for edge in edges[1:]] == expected.tolist()
+
+
+def test_tensorboard_shows_a_picture(tmp_path: Path) -> None:
+    three_tasks(TensorBoardLogger(tmp_path, version=0))
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("plasticity_by_task/history")] == [0, 1, 2]
+
+
+def test_every_logger_gets_the_numbers(tmp_path: Path) -> None:
+    first, second = CSVLogger(tmp_path, name="a", version=0), CSVLogger(tmp_path, name="b", version=0)
+    callback = three_tasks(first, second)
+    for logger in (first, second):
+        text = Path(logger.log_dir, "metrics.csv").read_text()
+        header, *rows = [line.split(",") for line in text.splitlines()]
+        column = header.index("plasticity_by_task/learnable_fraction")
+        logged = [float(row[column]) for row in rows if row[column]]
+        assert logged == pytest.approx([report.metrics["learnable_fraction"] for report in callback.history])
+
+
+def test_a_logger_that_fails_does_not_end_the_run() -> None:
+    class Broken(Logger):
+        name, version = "broken", 0
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            raise OSError("disk full")
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    callback, module = SpectralCollapseCallback(), Classifier()
+    with pytest.warns(PlasticityWarning, match=r"Broken could not log the plasticity .* training goes on: OSError"):
+        trainer(callback, logger=Broken()).fit(module, loader())
+    assert len(callback.history) == 1
+
+
+def test_picture_of_a_history_with_a_failed_probe() -> None:
+    callback = three_tasks()
+    callback.history[1].spectrum = None
+    figure = plot_history(callback.history)
+    ridges, curve = figure.axes
+    assert ridges.get_ylabel() == curve.get_xlabel() == "task"
+    assert list(curve.lines[0].get_xdata()) == [0, 2]
+    assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
