@@ -1,4 +1,4 @@
-"""What one default probe costs, and how exact it is. Run: python -m benchmarks.probe
+"""What one default probe costs, and how exact it is. Run: python -m benchmarks.probe.
 
 Times are process CPU time with one thread, contenders alternated, medians; the unit is a training step of the same
 network with batch 256.
