@@ -41,11 +41,11 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
     probed = [report for report in history if report.spectrum is not None]
     edges = LOG_EIGENVALUE_EDGES.numpy()
     centers = (edges[1:] + edges[:-1]) / 2
-    # Newest in front; the height of a ridge is three tasks for the tallest bin of all.
+    # Ridges are three tasks high at most, whatever lies in the first bin: in a collapse nearly everything does.
     counts = {report.task: np.histogram(log_eigenvalues(report).numpy(), edges)[0] for report in probed}
-    tallest = max((count.max() for count in counts.values()), default=1)
+    tallest = max((count[1:].max() for count in counts.values()), default=0) or 1
     for report in reversed(probed):
-        outline = report.task + 3.0 * counts[report.task] / tallest
+        outline = report.task + 3.0 * np.minimum(counts[report.task] / tallest, 1)
         color = "tab:red" if report.collapsed else "tab:blue"
         ridges.fill_between(centers, report.task, outline, color=color, alpha=0.35, linewidth=0, zorder=-report.task)
         ridges.plot(centers, outline, color=color, linewidth=0.8, zorder=-report.task)
