@@ -80,7 +80,7 @@ def run(path: Path, callback: SpectralCollapseCallback | None, **options: Any) -
         "noise": module.noise,
         "logged": [{key: value for key, value in row.items() if key != "created_at"} for row in rows],
         "metrics": {name: value.item() for name, value in one.callback_metrics.items()},
-        "metric state": {name: value.clone() for name, value in module.accuracy.metric_state.items()},
+        "metric state": {name: getattr(module.accuracy, name).clone() for name in module.accuracy._defaults},
         "random numbers": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "modes": [part.training for part in module.modules()],
         "flags": (

@@ -133,12 +133,14 @@ def test_resumed_fit_is_the_same_task(tmp_path: Path, when: dict[str, int]) -> N
     path = sorted(tmp_path.glob("epoch=0*.ckpt"))[0]
 
     resumed = watcher()
-    trainer(resumed, saver, max_epochs=2, enable_checkpointing=True).fit(Classifier(), loader(), ckpt_path=path)
+    second = trainer(resumed, saver, max_epochs=2, enable_checkpointing=True)
+    second.fit(Classifier(), loader(), ckpt_path=path)
     assert tasks_seen(resumed) == [(0, None, 0)]
     assert resumed.history[0].metrics == first.history[0].metrics
     assert torch.equal(resumed.history[0].spectrum.eigenvalues, first.history[0].spectrum.eigenvalues)
     trainer(resumed).fit(Classifier(), loader())
-    assert tasks_seen(resumed) == [(0, None, 0), (1, None, 6)]
+    assert second.global_step >= 6, "old Lightning trains the rest of a resumed epoch anew"
+    assert tasks_seen(resumed) == [(0, None, 0), (1, None, second.global_step)]
 
 
 def test_task_id_of_another_kind_is_refused() -> None:
