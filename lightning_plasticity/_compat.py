@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 
 __all__ = ["DummyLogger", "SingleDeviceStrategy", "compiled_methods", "fit_datamodule", "is_restoring_for_finder"]
 
@@ -26,7 +27,7 @@ def is_restoring_for_finder(trainer: Trainer) -> bool:
     return Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
-def compiled_methods(module: LightningModule) -> dict[str, Any]:
+def compiled_methods(module: nn.Module) -> dict[str, Any]:
     """The methods that the Trainer stored on the instance when it unwrapped a compiled module.
 
     On a copy they would still be bound to the original.

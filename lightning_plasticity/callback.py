@@ -19,7 +19,7 @@ from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.diagnostics import measure
 from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.loggers import log_summary, log_task
-from lightning_plasticity.probe import GGNProbe, LossFunction, isolated_copy, training_loss
+from lightning_plasticity.probe import GGNProbe, LossFunction, isolated_copy, training_loss, untouched_schedules
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId
 
@@ -153,6 +153,10 @@ class SpectralCollapseCallback(Callback):
         log_summary(trainer.loggers, self.history)
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resumed = False  # a resumed fit that had nothing left to train
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._resumed |= fitting and not is_restoring_for_finder(trainer)
@@ -189,7 +193,8 @@ class SpectralCollapseCallback(Callback):
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
         first = all(earlier.spectrum is None for earlier in self.history)
         try:
-            message = self._probe_task(report, trainer, pl_module, batch)
+            with untouched_schedules(trainer):
+                message = self._probe_task(report, trainer, pl_module, batch)
             if first:
                 self._rehearse_repairs(trainer, pl_module)
         except Exception as error:

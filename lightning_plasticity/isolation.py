@@ -38,19 +38,24 @@ def _eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode; restores each one's mode and every buffer, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Puts every module into evaluation mode; restores each one's mode and buffers, also after an exception."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    tensors = [buffer for own in buffers for buffer in own.values() if buffer is not None]
+    tensors += [m.weight for m in modules if isinstance(m, nn.Embedding) and m.max_norm is not None]  # renormalised
+    values = [tensor.detach().clone() for tensor in tensors]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training, own in zip(modules, modes, buffers, strict=True):
             module.training = training
+            module._buffers.update(own)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in zip(tensors, values, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextlib.contextmanager

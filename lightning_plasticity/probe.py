@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +15,18 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods
+from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError
 from lightning_plasticity.curvature.gram import Gram, gram
-from lightning_plasticity.isolation import isolated_rng
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 """``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
 
-_SHARED = (Trainer, LightningDataModule, DataLoader, Dataset, Logger)
+_SHARED = (LightningDataModule, DataLoader, Dataset)
 """Kinds of attributes that a copy of a module shares with the original: large, or not the module's own."""
 
 
@@ -69,45 +71,56 @@ class GGNProbe:
             make_copy: Makes a copy of the module that may be used up.
             batch: The batch, on the module's device. It is not changed.
             loss_fn: The loss of a module on a batch.
+
+        Raises:
+            MisconfigurationException: If one sample alone has more outputs than ``max_rows``.
         """
-        samples = self.samples
+        available = batch_size(batch)
+        samples = self.samples if available is None else min(self.samples, available)
         while True:
             try:
-                result = self._gram(make_copy(), first_samples(batch, samples), loss_fn)
+                known = None if available is None else samples
+                result = self._gram(make_copy(), first_samples(batch, samples), loss_fn, known)
                 return ProbeResult(result.spectrum(), result.loss)
             except TooManyRowsError as error:
-                samples = error.samples * self.max_rows // error.rows
-                if samples < 1:
+                fewer = min(samples - 1, samples * self.max_rows // error.rows)
+                if available is None or fewer < 1:
                     raise MisconfigurationException(
-                        f"one sample has {error.rows // error.samples} outputs, more than "
+                        f"one sample has {error.rows // samples} outputs, more than "
                         f"GGNProbe(max_rows={self.max_rows}): raise max_rows, or pass a loss_fn on fewer outputs"
                     ) from error
+                samples = fewer
 
-    def _gram(self, module: LightningModule, batch: Any, loss_fn: LossFunction) -> Gram:
+    def _gram(self, module: LightningModule, batch: Any, loss_fn: LossFunction, samples: int | None) -> Gram:
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
             module = module.float()
             batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
-        return gram(module, batch, loss_fn, max_rows=self.max_rows)
+        return gram(module, batch, loss_fn, samples=samples, max_rows=self.max_rows)
+
+
+def batch_size(batch: Any) -> int | None:
+    """The number of samples in a batch: the most common first dimension of its tensors, the first one seen on a tie."""
+    sizes: Counter[int] = Counter()
+
+    def see(tensor: Tensor) -> None:
+        if tensor.dim():
+            sizes[tensor.shape[0]] += 1
+
+    apply_to_collection(batch, Tensor, see)
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def first_samples(batch: Any, samples: int) -> Any:
     """A copy of the first samples of a batch: of every tensor in it whose first dimension is the batch size.
 
-    The batch size is the first dimension of the first tensor in the batch that has one. Other tensors are copied whole.
+    Other tensors are copied whole.
 
     Example:
         >>> x, y, scale = first_samples((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
         >>> x.shape, y.shape, scale.shape
         (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
     """
-    sizes: list[int] = []
-
-    def see(tensor: Tensor) -> None:
-        if tensor.dim():
-            sizes.append(tensor.shape[0])
-
-    apply_to_collection(batch, Tensor, see)
-    size = sizes[0] if sizes else None
+    size = batch_size(batch)
 
     def take(tensor: Tensor) -> Tensor:
         shortened = tensor[:samples] if tensor.dim() and tensor.shape[0] == size else tensor
@@ -154,7 +167,7 @@ class _QuietTrainer:
 def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable: bool = False) -> LightningModule:
     """A copy of the module that can be trained, logged from and broken without the run noticing.
 
-    Trainer, data modules, data sets, loaders and loggers are shared rather than copied; ``log`` does nothing.
+    Data modules, data sets and loaders are shared rather than copied; ``log`` does nothing, nor do loggers.
 
     Args:
         module: The module. It is not changed.
@@ -164,28 +177,25 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
     Raises:
         MisconfigurationException: If an attribute cannot be copied; it is named.
     """
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        own = {k: v for k, v in part.__dict__.items() if k not in ("_parameters", "_buffers", "_modules", "_trainer")}
-        _share(list(own.values()), memo, set())
-        if isinstance(part, LightningModule):
-            memo.update({id(method): method for method in compiled_methods(part).values()})
-    try:
-        with isolated_rng():
-            result = copy.deepcopy(module, dict(memo))
-    except Exception as error:
-        culprits = _uncopyable(module, memo)
-        if not (share_uncopyable and culprits):
-            name, value, reason = next(iter(culprits), ("?", module, error))
-            raise MisconfigurationException(
-                f"the probe works on a copy of {type(module).__name__}, but its attribute {name!r} (a "
-                f"{type(value).__name__}) cannot be copied: {reason}. Keep it outside of the module, give it a "
-                "__deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
-            ) from error
-        memo.update({id(value): value for _, value, _ in culprits})
-        with isolated_rng():
-            result = copy.deepcopy(module, memo)
     quiet: Any = _QuietTrainer(trainer)
+    compiled = [m for part in module.modules() for m in compiled_methods(part).values()]
+
+    def stand_in(value: Any) -> Any:
+        if value is trainer:
+            return quiet
+        if isinstance(value, Logger):
+            return quiet.logger
+        if isinstance(value, _SHARED) or any(value is method for method in compiled):
+            return value
+        return None
+
+    try:
+        result = copy_module(module, stand_in, share_uncopyable=share_uncopyable)
+    except UncopyableError as error:
+        raise MisconfigurationException(
+            f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module, "
+            "give it a __deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
+        ) from error
     for part in result.modules():
         if isinstance(part, LightningModule):
             for name in compiled_methods(part):
@@ -199,32 +209,17 @@ def _nothing(*_: object, **__: object) -> None:
     pass
 
 
-def _share(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Puts what a copy shares with the original into the memo of a deep copy."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, _SHARED):
-        memo[id(value)] = value
-    elif isinstance(value, Tensor) and not value.is_leaf:  # kept from an earlier step; cannot be copied with its graph
-        memo[id(value)] = value.detach()
-    elif isinstance(value, dict):
-        _share(list(value.values()), memo, seen)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            _share(item, memo, seen)
-
-
-def _uncopyable(module: nn.Module, memo: dict[int, Any]) -> list[tuple[str, Any, Exception]]:
-    """The attributes of a module and of what is in it that cannot be copied, and why."""
-    found = []
-    for prefix, part in module.named_modules():
-        for name, value in part.__dict__.items():
-            if name in ("_parameters", "_buffers", "_modules", "_trainer"):
-                continue
-            try:
-                with isolated_rng():
-                    copy.deepcopy(value, dict(memo))
-            except Exception as error:
-                found.append((f"{prefix}.{name}" if prefix else name, value, error))
-    return found
+@contextlib.contextmanager
+def untouched_schedules(trainer: Trainer) -> Iterator[None]:
+    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    try:
+        yield
+    finally:
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(state)

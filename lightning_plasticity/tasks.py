@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -71,7 +72,9 @@ def task_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
                 value = value.item()
             if value is None or callable(value):
                 continue
-            if isinstance(value, int | str):
+            if isinstance(value, Integral):
+                return int(value)
+            if isinstance(value, str):
                 return value
             raise TypeError(
                 f"{type(owner).__name__}.{name} is {value!r}; the name of a task must be an int or a str (or None). "

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -258,8 +259,7 @@ def test_after_a_first_success_a_failing_probe_is_reported_and_training_goes_on(
     module = Step(lambda loss: loss)
     callback = SpectralCollapseCallback(interventions=[Reset()])
     trainer(callback).fit(module, loader())
-    broken = [True]
-    module.output = lambda loss: loss * (torch.nan if broken[0] and not broken.clear() else 1) if broken else loss
+    module.output = lambda loss: loss if module.training else loss * torch.nan  # the probe is in evaluation mode
     before = weights(module)
     with pytest.warns(PlasticityWarning, match="task 1: plasticity could not be measured, training goes on: .* nan"):
         trainer(callback).fit(module, loader())
@@ -268,6 +268,7 @@ def test_after_a_first_success_a_failing_probe_is_reported_and_training_goes_on(
     assert report.metrics == {}
     assert not report.collapsed
     assert not torch.equal(weights(module), before), "it went on training"
+    module.output = lambda loss: loss
     trainer(callback).fit(module, loader())
     assert callback.history[2].spectrum is not None
 
@@ -356,3 +357,58 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
 def test_a_sample_with_too_many_outputs_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"one sample has 3 outputs, more than GGNProbe\(max_rows=2\)"):
         trainer(SpectralCollapseCallback(GGNProbe(max_rows=2))).fit(Classifier(), loader())
+
+
+def test_tokens_flattened_into_rows_are_probed_on_fewer_sequences() -> None:
+    class Tokens(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[0].flatten())
+
+    data = DataLoader(TensorDataset(torch.randint(9, (8, 5))), batch_size=8)
+    callback = SpectralCollapseCallback(GGNProbe(max_rows=100))
+    trainer(callback).fit(Tokens(), data)
+    assert len(callback.history[0].spectrum.kernel.eigenvalues) == 2 * 5 * 9, "two sequences of 45 rows"
+
+
+def test_schedulers_stepped_in_training_step_are_not_stepped_by_the_probe() -> None:
+    class Scheduled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.lr_schedulers().step()
+            self.optimizers().param_groups[0]["weight_decay"] += 0.01
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    ends = []
+    for callbacks in ([], [SpectralCollapseCallback()]):
+        torch.manual_seed(0)
+        module = Scheduled()
+        one = trainer(*callbacks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            one.fit(module, loader(5))
+        settings = {key: value for key, value in one.optimizers[0].param_groups[0].items() if key != "params"}
+        ends.append((weights(module), settings, one.lr_scheduler_configs[0].scheduler.state_dict()))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_loggers_of_the_users_own_are_silent_in_the_probe(tmp_path: Path) -> None:
+    class Logging(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = CSVLogger(tmp_path)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
+            return super().training_step(batch, batch_idx)
+
+    module = Logging()
+    trainer(SpectralCollapseCallback()).fit(module, loader())
+    assert len(module.own.experiment.metrics) == 3

@@ -1,6 +1,7 @@
 """The exact curvature against dense float64 Jacobians."""
 
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum
 from lightning_plasticity.curvature.gram import gram
-from tests.cases import CASES, Case, dense
+from tests.cases import CASES, Case, classes, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -192,9 +193,48 @@ class Scaled(nn.Module):
         return self.linear(x) * self.scale
 
 
-class Centred(nn.Sequential):
+class Shifted(nn.Module):
+    """A linear layer and a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.extra = nn.Linear(3, 2, bias=False), nn.Parameter(torch.zeros(2))
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean(0)) + self[0].bias.sum() * 0
+        return self.linear(x) + self.extra
+
+
+class Transposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t().t())
+
+
+class TakeFirst(nn.Module):
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        return x[0]
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Positions(nn.Module):
+    """A position embedding without a batch dimension."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.linear, self.place = nn.Linear(3, 2), nn.Embedding(positions, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.place(torch.arange(self.place.num_embeddings))
+        return torch.tanh(self.linear(x[:, None] * places)).mean(1)
+
+
+class Siamese(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(super().forward(torch.cat([x, x.flip(1)])))
+        return h[: len(x)] - h[len(x) :]
 
 
 class BatchStatistics(nn.Sequential):
@@ -211,21 +251,116 @@ def regress(model: nn.Module, x: Tensor) -> Tensor:
     ("model", "culprit"),
     [
         (Scaled(), r"'scale', shape \(2,\): used by mul"),
-        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "'1.weight'"),
-        (BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), "'0.weight'"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)),
+            r"'1.weight', shape \(4,\): used by batch_norm",
+        ),
+        (nn.Sequential(nn.Linear(3, 2), nn.GRU(2, 2), TakeFirst()), r"'1.weight_ih_l0', .*: used by gru"),
+        (
+            nn.Sequential(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), nn.Linear(4, 2), Mean()),
+            r"in_proj_weight', .*: used by multi_head_attention_forward",
+        ),
         (nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), r"'1.weight', shape \(1,\): used by prelu"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "original0"),
-        (Centred(nn.Linear(3, 2)), None),
+        (nn.Sequential(Transposed(3, 2)), r"'0.weight', .*: used by"),
     ],
-    ids=["bare parameter", "batch norm without statistics", "mixed samples", "prelu", "weight norm", "mixed inputs"],
+    ids=["bare parameter", "batch norm", "gru", "attention", "prelu", "weight norm", "weight of a view"],
 )
-def test_what_is_not_known_is_noticed_and_named(model: nn.Module, culprit: str | None) -> None:
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    if culprit is None:  # mixing the inputs before the first parameter couples nothing that matters
-        assert ggn_spectrum(model, x, regress).trace > 0
-    else:
-        with pytest.raises(UnsupportedModelError, match=culprit):
-            ggn_spectrum(model, x, regress)
+def test_what_is_not_known_is_noticed_and_named(model: nn.Module, culprit: str) -> None:
+    shape = (5, 3, 4) if "in_proj" in culprit else (5, 3)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModelError, match=culprit):
+        ggn_spectrum(model, x, regress)
+
+
+def test_parameters_are_accounted_for_however_small_their_part() -> None:
+    """A tolerance would let this one pass: the first sample is 10⁵ times as large as the parameter's use."""
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e5
+    with pytest.raises(UnsupportedModelError, match="'extra'"):
+        ggn_spectrum(Shifted(), x, lambda m, b: F.cross_entropy(m(b), torch.arange(8) % 2))
+
+
+def test_parameters_of_another_model_are_noticed() -> None:
+    other = nn.Linear(3, 2)
+    with pytest.raises(UnsupportedModelError, match=r"a parameter of shape \(2, 3\) that is not the model's own"):
+        ggn_spectrum(nn.Linear(3, 2), torch.randn(5, 3), lambda m, x: F.mse_loss(m(x) + other(x), torch.zeros(5, 2)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), id="statistics of the batch"),
+        pytest.param(lambda: Positions(5), id="positions as many as samples"),
+        pytest.param(lambda: nn.Sequential(Siamese(nn.Linear(3, 2))), id="two views in one batch"),
+    ],
+)
+def test_samples_that_depend_on_each_other_are_one_block(model: Callable[[], nn.Module]) -> None:
+    case = Case("coupled", lambda: (model(), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss)
+    assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
+
+
+def test_samples_that_depend_on_each_other_are_refused_where_one_block_is_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_plasticity.curvature.gram._DENSE_ELEMENTS", 0)
+    with pytest.raises(UnsupportedModelError, match=r"'0.weight', shape \(4, 3\): its layer mixes samples"):
+        ggn_spectrum(BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), regress)
+
+
+@pytest.mark.parametrize("change", ["relu", "add", "assign"])
+def test_outputs_with_positions_changed_in_place(change: str) -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)  # with a bias and positions, torch returns a view here
+            if change == "relu":
+                F.relu_(h)
+            elif change == "add":
+                h += x
+            else:
+                h[:, 0] = 0
+            return self.second(h).mean(1)
+
+    case = Case("changed", lambda: (Changed(), torch.randn(5, 6, 4), classes(5)))
+    assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
+
+
+def test_loss_scaled_in_place() -> None:
+    def scaled(f: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(f, y)
+        loss *= 0.5
+        loss /= 3
+        return loss
+
+    case = Case("scaled", lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)), scaled)
+    plain = dense(Case("plain", case.make)).eigenvalues
+    assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), plain / 6) <= 1e-10
+
+
+def test_outputs_that_depend_on_outputs() -> None:
+    """Deep supervision: the loss of an output and of another one made of it."""
+    case = Case(
+        "nested",
+        lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)),
+        lambda f, y: F.cross_entropy(f, y) + F.cross_entropy(f / 2, y),
+    )
+    assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
+
+
+def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
+    model, x, y = nn.Linear(3, 3).double(), torch.randn(6, 3, dtype=torch.float64), classes(6)
+
+    def halves(model: nn.Module, x: Tensor) -> Tensor:
+        return (F.cross_entropy(model(x[:3]), y[:3]) + F.cross_entropy(model(x[3:]), y[3:])) / 2
+
+    whole = ggn_spectrum(model, x, lambda m, x: F.cross_entropy(m(x), y))
+    parts = ggn_spectrum(model, x, halves, samples=6)
+    assert relative_error(parts.eigenvalues, whole.eigenvalues) <= 1e-12
+    assert relative_error(parts.kernel.eigenvalues, whole.kernel.eigenvalues) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -233,6 +368,12 @@ def test_what_is_not_known_is_noticed_and_named(model: nn.Module, culprit: str |
     [
         (lambda m, x: m(x).square().mean(), "not computed by torch.nn.functional.cross_entropy"),
         (lambda m, x: regress(m, x) + m.weight.square().sum(), "depends on 'weight' other than through"),
+        (lambda m, x: F.mse_loss((p := m(x).chunk(2, -1))[0], torch.zeros(5, 1)) + p[1].square().mean(), "other than"),
+        (lambda m, x: F.mse_loss(f := m(x), torch.zeros(5, 2)) + (f - f.detach()).square().sum(), "another way"),
+        (
+            lambda m, x: F.mse_loss(m(x).detach() + x.clone().requires_grad_()[:, :2], torch.zeros(5, 2)),
+            "does not depend on any",
+        ),
         (lambda m, x: regress(m, x) + m(x).abs().mean(), "depends on 'weight', 'bias' other than through"),
         (lambda m, x: regress(m, x).exp(), "not a weighted sum"),
         (lambda m, x: -regress(m, x), "counts some samples negatively"),
@@ -257,7 +398,9 @@ def test_models_that_cannot_be_probed_are_refused() -> None:
         ggn_spectrum(nn.Linear(3, 2).requires_grad_(False), x, regress)
     with pytest.raises(ValueError, match="not initialised"):
         ggn_spectrum(nn.LazyLinear(2), x, regress)
-    with pytest.raises(TooManyRowsError, match="5 samples with 2 outputs each make a Gram matrix of 10 rows"):
+    with pytest.raises(
+        TooManyRowsError, match="are 10 numbers and the Gram matrix has a row for each, more than max_rows=9"
+    ):
         ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9)
 
 

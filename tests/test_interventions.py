@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -162,6 +163,61 @@ OPTIMIZERS: list[Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = [
 ]
 
 
+class Lazy(torch.optim.Optimizer):
+    """Not torch's: keeps a copy of the weights from its first step on, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "unaccepted": 1})
+
+    def fresh(self, parameter: Tensor) -> dict[str, Any]:
+        return {"anchor": parameter.detach().clone(), "step": 0}
+
+    def step(self, closure: Callable[[], Any]) -> None:
+        closure()
+        for parameter in self.param_groups[0]["params"]:
+            if not self.state[parameter]:
+                self.state[parameter] = self.fresh(parameter)
+            state = self.state[parameter]
+            state["step"] += 1
+            with torch.no_grad():
+                parameter.add_(state["anchor"] - parameter, alpha=0.1 / state["step"]).sub_(parameter.grad, alpha=0.01)
+
+
+class Eager(Lazy):
+    """The same, but it makes its state when it is built."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = self.fresh(parameter)
+
+
+class Derived(torch.optim.Rprop):
+    pass
+
+
+class Wrapper:
+    """Like Lightning's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self, closure: Callable[[], Any]) -> None:
+        self.optimizer.step(closure)
+
+
+OPTIMIZERS += [
+    lambda p: Lazy(p),
+    lambda p: Eager(p),
+    lambda p: Derived(p, lr=1e-3),
+    lambda p: Wrapper(torch.optim.Rprop(p)),  # type: ignore[arg-type,return-value]
+    lambda p: torch.optim.Adafactor(p),
+]
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_after_a_reset_an_optimizer_goes_on_like_a_new_one(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
@@ -187,19 +243,48 @@ def test_state_of_parameters_that_did_not_change_is_kept() -> None:
     assert model[1].weight not in optimizer.state
 
 
-def test_unknown_optimizers_are_cleared_by_shape_and_the_rest_is_named() -> None:
-    class Foreign(torch.optim.SGD):
-        pass
+def test_unknown_optimizers_that_cannot_be_made_anew_are_zeroed_with_a_warning() -> None:
+    class Foreign(Lazy):
+        def __init__(self, params: Any, needed: int) -> None:
+            super().__init__(params)
 
     model = nn.Linear(4, 3)
-    optimizer = Foreign(model.parameters(), lr=0.1)
-    optimizer.state[model.weight] = {
-        "average": torch.ones(3, 4),
-        "step": torch.tensor(7.0),
-        "row_factors": torch.ones(3),
-    }
-    with pytest.warns(UserWarning, match="Foreign keeps 'row_factors' for a parameter that was re-initialised"):
+    optimizer = Foreign(model.parameters(), needed=1)
+    optimizer.state[model.weight] = {"average": torch.ones(3, 4), "step": torch.tensor(7.0), "rows": torch.ones(3)}
+    with pytest.warns(
+        UserWarning, match=r"Foreign is not known here: .*\['average', 'step'\] became zero and \['rows'\]"
+    ):
         Reset().repair(model, optimizers=[optimizer])
     state = optimizer.state[model.weight]
     assert state["average"].sum() == state["step"] == 0
-    assert state["row_factors"].sum() == 3
+    assert state["rows"].sum() == 3
+
+
+def test_one_optimizer_given_twice_is_cleared_once() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, torch.ones(2, 4))
+    assert Reset().repair(model, optimizers=[optimizer, optimizer]).num_parameters_changed == 15
+    assert not optimizer.state
+
+
+def test_frozen_norm_layers_keep_their_statistics() -> None:
+    model = network()
+    model[1].requires_grad_(False)
+    model[1].running_mean.fill_(5)
+    Reset().repair(model)
+    assert torch.equal(model[1].running_mean, torch.full((4,), 5.0))
+
+
+def test_full_shrink_perturb_replaces_weights_that_are_not_finite() -> None:
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.fill_(torch.nan)
+    ShrinkPerturb(s=1).repair(model)
+    assert torch.isfinite(model.weight).all()
+
+
+def test_layers_that_keep_tensors_with_a_graph_can_be_reset() -> None:
+    model = nn.Linear(4, 3)
+    model.last = model(torch.ones(2, 4))
+    assert Reset().repair(model).num_parameters_changed == 15

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -148,3 +149,21 @@ def test_task_id_of_another_kind_is_refused() -> None:
     module.task_id = [1, 2]
     with pytest.raises(TypeError, match=r"Classifier.task_id is \[1, 2\]; the name of a task must be an int or a str"):
         trainer(watcher()).fit(module, loader())
+
+
+def test_a_resumed_fit_with_nothing_left_to_train_does_not_hide_the_next_task(tmp_path: Path) -> None:
+    callback, module = watcher(), Classifier()
+    one = trainer(callback)
+    one.fit(module, loader())
+    one.save_checkpoint(tmp_path / "done.ckpt")
+    trainer(callback).fit(module, loader(), ckpt_path=tmp_path / "done.ckpt")
+    trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, None, 0), (1, None, 3)]
+
+
+def test_task_ids_may_be_numpy_numbers() -> None:
+    callback, module = watcher(), Classifier()
+    module.task_id = np.int64(3)
+    trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, 3, 0)]
+    assert type(callback.history[0].task_id) is int

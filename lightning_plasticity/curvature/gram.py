@@ -10,16 +10,17 @@ backward pass for each output number of a sample, and no :math:`J`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.graph import gradient_edge, leaves
 from lightning_plasticity.curvature.layers import LayerCall, ParameterUse, Weight
-from lightning_plasticity.curvature.losses import LossCall
-from lightning_plasticity.curvature.recording import Recording, parameters_outside
+from lightning_plasticity.curvature.outputs import Outputs, UnsupportedModelError, outputs_of
+from lightning_plasticity.curvature.recording import Recording
 from lightning_plasticity.curvature.spectrum import Spectrum, TangentKernel
 from lightning_plasticity.isolation import probing
 
@@ -30,29 +31,27 @@ LossFunction = Callable[[Any, Batch], Tensor]
 _CHUNK_ELEMENTS = 2**24
 """How many numbers of a Jacobian are held at a time: 64 MiB in float32."""
 
+_DENSE_ELEMENTS = 2**27
+"""How many gradients by layer outputs are held at most where samples are not independent: 512 MiB in float32."""
+
 _RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """How far a closed form may be from autograd's own answer: far above rounding, far below any mistake worth the name."""
-
-
-class UnsupportedModelError(RuntimeError):
-    """The model or the loss has a part whose exact curvature is not known: the message names it."""
 
 
 class TooManyRowsError(ValueError):
     """The Gram matrix of this batch would be larger than allowed.
 
     Args:
-        samples: Number of samples in the batch.
         rows: Number of rows ``m`` of the Gram matrix.
         max_rows: The number allowed.
     """
 
-    def __init__(self, samples: int, rows: int, max_rows: int) -> None:
+    def __init__(self, rows: int, max_rows: int) -> None:
         super().__init__(
-            f"{samples} samples with {rows // samples} outputs each make a Gram matrix of {rows} rows, more than "
-            f"max_rows={max_rows}: probe fewer samples or raise max_rows"
+            f"the outputs of the network on this batch are {rows} numbers and the Gram matrix has a row for each, more "
+            f"than max_rows={max_rows}: probe fewer samples or raise max_rows"
         )
-        self.samples, self.rows, self.max_rows = samples, rows, max_rows
+        self.rows, self.max_rows = rows, max_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,12 @@ class Gram:
 
 
 def ggn_spectrum(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], *, max_rows: int | None = None
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    *,
+    samples: int | None = None,
+    max_rows: int | None = None,
 ) -> Spectrum:
     r"""Exact spectrum of the generalized Gauss-Newton matrix :math:`J^\top \frac{\partial^2 L}{\partial f^2} J`.
 
@@ -103,6 +107,8 @@ def ggn_spectrum(
         model: Any module. Nothing in it is changed.
         batch: Whatever ``loss_fn`` takes.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the samples, a scalar with a graph.
+        samples: Number of samples that the loss is a mean over: the :math:`n` of the tangent kernel, of no consequence
+            for the Gauss-Newton matrix. By default the first dimension of what the first loss function was given.
         max_rows: Refuse a Gram matrix with more rows (samples times outputs a sample) than this.
 
     Returns:
@@ -124,33 +130,37 @@ def ggn_spectrum(
         >>> [round(value, 6) for value in spectrum.eigenvalues.tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
-    return gram(model, batch, loss_fn, max_rows=max_rows).spectrum()
+    return gram(model, batch, loss_fn, samples=samples, max_rows=max_rows).spectrum()
 
 
-def gram(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], *, max_rows: int | None = None) -> Gram:
+def gram(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    *,
+    samples: int | None = None,
+    max_rows: int | None = None,
+) -> Gram:
     """The Gram matrices behind :func:`ggn_spectrum`, which documents arguments and errors."""
     parameters = trainable_parameters(model)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     with probing(model):
         recording = Recording(parameters)
         with recording:
             loss = loss_fn(model, batch)
         _check_loss(loss)
-        outputs = _outputs_of(loss, recording.loss_calls, parameters)
-        samples = math.gcd(*[output.samples for output in outputs], *[c.output_shape[0] for c in recording.layer_calls])
-        rows = sum(output.tensor.numel() for output in outputs)
+        outputs = outputs_of(loss, recording.loss_calls, names)
+        _check_parameters(outputs, recording, parameters)
+        rows = sum(output.shape.numel() for output in outputs)
         if max_rows is not None and rows > max_rows:
-            raise TooManyRowsError(outputs[0].samples, rows, max_rows)
-        jacobian_gram = _jacobian_gram(recording, outputs, samples, parameters)
-    # _jacobian_gram orders rows by sample, then by output number: so do these.
-    residual = torch.cat([output.residual.reshape(samples, -1) for output in outputs], dim=1)
-    roots = torch.stack(
-        [torch.block_diag(*blocks) for blocks in zip(*[o.roots(samples) for o in outputs], strict=True)]
-    )
-    width = roots.shape[-1]
-    by_sample = jacobian_gram.reshape(samples, width, samples, width)
-    weighted = torch.einsum("ipa,ipjq,jqb->iajb", roots, by_sample, roots).reshape(rows, rows)
+            raise TooManyRowsError(rows, max_rows)
+        jacobian_gram, roots = _jacobian_gram(recording, outputs, parameters)
+    blocks, width = len(roots), roots.shape[-1]
+    residual = torch.cat([output.residual.reshape(blocks, -1) for output in outputs], dim=1)
+    by_block = jacobian_gram.reshape(blocks, width, blocks, width)
+    weighted = torch.einsum("ipa,ipjq,jqb->iajb", roots, by_block, roots).reshape(rows, rows)
     return Gram(
-        tangent_kernel=jacobian_gram / outputs[0].samples,
+        tangent_kernel=jacobian_gram / (samples if samples is not None else outputs[0].samples),
         loss_weighted=(weighted + weighted.T) / 2,
         residual=residual.flatten(),
         loss=loss.item(),
@@ -191,178 +201,168 @@ def _check_loss(loss: Tensor) -> None:
         )
 
 
-@dataclass(eq=False)
-class _Outputs:
-    """One tensor of network outputs, the residual there, and the Hessian blocks of the loss calls that took it."""
-
-    tensor: Tensor
-    calls: list[LossCall]
-    residual: Tensor
-    blocks: list[Tensor]
-
-    @property
-    def samples(self) -> int:
-        unbatched = self.tensor.dim() == 0 or self.calls[0].class_dim == 0
-        return 1 if unbatched else self.tensor.shape[0]
-
-    def roots(self, samples: int) -> Tensor:
-        """A root of the Hessian for each sample, shape ``(samples, q, q)``, in the order of the tensor's entries."""
-        dense = [self._dense(call, block, samples) for call, block in zip(self.calls, self.blocks, strict=True)]
-        if len(dense) == 1:
-            return dense[0]
-        values, vectors = torch.linalg.eigh(torch.stack([root @ root.mT for root in dense]).sum(0))
-        root: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
-        return root
-
-    def _dense(self, call: LossCall, block: Tensor, samples: int) -> Tensor:
-        size = block.shape[-1]
-        entries = torch.arange(self.tensor.numel(), device=block.device).reshape(self.tensor.shape)
-        if size > 1:
-            entries = entries.movedim(call.class_dim, -1)
-        entries = entries.reshape(-1, size)  # of which entries of the tensor each block is about
-        width = self.tensor.numel() // samples
-        dense = block.new_zeros(samples, width, width)
-        sample, place = entries // width, entries % width
-        dense[sample[:, :, None], place[:, :, None], place[:, None, :]] = block
-        return dense
-
-
-def _outputs_of(loss: Tensor, calls: list[LossCall], parameters: dict[str, nn.Parameter]) -> list[_Outputs]:
-    """What of the network the loss depends on, and how, checked to be all there is."""
-    gradients = (
-        torch.autograd.grad(
-            loss, [call.value for call in calls], create_graph=True, allow_unused=True, materialize_grads=False
-        )
-        if calls
-        else ()
-    )
-    reached = [(call, gradient) for call, gradient in zip(calls, gradients, strict=True) if gradient is not None]
-    if not reached:
+def _check_parameters(outputs: list[Outputs], recording: Recording, parameters: dict[str, nn.Parameter]) -> None:
+    """The outputs depend on parameters through the recorded layer calls and in no other way."""
+    known = {call.output: call.inputs for call in recording.layer_calls}
+    other = leaves([output.edge for output in outputs], known)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    if unknown := [names[id(leaf)] for leaf in other if id(leaf) in names]:
+        raise UnsupportedModelError(_unaccounted(unknown, parameters, recording))
+    if foreign := [leaf for leaf in other if isinstance(leaf, nn.Parameter)]:
         raise UnsupportedModelError(
-            "the loss was not computed by torch.nn.functional.cross_entropy, mse_loss or "
-            "binary_cross_entropy_with_logits (or their modules), so its curvature is not known: "
-            "pass a loss_fn(model, batch) that uses one of them"
+            f"the loss depends on a parameter of shape {tuple(foreign[0].shape)} that is not the model's own. Does the "
+            "model, or a hook on it, call a function that holds on to another model, or to the one it was copied from?"
         )
-    if any(gradient.requires_grad for _, gradient in reached):
-        raise UnsupportedModelError(
-            "the loss is not a weighted sum of its loss functions' values (it transforms or multiplies them), so its "
-            "curvature is not known: pass a loss_fn(model, batch) that returns a plain weighted sum"
-        )
-    tensors = {id(call.outputs): call.outputs for call, _ in reached}
-    if outside := parameters_outside(loss, list(tensors.values()), parameters):
-        raise UnsupportedModelError(
-            f"the loss depends on {_quoted(outside)} other than through the network's outputs (a penalty on weights?): "
-            "pass a loss_fn(model, batch) that returns the loss of the data alone"
-        )
-    result = []
-    for key, tensor in tensors.items():
-        (gradient,) = torch.autograd.grad(loss, tensor, retain_graph=True)
-        here = [(call, call.curvature(factor)) for call, factor in reached if id(call.outputs) == key]
-        gap = (sum((curvature.residual for _, curvature in here), torch.zeros(())) - gradient).norm()
-        allowed = _RELATIVE_TOLERANCE.get(gradient.dtype, 1e-3) * gradient.norm()
-        allowed = allowed + 100 * torch.finfo(gradient.dtype).eps * sum(curvature.scale for _, curvature in here)
-        if gap > allowed:
-            raise UnsupportedModelError(
-                "the loss uses the network's outputs in another way besides cross_entropy, mse_loss and "
-                "binary_cross_entropy_with_logits (an entropy bonus, a consistency term?), whose curvature is not "
-                "known: pass a loss_fn(model, batch) without it"
-            )
-        result.append(
-            _Outputs(tensor, [call for call, _ in here], gradient.double(), [curvature.root for _, curvature in here])
-        )
-    return result
 
 
 def _jacobian_gram(
-    recording: Recording, outputs: list[_Outputs], samples: int, parameters: dict[str, nn.Parameter]
-) -> Tensor:
-    r""":math:`J J^\top` over all parameters, shape ``(m, m)``, checked against autograd along a random direction."""
-    calls = recording.layer_calls
-    cotangents = _cotangents(calls, outputs, samples)
-    width = sum(output.tensor.numel() for output in outputs) // samples
+    recording: Recording, outputs: list[Outputs], parameters: dict[str, nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    r""":math:`J J^\top` over all parameters, shape ``(m, m)``, and the roots of the Hessian, block by block.
+
+    A block is as much of the batch as does not depend on the rest of it: a sample, if the layers keep samples apart. It
+    is checked that they do; if not, all of the batch is one block.
+    """
+    sizes = [output.samples for output in outputs] + [call.output_shape[0] for call in recording.layer_calls]
+    rows = sum(output.shape.numel() for output in outputs)
+    candidates = [math.gcd(*sizes)]
+    if candidates[0] > 1 and rows * sum(c.output_shape.numel() for c in recording.layer_calls) <= _DENSE_ELEMENTS:
+        candidates.append(1)
+    wrong: list[str] = []
+    for blocks in candidates:
+        roots = torch.stack(
+            [torch.block_diag(*parts) for parts in zip(*[output.roots(blocks) for output in outputs], strict=True)]
+        )
+        result, wrong = _blockwise_gram(recording, outputs, parameters, roots)
+        if not wrong:
+            return result, roots
+    raise UnsupportedModelError(_unaccounted(wrong, parameters, recording))
+
+
+def _blockwise_gram(
+    recording: Recording, outputs: list[Outputs], parameters: dict[str, nn.Parameter], roots: Tensor
+) -> tuple[Tensor, list[str]]:
+    r""":math:`J J^\top` if the blocks are independent, and the parameters that say they are not.
+
+    Checked is :math:`J_p^\top u` of every parameter against autograd, for a random :math:`u` and for :math:`S u`, where
+    the loss-weighted kernel looks.
+    """
+    calls, (blocks, width) = recording.layer_calls, roots.shape[:2]
     reference = next(iter(parameters.values()))
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(samples, width, generator=generator, dtype=reference.dtype).to(reference.device)
-    parts = direction.split([output.tensor.numel() // samples for output in outputs], dim=1)
-    expected = torch.autograd.grad(
-        [output.tensor for output in outputs],
-        list(parameters.values()),
-        [part.reshape(output.tensor.shape) for part, output in zip(parts, outputs, strict=True)],
-        allow_unused=True,
-    )
+    noise = torch.randn(2, blocks, width, 1, generator=generator, dtype=torch.float64, device="cpu").to(roots.device)
+    directions = torch.cat([noise[:1], roots @ noise[1:]])[..., 0].to(reference.dtype)
+    expected = [_vector_jacobian_products(outputs, parameters, direction) for direction in directions]
+    if all(gradient is None for gradients in expected for gradient in gradients):
+        raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
 
     uses: dict[int, list[tuple[ParameterUse, Tensor]]] = {}
-    for call, cotangent in zip(calls, cotangents, strict=True):
+    for call, cotangent in zip(calls, _cotangents(calls, outputs, directions[0]), strict=True):
         for use in call.uses:
             uses.setdefault(id(use.parameter), []).append((use, cotangent))
 
-    total = torch.zeros(samples * width, samples * width, dtype=torch.float64, device=reference.device)
-    gaps: dict[str, tuple[float, float]] = {}
-    for (name, parameter), wanted in zip(parameters.items(), expected, strict=True):
-        part, pulled_back = _parameter_gram(parameter, uses.get(id(parameter), []), direction)
-        gap = pulled_back if wanted is None else pulled_back - wanted.to_dense()
-        gaps[name] = gap.double().norm().item(), math.sqrt(max(part.trace().item(), 0.0))
+    total = torch.zeros(blocks * width, blocks * width, dtype=torch.float64, device=reference.device)
+    gaps: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        part, pulled_back = _parameter_gram(parameter, uses.get(id(parameter), []), directions)
+        wanted = [_or_zeros(gradients[number], parameter) for gradients in expected]
+        gaps[name] = (pulled_back - torch.stack(wanted)).double().flatten(1).norm(dim=1)
+        parts[name] = _sizes(part, roots)
         total += part
     tolerance = _RELATIVE_TOLERANCE[reference.dtype]
-    floor = 100 * torch.finfo(reference.dtype).eps * math.sqrt(max(total.trace().item(), 0.0))
-    if wrong := [name for name, (gap, size) in gaps.items() if not gap <= tolerance * size + floor]:
-        raise UnsupportedModelError(_unaccounted(wrong, parameters, recording))
-    return total
+    floor = 100 * torch.finfo(reference.dtype).eps * _sizes(total, roots)
+    return total, [name for name in parameters if not bool((gaps[name] <= tolerance * parts[name] + floor).all())]
 
 
-def _cotangents(calls: list[LayerCall], outputs: list[_Outputs], samples: int) -> list[Tensor]:
-    """Gradient of each output number by each layer's output, ``(samples, q, t, c)``: one backward pass a number."""
+def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+
+
+def _sizes(part: Tensor, roots: Tensor) -> Tensor:
+    r"""Root mean square of :math:`J_p^\top u` over random :math:`u`, and of :math:`J_p^\top S u`, shape ``(2,)``."""
+    blocks, width = roots.shape[:2]
+    diagonal = part.reshape(blocks, width, blocks, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    weighted = torch.einsum("npa,npq,nqa->", roots, diagonal, roots)
+    return torch.stack([part.trace(), weighted]).clamp(min=0).sqrt()
+
+
+def _split(vector: Tensor, outputs: list[Outputs]) -> list[Tensor]:
+    """Takes ``(blocks, width)`` apart into tensors with the outputs' shapes."""
+    pieces = vector.split([output.shape.numel() // len(vector) for output in outputs], dim=1)
+    return [piece.reshape(output.shape) for piece, output in zip(pieces, outputs, strict=True)]
+
+
+def _vector_jacobian_products(
+    outputs: list[Outputs], parameters: dict[str, nn.Parameter], direction: Tensor
+) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(
+        [gradient_edge(output.edge) for output in outputs],
+        list(parameters.values()),
+        _split(direction, outputs),
+        retain_graph=True,
+        allow_unused=True,
+    )
+
+
+def _cotangents(calls: list[LayerCall], outputs: list[Outputs], like: Tensor) -> Iterator[Tensor]:
+    """Gradient of each output number by each layer's output, ``(blocks, q, t, c)``: one backward pass a number.
+
+    ``like`` has the shape ``(blocks, q)``.
+    """
+    if not calls:
+        return
+    blocks, width = like.shape
     columns: list[list[Tensor]] = [[] for _ in calls]
-    for output in outputs:
-        width = output.tensor.numel() // samples
-        for column in range(width):
-            selector = torch.zeros(samples, width, dtype=output.tensor.dtype, device=output.tensor.device)
-            selector[:, column] = 1
-            gradients: Sequence[Tensor | None] = torch.autograd.grad(
-                output.tensor,
-                [call.output for call in calls],
-                selector.reshape(output.tensor.shape),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for into, call, gradient in zip(columns, calls, gradients, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros(call.output_shape, dtype=selector.dtype, device=selector.device)
-                into.append(call.by_position(gradient, samples))
-    return [torch.stack(column, dim=1) for column in columns]
+    for column in range(width):
+        selector = torch.zeros_like(like)
+        selector[:, column] = 1
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            [gradient_edge(output.edge) for output in outputs],
+            [gradient_edge(call.output) for call in calls],
+            _split(selector, outputs),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for into, call, gradient in zip(columns, calls, gradients, strict=True):
+            if gradient is None:
+                gradient = torch.zeros(call.output_shape, dtype=selector.dtype, device=selector.device)
+            into.append(call.by_position(gradient, blocks))
+    for column_of_call in columns:
+        yield torch.stack(column_of_call, dim=1)
 
 
 def _parameter_gram(
-    parameter: Tensor, uses: list[tuple[ParameterUse, Tensor]], direction: Tensor
+    parameter: Tensor, uses: list[tuple[ParameterUse, Tensor]], directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""One parameter's part :math:`J_p J_p^\top` (float64) and its pull-back :math:`J_p^\top u` of the direction."""
-    rows = direction.numel()
-    result = torch.zeros(rows, rows, dtype=torch.float64, device=direction.device)
-    pulled_back = torch.zeros_like(parameter)
+    r"""One parameter's part :math:`J_p J_p^\top` (float64), and :math:`J_p^\top u` of each direction ``u``."""
+    rows = directions[0].numel()
+    result = torch.zeros(rows, rows, dtype=torch.float64, device=directions.device)
     if len(uses) == 1 and isinstance(uses[0][0], Weight) and uses[0][1].shape[2] == 1:
-        return _linear_gram(uses[0][0], uses[0][1], direction)
+        return _linear_gram(uses[0][0], uses[0][1], directions)
+    pulled_back = parameter.new_zeros(len(directions), *parameter.shape).detach()
     if not uses:
         return result, pulled_back
     active = torch.cat([use.active_rows() for use, _ in uses]).unique()
     columns = parameter[0].numel() if parameter.dim() else 1
-    flat = pulled_back.reshape(-1, columns)
+    flat = pulled_back.reshape(len(directions), -1, columns)
     for chunk in active.split(max(1, _CHUNK_ELEMENTS // (rows * columns))):
         jacobian = torch.stack([use.jacobian(cotangents, chunk) for use, cotangents in uses]).sum(0)
         jacobian = jacobian.reshape(rows, -1)
         result += jacobian @ jacobian.T
-        flat[chunk] = (direction.flatten() @ jacobian).reshape(-1, columns)
-    return result, flat.reshape(parameter.shape)
+        flat[:, chunk] = (directions.flatten(1) @ jacobian).reshape(len(directions), -1, columns)
+    return result, flat.reshape(pulled_back.shape)
 
 
-def _linear_gram(use: Weight, cotangents: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The same for a matrix used once a sample: :math:`\langle J_i, J_j\rangle = (x_i \cdot x_j)(g_i \cdot g_j)`."""
-    samples, width = direction.shape
-    inputs, gradients = use.inputs(samples)[:, 0], cotangents[:, :, 0]
-    flat = gradients.reshape(samples * width, -1)
-    similarity = (flat @ flat.T).double().reshape(samples, width, samples, width)
+def _linear_gram(use: Weight, cotangents: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The same for a matrix used once a block: :math:`\langle J_i, J_j\rangle = (x_i \cdot x_j)(g_i \cdot g_j)`."""
+    blocks, width = directions.shape[1:]
+    inputs, gradients = use.inputs(blocks)[:, 0], cotangents[:, :, 0]
+    flat = gradients.reshape(blocks * width, -1)
+    similarity = (flat @ flat.T).double().reshape(blocks, width, blocks, width)
     similarity *= (inputs @ inputs.T).double()[:, None, :, None]
-    pulled_back = torch.einsum("nq,nqo,ni->oi", direction, gradients, inputs)
-    return similarity.reshape(samples * width, samples * width), pulled_back
+    pulled_back = torch.einsum("dnq,nqo,ni->doi", directions, gradients, inputs)
+    return similarity.reshape(blocks * width, blocks * width), pulled_back
 
 
 def _unaccounted(names: list[str], parameters: dict[str, nn.Parameter], recording: Recording) -> str:
@@ -376,8 +376,3 @@ def _unaccounted(names: list[str], parameters: dict[str, nn.Parameter], recordin
         "BatchNorm in evaluation mode, LayerNorm and Embedding, each sample for itself. Leave such parameters out with "
         "requires_grad_(False), or pass a loss_fn(model, batch) that does without them"
     )
-
-
-def _quoted(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

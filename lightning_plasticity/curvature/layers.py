@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from typing_extensions import override
+
+from lightning_plasticity.curvature.graph import Edge, edge_of
 
 
 class ParameterUse(ABC):
@@ -138,18 +139,20 @@ class LayerCall:
     """One call of a layer function that used trainable parameters.
 
     Args:
-        output: Where the layer's output stands in the autograd graph. The tensor itself may be changed in place later.
+        output: Where the layer's output stands in the autograd graph.
         output_shape: Shape of that output.
         channels: Number of channels ``c``.
         channels_first: Whether the channels are dimension 1 (convolutions, BatchNorm) rather than the last ones.
         uses: What was used in it.
+        inputs: Where everything else stands that it took and that requires gradients.
     """
 
-    output: GradientEdge
+    output: Edge
     output_shape: torch.Size
     channels: int
     channels_first: bool
     uses: list[ParameterUse]
+    inputs: list[Edge] = field(default_factory=list)
 
     def by_position(self, cotangent: Tensor, samples: int) -> Tensor:
         """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
@@ -166,7 +169,7 @@ def _call(
     output: Tensor, channels: int, uses: Sequence[ParameterUse | None], *, channels_first: bool = False
 ) -> LayerCall:
     present = [use for use in uses if use is not None]
-    return LayerCall(get_gradient_edge(output), output.shape, channels, channels_first, present)
+    return LayerCall(edge_of(output), output.shape, channels, channels_first, present)
 
 
 def _shift(bias: Tensor | None) -> Shift | None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plasticity.curvature.graph import Edge, edge_of
+
 
 @dataclass(frozen=True, eq=False)
 class LossCurvature:
@@ -36,20 +38,30 @@ class LossCall:
     """One call of a loss function.
 
     Args:
-        outputs: The tensor of network outputs it was given.
-        value: What it returned.
-        curvature: Takes the gradient of the whole loss by ``value``, returns the derivatives by ``outputs``.
-        class_dim: The dimension of ``outputs`` whose entries are coupled (the classes of a softmax), or -1.
+        outputs_edge: Where the network outputs that it was given stand in the graph.
+        outputs_shape: Their shape.
+        value_edge: Where what it returned stood in the graph then.
+        curvature: Takes the gradient of the whole loss by what it returned, returns the derivatives by the outputs.
+        class_dim: The dimension of the outputs whose entries are coupled (the classes of a softmax), or -1.
     """
 
-    outputs: Tensor
-    value: Tensor
+    outputs_edge: Edge
+    outputs_shape: torch.Size
+    value_edge: Edge
     curvature: Callable[[Tensor], LossCurvature]
     class_dim: int = -1
 
 
 LossRule = Callable[..., "LossCall | None"]
 """Takes the value of a loss function, then what the function took; ``None``: this call has no closed form."""
+
+
+def _call(
+    outputs: Tensor, value: Tensor, curvature: Callable[[Tensor], LossCurvature], class_dim: int = -1
+) -> LossCall | None:
+    if not outputs.requires_grad:
+        return None
+    return LossCall(edge_of(outputs), outputs.shape, edge_of(value), curvature, class_dim)
 
 
 def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
@@ -103,7 +115,7 @@ def _cross_entropy(
             scale=labels.norm(),
         )
 
-    return LossCall(input, value, curvature, class_dim)
+    return _call(input, value, curvature, class_dim)
 
 
 def _mse_loss(
@@ -132,7 +144,7 @@ def _mse_loss(
         scale = (strength * (outputs.abs() + labels.abs())).norm()
         return LossCurvature(strength * (outputs - labels), _root_of(strength).reshape(-1, 1, 1), scale)
 
-    return LossCall(input, value, curvature)
+    return _call(input, value, curvature)
 
 
 def _bce_with_logits(
@@ -166,7 +178,7 @@ def _bce_with_logits(
         root = _root_of(total * sigmoid * (-outputs).sigmoid())
         return LossCurvature(total * sigmoid - positive, root.reshape(-1, 1, 1), strength.norm())
 
-    return LossCall(input, value, curvature)
+    return _call(input, value, curvature)
 
 
 def _root_of(strength: Tensor) -> Tensor:

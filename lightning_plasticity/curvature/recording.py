@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_plasticity.curvature.graph import edge_of
 from lightning_plasticity.curvature.layers import LAYER_RULES, LayerCall
 from lightning_plasticity.curvature.losses import LOSS_RULES, LossCall
 
@@ -38,21 +38,27 @@ class Recording(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not (isinstance(result, Tensor) and result.requires_grad):
+        if not any(tensor.requires_grad for tensor in _tensors(result)):
             return result
         if func in LOSS_RULES:
             loss_call = LOSS_RULES[func](result, *args, **kwargs)
-            if loss_call is not None and loss_call.outputs.requires_grad:
+            if loss_call is not None:
                 self.loss_calls.append(loss_call)
             return result
-        used = {name for tensor in _tensors((args, kwargs)) if (name := self._name_of.get(id(tensor))) is not None}
+        taken = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
+        used = {name for tensor in taken if (name := self._name_of.get(id(tensor))) is not None}
         if not used:
             return result
-        layer_call = LAYER_RULES[func](result, *args, **kwargs) if func in LAYER_RULES else None
-        if layer_call is not None:
-            layer_call.uses = [use for use in layer_call.uses if id(use.parameter) in self._name_of]
-            used -= {self._name_of[id(use.parameter)] for use in layer_call.uses}
-            self.layer_calls.append(layer_call)
+        if func in LAYER_RULES:
+            if result._is_view():  # an in-place change of a view would rewrite the graph around the recorded place
+                result = result.clone()
+            layer_call = LAYER_RULES[func](result, *args, **kwargs)
+            if layer_call is not None:
+                layer_call.uses = [use for use in layer_call.uses if id(use.parameter) in self._name_of]
+                accounted = {id(use.parameter) for use in layer_call.uses}
+                layer_call.inputs = [edge_of(tensor) for tensor in taken if id(tensor) not in accounted]
+                self.layer_calls.append(layer_call)
+                used -= {self._name_of[key] for key in accounted}
         for name in used:
             self.other_uses.setdefault(name, set()).add(getattr(func, "__name__", repr(func)))
         return result
@@ -61,30 +67,8 @@ class Recording(TorchFunctionMode):
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def parameters_outside(loss: Tensor, outputs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that the loss depends on in another way than through the outputs.
-
-    Walks the autograd graph from the loss and stops at the outputs. Exact: no tolerance is involved.
-    """
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    stop = {output.grad_fn for output in outputs}
-    found: set[str] = set()
-    seen: set[torch.autograd.graph.Node] = set()
-    pending = [loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen or node in stop:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in name_of:
-            found.add(name_of[id(variable)])
-        pending += [following for following, _ in node.next_functions]
-    return [name for name in parameters if name in found]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.copying import copy_module
 from lightning_plasticity.isolation import isolated_rng
 
 NORM_LAYERS: tuple[type[nn.Module], ...] = (
@@ -42,12 +42,15 @@ def fresh_values(
     seed = int(torch.randint(2**62, (), generator=generator))
     drawn: dict[Tensor, Tensor] = {}
     with isolated_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPU too
         for module in reversed(list(model.modules())):  # what is inside first
             if (reset := _reset_method(module)) is not None:
                 _draw(module, reset, drawn)
     result: dict[Tensor, Tensor] = {}
     for name, module in modules.items():
+        own = dict(module.named_parameters(recurse=False)).values()
+        if own and not any(parameter.requires_grad for parameter in own):
+            continue  # frozen: its running statistics are too
         for key, tensor in _tensors(module, recurse=False).items():
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 continue
@@ -70,7 +73,7 @@ def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
 
 
 def _draw(module: nn.Module, reset: str, drawn: dict[Tensor, Tensor]) -> None:
-    fresh = copy.deepcopy(module).to("cpu")
+    fresh = copy_module(module).to("cpu")
     tensors, copies = _tensors(module, recurse=True), _tensors(fresh, recurse=True)
     before: dict[str, Tensor] = {}
     with torch.no_grad():

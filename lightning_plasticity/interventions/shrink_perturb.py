@@ -50,7 +50,7 @@ class ShrinkPerturb(Intervention):
     ) -> RepairReport:
         modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
         new_values = {
-            old: torch.lerp(old.detach(), fresh.to(old), self.s)
+            old: fresh if self.s == 1 else torch.lerp(old.detach(), fresh.to(old), self.s)
             for old, fresh in fresh_values(model, modules, generator).items()
             if isinstance(old, nn.Parameter)
         }

@@ -1,0 +1,48 @@
+"""Walking the autograd graph: what does a tensor depend on, other than through what is known already?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Edge = tuple[Node, int]
+"""A place in the graph: a node and the number of its output. Unlike the tensor there, it survives in-place changes."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where a tensor stands in the graph now."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def gradient_edge(edge: Edge) -> GradientEdge:
+    """The same for :func:`torch.autograd.grad`."""
+    return GradientEdge(*edge)
+
+
+def leaves(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> list[Tensor]:
+    """The leaf tensors that the given places depend on, other than through what is known. Exact: there is no tolerance.
+
+    Args:
+        start: Where to begin.
+        known: Where to walk on from a place whose dependence on everything in between is known.
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[Edge] = set()
+    pending = list(start)
+    while pending:
+        edge = pending.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        if edge in known:
+            pending += known[edge]
+            continue
+        node = edge[0]
+        variable = getattr(node, "variable", None)  # the node of a leaf
+        if variable is not None:
+            found[id(variable)] = variable
+        pending += [(following, number) for following, number in node.next_functions if following is not None]
+    return list(found.values())

@@ -1,0 +1,152 @@
+"""What of the network the loss depends on, and how: its outputs, the residual and the Hessian there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_plasticity.curvature.graph import Edge, edge_of, gradient_edge, leaves
+from lightning_plasticity.curvature.losses import LossCall, LossCurvature
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model or the loss has a part whose exact curvature is not known: the message names it."""
+
+
+@dataclass(eq=False)
+class Outputs:
+    """One tensor of network outputs and the loss calls that took it.
+
+    Args:
+        calls: The loss calls.
+        curvatures: The first and second derivative of each.
+    """
+
+    calls: list[LossCall]
+    curvatures: list[LossCurvature]
+
+    @property
+    def edge(self) -> Edge:
+        """Where the outputs stand in the graph."""
+        return self.calls[0].outputs_edge
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the outputs."""
+        return self.calls[0].outputs_shape
+
+    @property
+    def samples(self) -> int:
+        """First dimension of the outputs; 1 if they have no dimension for samples."""
+        unbatched = not self.shape or self.calls[0].class_dim == 0
+        return 1 if unbatched else self.shape[0]
+
+    @property
+    def residual(self) -> Tensor:
+        """Gradient of the loss by the outputs, float64, the shape of the outputs."""
+        return torch.stack([curvature.residual for curvature in self.curvatures]).sum(0)
+
+    def roots(self, samples: int) -> Tensor:
+        """A root of the Hessian for each sample, shape ``(samples, q, q)``, in the order of the tensor's entries."""
+        dense = [self._dense(call, c.root, samples) for call, c in zip(self.calls, self.curvatures, strict=True)]
+        if len(dense) == 1:
+            return dense[0]
+        values, vectors = torch.linalg.eigh(torch.stack([root @ root.mT for root in dense]).sum(0))
+        root: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
+        return root
+
+    def _dense(self, call: LossCall, block: Tensor, samples: int) -> Tensor:
+        size = block.shape[-1]
+        entries = torch.arange(self.shape.numel(), device=block.device).reshape(self.shape)
+        if size > 1:
+            entries = entries.movedim(call.class_dim, -1)
+        entries = entries.reshape(-1, size)  # of which entries of the tensor each block is about
+        width = self.shape.numel() // samples
+        dense = block.new_zeros(samples, width, width)
+        sample, place = entries // width, entries % width
+        dense[sample[:, :, None], place[:, :, None], place[:, None, :]] = block
+        return dense
+
+
+def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) -> list[Outputs]:
+    """The network's outputs that the loss depends on, checked to be all that it depends on.
+
+    Args:
+        loss: The loss.
+        calls: Every call of a loss function with a closed form.
+        names: Names of the parameters, by ``id``.
+
+    Raises:
+        UnsupportedModelError: If the loss depends on parameters in another way.
+    """
+    factors = (
+        torch.autograd.grad(loss, [gradient_edge(c.value_edge) for c in calls], create_graph=True, allow_unused=True)
+        if calls
+        else ()
+    )
+    reached = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
+    if not reached:
+        raise UnsupportedModelError(
+            "the loss was not computed by torch.nn.functional.cross_entropy, mse_loss (target of the same shape) or "
+            "binary_cross_entropy_with_logits (or their modules), so its curvature is not known: "
+            "pass a loss_fn(model, batch) that uses one of them"
+        )
+    _check_nothing_else(loss, [call for call, _ in reached], names)
+    if any(factor.requires_grad for _, factor in reached):
+        raise UnsupportedModelError(
+            "the loss is not a weighted sum of its loss functions' values (it transforms or multiplies them), so its "
+            "curvature is not known: pass a loss_fn(model, batch) that returns a plain weighted sum"
+        )
+    result: dict[Edge, Outputs] = {}
+    for call, factor in reached:
+        curvature = call.curvature(factor.detach())
+        _check_residual(call, curvature, factor)
+        outputs = result.setdefault(call.outputs_edge, Outputs([], []))
+        outputs.calls.append(call)
+        outputs.curvatures.append(curvature)
+    return list(result.values())
+
+
+def _check_nothing_else(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) -> None:
+    values: dict[Edge, list[Edge]] = {call.value_edge: [] for call in calls}
+    if not leaves([edge_of(loss)], values):
+        return
+    direct = leaves([edge_of(loss)], {**values, **{call.outputs_edge: [] for call in calls}})
+    if direct:
+        raise UnsupportedModelError(
+            f"the loss depends on {_named(direct, names)} other than through the outputs that cross_entropy, mse_loss "
+            "or binary_cross_entropy_with_logits took (a penalty on weights, another loss?): pass a "
+            "loss_fn(model, batch) that returns the loss of the data alone"
+        )
+    raise UnsupportedModelError(
+        "the loss uses the network's outputs in another way besides cross_entropy, mse_loss and "
+        "binary_cross_entropy_with_logits (an entropy bonus, a consistency term?), whose curvature is not known: "
+        "pass a loss_fn(model, batch) without it"
+    )
+
+
+def _check_residual(call: LossCall, curvature: LossCurvature, factor: Tensor) -> None:
+    """The closed form against autograd: a mistake of ours, or an option of a loss function that it does not know."""
+    (gradient,) = torch.autograd.grad(
+        gradient_edge(call.value_edge),
+        gradient_edge(call.outputs_edge),
+        factor.detach(),
+        retain_graph=True,
+    )
+    eps = torch.finfo(gradient.dtype).eps
+    allowed = eps**0.5 * gradient.double().norm() + 100 * eps * curvature.scale
+    if (curvature.residual - gradient).norm() > allowed:
+        raise UnsupportedModelError(
+            "the closed form of the loss does not give autograd's gradient: pass a loss_fn(model, batch) with a "
+            "plainer loss, and please report this"
+        )
+
+
+def _named(tensors: list[Tensor], names: Mapping[int, str]) -> str:
+    known = [repr(names[id(tensor)]) for tensor in tensors if id(tensor) in names]
+    if not known:
+        return "a tensor that is no parameter of the model"
+    return ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")

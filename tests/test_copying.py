@@ -1,0 +1,102 @@
+"""A copied module has no way back to the original."""
+
+import threading
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.copying import UncopyableError, copy_module
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_functions_that_captured_the_module_act_on_the_copy() -> None:
+    module = Net()
+    outside: list[int] = []
+    module.encode = lambda x: module.layer(x)
+    module.layer.register_forward_hook(lambda m, inputs, output: module.seen.append(output))
+    module.layer.register_forward_pre_hook(lambda m, inputs: outside.append(1))
+    twin = copy_module(module)
+    with torch.no_grad():
+        twin.layer.weight.fill_(3)
+        twin.layer.bias.fill_(0)
+    assert torch.equal(twin.encode(torch.ones(1, 2)), torch.full((1, 2), 6.0))
+    assert (len(twin.seen), len(module.seen), outside) == (1, 0, [])
+    module.encode(torch.ones(1, 2))
+    assert (len(twin.seen), len(module.seen), outside) == (1, 1, [1])
+
+
+def test_functions_inside_functions_act_on_the_copy() -> None:
+    module = Net()
+    inner = lambda x: module.layer(x)  # noqa: E731
+    module.outer = lambda x: inner(x)
+    twin = copy_module(module)
+    with torch.no_grad():
+        twin.layer.weight.zero_()
+        twin.layer.bias.zero_()
+    assert twin.outer(torch.ones(1, 2)).abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "take"),
+    [
+        (lambda t: t, lambda kept: kept),
+        (lambda t: [t], lambda kept: kept[0]),
+        (lambda t: {"a": {"b": t}}, lambda kept: kept["a"]["b"]),
+        (lambda t: deque([t]), lambda kept: kept[0]),
+        (lambda t: SimpleNamespace(t=(t,)), lambda kept: kept.t[0]),
+    ],
+    ids=["itself", "list", "dicts", "deque", "namespace"],
+)
+def test_tensors_with_a_graph_are_copied_without_it(keep: Any, take: Any) -> None:
+    module = Net()
+    tensor = module(torch.ones(1, 2))
+    module.kept, module.also = keep(tensor), {"x": keep(tensor)}
+    twin = copy_module(module)
+    for copied in (take(twin.kept), take(twin.also["x"])):
+        assert torch.equal(copied, tensor)
+        assert not copied.requires_grad
+    copied.zero_()
+    assert tensor.abs().sum() > 0
+
+
+def test_no_random_number_is_drawn() -> None:
+    class Drawing:
+        def __deepcopy__(self, memo: Any) -> "Drawing":
+            torch.rand(1)
+            return self
+
+    module, state = Net(), torch.get_rng_state()
+    module.drawing = Drawing()
+    copy_module(module)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_copied_is_named_or_shared() -> None:
+    module = Net()
+    module.layer.lock = threading.Lock()
+    with pytest.raises(UncopyableError, match=r"attribute 'layer.lock' \(a lock\) cannot be copied"):
+        copy_module(module)
+    twin = copy_module(module, share_uncopyable=True)
+    assert twin.layer.lock is module.layer.lock
+    assert twin.layer.weight is not module.layer.weight
+
+
+def test_stand_ins_are_taken_instead_of_copies() -> None:
+    module = Net()
+    module.data = {"set": torch.utils.data.TensorDataset(torch.ones(3))}
+    twin = copy_module(module, lambda value: value if isinstance(value, torch.utils.data.Dataset) else None)
+    assert twin.data is not module.data
+    assert twin.data["set"] is module.data["set"]
