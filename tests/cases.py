@@ -73,7 +73,7 @@ def dense(case: Case) -> Dense:
     curvature = hessian(loss)(out.flatten())
     return Dense(
         ggn=jacobian.T @ curvature @ jacobian,
-        tangent_kernel=jacobian @ jacobian.T / (out.shape[0] if out.dim() else 1),
+        tangent_kernel=jacobian @ jacobian.T / (out.shape[0] if targets.dim() else 1),
         residual=torch.func.grad(loss)(out.flatten()),
     )
 
@@ -189,6 +189,7 @@ class Transpose(nn.Module):
 CASES = [
     Case("mlp", mlp),
     Case("one sample", lambda: mlp(1)),
+    Case("one sample without a batch dimension", lambda: (mlp()[0], torch.randn(5), torch.tensor(1))),
     Case("more rows than parameters", lambda: (nn.Linear(2, 3), torch.randn(9, 2), classes(9))),
     Case("frozen layer", frozen),
     Case("relu in place", lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(True), nn.Linear(8, 3)), *mlp()[1:])),

@@ -223,7 +223,7 @@ def _jacobian_gram(
     A block is as much of the batch as does not depend on the rest of it: a sample, if the layers keep samples apart. It
     is checked that they do; if not, all of the batch is one block.
     """
-    sizes = [output.samples for output in outputs] + [call.output_shape[0] for call in recording.layer_calls]
+    sizes = [output.samples for output in outputs] + [call.samples for call in recording.layer_calls]
     rows = sum(output.shape.numel() for output in outputs)
     candidates = [math.gcd(*sizes)]
     if candidates[0] > 1 and rows * sum(c.output_shape.numel() for c in recording.layer_calls) <= _DENSE_ELEMENTS:

@@ -154,6 +154,11 @@ class LayerCall:
     uses: list[ParameterUse]
     inputs: list[Edge] = field(default_factory=list)
 
+    @property
+    def samples(self) -> int:
+        """First dimension of the output; 1 if it has none but the channels."""
+        return 1 if self.output_shape.numel() == self.channels else self.output_shape[0]
+
     def by_position(self, cotangent: Tensor, samples: int) -> Tensor:
         """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
         if self.channels_first:
