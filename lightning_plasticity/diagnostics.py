@@ -99,4 +99,4 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 def measure(spectrum: Spectrum) -> dict[str, float]:
     """Every diagnostic of a spectrum, by name."""
-    return {name: diagnostic.of(spectrum) for name, diagnostic in DIAGNOSTICS.items()}
+    return {name: float(diagnostic.of(spectrum)) for name, diagnostic in DIAGNOSTICS.items()}

@@ -3,8 +3,18 @@
 :func:`ggn_spectrum` answers it for a module, a batch and a loss; :class:`Spectrum` holds the answer.
 """
 
+from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.gram import TooManyRowsError, ggn_spectrum
+from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.outputs import UnsupportedModelError
-from lightning_plasticity.curvature.spectrum import Spectrum, TangentKernel
+from lightning_plasticity.curvature.spectrum import Spectrum
 
-__all__ = ["Spectrum", "TangentKernel", "TooManyRowsError", "UnsupportedModelError", "ggn_spectrum"]
+__all__ = [
+    "Estimate",
+    "Quadrature",
+    "Spectrum",
+    "TangentKernel",
+    "TooManyRowsError",
+    "UnsupportedModelError",
+    "ggn_spectrum",
+]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.graph import gradient_edge, leaves
+from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.layers import LayerCall, ParameterUse, Weight
 from lightning_plasticity.curvature.outputs import Outputs, UnsupportedModelError, outputs_of
 from lightning_plasticity.curvature.recording import Recording
-from lightning_plasticity.curvature.spectrum import Spectrum, TangentKernel
+from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.isolation import probing
 
 Batch = TypeVar("Batch")
@@ -85,7 +86,7 @@ class Gram:
         total = power.sum()
         shares = power / total if total > 0 else torch.zeros_like(power)
         kernel = TangentKernel(kernel_values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu())
-        return Spectrum(values.cpu(), weights.cpu(), self.num_parameters, exact=True, kernel=kernel)
+        return Spectrum(values.cpu(), weights.cpu(), self.num_parameters, exact=True, kernel=kernel, semidefinite=True)
 
 
 def ggn_spectrum(

@@ -3,124 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> float:
-    r"""Effective rank of a list of eigenvalues.
-
-    :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = |\lambda_i| / \sum_j |\lambda_j|`.
-
-    Args:
-        eigenvalues: Eigenvalues, shape ``(k,)``.
-        weights: How often each eigenvalue occurs, shape ``(k,)``; once each by default.
-
-    Returns:
-        A number between 0 (all eigenvalues are zero) and the number of eigenvalues.
-
-    References:
-        Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
-
-    Example:
-        >>> round(effective_rank_of(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
-        3.0
-    """
-    magnitude = eigenvalues.double().abs()
-    multiplicity = torch.ones_like(magnitude) if weights is None else weights.double()
-    total = (multiplicity * magnitude).sum()
-    if total == 0:
-        return 0.0
-    share = magnitude / total
-    return torch.exp(-(multiplicity * torch.xlogy(share, share)).sum()).item()
-
-
-@dataclass(frozen=True, eq=False)
-class TangentKernel:
-    r"""Spectrum of the neural tangent kernel, and how the residual lies in it.
-
-    With the Jacobian :math:`J` of the outputs of all :math:`n` samples (:math:`m` numbers) by the parameters, the
-    kernel is :math:`\Theta = \frac1n J J^\top`, eigenpairs :math:`(\lambda_k, u_k)`. With the residual
-    :math:`r = \partial L / \partial f`, the share of it along each eigenvector is
-    :math:`c_k = \langle u_k, r\rangle^2 / \lVert r\rVert^2`.
-
-    Args:
-        eigenvalues: :math:`\lambda_k \ge 0`, descending, shape ``(m,)``, float64.
-        residual_shares: :math:`c_k`, summing to 1, shape ``(m,)``, float64; all zero if there is no residual.
-
-    References:
-        Jacot et al. 2018, arXiv 1806.07572; Lemma 4.7 of arXiv 2509.22335.
-    """
-
-    eigenvalues: Tensor
-    residual_shares: Tensor
-
-    @property
-    def effective_rank(self) -> float:
-        """Effective rank of the kernel (:func:`effective_rank_of`)."""
-        return effective_rank_of(self.eigenvalues)
-
-    def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        r"""Share of the residual that gradient descent can remove, :math:`\sum_k c_k (1 - e^{-2 \eta K \lambda_k})`.
-
-        Under gradient descent with the kernel frozen as it is now the residual obeys :math:`\dot r = -\Theta r`.
-
-        Args:
-            lr: Step size :math:`\eta > 0`. ``None`` takes :math:`1 / \lambda_{\max}` of the kernel, which makes the
-                number independent of the scale of the network and of the optimizer.
-            steps: Number of steps :math:`K \ge 1`.
-
-        Returns:
-            A number in [0, 1]; 0 for a kernel that is zero, 1 where there is no residual left to remove.
-
-        Raises:
-            ValueError: If ``lr`` or ``steps`` is not positive.
-
-        Example:
-            >>> kernel = TangentKernel(torch.tensor([1.0, 0.0]), torch.tensor([0.75, 0.25]))
-            >>> round(kernel.learnable_fraction(), 6)
-            0.75
-        """
-        if lr is not None and not lr > 0:
-            raise ValueError(f"lr={lr} must be positive, or None for 1/λmax of the kernel")
-        if not steps > 0:
-            raise ValueError(f"steps={steps} must be a positive number of optimizer steps")
-        if self.residual_shares.sum() == 0:
-            return 1.0
-        largest = self.eigenvalues.max().item()
-        if largest <= 0:
-            return 0.0
-        rates = self.eigenvalues * (lr if lr is not None else 1.0 / largest)
-        learned = (self.residual_shares * -torch.expm1(-2.0 * steps * rates)).sum().item()
-        return min(max(learned, 0.0), 1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The kernel as plain Python and tensors."""
-        return {"eigenvalues": self.eigenvalues, "residual_shares": self.residual_shares}
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> TangentKernel:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**state)
+from lightning_plasticity.curvature.estimates import Estimate, Quadrature
+from lightning_plasticity.curvature.kernel import TangentKernel, effective_rank_of
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     r"""Eigenvalues of a curvature matrix with :math:`P` rows, and the share of all directions that each stands for.
 
+    Every number derived from it is an :class:`Estimate`: a float with its standard error and, where there is one, a
+    bracket beside it. Those of an exact spectrum have neither.
+
     Args:
-        eigenvalues: :math:`\lambda_k`, shape ``(k,)``, float64, in units of loss per squared parameter.
+        eigenvalues: :math:`\lambda_k`, shape ``(k,)``, float64, in units of loss per squared parameter. For an estimate
+            the Ritz values of all start vectors.
         weights: Share of all :math:`P` eigenvalues that each one stands for, shape ``(k,)``, summing to 1.
         num_parameters: :math:`P`, the number of trainable parameters.
         exact: Whether the eigenvalues are the matrix's own rather than an estimate.
         kernel: The tangent kernel of the same batch, where the probe computed it.
+        quadratures: What each start vector saw, for an estimate.
+        semidefinite: Whether the matrix is known to have no negative eigenvalue.
 
     Example:
         >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0.25, 0.25, 0.5]), 4, exact=True)
-        >>> spectrum.trace, spectrum.lambda_max, spectrum.epsilon_rank(0.5)
+        >>> float(spectrum.trace), float(spectrum.lambda_max), float(spectrum.epsilon_rank(0.5))
         (4.0, 3.0, 2.0)
     """
 
@@ -129,33 +42,77 @@ class Spectrum:
     num_parameters: int
     exact: bool
     kernel: TangentKernel | None = None
+    quadratures: tuple[Quadrature, ...] = ()
+    semidefinite: bool = False
+
+    @classmethod
+    def from_quadratures(
+        cls, quadratures: Sequence[Quadrature], num_parameters: int, *, semidefinite: bool = False
+    ) -> Spectrum:
+        """The estimate from the Lanczos runs of several start vectors.
+
+        Args:
+            quadratures: One or more.
+            num_parameters: :math:`P`.
+            semidefinite: Whether the matrix is known to have no negative eigenvalue.
+        """
+        nodes = torch.cat([quadrature.nodes for quadrature in quadratures])
+        weights = torch.cat([quadrature.weights for quadrature in quadratures]) / len(quadratures)
+        return cls(nodes, weights, num_parameters, False, None, tuple(quadratures), semidefinite)
 
     @property
-    def lambda_max(self) -> float:
-        r"""The largest eigenvalue :math:`\lambda_{\max}`, the sharpness."""
-        return self.eigenvalues.max().item()
+    def lambda_max(self) -> Estimate:
+        r"""The largest eigenvalue :math:`\lambda_{\max}`, the sharpness; bracketed by the bound on its residual."""
+        return self._extreme(largest=True)
 
     @property
-    def trace(self) -> float:
+    def lambda_min(self) -> Estimate:
+        r"""The smallest eigenvalue :math:`\lambda_{\min}`; bracketed by the bound on its residual."""
+        return self._extreme(largest=False)
+
+    @property
+    def trace(self) -> Estimate:
         r"""The sum of all eigenvalues, :math:`P \sum_k w_k \lambda_k`."""
-        return self.num_parameters * (self.weights * self.eigenvalues).sum().item()
+        return self._mean(lambda values, weights: self.num_parameters * (weights * values).sum().item())
 
     @property
-    def effective_rank(self) -> float:
+    def effective_rank(self) -> Estimate:
         """Effective rank of the matrix (:func:`effective_rank_of`)."""
-        return effective_rank_of(self.eigenvalues, self.num_parameters * self.weights)
+        return self._mean(lambda values, weights: effective_rank_of(values, self.num_parameters * weights))
+
+    @property
+    def negative_mass(self) -> Estimate:
+        r"""Share of the curvature that is negative.
+
+        :math:`\sum_{\lambda_k < 0} w_k |\lambda_k| / \sum_k w_k |\lambda_k|`
+        """
+
+        def share(values: Tensor, weights: Tensor) -> float:
+            total = (weights * values.abs()).sum()
+            return ((weights * values.clamp(max=0).abs()).sum() / total).item() if total > 0 else 0.0
+
+        return self._mean(share)
 
     def top(self, k: int) -> Tensor:
-        """The ``k`` largest eigenvalues, descending, shape ``(min(k, number of eigenvalues),)``."""
+        """The ``k`` largest eigenvalues, descending, shape ``(min(k, number of eigenvalues),)``.
+
+        Of an estimate, those that one start vector saw: only the first few Ritz values are close to eigenvalues; the
+        bounds in :attr:`Quadrature.residuals` say which.
+        """
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
-        return self.eigenvalues.sort(descending=True).values[:k]
+        values = self.quadratures[0].nodes if self.quadratures else self.eigenvalues
+        return values.sort(descending=True).values[:k]
 
-    def epsilon_fraction(self, epsilon: float) -> float:
+    def epsilon_fraction(self, epsilon: float) -> Estimate:
         r"""Share of all directions with notable curvature, :math:`\sum_k w_k [|\lambda_k| > \epsilon]`.
 
         Args:
             epsilon: The threshold :math:`\epsilon \ge 0`, in units of the eigenvalues.
+
+        Returns:
+            The share, with a Chebyshev-Markov-Stieltjes bracket if it is an estimate. Below its resolution Lanczos
+            quadrature reports full rank, which ``resolved`` tells.
 
         Raises:
             ValueError: If ``epsilon`` is negative.
@@ -165,16 +122,23 @@ class Spectrum:
         """
         if not epsilon >= 0 or math.isinf(epsilon):
             raise ValueError(f"epsilon={epsilon} must be a finite number, zero or larger")
-        return self.weights[self.eigenvalues.abs() > epsilon].sum().item()
+        estimate = self._mean(lambda values, weights: weights[values.abs() > epsilon].sum().item())
+        if not self.quadratures:
+            return estimate
+        inside = [q.mass_between(-epsilon, epsilon, semidefinite=self.semidefinite) for q in self.quadratures]
+        lo = 1 - sum(high for _, high in inside) / len(inside)
+        hi = 1 - sum(low for low, _ in inside) / len(inside)
+        return Estimate(estimate, standard_error=estimate.standard_error, lo=max(lo, 0.0), hi=min(hi, 1.0))
 
-    def epsilon_rank(self, epsilon: float) -> float:
+    def epsilon_rank(self, epsilon: float) -> Estimate:
         r"""Number of directions with notable curvature, :math:`\#\{k : |\lambda_k| > \epsilon\}`.
 
         Args:
             epsilon: The threshold :math:`\epsilon \ge 0`, in units of the eigenvalues.
 
         Returns:
-            A count between 0 and :math:`P`: a whole number if the spectrum is exact.
+            A count between 0 and :math:`P`: a whole number if the spectrum is exact, else bracketed as in
+            :meth:`epsilon_fraction`.
 
         Raises:
             ValueError: If ``epsilon`` is negative.
@@ -182,12 +146,37 @@ class Spectrum:
         References:
             arXiv 2509.22335, section 4.
         """
-        count = self.num_parameters * self.epsilon_fraction(epsilon)
-        return float(round(count)) if self.exact else count
+        share, count = self.epsilon_fraction(epsilon), self.num_parameters
+        if self.exact:
+            return Estimate(round(count * share))
+        return Estimate(
+            count * share, standard_error=count * share.standard_error, lo=count * share.lo, hi=count * share.hi
+        )
 
-    def relative_epsilon_rank(self, relative_epsilon: float) -> float:
+    def relative_epsilon_rank(self, relative_epsilon: float) -> Estimate:
         r"""Number of directions with :math:`|\lambda_k| > \epsilon_{\mathrm{rel}} \max_j |\lambda_j|`."""
         return self.epsilon_rank(relative_epsilon * self.eigenvalues.abs().max().item())
+
+    def fast_rank(self, lr: float, steps: int, contraction: float = 0.1) -> Estimate:
+        r"""Number of directions that gradient descent can use: eigenvalues above :math:`-\ln \gamma / (\eta K)`.
+
+        Args:
+            lr: Step size :math:`\eta > 0`.
+            steps: Number of steps :math:`K \ge 1`.
+            contraction: By how much the error along a fast direction must shrink, :math:`\gamma` in (0, 1).
+
+        Raises:
+            ValueError: If an argument is outside these bounds.
+
+        References:
+            Definition 4.4 of arXiv 2509.22335.
+        """
+        if not lr > 0 or not steps > 0 or not 0 < contraction < 1:
+            raise ValueError(
+                f"fast_rank(lr={lr}, steps={steps}, contraction={contraction}): lr and steps must be positive and "
+                "contraction in (0, 1)"
+            )
+        return self.epsilon_rank(-math.log(contraction) / (lr * steps))
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
         """Share of the residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
@@ -202,12 +191,51 @@ class Spectrum:
             )
         return self.kernel.learnable_fraction(lr, steps)
 
+    def density(self, grid: Tensor, bandwidth: float) -> Tensor:
+        r"""The spectral density, smoothed by Gaussians, for pictures: never derive a rank from it.
+
+        :math:`\sum_k w_k \, \mathcal N(x; \lambda_k, b^2)`
+
+        Args:
+            grid: Points :math:`x`, shape ``(g,)``.
+            bandwidth: Standard deviation :math:`b > 0`, in units of the eigenvalues.
+
+        Returns:
+            The density at the points, shape ``(g,)``, float64.
+
+        Raises:
+            ValueError: If ``bandwidth`` is not positive.
+        """
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth={bandwidth} must be positive, in units of the eigenvalues")
+        distance = (grid.double()[:, None] - self.eigenvalues) / bandwidth
+        kernel = torch.exp(-distance.square() / 2) / (bandwidth * math.sqrt(2 * math.pi))
+        return kernel @ self.weights
+
+    def distance(self, other: Spectrum) -> float:
+        r"""Wasserstein distance between two spectra, :math:`\int |F(x) - G(x)| \, dx`, in units of the eigenvalues.
+
+        Args:
+            other: Another spectrum; it may have another number of parameters.
+
+        Example:
+            >>> a = Spectrum(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 2, exact=True)
+            >>> b = Spectrum(torch.tensor([3.0, 0.0]), torch.tensor([0.5, 0.5]), 2, exact=True)
+            >>> a.distance(b)
+            1.0
+        """
+        values = torch.cat([self.eigenvalues, other.eigenvalues]).double()
+        steps = torch.cat([self.weights, -other.weights]).double()
+        order = values.argsort()
+        gap = steps[order].cumsum(0)[:-1].abs()
+        return (gap * values[order].diff()).sum().item()
+
     def to_dict(self) -> dict[str, Any]:
         """The spectrum as plain Python and tensors, for checkpoints.
 
         Example:
             >>> spectrum = Spectrum(torch.tensor([1.0]), torch.tensor([1.0]), 1, exact=True)
-            >>> Spectrum.from_dict(spectrum.to_dict()).trace
+            >>> float(Spectrum.from_dict(spectrum.to_dict()).trace)
             1.0
         """
         return {
@@ -216,10 +244,38 @@ class Spectrum:
             "num_parameters": self.num_parameters,
             "exact": self.exact,
             "kernel": None if self.kernel is None else self.kernel.to_dict(),
+            "quadratures": [dict(vars(quadrature)) for quadrature in self.quadratures],
+            "semidefinite": self.semidefinite,
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Spectrum:
         """The inverse of :meth:`to_dict`."""
         kernel = state["kernel"]
-        return cls(**{**state, "kernel": None if kernel is None else TangentKernel.from_dict(kernel)})
+        return cls(
+            **{
+                **state,
+                "kernel": None if kernel is None else TangentKernel.from_dict(kernel),
+                "quadratures": tuple(Quadrature(**quadrature) for quadrature in state["quadratures"]),
+            }
+        )
+
+    def _mean(self, number: Callable[[Tensor, Tensor], float]) -> Estimate:
+        """A number of all start vectors together, and its standard error from what each of them says alone."""
+        value = number(self.eigenvalues, self.weights)
+        if self.exact or not self.quadratures:
+            return Estimate(value)
+        if len(self.quadratures) == 1:
+            return Estimate(value, standard_error=math.nan)
+        each = torch.tensor([number(q.nodes, q.weights) for q in self.quadratures], dtype=torch.float64)
+        return Estimate(value, standard_error=(each.std() / math.sqrt(len(each))).item())
+
+    def _extreme(self, *, largest: bool) -> Estimate:
+        if not self.quadratures:
+            values = self.eigenvalues
+            return Estimate((values.max() if largest else values.min()).item())
+        nodes = torch.cat([quadrature.nodes for quadrature in self.quadratures])
+        residuals = torch.cat([quadrature.residuals for quadrature in self.quadratures])
+        place = nodes.argmax() if largest else nodes.argmin()
+        value, residual = nodes[place].item(), residuals[place].item()
+        return Estimate(value, lo=value - residual, hi=value + residual)

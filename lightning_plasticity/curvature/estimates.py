@@ -1,0 +1,99 @@
+"""Numbers that are estimates: what a Lanczos run knows of a spectrum, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class Estimate(float):
+    r"""A number with its uncertainty beside it: a ``float`` in every other respect.
+
+    Args:
+        value: The number.
+        standard_error: Standard error of the mean over independent start vectors; 0 if the number is exact, ``nan``
+            if there was only one start vector.
+        lo: Lower end of the bracket that holds the number up to sampling error.
+        hi: Upper end.
+
+    Example:
+        >>> rank = Estimate(40.0, standard_error=2.0, lo=38.0, hi=43.0)
+        >>> rank / 2, rank.resolved
+        (20.0, True)
+        >>> Estimate(3466.0, standard_error=0.0, lo=50.0, hi=3466.0).resolved
+        False
+    """
+
+    standard_error: float
+    lo: float
+    hi: float
+
+    def __new__(
+        cls, value: float, *, standard_error: float = 0.0, lo: float | None = None, hi: float | None = None
+    ) -> Estimate:
+        """Makes the float and puts the rest beside it."""
+        self = super().__new__(cls, value)
+        self.standard_error = standard_error
+        self.lo = value if lo is None else lo
+        self.hi = value if hi is None else hi
+        return self
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the bracket is narrow: not wider than a fifth of its upper end.
+
+        Of 205 such brackets, all estimates were within 10 % of the exact rank; of the estimates that were further off,
+        all lay in wider ones.
+        """
+        return self.hi - self.lo <= 0.2 * self.hi
+
+    def __repr__(self) -> str:
+        return f"{float(self):.6g} ± {self.standard_error:.2g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    r"""What one Lanczos run knows of the spectrum: Gauss quadrature of the spectral measure of its start vector.
+
+    Args:
+        nodes: Ritz values :math:`\theta_j`, ascending, shape ``(k,)``, float64.
+        weights: Squared first components of the Ritz vectors, summing to 1, shape ``(k,)``, float64.
+        residuals: Bounds :math:`\beta_k |s_{kj}|`, shape ``(k,)``: an eigenvalue lies that close to each node.
+        complete: Whether the run ended because nothing was left to find: the measure is the quadrature itself.
+
+    References:
+        Golub and Welsch 1969; Ubaru, Chen and Saad 2017 (stochastic Lanczos quadrature).
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    residuals: Tensor
+    complete: bool = False
+
+    def mass_between(self, low: float, high: float, *, semidefinite: bool = False) -> tuple[float, float]:
+        r"""Bounds on the share of the start vector's spectral measure that lies in :math:`[low, high]`.
+
+        From the Chebyshev-Markov-Stieltjes inequalities :math:`\sum_{j<i} w_j \le F(\theta_i^-) \le F(\theta_i) \le
+        \sum_{j \le i} w_j`: only the nodes next to the ends leave room.
+
+        Args:
+            low: Lower end.
+            high: Upper end.
+            semidefinite: Whether the matrix has no negative eigenvalue, so that a ``low`` of 0 or less is no end.
+        """
+        nodes, weights = self.nodes.tolist(), self.weights.tolist()
+        if self.complete:
+            mass = sum(w for node, w in zip(nodes, weights, strict=True) if low <= node <= high)
+            return mass, mass
+        below_low = (0.0, 0.0) if semidefinite and low <= 0 else _distribution(nodes, weights, low)
+        below_high = _distribution(nodes, weights, high)
+        return max(below_high[0] - below_low[1], 0.0), min(below_high[1] - below_low[0], 1.0)
+
+
+def _distribution(nodes: list[float], weights: list[float], x: float) -> tuple[float, float]:
+    """Bounds on the distribution function of the measure at a point: between its neighbouring nodes' jumps."""
+    before = [w for node, w in zip(nodes, weights, strict=True) if node <= x]
+    lower = sum(before[:-1])
+    upper = sum(weights[: len(before) + 1])
+    return lower, upper
