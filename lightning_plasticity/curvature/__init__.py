@@ -5,6 +5,7 @@
 
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.gram import TooManyRowsError, ggn_spectrum
+from lightning_plasticity.curvature.hessian import ggn_spectrum_by_lanczos, hessian_spectrum
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.spectrum import Spectrum
@@ -17,4 +18,6 @@ __all__ = [
     "TooManyRowsError",
     "UnsupportedModelError",
     "ggn_spectrum",
+    "ggn_spectrum_by_lanczos",
+    "hessian_spectrum",
 ]

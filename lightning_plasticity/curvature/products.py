@@ -1,0 +1,135 @@
+"""Curvature as matrices to multiply with: one graph is built and kept, and every product is a walk through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.curvature.graph import gradient_edge
+from lightning_plasticity.curvature.outputs import Outputs
+
+
+class CurvatureProduct(ABC):
+    r"""A symmetric matrix :math:`A`, :math:`P \times P`, known by its products with vectors.
+
+    Args:
+        parameters: The parameters that the rows and columns belong to, one after the other.
+    """
+
+    semidefinite: bool = False
+    """Whether the matrix is known to have no negative eigenvalue."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+
+    @property
+    def dimension(self) -> int:
+        """:math:`P`."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of vectors and products."""
+        return self.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors and products are."""
+        return self.parameters[0].device
+
+    @abstractmethod
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product :math:`A v`, shape ``(P,)``, with a vector of shape ``(P,)``."""
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        return [
+            piece.reshape(parameter.shape)
+            for piece, parameter in zip(vector.split(self.sizes), self.parameters, strict=True)
+        ]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+class HessianProduct(CurvatureProduct):
+    r"""The Hessian of a loss, :math:`H v = \nabla_\theta (\nabla_\theta L \cdot v)` (Pearlmutter 1994).
+
+    Args:
+        loss: The loss, a scalar with a graph that can be differentiated twice.
+        parameters: The parameters.
+    """
+
+    def __init__(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+        # A gradient that depends on no parameter has no graph: its rows of the Hessian are zero.
+        self._curved = [number for number, gradient in enumerate(self._gradients) if gradient.requires_grad]
+
+    @override
+    def __call__(self, vector: Tensor) -> Tensor:
+        if not self._curved:
+            return torch.zeros_like(vector)
+        pieces = self._split(vector)
+        return _flat(
+            torch.autograd.grad(
+                [self._gradients[number] for number in self._curved],
+                self.parameters,
+                [pieces[number] for number in self._curved],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+
+
+class GaussNewtonProduct(CurvatureProduct):
+    r"""The generalized Gauss-Newton matrix :math:`J^\top \frac{\partial^2 L}{\partial f^2} J`.
+
+    :math:`J v` is the derivative of :math:`J^\top w` by :math:`w`, times :math:`v`: the graph of a backward pass is
+    kept.
+
+    Args:
+        outputs: The network's outputs and the closed form of the loss there.
+        parameters: The parameters.
+    """
+
+    semidefinite = True
+
+    def __init__(self, outputs: Sequence[Outputs], parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._edges = [gradient_edge(output.edge) for output in outputs]
+        self._roots = [output.roots(output.samples) for output in outputs]
+        self._probes = [
+            torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
+        ]
+        self._pulled_back = torch.autograd.grad(
+            self._edges, self.parameters, self._probes, create_graph=True, materialize_grads=True
+        )
+        self._used = [number for number, gradient in enumerate(self._pulled_back) if gradient.requires_grad]
+
+    @override
+    def __call__(self, vector: Tensor) -> Tensor:
+        if not self._used:
+            return torch.zeros_like(vector)
+        pieces = self._split(vector)
+        pushed = torch.autograd.grad(
+            [self._pulled_back[number] for number in self._used],
+            self._probes,
+            [pieces[number] for number in self._used],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        weighted = [self._weigh(root, output) for root, output in zip(self._roots, pushed, strict=True)]
+        return _flat(
+            torch.autograd.grad(self._edges, self.parameters, weighted, retain_graph=True, materialize_grads=True)
+        )
+
+    def _weigh(self, root: Tensor, output: Tensor) -> Tensor:
+        """The Hessian of the loss by the outputs, times a vector of outputs."""
+        by_sample = output.reshape(len(root), -1, 1).to(root.dtype)
+        return (root @ (root.mT @ by_sample)).to(output.dtype).reshape(output.shape)
