@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.hessian import ggn_spectrum_by_lanczos
-from lightning_plasticity.curvature.lanczos import lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.lanczos import _Orthogonality, lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from tests.cases import CASES, Case, dense
 
@@ -239,3 +239,42 @@ def test_fast_rank_counts_what_contracts_in_time() -> None:
         assert spectrum.fast_rank(lr, steps) == contracted
     with pytest.raises(ValueError, match="contraction in"):
         spectrum.fast_rank(0.1, 10, contraction=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["decaying", "outliers", "low rank"])
+def test_partial_reorthogonalisation_gives_the_same_quadrature_as_full_with_less_work(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "decaying": torch.logspace(2, -6, 500),
+        "outliers": torch.cat([torch.linspace(-1, 1, 496), torch.tensor([50.0, 30, 20, 10])]),
+        "low rank": torch.cat([torch.logspace(1, -3, 60), torch.zeros(440)]),
+    }[kind].double()
+    product = Matrix(with_eigenvalues(values).to(dtype))
+    start = torch.randn(500, generator=generator(1), dtype=torch.float64).to(dtype)
+    full = lanczos(product, start, 80, reorthogonalization="full")
+    asked: list[bool] = []
+    needs_care = _Orthogonality.needs_care
+
+    def counting(self: _Orthogonality, *arguments: list[float]) -> bool:
+        asked.append(needs_care(self, *arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(_Orthogonality, "needs_care", counting)
+    partial = lanczos(product, start, 80, reorthogonalization="partial")
+    tolerance = 100 * torch.finfo(dtype).eps * full.nodes.abs().max()
+    assert len(partial.nodes) == len(full.nodes)
+    assert (partial.nodes - full.nodes).abs().max() <= tolerance
+    assert sum(asked) <= 0.75 * len(asked)
+
+
+def test_without_reorthogonalisation_the_bracket_still_holds() -> None:
+    values = torch.logspace(2, -6, 500, dtype=torch.float64)
+    start = torch.randn(500, generator=generator(1), dtype=torch.float64)
+    quadrature = lanczos(Matrix(torch.diag(values).float()), start.float(), 80, reorthogonalization="none")
+    assert (quadrature.nodes.diff() < 1e-5 * quadrature.nodes.max()).sum() > 5, "there are copies"
+    measure = start.square() / start.square().sum()
+    for epsilon in (10.0, 1.0, 0.1, 0.01):
+        low, high = quadrature.mass_between(-epsilon, epsilon, semidefinite=True)
+        assert low - 1e-4 <= measure[values <= epsilon].sum().item() <= high + 1e-4

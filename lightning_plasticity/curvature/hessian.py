@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_plasticity.curvature.gram import Batch, LossFunction, check_loss, trainable_parameters
-from lightning_plasticity.curvature.lanczos import Progress, lanczos_spectrum
+from lightning_plasticity.curvature.lanczos import Progress, Reorthogonalization, lanczos_spectrum
 from lightning_plasticity.curvature.outputs import outputs_of
 from lightning_plasticity.curvature.products import GaussNewtonProduct, HessianProduct
 from lightning_plasticity.curvature.recording import Recording
@@ -27,6 +27,7 @@ def hessian_spectrum(
     num_steps: int = 64,
     seed: int = 0,
     parameters: str | None = None,
+    reorthogonalization: Reorthogonalization = "partial",
     progress: Progress | None = None,
 ) -> Spectrum:
     r"""Estimate of the spectrum of the Hessian :math:`\nabla^2_\theta L`, by stochastic Lanczos quadrature.
@@ -43,6 +44,8 @@ def hessian_spectrum(
         seed: Seed of the start vectors.
         parameters: Only the parameters whose name matches this pattern (``*`` and ``?`` are wildcards): the block of
             the Hessian that belongs to them.
+        reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
+            ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
         progress: Called with the number of products done and the number of all of them.
 
     Returns:
@@ -65,7 +68,14 @@ def hessian_spectrum(
     """
     with _graph(model, batch, loss_fn) as loss:
         product = HessianProduct(loss, _selected(model, parameters))
-    return lanczos_spectrum(product, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress)
+    return lanczos_spectrum(
+        product,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        seed=seed,
+        reorthogonalization=reorthogonalization,
+        progress=progress,
+    )
 
 
 def ggn_spectrum_by_lanczos(
@@ -77,6 +87,7 @@ def ggn_spectrum_by_lanczos(
     num_steps: int = 64,
     seed: int = 0,
     parameters: str | None = None,
+    reorthogonalization: Reorthogonalization = "partial",
     progress: Progress | None = None,
 ) -> Spectrum:
     """Estimate of the spectrum of the Gauss-Newton matrix, for batches too large for the exact Gram matrix.
@@ -93,7 +104,14 @@ def ggn_spectrum_by_lanczos(
     recording = Recording({})
     with _graph(model, batch, loss_fn, recording) as loss:
         product = GaussNewtonProduct(outputs_of(loss, recording.loss_calls, names), selected)
-    return lanczos_spectrum(product, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress)
+    return lanczos_spectrum(
+        product,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        seed=seed,
+        reorthogonalization=reorthogonalization,
+        progress=progress,
+    )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ spectrum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 from lightning_plasticity.curvature.estimates import Quadrature
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.spectrum import Spectrum
+
+Reorthogonalization: TypeAlias = Literal["full", "partial", "none"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of products done and the number of all of them."""
@@ -25,7 +29,13 @@ _BREAKDOWN = 50
 
 
 def lanczos_spectrum(
-    product: CurvatureProduct, *, num_probes: int, num_steps: int, seed: int, progress: Progress | None = None
+    product: CurvatureProduct,
+    *,
+    num_probes: int,
+    num_steps: int,
+    seed: int,
+    reorthogonalization: Reorthogonalization = "partial",
+    progress: Progress | None = None,
 ) -> Spectrum:
     """The spectrum of a curvature matrix by stochastic Lanczos quadrature.
 
@@ -34,6 +44,7 @@ def lanczos_spectrum(
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
         num_steps: Lanczos steps for each; no more than the matrix has rows are taken.
         seed: Seed of the start vectors. They are drawn on the CPU: the same on every device.
+        reorthogonalization: See :func:`lanczos`.
         progress: Told of every product.
 
     Raises:
@@ -56,50 +67,113 @@ def lanczos_spectrum(
             if progress is not None:
                 progress(done + step, num_probes * steps)
 
-        quadratures.append(lanczos(product, start.to(product.device, product.dtype), steps, report))
+        start = start.to(product.device, product.dtype)
+        quadratures.append(lanczos(product, start, steps, report, reorthogonalization=reorthogonalization))
     return Spectrum.from_quadratures(quadratures, product.dimension, semidefinite=product.semidefinite)
 
 
 def lanczos(
-    product: CurvatureProduct, start: Tensor, steps: int, report: Callable[[int], None] | None = None
+    product: CurvatureProduct,
+    start: Tensor,
+    steps: int,
+    report: Callable[[int], None] | None = None,
+    *,
+    reorthogonalization: Reorthogonalization = "partial",
 ) -> Quadrature:
-    """One Lanczos run, with full re-orthogonalisation.
+    """One Lanczos run.
 
-    Classical Gram-Schmidt twice, as two matrix products each: as good as modified Gram-Schmidt, and fast. The run ends
-    when the Krylov space is exhausted, which is judged relative to the matrix: the scale of the loss does not matter.
+    The run ends when the Krylov space is exhausted, which is judged relative to the matrix: the scale of the loss does
+    not matter.
 
     Args:
         product: The matrix.
         start: The start vector, shape ``(P,)``; its length does not matter.
         steps: Number of products, at most :math:`P`.
         report: Told of every product.
+        reorthogonalization: ``"full"``: every new direction is made orthogonal to all earlier ones, by two
+            matrix-vector products with the basis. ``"partial"``: only when a recurrence that follows the loss of
+            orthogonality says that it has grown to the root of the rounding error, up to which the tridiagonal matrix
+            stays right to rounding error. ``"none"``: never; eigenvalues then appear in several copies, whose weights
+            add up to the right one.
+
+    References:
+        Simon 1984, "The Lanczos algorithm with partial reorthogonalization".
     """
+    eps = torch.finfo(start.dtype).eps
     basis = torch.empty(steps, len(start), dtype=start.dtype, device=start.device)
     diagonal: list[float] = []
     off_diagonal: list[float] = []
-    size = 0.0  # the largest entry of T so far: the scale of the matrix
+    watch = _Orthogonality(eps * math.sqrt(len(start)))
     vector = start / start.norm()
     complete = False
     for step in range(steps):
         basis[step] = vector
         image = product(vector)
-        rounding = torch.finfo(start.dtype).eps * image.norm().item()
-        done = basis[: step + 1]
-        coefficients = done @ image
-        image = image - done.T @ coefficients
-        correction = done @ image
-        image = image - done.T @ correction
-        diagonal.append((coefficients[step] + correction[step]).item())
+        size = image.norm().item()
+        if step:
+            image = image.add(basis[step - 1], alpha=-off_diagonal[-1])
+        diagonal.append(torch.dot(vector, image).item())
+        image = image.add(vector, alpha=-diagonal[-1])
+        if reorthogonalization == "full" or (
+            reorthogonalization == "partial" and watch.needs_care(diagonal, [*off_diagonal, image.norm().item()])
+        ):
+            done = basis[: step + 1]
+            image = image - done.T @ (done @ image)
         off_diagonal.append(image.norm().item())
-        size = max(size, abs(diagonal[-1]))
         if report is not None:
             report(step + 1)
-        if off_diagonal[-1] <= _BREAKDOWN * max(rounding, torch.finfo(start.dtype).eps * size):
+        if off_diagonal[-1] <= _BREAKDOWN * eps * max(size, *map(abs, diagonal), *off_diagonal[:-1]):
             complete = True
             break
-        size = max(size, off_diagonal[-1])
         vector = image / off_diagonal[-1]
     return _quadrature(diagonal, off_diagonal, complete=complete or len(diagonal) == len(start))
+
+
+class _Orthogonality:
+    r"""Follows how orthogonal the Lanczos vectors are without looking at them.
+
+    :math:`\omega_{jk} = q_j \cdot q_k` obeys the same three-term recurrence as the vectors, driven by rounding errors.
+
+    Args:
+        noise: Size of one rounding error.
+    """
+
+    def __init__(self, noise: float) -> None:
+        self._noise = noise
+        self._before = torch.zeros(0, dtype=torch.float64)
+        self._now = torch.zeros(0, dtype=torch.float64)
+        self._again = False
+
+    def needs_care(self, diagonal: list[float], off_diagonal: list[float]) -> bool:
+        """Whether the vector about to be added must be made orthogonal to all before it. To be asked once a step.
+
+        Args:
+            diagonal: The diagonal of T so far, ``step + 1`` numbers.
+            off_diagonal: What is beside it, the norm of the new vector last, ``step + 1`` numbers.
+        """
+        count = len(diagonal)
+        alpha, beta = torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64)
+        following = torch.full((count,), self._noise, dtype=torch.float64)
+        if count > 1 and beta[-1] > 0:
+            now, before = (
+                self._now,
+                self._before,
+            )  # the newest vector with the count - 1 ones before it; the same earlier
+            padded = torch.cat([now, torch.ones(1, dtype=torch.float64)])
+            grown = beta[: count - 1] * padded[1:] + (alpha[: count - 1] - alpha[-1]) * now
+            grown[1:] += beta[: count - 2] * now[:-1]
+            grown[: len(before)] -= beta[-2] * before
+            if len(before) < len(grown):
+                grown[-1] -= beta[-2]
+            rounding = self._noise * (beta[: count - 1] + beta[-1])
+            following[:-1] = (grown + torch.copysign(rounding, grown)) / beta[-1]
+        care = self._again or bool(following.abs().max() > math.sqrt(self._noise))
+        # The vector before it is as far from orthogonal: two in a row are mended.
+        self._again = care and not self._again
+        if care:
+            following.fill_(self._noise)
+        self._before, self._now = self._now, following
+        return care
 
 
 def _quadrature(diagonal: list[float], off_diagonal: list[float], *, complete: bool) -> Quadrature:
