@@ -8,6 +8,7 @@ WORKERS ?= 2
 
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_BENCH := .venv-bench
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
 comma := ,
@@ -16,7 +17,7 @@ PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo lint test test-all test-oldest clean
+.PHONY: help .venv demo lint test test-all test-oldest bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +58,17 @@ test-all: lint ## lint, then every test
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with the oldest supported dependencies (downloads gigabytes)
 	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W default
 
+# An environment of its own: curvlinops brings torchvision, which breaks `import lightning` beside a CPU-only torch.
+$(VENV_BENCH)/.installed: constraints.txt
+	@echo "Installing into $(VENV_BENCH) ..."
+	@'$(PYTHON)' -m venv $(VENV_BENCH)
+	@$(VENV_BENCH)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt \
+		torch numpy pyhessian typing-extensions curvlinops-for-pytorch==3.0.1
+	@touch $@
+
+bench: $(VENV_BENCH)/.installed ## curvature side by side with PyHessian and curvlinops (many minutes)
+	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.curvature
+
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(VENV_OLDEST) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BENCH) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

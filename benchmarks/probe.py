@@ -6,29 +6,14 @@ network with batch 256.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.timing import alternate
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.curvature.gram import gram
 from tests.cases import CASES, dense
-
-
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender, one after the other in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, contender in contenders.items():
-            start = time.process_time()
-            contender()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def cost() -> None:

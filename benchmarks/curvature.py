@@ -1,0 +1,203 @@
+"""Curvature side by side with PyHessian and curvlinops. Run: make bench.
+
+Times are process CPU time with one thread, contenders alternated in one process, medians. PyHessian is the release on
+the package index with the one call mended that today's torch no longer has. curvlinops is left out where it is not
+installed: `make bench` gives it an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import alternate
+from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature.lanczos import lanczos
+from lightning_plasticity.curvature.products import HessianProduct
+from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Language(nn.Module):
+    """A two-layer Transformer over 256 symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(128, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(self.embed(x))).flatten(0, 1)
+
+
+def mlp(samples: int, width: int = 256) -> tuple[nn.Module, Batch]:
+    """784-256-256-10."""
+    model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return model, (torch.randn(samples, 784), torch.randint(10, (samples,)))
+
+
+def conv(samples: int) -> tuple[nn.Module, Batch]:
+    """Three convolutions with BatchNorm on 32×32×3."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    return model, (torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,)))
+
+
+def language(samples: int) -> tuple[nn.Module, Batch]:
+    """The Transformer on sequences of 64."""
+    return Language().eval(), (torch.randint(256, (samples, 64)), torch.randint(256, (samples * 64,)))
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def row(work: str, ours: float, theirs: float, bar: str) -> None:
+    """One line of the table."""
+    print(f"{work:<64}{1e3 * ours:>11.1f} ms{1e3 * theirs:>11.1f} ms{theirs / ours:>9.2f}×   bar {bar}", flush=True)
+
+
+def exact_rank() -> None:
+    """The exact Gauss-Newton spectrum against PyHessian's Hessian density."""
+    for name, (model, batch), bar in (("MLP", mlp(64), "≥ 50×"), ("conv net", conv(64), "≥ 20×")):
+        medians = alternate(
+            {
+                "ours": lambda m=model, b=batch: ggn_spectrum(m, b, loss_fn).epsilon_rank(1e-2),
+                "theirs": lambda m=model, b=batch: pyhessian_spectrum(m, b, loss_fn, num_probes=1, num_steps=100),
+            },
+            rounds=3,
+        )
+        row(f"ε-rank, {name}, n = 64: exact GGN / PyHessian density 1×100", medians["ours"], medians["theirs"], bar)
+
+
+def products() -> None:
+    """One Hessian-vector product."""
+    from pyhessian.utils import hessian_vector_product
+
+    for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
+        parameters = list(model.parameters())
+        product = HessianProduct(loss_fn(model, batch), parameters)
+        vector = torch.randn(product.dimension)
+        pieces = [torch.randn_like(parameter) for parameter in parameters]
+        gradients = torch.autograd.grad(loss_fn(model, batch), parameters, create_graph=True)
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": lambda p=product, v=vector: p(v),
+            "pyhessian": lambda g=gradients, p=parameters, v=pieces: hessian_vector_product(g, p, v),
+        }
+        operator = curvlinops_hessian(model, batch)
+        if operator is not None:
+            contenders["curvlinops"] = lambda o=operator, v=vector: o @ v
+        medians = alternate(contenders, rounds=21, warmup=3)
+        row(f"one HVP, {name}: ours / PyHessian", medians["ours"], medians["pyhessian"], "≥ 0.91×")
+        if operator is not None:
+            row(f"one HVP, {name}: ours / curvlinops", medians["ours"], medians["curvlinops"], "≥ 1.67×")
+
+
+def densities(rounds: int) -> None:
+    """Ten start vectors."""
+    problems: list[tuple[str, tuple[nn.Module, Batch], int, str]] = [
+        ("MLP, n = 256", mlp(256), 80, "≥ 1.8×"),
+        ("MLP, n = 1024", mlp(1024), 80, "≥ 1.2×"),
+        ("conv net, n = 128", conv(128), 50, "≥ 1.2×"),
+        ("Transformer, n = 16", language(16), 50, "≥ 1.2×"),
+    ]
+    for name, (model, batch), steps, bar in problems:
+        arguments: dict[str, Any] = {"num_probes": 10, "num_steps": steps}
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": lambda m=model, b=batch, a=arguments: hessian_spectrum(m, b, loss_fn, **a),
+            "pyhessian": lambda m=model, b=batch, a=arguments: pyhessian_spectrum(m, b, loss_fn, **a),
+        }
+        operator = curvlinops_hessian(model, batch)
+        if operator is not None:
+            contenders["curvlinops"] = lambda o=operator, s=steps: curvlinops_density(o, s)
+        medians = alternate(contenders, rounds=rounds, warmup=0)
+        row(f"Hessian density 10×{steps}, {name}: ours / PyHessian", medians["ours"], medians["pyhessian"], bar)
+        if operator is not None:
+            row(
+                f"Hessian density 10×{steps}, {name}: ours / curvlinops",
+                medians["ours"],
+                medians["curvlinops"],
+                "≥ 1.7×",
+            )
+
+
+def sharpness() -> None:
+    """Products until the residual bound of λmax is below 10⁻³ of it."""
+    for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
+        product = HessianProduct(loss_fn(model, batch), list(model.parameters()))
+        start = torch.randn(product.dimension)
+        for steps in range(2, 200):
+            run = lanczos(product, start, steps)
+            if run.residuals[-1] <= 1e-3 * run.nodes[-1]:
+                break
+        print(f"{f'λmax to 10⁻³ with a bound, {name}':<64}{steps:>6} products   bar ≤ 25", flush=True)
+
+
+def growth() -> None:
+    """How the exact probe grows with the width of the network and the size of the batch."""
+    for what, sizes in (("width", (256, 512, 1024, 2048)), ("samples", (32, 64, 128, 256))):
+        seconds = []
+        for size in sizes:
+            model, batch = mlp(64, size) if what == "width" else mlp(size)
+            medians = alternate({"ours": lambda m=model, b=batch: ggn_spectrum(m, b, loss_fn)}, rounds=3)
+            seconds.append(medians["ours"])
+        logs = torch.tensor(sizes).log(), torch.tensor(seconds).log()
+        slope = torch.linalg.lstsq(torch.stack([logs[0], torch.ones(len(sizes))], 1), logs[1]).solution[0].item()
+        shown = ", ".join(f"{size}: {1e3 * second:.0f} ms" for size, second in zip(sizes, seconds, strict=True))
+        print(f"exact probe by {what}: {shown}; grows as {what}^{slope:.1f}", flush=True)
+
+
+def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
+    """curvlinops' operator, or ``None`` where it is not installed or cannot."""
+    try:
+        from curvlinops import HessianLinearOperator
+    except ImportError:
+        return None
+    try:
+        operator = HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
+        )
+        operator @ torch.randn(operator.shape[1])
+        return operator
+    except Exception as error:
+        print(f"curvlinops cannot: {str(error).splitlines()[0][:100]}")
+        return None
+
+
+def curvlinops_density(operator: Any, steps: int) -> object:
+    """Its spectral density, with the ends of the spectrum given."""
+    from curvlinops import lanczos_approximate_spectrum
+
+    return lanczos_approximate_spectrum(
+        operator.to_scipy(), steps, num_points=1024, num_repeats=10, boundaries=(-5.0, 5.0)
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the long ones")
+    parser.add_argument("--only", nargs="*", default=["exact_rank", "products", "sharpness", "growth", "densities"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts: dict[str, Callable[[], None]] = {
+        "exact_rank": exact_rank,
+        "products": products,
+        "sharpness": sharpness,
+        "growth": growth,
+        "densities": lambda: densities(options.rounds),
+    }
+    print(f"{'work: ours / theirs':<64}{'ours':>14}{'theirs':>14}{'faster':>10}")
+    for part in options.only:
+        parts[part]()
