@@ -149,7 +149,7 @@ def gram(
         recording = Recording(parameters)
         with recording:
             loss = loss_fn(model, batch)
-        _check_loss(loss)
+        check_loss(loss)
         outputs = outputs_of(loss, recording.loss_calls, names)
         _check_parameters(outputs, recording, parameters)
         rows = sum(output.shape.numel() for output in outputs)
@@ -189,7 +189,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _check_loss(loss: Tensor) -> None:
+def check_loss(loss: Tensor) -> None:
+    """What every probe needs of a loss.
+
+    Raises:
+        ValueError: If it is not a finite scalar with a graph.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn(model, batch) returned {found}; it must return the mean loss, a scalar tensor")
