@@ -78,6 +78,24 @@ def dense(case: Case) -> Dense:
     )
 
 
+def dense_hessian(case: Case) -> Tensor:
+    """Row by row, by differentiating twice: shape ``(P, P)``, in evaluation mode."""
+    model, batch = case.build()
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(
+        case.loss_fn(model, batch), parameters, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+    def row(entry: Tensor) -> Tensor:
+        if not entry.requires_grad:
+            return torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        parts = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    return torch.stack([row(entry) for gradient in gradients for entry in gradient.flatten()])
+
+
 class Tied(nn.Module):
     """An embedding whose table is the output layer's matrix too."""
 

@@ -14,7 +14,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("room", ["curvature", "interventions", "isolation"])
+@pytest.mark.parametrize("room", ["curvature", "curvature.pyhessian", "interventions", "isolation"])
 def test_the_mathematics_imports_without_lightning(room: str) -> None:
     loaded = run(
         f"import sys, lightning_plasticity.{room}; "

@@ -190,10 +190,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_loss(loss: Tensor) -> None:
-    """Refuses what is not a finite scalar with a graph.
+    """What every probe needs of a loss.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not a finite scalar with a graph.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
