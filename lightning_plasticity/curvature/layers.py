@@ -21,7 +21,14 @@ from lightning_plasticity.curvature.graph import Edge, edge_of
 
 
 class ParameterUse(ABC):
-    """One use of one parameter in one call of a layer function."""
+    """One use of one parameter in one call of a layer function.
+
+    Args:
+        parameter: The parameter.
+    """
+
+    outer = 1
+    """How many positions come before the samples in what the layer took and returned: see :class:`LayerCall`."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
@@ -42,8 +49,8 @@ class ParameterUse(ABC):
         """The rows of the parameter that this use can touch, ascending."""
         return torch.arange(self.parameter.shape[0], device=self.parameter.device)
 
-    def _inputs_by_position(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
-        return inputs.reshape(samples, -1, channels)
+    def _inputs_by_sample(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
+        return _by_sample(inputs, samples, channels, self.outer)
 
 
 class Weight(ParameterUse):
@@ -55,7 +62,7 @@ class Weight(ParameterUse):
 
     def inputs(self, samples: int) -> Tensor:
         """What the matrix is applied to, shape ``(n, t, columns)``."""
-        return self._inputs_by_position(self._inputs, samples, self.parameter.shape[1])
+        return self._inputs_by_sample(self._inputs, samples, self.parameter.shape[1])
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ class Scale(ParameterUse):
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        normalized = self._inputs_by_position(self._normalized, len(cotangents), self.parameter.numel())
+        normalized = self._inputs_by_sample(self._normalized, len(cotangents), self.parameter.numel())
         return _rows_of_channels(torch.einsum("nqtc,ntc->nqc", cotangents, normalized), self.parameter, rows)
 
 
@@ -122,11 +129,16 @@ class Lookup(ParameterUse):
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        indices = self._inputs_by_position(self._indices, len(cotangents), 1)
+        indices = self._inputs_by_sample(self._indices, len(cotangents), 1)
         hit = indices == rows
         if self._padding_index is not None:
             hit &= rows != self._padding_index
         return torch.einsum("nqtd,ntv->nqvd", cotangents, hit.to(cotangents.dtype))
+
+
+def _by_sample(values: Tensor, samples: int, channels: int, outer: int) -> Tensor:
+    """Turns ``(outer, n, inner, c)``, however it is flattened, into ``(n, t, c)``."""
+    return values.reshape(outer, samples, -1, channels).transpose(0, 1).reshape(samples, -1, channels)
 
 
 def _rows_of_channels(by_channel: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
@@ -145,6 +157,8 @@ class LayerCall:
         channels_first: Whether the channels are dimension 1 (convolutions, BatchNorm) rather than the last ones.
         uses: What was used in it.
         inputs: Where everything else stands that it took and that requires gradients.
+        outer: How many positions come before the samples: 1 if these are the first dimension, the number of tokens if
+            the tokens are.
     """
 
     output: Edge
@@ -153,17 +167,28 @@ class LayerCall:
     channels_first: bool
     uses: list[ParameterUse]
     inputs: list[Edge] = field(default_factory=list)
+    outer: int = 1
 
-    @property
-    def samples(self) -> int:
-        """First dimension of the output; 1 if it has none but the channels."""
-        return 1 if self.output_shape.numel() == self.channels else self.output_shape[0]
+    def arrangements(self, samples: int) -> list[int]:
+        """What ``outer`` can be, given the number of samples: the likely first."""
+        positions, shape = self.output_shape.numel() // self.channels, self.output_shape
+        if self.channels_first or samples == 1:
+            return [1] if positions % samples == 0 else []
+        in_the_middle = [shape[:place].numel() for place, size in enumerate(shape[:-1]) if size == samples]
+        possible = dict.fromkeys([1, *in_the_middle, positions // samples])
+        return [outer for outer in possible if outer and positions % (outer * samples) == 0]
 
-    def by_position(self, cotangent: Tensor, samples: int) -> Tensor:
+    def arrange(self, outer: int) -> None:
+        """Sets ``outer``, here and for the uses."""
+        self.outer = outer
+        for use in self.uses:
+            use.outer = outer
+
+    def by_sample(self, cotangent: Tensor, samples: int, outer: int) -> Tensor:
         """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
         if self.channels_first:
             cotangent = cotangent.movedim(1, -1)
-        return cotangent.reshape(samples, -1, self.channels)
+        return _by_sample(cotangent, samples, self.channels, outer)
 
 
 LayerRule = Callable[..., "LayerCall | None"]

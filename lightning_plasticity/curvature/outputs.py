@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_plasticity.curvature.graph import Edge, edge_of, gradient_edge, leaves
 from lightning_plasticity.curvature.losses import LossCall, LossCurvature
@@ -69,6 +70,26 @@ class Outputs:
         sample, place = entries // width, entries % width
         dense[sample[:, :, None], place[:, :, None], place[:, None, :]] = block
         return dense
+
+
+def vector_jacobian_products(
+    outputs: list[Outputs], by: Sequence[Tensor] | Sequence[GradientEdge], vector: Tensor
+) -> Sequence[Tensor | None]:
+    r""":math:`J^\top u`, the gradient of :math:`u^\top f` by each of ``by``; ``None`` where it does not depend on it.
+
+    Args:
+        outputs: The network's outputs :math:`f`.
+        by: Tensors, or places in the graph.
+        vector: :math:`u`, shape ``(blocks, m / blocks)``: block by block, in each the outputs one after the other.
+    """
+    pieces = vector.split([output.shape.numel() // len(vector) for output in outputs], dim=1)
+    return torch.autograd.grad(
+        [gradient_edge(output.edge) for output in outputs],
+        by,
+        [piece.reshape(output.shape) for piece, output in zip(pieces, outputs, strict=True)],
+        retain_graph=True,
+        allow_unused=True,
+    )
 
 
 def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) -> list[Outputs]:
