@@ -27,13 +27,14 @@ class Case:
     def build(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Batch]:
         torch.manual_seed(0)
         model, inputs, targets = self.make()
+        norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
         for module in model.modules():  # as after some training: norm layers are not the identity
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean)
                 nn.init.uniform_(module.running_var, 0.5, 2)
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm) and module.weight is not None:
+            if isinstance(module, norms) and module.weight is not None:
                 nn.init.normal_(module.weight, 1, 0.3)
-                if module.bias is not None:
+                if getattr(module, "bias", None) is not None:
                     nn.init.normal_(module.bias, 0, 0.3)
         return model.to(dtype), (_to(inputs, dtype), _to(targets, dtype))
 
@@ -251,6 +252,20 @@ class Attending(nn.Module):
         return self.head(out.mean(1 if self.attention.batch_first else 0))
 
 
+class TimeFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+
+class Mean(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dim)
+
+
 class Positions(nn.Module):
     """A position embedding without a batch dimension."""
 
@@ -282,7 +297,7 @@ def conv(*layers: nn.Module, shape: tuple[int, ...]) -> Callable[[], tuple[nn.Mo
         x = torch.randn(4, *shape)
         body = nn.Sequential(*copy.deepcopy(layers), nn.Flatten())
         for module in body.modules():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if isinstance(module, nn.modules.conv._ConvNd):
                 module.reset_parameters()
         return nn.Sequential(*body, nn.Linear(body.eval()(x).shape[1], 3)).train(), x, classes(4)
 
@@ -397,6 +412,50 @@ CLOSED_FORM_CASES = [
         F.binary_cross_entropy_with_logits,
     ),
     Case("adapter of low rank", lambda: (LowRank(merged=False), *mlp()[1:])),
+    *[
+        Case(
+            f"attention{first * ', batch first'}{weights * ', weights'}",
+            lambda first=first, weights=weights: (
+                Attending(nn.MultiheadAttention(4, 2, batch_first=first), need_weights=weights),
+                torch.randn(4, 6, 4),
+                classes(4),
+            ),
+        )
+        for first in (False, True)
+        for weights in (False, True)
+    ],
+    Case(
+        "encoder layers, time first",
+        lambda: (
+            nn.Sequential(TimeFirst(), nn.TransformerEncoderLayer(4, 2, 6), Mean(0), nn.Linear(4, 3)),
+            torch.randn(6, 4, 4),
+            classes(6),
+        ),
+    ),
+    Case("conv transpose 1d", conv(nn.ConvTranspose1d(2, 3, 3, stride=2), nn.Tanh(), shape=(2, 5))),
+    Case(
+        "conv transpose 2d, grouped, dilated, strided",
+        conv(
+            nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 3), (1, 2), groups=2, dilation=(1, 2)),
+            nn.Tanh(),
+            shape=(4, 3, 4),
+        ),
+    ),
+    Case("conv transpose 2d, cut", conv(nn.ConvTranspose2d(2, 3, 1, padding=1), nn.Tanh(), shape=(2, 4, 4))),
+    Case("conv transpose 3d", conv(nn.ConvTranspose3d(1, 2, 2, bias=False), nn.Tanh(), shape=(1, 2, 3, 2))),
+    Case("group norm", conv(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), shape=(2, 4, 5))),
+    Case(
+        "instance norm",
+        conv(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, affine=True), nn.Tanh(), shape=(2, 4, 4)),
+    ),
+    Case(
+        "instance norm with running statistics",
+        conv(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True, track_running_stats=True), shape=(2, 5)),
+    ),
+    Case(
+        "rms norm",
+        lambda: (nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 3)), *mlp()[1:]),
+    ),
 ]
 """What has a closed form for every parameter."""
 
@@ -435,18 +494,6 @@ ROW_BY_ROW_CASES = [
         )
         for first in (False, True)
         for tokens in (3, 4)
-    ],
-    *[
-        Case(
-            f"attention{first * ', batch first'}{weights * ', weights'}",
-            lambda first=first, weights=weights: (
-                Attending(nn.MultiheadAttention(4, 2, batch_first=first), need_weights=weights),
-                torch.randn(4, 6, 4),
-                classes(4),
-            ),
-        )
-        for first in (False, True)
-        for weights in (False, True)
     ],
     Case(
         "attention to another width",
