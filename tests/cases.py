@@ -407,6 +407,14 @@ CLOSED_FORM_CASES = [
     Case("squared error, summed", regression(2), lambda f, y: F.mse_loss(f, y, reduction="sum") / 7),
     Case("binary labels", regression(3), weighted_bce),
     Case(
+        "binary labels, sigmoid first",
+        regression(3),
+        lambda f, y: F.binary_cross_entropy(f.sigmoid(), y, reduction="sum"),
+    ),
+    Case("log-softmax of a sequence", sequence, lambda f, y: F.nll_loss(f.log_softmax(1), y, ignore_index=2)),
+    Case("Huber loss", regression(2), lambda f, y: F.huber_loss(f, 2 * y, delta=0.7)),
+    Case("smooth L1 loss", regression(2), lambda f, y: F.smooth_l1_loss(f, 2 * y, reduction="sum", beta=0.5)),
+    Case(
         "one output, no dimension for it",
         lambda: (Squeezed(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 5), classes(6, 2).float()),
         F.binary_cross_entropy_with_logits,

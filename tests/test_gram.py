@@ -342,6 +342,16 @@ def test_loss_scaled_in_place() -> None:
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), plain / 6) <= 1e-10
 
 
+@pytest.mark.parametrize("dim", [1, -1])
+def test_outputs_are_what_a_log_softmax_in_the_model_was_taken_of(dim: int) -> None:
+    case = Case("log-softmax", lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)))
+    model, batch = case.build()
+    matrices = gram(nn.Sequential(model, nn.LogSoftmax(dim)), batch, lambda m, b: F.nll_loss(m(b[0]), b[1]))
+    expected = dense(case)
+    assert relative_error(padded(matrices.spectrum()), expected.eigenvalues) <= 1e-10
+    assert relative_error(matrices.tangent_kernel, expected.tangent_kernel) <= 1e-10
+
+
 def test_outputs_that_depend_on_outputs() -> None:
     """Deep supervision: the loss of an output and of another one made of it."""
     case = Case(
@@ -367,6 +377,9 @@ def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
+        (lambda m, x: F.nll_loss(m(x).log_softmax(0), torch.arange(5) % 2), "not computed by"),
+        (lambda m, x: F.nll_loss(m(x), torch.arange(5) % 2), "not computed by"),
+        (lambda m, x: F.binary_cross_entropy(m(x).square().clamp(max=1), torch.ones(5, 2)), "not computed by"),
         (lambda m, x: m(x).square().mean(), "not computed by torch.nn.functional.cross_entropy"),
         (lambda m, x: regress(m, x) + m.weight.square().sum(), "depends on 'weight' other than through"),
         (lambda m, x: F.mse_loss((p := m(x).chunk(2, -1))[0], torch.zeros(5, 1)) + p[1].square().mean(), "other than"),

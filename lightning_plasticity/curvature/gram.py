@@ -90,8 +90,9 @@ def ggn_spectrum(
 
     The matrix is taken at the parameters that require gradients, with the model in evaluation mode (no dropout,
     BatchNorm with its running statistics). Any model will do; fast are the layers in ``LAYER_RULES``. The Jacobian by
-    any other parameter costs a backward pass for each output number, which is logged. Losses are made of cross-entropy,
-    squared error and binary cross-entropy with logits. Closed forms are checked against autograd before they are used.
+    any other parameter costs a backward pass for each output number, which is logged. Losses are made of those in
+    ``LOSS_RULES``: cross-entropy and its relatives, squared error and Huber's loss. Closed forms are checked against
+    autograd before they are used.
 
     Args:
         model: Any module. Nothing in it is changed.

@@ -111,9 +111,10 @@ def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) ->
     reached = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
     if not reached:
         raise UnsupportedModelError(
-            "the loss was not computed by torch.nn.functional.cross_entropy, mse_loss (target of the same shape) or "
-            "binary_cross_entropy_with_logits (or their modules), so its curvature is not known: "
-            "pass a loss_fn(model, batch) that uses one of them"
+            "the loss was not computed by torch.nn.functional.cross_entropy, nll_loss (right after log_softmax), "
+            "binary_cross_entropy_with_logits, binary_cross_entropy (right after sigmoid), mse_loss, huber_loss or "
+            "smooth_l1_loss (target of the same shape), or their modules, so its curvature is not known: pass a "
+            "loss_fn(model, batch) that uses one of them"
         )
     _check_nothing_else(loss, [call for call, _ in reached], names)
     if any(factor.requires_grad for _, factor in reached):
@@ -138,13 +139,13 @@ def _check_nothing_else(loss: Tensor, calls: list[LossCall], names: Mapping[int,
     direct = leaves([edge_of(loss)], {**values, **{call.outputs_edge: [] for call in calls}})
     if direct:
         raise UnsupportedModelError(
-            f"the loss depends on {_named(direct, names)} other than through the outputs that cross_entropy, mse_loss "
-            "or binary_cross_entropy_with_logits took (a penalty on weights, another loss?): pass a "
+            f"the loss depends on {_named(direct, names)} other than through the outputs that loss functions of known "
+            "curvature took, such as cross_entropy and mse_loss (a penalty on weights, another loss?): pass a "
             "loss_fn(model, batch) that returns the loss of the data alone"
         )
     raise UnsupportedModelError(
-        "the loss uses the network's outputs in another way besides cross_entropy, mse_loss and "
-        "binary_cross_entropy_with_logits (an entropy bonus, a consistency term?), whose curvature is not known: "
+        "the loss uses the network's outputs in another way besides loss functions of known curvature, such as "
+        "cross_entropy and mse_loss (an entropy bonus, a consistency term?), whose curvature is not known: "
         "pass a loss_fn(model, batch) without it"
     )
 
