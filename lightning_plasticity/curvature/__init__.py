@@ -3,8 +3,9 @@
 :func:`ggn_spectrum` answers it for a module, a batch and a loss; :class:`Spectrum` holds the answer.
 """
 
+from lightning_plasticity.curvature.any_loss import loss_of
 from lightning_plasticity.curvature.gram import TooManyRowsError, ggn_spectrum
 from lightning_plasticity.curvature.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.spectrum import Spectrum, TangentKernel
 
-__all__ = ["Spectrum", "TangentKernel", "TooManyRowsError", "UnsupportedModelError", "ggn_spectrum"]
+__all__ = ["Spectrum", "TangentKernel", "TooManyRowsError", "UnsupportedModelError", "ggn_spectrum", "loss_of"]

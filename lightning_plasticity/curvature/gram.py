@@ -91,8 +91,8 @@ def ggn_spectrum(
     The matrix is taken at the parameters that require gradients, with the model in evaluation mode (no dropout,
     BatchNorm with its running statistics). Any model will do; fast are the layers in ``LAYER_RULES``. The Jacobian by
     any other parameter costs a backward pass for each output number, which is logged. Losses are made of those in
-    ``LOSS_RULES``: cross-entropy and its relatives, squared error and Huber's loss. Closed forms are checked against
-    autograd before they are used.
+    ``LOSS_RULES``: cross-entropy and its relatives, squared error, Huber's loss, and :func:`loss_of` for any other.
+    Closed forms are checked against autograd before they are used.
 
     Args:
         model: Any module. Nothing in it is changed.

@@ -85,7 +85,7 @@ def _blocks(
     Of all numbers that divide the outputs, the one that leaves the fewest parameter entries in such layers. The calls
     are arranged accordingly.
     """
-    most = math.gcd(*[output.samples for output in outputs])
+    most = math.gcd(*[output.blocks for output in outputs])
     sizes = {most, *(math.gcd(most, size) for call in calls for size in call.output_shape)}
     best: tuple[int, int, list[int | None]] | None = None
     for blocks in sorted(sizes - {1} or {1}, reverse=True):

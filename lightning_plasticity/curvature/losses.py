@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,54 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_plasticity.curvature.graph import Edge, edge_of
-
-
-@dataclass(frozen=True, eq=False)
-class LossCurvature:
-    """First and second derivative of a loss by the outputs that it was given.
-
-    Args:
-        residual: Gradient by the outputs, the shape of the outputs.
-        root: Root of the Hessian, block by block: ``(blocks, b, b)``. Block ``k`` is about the ``k``-th run of ``b``
-            numbers of the outputs once their class dimension is the last.
-        scale: Size of the terms that the residual is the difference of: what its rounding error is relative to.
-    """
-
-    residual: Tensor
-    root: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """One call of a loss function.
-
-    Args:
-        outputs_edge: Where the network outputs that it was given stand in the graph.
-        outputs_shape: Their shape.
-        value_edge: Where what it returned stood in the graph then.
-        curvature: Takes the gradient of the whole loss by what it returned, returns the derivatives by the outputs.
-        class_dim: The dimension of the outputs whose entries are coupled (the classes of a softmax), or -1.
-    """
-
-    outputs_edge: Edge
-    outputs_shape: torch.Size
-    value_edge: Edge
-    curvature: Callable[[Tensor], LossCurvature]
-    class_dim: int = -1
-
-
-LossRule = Callable[..., "LossCall | None"]
-"""Takes the value of a loss function, then what the function took; ``None``: this call has no closed form."""
-
-
-def _call(
-    outputs: Tensor, value: Tensor, curvature: Callable[[Tensor], LossCurvature], class_dim: int = -1
-) -> LossCall | None:
-    if not outputs.requires_grad:
-        return None
-    return LossCall(edge_of(outputs), outputs.shape, edge_of(value), curvature, class_dim)
+from lightning_plasticity.curvature.any_loss import loss_of, loss_of_rule
+from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature, LossRule, loss_call
 
 
 def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
@@ -118,7 +72,7 @@ def _cross_entropy(
             scale=labels.norm(),
         )
 
-    return _call(input, value, curvature, class_dim)
+    return loss_call(input, value, curvature, class_dim)
 
 
 def _nll_loss(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
@@ -181,7 +135,7 @@ def _squared_or_linear(
             scale=(strength * (outputs.abs() + labels.abs())).norm(),
         )
 
-    return _call(input, value, curvature)
+    return loss_call(input, value, curvature)
 
 
 def _mse_loss(
@@ -260,7 +214,7 @@ def _bce_with_logits(
         root = _root_of(total * sigmoid * complement)
         return LossCurvature(total * sigmoid - positive, root.reshape(-1, 1, 1), strength.norm())
 
-    return _call(input, value, curvature)
+    return loss_call(input, value, curvature)
 
 
 def _binary_cross_entropy(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
@@ -287,6 +241,7 @@ LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
     F.smooth_l1_loss: _smooth_l1_loss,
+    loss_of: loss_of_rule,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.binary_cross_entropy: _binary_cross_entropy,
 }

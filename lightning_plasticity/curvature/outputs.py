@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_plasticity.curvature.graph import Edge, edge_of, gradient_edge, leaves
-from lightning_plasticity.curvature.losses import LossCall, LossCurvature
+from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature
 
 
 class UnsupportedModelError(RuntimeError):
@@ -44,6 +45,11 @@ class Outputs:
         """First dimension of the outputs; 1 if they have no dimension for samples."""
         unbatched = not self.shape or self.calls[0].class_dim == 0
         return 1 if unbatched else self.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """Into how many blocks the samples fall that the loss does not couple."""
+        return math.gcd(self.samples, *[len(curvature.root) for curvature in self.curvatures])
 
     @property
     def residual(self) -> Tensor:
@@ -114,7 +120,7 @@ def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) ->
             "the loss was not computed by torch.nn.functional.cross_entropy, nll_loss (right after log_softmax), "
             "binary_cross_entropy_with_logits, binary_cross_entropy (right after sigmoid), mse_loss, huber_loss or "
             "smooth_l1_loss (target of the same shape), or their modules, so its curvature is not known: pass a "
-            "loss_fn(model, batch) that uses one of them"
+            "loss_fn(model, batch) that uses one of them, or loss_of(outputs, function)"
         )
     _check_nothing_else(loss, [call for call, _ in reached], names)
     if any(factor.requires_grad for _, factor in reached):

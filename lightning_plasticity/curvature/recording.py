@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_plasticity.curvature.graph import edge_of
 from lightning_plasticity.curvature.layer_rules import LAYER_RULES
 from lightning_plasticity.curvature.layers import LayerCall
-from lightning_plasticity.curvature.losses import LOSS_RULES, LossCall
+from lightning_plasticity.curvature.loss_calls import LossCall
+from lightning_plasticity.curvature.losses import LOSS_RULES
 
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
