@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum, loss_of
 from lightning_plasticity.curvature.gram import gram
@@ -328,6 +329,26 @@ def test_outputs_with_positions_changed_in_place(change: str) -> None:
 
     case = Case("changed", lambda: (Changed(), torch.randn(5, 6, 4), classes(5)))
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
+
+
+class Checkpointed(nn.Sequential):
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+def test_checkpoints_change_nothing_or_are_refused() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5)
+    hidden, seen = Checkpointed(use_reentrant=True), Checkpointed(use_reentrant=False)
+    plain = ggn_spectrum(nn.Sequential(*seen), x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    spectrum = ggn_spectrum(seen, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    assert relative_error(spectrum.eigenvalues, plain.eigenvalues) <= 1e-6
+    with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
+        ggn_spectrum(hidden, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
 
 
 def test_loss_scaled_in_place() -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.graph import leaves
+from lightning_plasticity.curvature.graph import leaves, reached
 from lightning_plasticity.curvature.jacobian import RELATIVE_TOLERANCE, jacobian_gram
 from lightning_plasticity.curvature.outputs import Outputs, UnsupportedModelError, outputs_of
 from lightning_plasticity.curvature.recording import Recording
@@ -203,6 +203,11 @@ def _without_closed_form(
     """The parameters that the outputs depend on in other ways than through the recorded layer calls, and why."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     edges = [output.edge for output in outputs]
+    if any(node.name() == "CheckpointFunctionBackward" for node in reached(edges, {})):
+        raise UnsupportedModelError(
+            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
+            "everything but loss.backward(): pass use_reentrant=False"
+        )
     if not any(id(leaf) in name_of for leaf in leaves(edges, {})):
         raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
     others = leaves(edges, {call.output: call.inputs for call in recording.layer_calls})
