@@ -35,6 +35,7 @@ class Language(nn.Module):
         self.out = nn.Linear(128, 256)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of the next symbol, one row a position."""
         return self.out(self.body(self.embed(x))).flatten(0, 1)
 
 
@@ -159,7 +160,7 @@ def growth() -> None:
 
 
 def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
-    """curvlinops' operator, or ``None`` where it is not installed or cannot."""
+    """Curvlinops' operator, or ``None`` where it is not installed or cannot."""
     try:
         from curvlinops import HessianLinearOperator
     except ImportError:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.utils import parametrizations
+
+from lightning_plasticity.curvature import loss_of
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,13 +29,14 @@ class Case:
     def build(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Batch]:
         torch.manual_seed(0)
         model, inputs, targets = self.make()
+        norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
         for module in model.modules():  # as after some training: norm layers are not the identity
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean)
                 nn.init.uniform_(module.running_var, 0.5, 2)
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm) and module.weight is not None:
+            if isinstance(module, norms) and module.weight is not None:
                 nn.init.normal_(module.weight, 1, 0.3)
-                if module.bias is not None:
+                if getattr(module, "bias", None) is not None:
                     nn.init.normal_(module.bias, 0, 0.3)
         return model.to(dtype), (_to(inputs, dtype), _to(targets, dtype))
 
@@ -65,7 +70,9 @@ def dense(case: Case) -> Dense:
         return functional_call(model, values, (inputs,))
 
     out = outputs(parameters).detach()
-    jacobian = torch.cat([j.reshape(out.numel(), -1) for j in jacrev(outputs)(parameters).values()], dim=1)
+    jacobian = torch.cat(
+        [j.reshape(out.numel(), -1) for j in jacrev(outputs, chunk_size=1)(parameters).values()], dim=1
+    )
 
     def loss(flat: Tensor) -> Tensor:
         return case.loss(flat.reshape(out.shape), targets)
@@ -137,6 +144,160 @@ class HandAttention(nn.Module):
         return self.out((torch.softmax(q @ k.mT, -1) @ v).mean(1))
 
 
+class Scaled(nn.Module):
+    """A bare parameter, used by an operation that nobody has heard of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor([1.5, -0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class BareMatrix(nn.Module):
+    """Parameters used as matrices without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,oi->no", torch.tanh(x @ self.first), self.second)
+
+
+class Transposed(nn.Linear):
+    """A layer whose matrix is not the parameter itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t().t())
+
+
+class UsedTwice(nn.Module):
+    """A matrix in a layer, and in a way that is not one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)) @ self.layer.weight)
+
+
+class Unheard(torch.autograd.Function):
+    """x² w, as no layer has it."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x**2 * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return 2 * x * w * gradient, (x**2 * gradient).sum(0)
+
+
+class Custom(nn.Module):
+    """A parameter in an operation of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.w, self.head = nn.Linear(5, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Unheard.apply(self.linear(x), self.w))
+
+
+class LowRank(nn.Module):
+    """An adapter of low rank on a frozen layer."""
+
+    def __init__(self, *, merged: bool) -> None:
+        super().__init__()
+        self.base, self.merged = nn.Linear(5, 3).requires_grad_(False), merged
+        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.base.weight + self.up @ self.down, self.base.bias)
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+class Positional(nn.Module):
+    """A transformer with a class token and a position embedding, bare parameters both, as vision transformers have."""
+
+    def __init__(self, *, tokens: int, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, tokens + 1, 4))
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=batch_first)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        if not self.batch_first:
+            h = h.transpose(0, 1)
+        h = self.block(h)
+        return self.head(h[:, 0] if self.batch_first else h[0])
+
+
+class Recurrent(nn.Module):
+    """A recurrent network that classifies by its last state."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(rnn.hidden_size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Attending(nn.Module):
+    """Attention across positions, to itself or to something of another width."""
+
+    def __init__(self, attention: nn.MultiheadAttention, *, need_weights: bool = True) -> None:
+        super().__init__()
+        self.attention, self.need_weights = attention, need_weights
+        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        if not self.attention.batch_first:
+            h = h.transpose(0, 1)
+        memory = h if self.attention._qkv_same_embed_dim else torch.cat([h, h.square()], -1)
+        out = self.attention(h, memory, memory, need_weights=self.need_weights)[0]
+        return self.head(out.mean(1 if self.attention.batch_first else 0))
+
+
+class TimeFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+
+class Mean(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dim)
+
+
+class Positions(nn.Module):
+    """A position embedding without a batch dimension."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.linear, self.place = nn.Linear(3, 2), nn.Embedding(positions, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.place(torch.arange(self.place.num_embeddings))
+        return torch.tanh(self.linear(x[:, None] * places)).mean(1)
+
+
 def classes(n: int, c: int = 3) -> Tensor:
     return torch.arange(n) % c
 
@@ -156,7 +317,7 @@ def conv(*layers: nn.Module, shape: tuple[int, ...]) -> Callable[[], tuple[nn.Mo
         x = torch.randn(4, *shape)
         body = nn.Sequential(*copy.deepcopy(layers), nn.Flatten())
         for module in body.modules():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if isinstance(module, nn.modules.conv._ConvNd):
                 module.reset_parameters()
         return nn.Sequential(*body, nn.Linear(body.eval()(x).shape[1], 3)).train(), x, classes(4)
 
@@ -204,7 +365,7 @@ class Transpose(nn.Module):
         return x.mT
 
 
-CASES = [
+CLOSED_FORM_CASES = [
     Case("mlp", mlp),
     Case("one sample", lambda: mlp(1)),
     Case("one sample without a batch dimension", lambda: (mlp()[0], torch.randn(5), torch.tensor(1))),
@@ -266,8 +427,124 @@ CASES = [
     Case("squared error, summed", regression(2), lambda f, y: F.mse_loss(f, y, reduction="sum") / 7),
     Case("binary labels", regression(3), weighted_bce),
     Case(
+        "binary labels, sigmoid first",
+        regression(3),
+        lambda f, y: F.binary_cross_entropy(f.sigmoid(), y, reduction="sum"),
+    ),
+    Case("log-softmax of a sequence", sequence, lambda f, y: F.nll_loss(f.log_softmax(1), y, ignore_index=2)),
+    Case("Huber loss", regression(2), lambda f, y: F.huber_loss(f, 2 * y, delta=0.7)),
+    Case("smooth L1 loss", regression(2), lambda f, y: F.smooth_l1_loss(f, 2 * y, reduction="sum", beta=0.5)),
+    Case(
+        "any loss", mlp, lambda f, y: loss_of(f, lambda f: f.gather(1, y[:, None]).neg().exp().mean() + f.pow(4).mean())
+    ),
+    Case("any loss, with another", mlp, lambda f, y: F.cross_entropy(f, y) + loss_of(f, lambda f: f.cosh().mean())),
+    Case(
+        "any loss that couples samples",
+        mlp,
+        lambda f, y: loss_of(f, lambda f: f.mean(0).exp().sum() + f.square().sum()),
+    ),
+    Case("any loss that is linear", regression(2), lambda f, y: F.mse_loss(f, y) + loss_of(f, lambda f: f.sum())),
+    Case(
         "one output, no dimension for it",
         lambda: (Squeezed(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 5), classes(6, 2).float()),
         F.binary_cross_entropy_with_logits,
     ),
+    Case("adapter of low rank", lambda: (LowRank(merged=False), *mlp()[1:])),
+    *[
+        Case(
+            f"attention{first * ', batch first'}{weights * ', weights'}",
+            lambda first=first, weights=weights: (
+                Attending(nn.MultiheadAttention(4, 2, batch_first=first), need_weights=weights),
+                torch.randn(4, 6, 4),
+                classes(4),
+            ),
+        )
+        for first in (False, True)
+        for weights in (False, True)
+    ],
+    Case(
+        "encoder layers, time first",
+        lambda: (
+            nn.Sequential(TimeFirst(), nn.TransformerEncoderLayer(4, 2, 6), Mean(0), nn.Linear(4, 3)),
+            torch.randn(6, 4, 4),
+            classes(6),
+        ),
+    ),
+    Case("conv transpose 1d", conv(nn.ConvTranspose1d(2, 3, 3, stride=2), nn.Tanh(), shape=(2, 5))),
+    Case(
+        "conv transpose 2d, grouped, dilated, strided",
+        conv(
+            nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 3), (1, 2), groups=2, dilation=(1, 2)),
+            nn.Tanh(),
+            shape=(4, 3, 4),
+        ),
+    ),
+    Case("conv transpose 2d, cut", conv(nn.ConvTranspose2d(2, 3, 1, padding=1), nn.Tanh(), shape=(2, 4, 4))),
+    Case("conv transpose 3d", conv(nn.ConvTranspose3d(1, 2, 2, bias=False), nn.Tanh(), shape=(1, 2, 3, 2))),
+    Case("group norm", conv(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), shape=(2, 4, 5))),
+    Case(
+        "instance norm",
+        conv(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, affine=True), nn.Tanh(), shape=(2, 4, 4)),
+    ),
+    Case(
+        "instance norm with running statistics",
+        conv(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True, track_running_stats=True), shape=(2, 5)),
+    ),
+    Case(
+        "rms norm",
+        lambda: (nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 3)), *mlp()[1:]),
+    ),
 ]
+"""What has a closed form for every parameter."""
+
+ROW_BY_ROW_CASES = [
+    Case("bare parameter", lambda: (Scaled(), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss),
+    Case("bare matrices", lambda: (BareMatrix(), *mlp()[1:])),
+    Case("weight of a view", lambda: (Transposed(5, 3), *mlp()[1:])),
+    Case("used in a layer and elsewhere", lambda: (UsedTwice(), *mlp()[1:])),
+    Case("prelu", lambda: (nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)), *mlp()[1:])),
+    Case("adapter of low rank, merged", lambda: (LowRank(merged=True), *mlp()[1:])),
+    Case(
+        "weight norm",
+        lambda: (nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), *mlp()[1:]),
+    ),
+    Case(
+        "spectral norm",
+        lambda: (nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 3)), *mlp()[1:]),
+    ),
+    Case(
+        "batch norm with statistics of the batch",
+        lambda: (
+            nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+            *mlp()[1:],
+        ),
+    ),
+    Case("positions as many as samples", lambda: (Positions(5), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss),
+    Case("positions as many as half of the samples", lambda: (Positions(3), torch.randn(6, 3), classes(6, 2))),
+    *[
+        Case(
+            f"transformer with a class token{first * ', batch first'}, {tokens} tokens",
+            lambda first=first, tokens=tokens: (
+                Positional(tokens=tokens, batch_first=first),
+                torch.randn(4, tokens, 4),
+                classes(4),
+            ),
+        )
+        for first in (False, True)
+        for tokens in (3, 4)
+    ],
+    Case(
+        "attention to another width",
+        lambda: (
+            Attending(nn.MultiheadAttention(4, 2, kdim=8, vdim=8, add_bias_kv=True)),
+            torch.randn(4, 6, 4),
+            classes(4),
+        ),
+    ),
+    Case("gru", lambda: (Recurrent(nn.GRU(4, 5, batch_first=True)), torch.randn(4, 6, 4), classes(4))),
+    Case("lstm", lambda: (Recurrent(nn.LSTM(4, 5, 2, batch_first=True)), torch.randn(4, 6, 4), classes(4))),
+    Case("a function of the user's own", lambda: (Custom(), *mlp()[1:])),
+]
+"""What has none for some: their Jacobian comes row by row."""
+
+CASES = [*CLOSED_FORM_CASES, *ROW_BY_ROW_CASES]

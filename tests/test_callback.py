@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum
+from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from tests.modules import Classifier, loader, tasks_seen, trainer, weights
@@ -285,7 +285,7 @@ def test_module_that_cannot_be_copied_is_named_and_loss_fn_helps() -> None:
     assert callback.history[0].spectrum.exact
 
 
-def test_unknown_parameters_are_named_at_the_first_probe() -> None:
+def test_any_use_of_a_parameter_can_be_probed() -> None:
     class Gated(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -294,8 +294,10 @@ def test_unknown_parameters_are_named_at_the_first_probe() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0] * self.gate), batch[1])
 
-    with pytest.raises(UnsupportedModelError, match=r"'gate', shape \(4,\): used by mul"):
-        trainer(SpectralCollapseCallback()).fit(Gated(), loader())
+    callback = SpectralCollapseCallback()
+    trainer(callback).fit(model := Gated(), loader())
+    assert callback.history[0].spectrum.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert callback.history[0].spectrum.exact
 
 
 def test_manual_optimization_needs_a_loss_fn() -> None:

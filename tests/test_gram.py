@@ -1,6 +1,8 @@
 """The exact curvature against dense float64 Jacobians."""
 
+import copy
 import math
+import re
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -9,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum
+from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum, loss_of
 from lightning_plasticity.curvature.gram import gram
-from tests.cases import CASES, Case, classes, dense
+from tests.cases import CASES, ROW_BY_ROW_CASES, Case, Positions, classes, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -182,17 +185,6 @@ def test_unused_parameters_count_as_flat_directions() -> None:
     assert spectrum.weights.sum().item() == pytest.approx(1)
 
 
-class Scaled(nn.Module):
-    """A bare parameter, used by an operation that nobody has heard of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * self.scale
-
-
 class Shifted(nn.Module):
     """A linear layer and a bare parameter."""
 
@@ -202,33 +194,6 @@ class Shifted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.extra
-
-
-class Transposed(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t().t())
-
-
-class TakeFirst(nn.Module):
-    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
-        return x[0]
-
-
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
-class Positions(nn.Module):
-    """A position embedding without a batch dimension."""
-
-    def __init__(self, positions: int) -> None:
-        super().__init__()
-        self.linear, self.place = nn.Linear(3, 2), nn.Embedding(positions, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = self.place(torch.arange(self.place.num_embeddings))
-        return torch.tanh(self.linear(x[:, None] * places)).mean(1)
 
 
 class Siamese(nn.Sequential):
@@ -248,37 +213,46 @@ def regress(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("model", "culprit"),
+    ("case", "message"),
     [
-        (Scaled(), r"'scale', shape \(2,\): used by mul"),
+        ("bare parameter", r"'scale' \(used by mul\)"),
         (
-            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)),
-            r"'1.weight', shape \(4,\): used by batch_norm",
+            "batch norm with statistics of the batch",
+            r"'1.weight' \(used by batch_norm\), '1.bias' \(used by batch_norm",
         ),
-        (nn.Sequential(nn.Linear(3, 2), nn.GRU(2, 2), TakeFirst()), r"'1.weight_ih_l0', .*: used by gru"),
-        (
-            nn.Sequential(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), nn.Linear(4, 2), Mean()),
-            r"in_proj_weight', .*: used by multi_head_attention_forward",
-        ),
-        (nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), r"'1.weight', shape \(1,\): used by prelu"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "original0"),
-        (nn.Sequential(Transposed(3, 2)), r"'0.weight', .*: used by"),
+        ("gru", r"'rnn.weight_ih_l0' \(used by gru\)"),
+        ("prelu", r"'1.weight' \(used by prelu\)"),
+        ("weight norm", r"original0' \(used by _weight_norm\)"),
+        ("weight of a view", r"'weight' \(used by t\)"),
+        ("a function of the user's own", r"'w' \(used by something\)"),
+        ("positions as many as samples", r"'place.weight' \(its layer mixes samples\)$"),
     ],
-    ids=["bare parameter", "batch norm", "gru", "attention", "prelu", "weight norm", "weight of a view"],
 )
-def test_what_is_not_known_is_noticed_and_named(model: nn.Module, culprit: str) -> None:
-    shape = (5, 3, 4) if "in_proj" in culprit else (5, 3)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UnsupportedModelError, match=culprit):
-        ggn_spectrum(model, x, regress)
+def test_what_comes_row_by_row_is_logged_with_the_reason(
+    case: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (found,) = [known for known in CASES if known.name == case]
+    with caplog.at_level("INFO", "lightning_plasticity"):
+        ggn_spectrum(*found.build(), found.loss_fn)
+    assert re.search(message, caplog.messages[0])
+
+
+@each_case
+def test_only_parameters_without_a_closed_form_come_row_by_row(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning_plasticity"):
+        ggn_spectrum(*case.build(), case.loss_fn)
+    assert len(caplog.messages) == (case in ROW_BY_ROW_CASES)
 
 
 def test_parameters_are_accounted_for_however_small_their_part() -> None:
     """A tolerance would let this one pass: the first sample is 10⁵ times as large as the parameter's use."""
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     x[0] *= 1e5
-    with pytest.raises(UnsupportedModelError, match="'extra'"):
-        ggn_spectrum(Shifted(), x, lambda m, b: F.cross_entropy(m(b), torch.arange(8) % 2))
+    case = Case("shifted", lambda: (Shifted(), x, classes(8, 2)))
+    kernel, linear = gram(*case.build(), case.loss_fn).tangent_kernel, nn.Linear(3, 2, bias=False).double()
+    without = gram(linear, case.build()[1], case.loss_fn).tangent_kernel
+    ones = torch.eye(2, dtype=torch.float64).repeat(8, 8) / 8
+    assert torch.allclose((kernel - without)[2:, 2:], ones[2:, 2:], atol=1e-10)
 
 
 def test_parameters_of_another_model_are_noticed() -> None:
@@ -300,12 +274,40 @@ def test_samples_that_depend_on_each_other_are_one_block(model: Callable[[], nn.
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
 
 
-def test_samples_that_depend_on_each_other_are_refused_where_one_block_is_too_large(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("name", "logged"), [("one block", 0), ("a few parameters at a time", 1)])
+def test_batches_of_one_block_whose_jacobian_is_too_large_to_be_held_at_once(
+    name: str, logged: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lightning_plasticity.curvature.gram._DENSE_ELEMENTS", 0)
-    with pytest.raises(UnsupportedModelError, match=r"'0.weight', shape \(4, 3\): its layer mixes samples"):
+    monkeypatch.setattr("lightning_plasticity.curvature.rows._HELD_ELEMENTS", 10 * 15)
+    if name != "one block":
+        monkeypatch.setattr("lightning_plasticity.curvature.jacobian._DENSE_ELEMENTS", 0)
+    model = nn.Sequential(
+        BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 3)), BatchStatistics(nn.Tanh(), nn.Linear(3, 2))
+    )
+    case = Case(name, lambda: (copy.deepcopy(model), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss)
+    with caplog.at_level("INFO", "lightning_plasticity"):
+        spectrum = ggn_spectrum(*case.build(), case.loss_fn)
+    assert len(caplog.messages) == logged
+    assert relative_error(padded(spectrum), dense(case).eigenvalues) <= 1e-10
+
+
+def test_jacobians_too_large_to_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_plasticity.curvature.jacobian._DENSE_ELEMENTS", 0)
+    monkeypatch.setattr("lightning_plasticity.curvature.rows._HELD_ELEMENTS", 10 * 12 - 1)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"'0.weight', shape \(4, 3\), has no closed form \(its layer mixes samples\), .* 10 rows of 12 numbers",
+    ):
         ggn_spectrum(BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), regress)
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    class Norm(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(0 * x).sub(self.bias).square().sum(1, keepdim=True).sqrt()
+
+    with pytest.raises(ValueError, match="NaN or infinite although the loss is not"):
+        ggn_spectrum(Norm(3, 2), torch.randn(5, 3), regress)
 
 
 @pytest.mark.parametrize("change", ["relu", "add", "assign"])
@@ -329,6 +331,26 @@ def test_outputs_with_positions_changed_in_place(change: str) -> None:
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
 
 
+class Checkpointed(nn.Sequential):
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+def test_checkpoints_change_nothing_or_are_refused() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5)
+    hidden, seen = Checkpointed(use_reentrant=True), Checkpointed(use_reentrant=False)
+    plain = ggn_spectrum(nn.Sequential(*seen), x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    spectrum = ggn_spectrum(seen, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    assert relative_error(spectrum.eigenvalues, plain.eigenvalues) <= 1e-6
+    with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
+        ggn_spectrum(hidden, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+
+
 def test_loss_scaled_in_place() -> None:
     def scaled(f: Tensor, y: Tensor) -> Tensor:
         loss = F.cross_entropy(f, y)
@@ -339,6 +361,16 @@ def test_loss_scaled_in_place() -> None:
     case = Case("scaled", lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)), scaled)
     plain = dense(Case("plain", case.make)).eigenvalues
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), plain / 6) <= 1e-10
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_outputs_are_what_a_log_softmax_in_the_model_was_taken_of(dim: int) -> None:
+    case = Case("log-softmax", lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)))
+    model, batch = case.build()
+    matrices = gram(nn.Sequential(model, nn.LogSoftmax(dim)), batch, lambda m, b: F.nll_loss(m(b[0]), b[1]))
+    expected = dense(case)
+    assert relative_error(padded(matrices.spectrum()), expected.eigenvalues) <= 1e-10
+    assert relative_error(matrices.tangent_kernel, expected.tangent_kernel) <= 1e-10
 
 
 def test_outputs_that_depend_on_outputs() -> None:
@@ -366,6 +398,13 @@ def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
+        (lambda m, x: F.nll_loss(m(x).log_softmax(0), torch.arange(5) % 2), "not computed by"),
+        (lambda m, x: F.nll_loss(m(x), torch.arange(5) % 2), "not computed by"),
+        (lambda m, x: F.binary_cross_entropy(m(x).square().clamp(max=1), torch.ones(5, 2)), "not computed by"),
+        (lambda m, x: loss_of(m(x), lambda f: -f.square().mean()), "not convex at these outputs"),
+        (lambda m, x: -loss_of(m(x), lambda f: f.square().mean()), "not convex at these outputs"),
+        (lambda m, x: loss_of(m(x), lambda f: (f.square() + m.bias).mean()), "nothing with a gradient but the outputs"),
+        (lambda m, x: loss_of(m(x), lambda f: f.square()), "returns a scalar"),
         (lambda m, x: m(x).square().mean(), "not computed by torch.nn.functional.cross_entropy"),
         (lambda m, x: regress(m, x) + m.weight.square().sum(), "depends on 'weight' other than through"),
         (lambda m, x: F.mse_loss((p := m(x).chunk(2, -1))[0], torch.zeros(5, 1)) + p[1].square().mean(), "other than"),

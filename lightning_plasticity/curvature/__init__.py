@@ -3,6 +3,7 @@
 :func:`ggn_spectrum` answers it for a module, a batch and a loss; :class:`Spectrum` holds the answer.
 """
 
+from lightning_plasticity.curvature.any_loss import loss_of
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.gram import TooManyRowsError, ggn_spectrum
 from lightning_plasticity.curvature.hessian import ggn_spectrum_by_lanczos, hessian_spectrum
@@ -20,4 +21,5 @@ __all__ = [
     "ggn_spectrum",
     "ggn_spectrum_by_lanczos",
     "hessian_spectrum",
+    "loss_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -22,14 +22,13 @@ def gradient_edge(edge: Edge) -> GradientEdge:
     return GradientEdge(*edge)
 
 
-def leaves(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> list[Tensor]:
-    """The leaf tensors that the given places depend on, other than through what is known. Exact: there is no tolerance.
+def reached(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> Iterator[Node]:
+    """The nodes that the given places depend on, other than through what is known. Exact: there is no tolerance.
 
     Args:
         start: Where to begin.
         known: Where to walk on from a place whose dependence on everything in between is known.
     """
-    found: dict[int, Tensor] = {}
     seen: set[Edge] = set()
     pending = list(start)
     while pending:
@@ -40,9 +39,11 @@ def leaves(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> list[
         if edge in known:
             pending += known[edge]
             continue
-        node = edge[0]
-        variable = getattr(node, "variable", None)  # the node of a leaf
-        if variable is not None:
-            found[id(variable)] = variable
-        pending += [(following, number) for following, number in node.next_functions if following is not None]
-    return list(found.values())
+        yield edge[0]
+        pending += [(following, number) for following, number in edge[0].next_functions if following is not None]
+
+
+def leaves(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> list[Tensor]:
+    """The leaf tensors among what is :func:`reached`."""
+    variables = [getattr(node, "variable", None) for node in reached(start, known)]
+    return list({id(variable): variable for variable in variables if variable is not None}.values())

@@ -1,4 +1,4 @@
-"""How each layer function uses its parameters: closed forms of the Jacobian of a layer's output by its parameters.
+"""How a layer can use a parameter: closed forms of the Jacobian of the network's outputs by the parameters of a layer.
 
 Shapes, in all of this file: ``n`` samples; ``q`` output numbers of the network per sample; ``t`` positions (tokens,
 pixels) and ``c`` channels of the layer's output per sample. The *cotangents* of a layer are the gradients of every
@@ -9,19 +9,25 @@ its first dimension, so that its Jacobian, shape ``(n, q, rows, columns)``, can 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity.curvature.graph import Edge, edge_of
+from lightning_plasticity.curvature.graph import Edge
 
 
 class ParameterUse(ABC):
-    """One use of one parameter in one call of a layer function."""
+    """One use of one parameter in one call of a layer function.
+
+    Args:
+        parameter: The parameter.
+    """
+
+    outer = 1
+    """How many positions come before the samples in what the layer took and returned: see :class:`LayerCall`."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
@@ -42,8 +48,8 @@ class ParameterUse(ABC):
         """The rows of the parameter that this use can touch, ascending."""
         return torch.arange(self.parameter.shape[0], device=self.parameter.device)
 
-    def _inputs_by_position(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
-        return inputs.reshape(samples, -1, channels)
+    def _inputs_by_sample(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
+        return _by_sample(inputs, samples, channels, self.outer)
 
 
 class Weight(ParameterUse):
@@ -55,7 +61,7 @@ class Weight(ParameterUse):
 
     def inputs(self, samples: int) -> Tensor:
         """What the matrix is applied to, shape ``(n, t, columns)``."""
-        return self._inputs_by_position(self._inputs, samples, self.parameter.shape[1])
+        return self._inputs_by_sample(self._inputs, samples, self.parameter.shape[1])
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
@@ -83,6 +89,30 @@ class ConvolutionWeight(ParameterUse):
         return torch.einsum("nqto,ntoi->nqoi", cotangents[..., rows], patches[:, :, group_of_row])
 
 
+class TransposedConvolutionWeight(ParameterUse):
+    """The kernel of a transposed convolution: each input channel has a matrix for what of it reaches an output."""
+
+    def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
+        super().__init__(parameter)
+        self._make_patches = patches
+        self._patches: Tensor | None = None
+        self._groups = groups
+
+    @override
+    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
+        if self._patches is None:
+            self._patches = self._make_patches()
+        samples, width = cotangents.shape[:2]
+        patches = self._patches.reshape(samples, -1, len(self.parameter), self.parameter[0, 0].numel())
+        by_group = cotangents.reshape(samples, width, -1, self._groups, self.parameter.shape[1])
+        group_of_row = rows // (len(self.parameter) // self._groups)
+        parts = [
+            torch.einsum("nqto,ntik->nqiok", by_group[..., group, :], patches[:, :, rows[group_of_row == group]])
+            for group in group_of_row.unique().tolist()
+        ]
+        return torch.cat(parts, dim=2)
+
+
 class Shift(ParameterUse):
     r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
 
@@ -103,7 +133,7 @@ class Scale(ParameterUse):
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        normalized = self._inputs_by_position(self._normalized, len(cotangents), self.parameter.numel())
+        normalized = self._inputs_by_sample(self._normalized, len(cotangents), self.parameter.numel())
         return _rows_of_channels(torch.einsum("nqtc,ntc->nqc", cotangents, normalized), self.parameter, rows)
 
 
@@ -122,11 +152,16 @@ class Lookup(ParameterUse):
 
     @override
     def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        indices = self._inputs_by_position(self._indices, len(cotangents), 1)
+        indices = self._inputs_by_sample(self._indices, len(cotangents), 1)
         hit = indices == rows
         if self._padding_index is not None:
             hit &= rows != self._padding_index
         return torch.einsum("nqtd,ntv->nqvd", cotangents, hit.to(cotangents.dtype))
+
+
+def _by_sample(values: Tensor, samples: int, channels: int, outer: int) -> Tensor:
+    """Turns ``(outer, n, inner, c)``, however it is flattened, into ``(n, t, c)``."""
+    return values.reshape(outer, samples, -1, channels).transpose(0, 1).reshape(samples, -1, channels)
 
 
 def _rows_of_channels(by_channel: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
@@ -145,6 +180,8 @@ class LayerCall:
         channels_first: Whether the channels are dimension 1 (convolutions, BatchNorm) rather than the last ones.
         uses: What was used in it.
         inputs: Where everything else stands that it took and that requires gradients.
+        outer: How many positions come before the samples: 1 if these are the first dimension, the number of tokens if
+            the tokens are.
     """
 
     output: Edge
@@ -153,143 +190,25 @@ class LayerCall:
     channels_first: bool
     uses: list[ParameterUse]
     inputs: list[Edge] = field(default_factory=list)
+    outer: int = 1
 
-    @property
-    def samples(self) -> int:
-        """First dimension of the output; 1 if it has none but the channels."""
-        return 1 if self.output_shape.numel() == self.channels else self.output_shape[0]
+    def arrangements(self, samples: int) -> list[int]:
+        """What ``outer`` can be, given the number of samples: the likely first."""
+        positions, shape = self.output_shape.numel() // self.channels, self.output_shape
+        if self.channels_first or samples == 1:
+            return [1] if positions % samples == 0 else []
+        in_the_middle = [shape[:place].numel() for place, size in enumerate(shape[:-1]) if size == samples]
+        possible = dict.fromkeys([1, *in_the_middle, positions // samples])
+        return [outer for outer in possible if outer and positions % (outer * samples) == 0]
 
-    def by_position(self, cotangent: Tensor, samples: int) -> Tensor:
+    def arrange(self, outer: int) -> None:
+        """Sets ``outer``, here and for the uses."""
+        self.outer = outer
+        for use in self.uses:
+            use.outer = outer
+
+    def by_sample(self, cotangent: Tensor, samples: int, outer: int) -> Tensor:
         """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
         if self.channels_first:
             cotangent = cotangent.movedim(1, -1)
-        return cotangent.reshape(samples, -1, self.channels)
-
-
-LayerRule = Callable[..., "LayerCall | None"]
-"""Takes the output of a layer function, then what the function took; ``None``: this call has no closed form."""
-
-
-def _call(
-    output: Tensor, channels: int, uses: Sequence[ParameterUse | None], *, channels_first: bool = False
-) -> LayerCall:
-    present = [use for use in uses if use is not None]
-    return LayerCall(edge_of(output), output.shape, channels, channels_first, present)
-
-
-def _shift(bias: Tensor | None) -> Shift | None:
-    return None if bias is None else Shift(bias)
-
-
-def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall | None:
-    if weight.dim() != 2:
-        return None
-    return _call(output, weight.shape[0], [Weight(weight, input), _shift(bias)])
-
-
-def _convolution(
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> LayerCall | None:
-    if input.dim() != weight.dim():  # an input without a batch dimension
-        return None
-    values = input.detach()
-    kernel = weight.shape[2:]
-
-    def patches() -> Tensor:
-        return _patches(values, kernel, stride, padding, dilation)
-
-    uses = [ConvolutionWeight(weight, patches, groups), _shift(bias)]
-    return _call(output, weight.shape[0], uses, channels_first=True)
-
-
-def _per_dimension(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
-    if isinstance(value, int):
-        return [value] * dimensions
-    return list(value) * dimensions if len(value) == 1 else value
-
-
-def _patches(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: int | Sequence[int],
-    padding: int | str | Sequence[int],
-    dilation: int | Sequence[int],
-) -> Tensor:
-    """The input under the kernel at every output position, shape ``(batch, *output positions, channels, *kernel)``."""
-    dimensions = len(kernel)
-    strides, dilations = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
-    spans = [step * (size - 1) for size, step in zip(kernel, dilations, strict=True)]
-    if padding == "same":
-        margins = [(span // 2, span - span // 2) for span in spans]
-    elif isinstance(padding, str):
-        margins = [(0, 0)] * dimensions
-    else:
-        margins = [(margin, margin) for margin in _per_dimension(padding, dimensions)]
-    result = F.pad(input, [side for margin in reversed(margins) for side in margin])
-    for dimension in range(dimensions):
-        windows = result.unfold(2 + dimension, spans[dimension] + 1, strides[dimension])
-        result = windows[..., :: dilations[dimension]]
-    return result.movedim(1, 1 + dimensions)
-
-
-def _batch_norm(
-    output: Tensor,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> LayerCall | None:
-    if training or running_mean is None or running_var is None:  # statistics of the batch: the samples are coupled
-        return None
-    scale = None
-    if weight is not None:
-        normalized = F.batch_norm(input.detach(), running_mean, running_var, eps=eps)
-        scale = Scale(weight, normalized.movedim(1, -1))
-    return _call(output, input.shape[1], [scale, _shift(bias)], channels_first=True)
-
-
-def _layer_norm(
-    output: Tensor,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: object,
-) -> LayerCall | None:
-    channels = torch.Size(normalized_shape).numel()
-    scale = None
-    if weight is not None:
-        scale = Scale(weight, F.layer_norm(input.detach(), list(normalized_shape), eps=eps))
-    return _call(output, channels, [scale, _shift(bias)])
-
-
-def _embedding(
-    output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: object, **__: object
-) -> LayerCall | None:
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
-    return _call(output, weight.shape[1], [Lookup(weight, input, padding_idx)])
-
-
-LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
-    F.linear: _linear,
-    F.conv1d: _convolution,
-    F.conv2d: _convolution,
-    F.conv3d: _convolution,
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-    F.embedding: _embedding,
-}
-"""Every layer function with a closed form, and the rule that says how it uses its parameters."""
+        return _by_sample(cotangent, samples, self.channels, outer)

@@ -7,61 +7,18 @@ sample. What is needed of it is the residual, its gradient by the outputs, and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from lightning_plasticity.curvature.graph import Edge, edge_of
-
-
-@dataclass(frozen=True, eq=False)
-class LossCurvature:
-    """First and second derivative of a loss by the outputs that it was given.
-
-    Args:
-        residual: Gradient by the outputs, the shape of the outputs.
-        root: Root of the Hessian, block by block: ``(blocks, b, b)``. Block ``k`` is about the ``k``-th run of ``b``
-            numbers of the outputs once their class dimension is the last.
-        scale: Size of the terms that the residual is the difference of: what its rounding error is relative to.
-    """
-
-    residual: Tensor
-    root: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """One call of a loss function.
-
-    Args:
-        outputs_edge: Where the network outputs that it was given stand in the graph.
-        outputs_shape: Their shape.
-        value_edge: Where what it returned stood in the graph then.
-        curvature: Takes the gradient of the whole loss by what it returned, returns the derivatives by the outputs.
-        class_dim: The dimension of the outputs whose entries are coupled (the classes of a softmax), or -1.
-    """
-
-    outputs_edge: Edge
-    outputs_shape: torch.Size
-    value_edge: Edge
-    curvature: Callable[[Tensor], LossCurvature]
-    class_dim: int = -1
-
-
-LossRule = Callable[..., "LossCall | None"]
-"""Takes the value of a loss function, then what the function took; ``None``: this call has no closed form."""
-
-
-def _call(
-    outputs: Tensor, value: Tensor, curvature: Callable[[Tensor], LossCurvature], class_dim: int = -1
-) -> LossCall | None:
-    if not outputs.requires_grad:
-        return None
-    return LossCall(edge_of(outputs), outputs.shape, edge_of(value), curvature, class_dim)
+from lightning_plasticity.curvature.any_loss import loss_of, loss_of_rule
+from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature, LossRule, loss_call
 
 
 def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
@@ -115,7 +72,70 @@ def _cross_entropy(
             scale=labels.norm(),
         )
 
-    return _call(input, value, curvature, class_dim)
+    return loss_call(input, value, curvature, class_dim)
+
+
+def _nll_loss(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
+    """Cross-entropy in two steps: the outputs are what the log-softmax was taken of.
+
+    The log-probabilities stand in for them: they differ by a constant from each other, which no softmax sees.
+    """
+    softmax = input.grad_fn
+    if softmax is None or softmax.name() != "LogSoftmaxBackward0":
+        return None
+    call = _cross_entropy(value, input, target, *args, **kwargs)
+    class_dim = getattr(softmax, "_saved_dim", None)  # minus one comes as an unsigned integer
+    if call is None or class_dim not in {call.class_dim, (call.class_dim - input.dim()) % 2**64}:
+        return None
+    return _before(softmax, call)
+
+
+def _before(activation: Node, call: LossCall) -> LossCall | None:
+    """The same call, about what a function at the end of the network was given."""
+    node, number = activation.next_functions[0]
+    return None if node is None else replace(call, outputs_edge=(node, number))
+
+
+def _squared_or_linear(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    mean_over: Callable[[Tensor], Tensor | float] | None,
+    bend: float,
+    width: float = math.inf,
+) -> LossCall | None:
+    r"""A loss of each difference :math:`d = f - y` that is a parabola up to a width, and goes on straight.
+
+    With :math:`L = \sum_i a_i \ell(f_i - y_i)`, the residual is :math:`a_i b\, \mathrm{clamp}(d_i, \pm w)` and the
+    Hessian :math:`a_i b [|d_i| < w]`.
+
+    Args:
+        value: Value of the loss.
+        input: The one side.
+        target: The other.
+        weight: Weights of the differences.
+        mean_over: What the sum is divided by, given the weights; ``None`` if by nothing.
+        bend: Second derivative :math:`b` of the parabola.
+        width: Its half-width :math:`w`.
+    """
+    if target.requires_grad and not input.requires_grad:
+        input, target = target, input
+    if target.requires_grad or input.shape != target.shape:
+        return None
+
+    def curvature(gradient: Tensor) -> LossCurvature:
+        outputs, labels = input.detach().double(), target.detach().double()
+        strength = torch.ones_like(outputs) if weight is None else weight.detach().double().expand(outputs.shape)
+        strength = bend * strength * gradient.double() / (1 if mean_over is None else mean_over(strength))
+        difference = outputs - labels
+        return LossCurvature(
+            residual=strength * difference.clamp(-width, width),
+            root=_root_of(strength * (difference.abs() < width)).reshape(-1, 1, 1),
+            scale=(strength * (outputs.abs() + labels.abs())).norm(),
+        )
+
+    return loss_call(input, value, curvature)
 
 
 def _mse_loss(
@@ -127,24 +147,40 @@ def _mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> LossCall | None:
-    r"""Squared error, :math:`L = \sum_i a_i (f_i - y_i)^2`.
-
-    The residual is :math:`2 a_i (f_i - y_i)`, the Hessian :math:`2 a_i`.
-    """
-    if target.requires_grad and not input.requires_grad:
-        input, target = target, input
-    if size_average is not None or reduce is not None or target.requires_grad or input.shape != target.shape:
+    """Squared error."""
+    if size_average is not None or reduce is not None:
         return None
+    mean_over = Tensor.sum if reduction == "mean" else None
+    return _squared_or_linear(value, input, target, weight, mean_over, bend=2)
 
-    def curvature(gradient: Tensor) -> LossCurvature:
-        outputs, labels = input.detach().double(), target.detach().double()
-        strength = torch.ones_like(outputs) if weight is None else weight.detach().double().expand(outputs.shape)
-        denominator = strength.sum() if weight is not None else float(outputs.numel())
-        strength = 2 * strength * _mean_weight(reduction, gradient.double(), denominator)
-        scale = (strength * (outputs.abs() + labels.abs())).norm()
-        return LossCurvature(strength * (outputs - labels), _root_of(strength).reshape(-1, 1, 1), scale)
 
-    return _call(input, value, curvature)
+def _huber_loss(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> LossCall | None:
+    """Half the squared error where it is below delta, linear beyond."""
+    mean_over = Tensor.numel if reduction == "mean" else None
+    return _squared_or_linear(value, input, target, weight, mean_over, bend=1, width=delta)
+
+
+def _smooth_l1_loss(
+    value: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> LossCall | None:
+    """Huber's loss divided by its width."""
+    if size_average is not None or reduce is not None or beta == 0:
+        return None
+    mean_over = Tensor.numel if reduction == "mean" else None
+    return _squared_or_linear(value, input, target, None, mean_over, bend=1 / beta, width=beta)
 
 
 def _bce_with_logits(
@@ -174,11 +210,20 @@ def _bce_with_logits(
         if pos_weight is not None:
             positive = positive * pos_weight.detach().double()
         total = positive + strength * (1 - labels)
-        sigmoid = outputs.sigmoid()
-        root = _root_of(total * sigmoid * (-outputs).sigmoid())
+        sigmoid, complement = outputs.sigmoid(), (-outputs).sigmoid()
+        root = _root_of(total * sigmoid * complement)
         return LossCurvature(total * sigmoid - positive, root.reshape(-1, 1, 1), strength.norm())
 
-    return _call(input, value, curvature)
+    return loss_call(input, value, curvature)
+
+
+def _binary_cross_entropy(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
+    """The same in two steps: the outputs are what the sigmoid was taken of."""
+    sigmoid = input.grad_fn
+    if sigmoid is None or sigmoid.name() != "SigmoidBackward0":
+        return None
+    call = _bce_with_logits(value, input.double().logit(), target, *args, **kwargs)
+    return None if call is None else _before(sigmoid, call)
 
 
 def _root_of(strength: Tensor) -> Tensor:
@@ -192,7 +237,12 @@ def _root_of(strength: Tensor) -> Tensor:
 
 LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {
     F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
     F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.smooth_l1_loss: _smooth_l1_loss,
+    loss_of: loss_of_rule,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
+    F.binary_cross_entropy: _binary_cross_entropy,
 }
 """Every loss function with a closed form, and the rule that says what its curvature is."""

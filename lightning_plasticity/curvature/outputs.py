@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_plasticity.curvature.graph import Edge, edge_of, gradient_edge, leaves
-from lightning_plasticity.curvature.losses import LossCall, LossCurvature
+from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature
 
 
 class UnsupportedModelError(RuntimeError):
@@ -45,6 +47,11 @@ class Outputs:
         return 1 if unbatched else self.shape[0]
 
     @property
+    def blocks(self) -> int:
+        """Into how many blocks the samples fall that the loss does not couple."""
+        return math.gcd(self.samples, *[len(curvature.root) for curvature in self.curvatures])
+
+    @property
     def residual(self) -> Tensor:
         """Gradient of the loss by the outputs, float64, the shape of the outputs."""
         return torch.stack([curvature.residual for curvature in self.curvatures]).sum(0)
@@ -71,6 +78,26 @@ class Outputs:
         return dense
 
 
+def vector_jacobian_products(
+    outputs: list[Outputs], by: Sequence[Tensor] | Sequence[GradientEdge], vector: Tensor
+) -> Sequence[Tensor | None]:
+    r""":math:`J^\top u`, the gradient of :math:`u^\top f` by each of ``by``; ``None`` where it does not depend on it.
+
+    Args:
+        outputs: The network's outputs :math:`f`.
+        by: Tensors, or places in the graph.
+        vector: :math:`u`, shape ``(blocks, m / blocks)``: block by block, in each the outputs one after the other.
+    """
+    pieces = vector.split([output.shape.numel() // len(vector) for output in outputs], dim=1)
+    return torch.autograd.grad(
+        [gradient_edge(output.edge) for output in outputs],
+        by,
+        [piece.reshape(output.shape) for piece, output in zip(pieces, outputs, strict=True)],
+        retain_graph=True,
+        allow_unused=True,
+    )
+
+
 def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) -> list[Outputs]:
     """The network's outputs that the loss depends on, checked to be all that it depends on.
 
@@ -90,9 +117,10 @@ def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) ->
     reached = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
     if not reached:
         raise UnsupportedModelError(
-            "the loss was not computed by torch.nn.functional.cross_entropy, mse_loss (target of the same shape) or "
-            "binary_cross_entropy_with_logits (or their modules), so its curvature is not known: "
-            "pass a loss_fn(model, batch) that uses one of them"
+            "the loss was not computed by torch.nn.functional.cross_entropy, nll_loss (right after log_softmax), "
+            "binary_cross_entropy_with_logits, binary_cross_entropy (right after sigmoid), mse_loss, huber_loss or "
+            "smooth_l1_loss (target of the same shape), or their modules, so its curvature is not known: pass a "
+            "loss_fn(model, batch) that uses one of them, or loss_of(outputs, function)"
         )
     _check_nothing_else(loss, [call for call, _ in reached], names)
     if any(factor.requires_grad for _, factor in reached):
@@ -117,13 +145,13 @@ def _check_nothing_else(loss: Tensor, calls: list[LossCall], names: Mapping[int,
     direct = leaves([edge_of(loss)], {**values, **{call.outputs_edge: [] for call in calls}})
     if direct:
         raise UnsupportedModelError(
-            f"the loss depends on {_named(direct, names)} other than through the outputs that cross_entropy, mse_loss "
-            "or binary_cross_entropy_with_logits took (a penalty on weights, another loss?): pass a "
+            f"the loss depends on {_named(direct, names)} other than through the outputs that loss functions of known "
+            "curvature took, such as cross_entropy and mse_loss (a penalty on weights, another loss?): pass a "
             "loss_fn(model, batch) that returns the loss of the data alone"
         )
     raise UnsupportedModelError(
-        "the loss uses the network's outputs in another way besides cross_entropy, mse_loss and "
-        "binary_cross_entropy_with_logits (an entropy bonus, a consistency term?), whose curvature is not known: "
+        "the loss uses the network's outputs in another way besides loss functions of known curvature, such as "
+        "cross_entropy and mse_loss (an entropy bonus, a consistency term?), whose curvature is not known: "
         "pass a loss_fn(model, batch) without it"
     )
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.curvature.graph import edge_of
-from lightning_plasticity.curvature.layers import LAYER_RULES, LayerCall
-from lightning_plasticity.curvature.losses import LOSS_RULES, LossCall
+from lightning_plasticity.curvature.layer_rules import LAYER_RULES
+from lightning_plasticity.curvature.layers import LayerCall
+from lightning_plasticity.curvature.loss_calls import LossCall
+from lightning_plasticity.curvature.losses import LOSS_RULES
+
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    # It would hand itself over to the recording again, and so on without end.
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 class Recording(TorchFunctionMode):
@@ -37,6 +48,9 @@ class Recording(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # made of layer functions, which are to be seen
+            with self:
+                return _attention(*args, **kwargs)
         result = func(*args, **kwargs)
         if not any(tensor.requires_grad for tensor in _tensors(result)):
             return result
