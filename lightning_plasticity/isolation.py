@@ -59,6 +59,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers without cuDNN: its own have no backward pass in evaluation mode."""
+    enabled = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+@contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
@@ -69,5 +81,6 @@ def probing(model: nn.Module) -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast(device, enabled=False),
         _eager(),
+        _differentiable_recurrence(model),
     ):
         yield

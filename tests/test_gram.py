@@ -465,6 +465,21 @@ def test_probe_leaves_no_trace_on_the_model_also_when_it_fails() -> None:
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name != "0.weight")
 
 
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_recurrent_layers_are_probed_without_cudnn(recurrent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    seen = []
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(torch.backends.cudnn.enabled)
+        return regress(model, x)
+
+    model = nn.ModuleList([nn.GRU(3, 2)]) if recurrent else nn.ModuleList([nn.Linear(3, 2)])
+    ggn_spectrum(model, torch.randn(5, 3), lambda m, x: loss_fn(lambda x: m[0](x)[0] if recurrent else m[0](x), x))
+    assert seen == [not recurrent]
+    assert torch.backends.cudnn.enabled
+
+
 def test_probe_works_inside_no_grad_and_under_autocast() -> None:
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     plain = ggn_spectrum(model, x, regress)
