@@ -278,6 +278,13 @@ def test_losses_that_cannot_be_checked_are_refused(loss_fn: Any, message: str) -
         check_double_backward(nn.Linear(3, 2), torch.randn(5, 3), loss_fn)
 
 
+def test_losses_of_another_model_are_refused_and_leave_it_alone() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"parameter of shape \(\d.*not of the model that the loss function was given"):
+        check_double_backward(model, torch.randn(5, 3), lambda _, x: model(x.float()).square().mean())
+    assert model.weight.grad is None
+
+
 # Composed weight norm
 
 

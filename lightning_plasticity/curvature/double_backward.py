@@ -225,6 +225,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
             ) from error
         check_loss(value)
         nodes = _nodes(value)
+        _check_no_other_parameters(nodes, copy)
         with explained_errors():
             measured = _measure(loss, value, parameters, generator)
     if measured.wrong:
@@ -357,6 +358,17 @@ def _nodes(loss: Tensor) -> list[Node]:
             seen[node] = None
             pending += [following for following, _ in node.next_functions]
     return list(seen)
+
+
+def _check_no_other_parameters(nodes: list[Node], model: nn.Module) -> None:
+    """Such as those of the original, to which the copy's gradients say nothing, and which ``backward`` would change."""
+    own = {id(parameter) for parameter in model.parameters()}
+    variables = [getattr(node, "variable", None) for node in nodes]  # of the nodes of leaves
+    if foreign := [v for v in variables if isinstance(v, nn.Parameter) and id(v) not in own]:
+        raise ValueError(
+            f"the loss depends on a parameter of shape {tuple(foreign[0].shape)} that is not of the model that the "
+            "loss function was given: let loss_fn(model, batch) call its argument, not a model that it holds on to"
+        )
 
 
 def _likely_cause(model: nn.Module, nodes: list[Node]) -> str:

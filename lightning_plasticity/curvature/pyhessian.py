@@ -73,8 +73,8 @@ def pyhessian_spectrum(
 
     Raises:
         DoubleBackwardError: If torch has no second derivative of an operation.
-        ValueError: If the loss is not a finite scalar that depends on the parameters, the model has half precision, or
-            a number of probes or steps is less than one.
+        ValueError: If the loss is not a finite scalar that depends on the parameters or its Hessian is not finite, the
+            model has half precision, or a number of probes or steps is less than one.
 
     References:
         Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145 (PyHessian).
@@ -251,7 +251,9 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
         self.model, self.full_dataset, self.device = _NothingToClear(), False, parameters[0].device
         self.params = parameters
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        self.gradsH = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        if all(gradient is None for gradient in gradients):
+            raise ValueError("the loss does not depend on any trainable parameter of the model (was it detached?)")
+        self.gradsH = [_dense(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
         self.num_parameters = sum(parameter.numel() for parameter in parameters)
         self._torch = _Torch(parameters[0], seed)
         self._done, self._total = 0, 0
@@ -286,14 +288,20 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
             products = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True)
+        dense = [_dense(product, p) for product, p in zip(products, parameters, strict=True)]
+        if not all(bool(product.isfinite().all()) for product in dense):
+            raise ValueError(
+                "the Hessian of the loss is not finite at these parameters (the root or norm of a zero, a logarithm?)"
+            )
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
         # Cloned: autograd may return a view of the vector itself, or one number spread over a whole tensor.
-        return [
-            torch.zeros_like(p) if h is None else h.clone(memory_format=torch.contiguous_format)
-            for h, p in zip(products, parameters, strict=True)
-        ]
+        return [product.clone(memory_format=torch.contiguous_format) for product in dense]
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
 
 
 @contextlib.contextmanager
