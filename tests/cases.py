@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from lightning_plasticity.curvature import loss_of
@@ -90,9 +91,9 @@ def dense_hessian(case: Case) -> Tensor:
     model, batch = case.build()
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(
-        case.loss_fn(model, batch), parameters, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # attention's other kernels have no second derivative
+        loss = case.loss_fn(model, batch)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
 
     def row(entry: Tensor) -> Tensor:
         if not entry.requires_grad:

@@ -154,7 +154,7 @@ def transformer() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 HEALTHY = [
-    *CASES,
+    *[case for case in CASES if case.name != "weight norm"],
     Case("proper function", lambda: around(Apply(Proper))),
     Case("checkpoint", lambda: (nn.Sequential(Checkpointed(use_reentrant=False)), *around()[1:])),
     Case("lstm", lambda: (Recurrent(nn.LSTM), torch.randn(5, 6, 4), classes(5))),

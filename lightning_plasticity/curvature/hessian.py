@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_plasticity.curvature.double_backward import (
+    composed_weight_norm,
+    double_backward_ready,
+    explained_errors,
+)
 from lightning_plasticity.curvature.gram import Batch, LossFunction, check_loss, trainable_parameters
 from lightning_plasticity.curvature.lanczos import Progress, Reorthogonalization, lanczos_spectrum
 from lightning_plasticity.curvature.outputs import outputs_of
@@ -52,6 +56,8 @@ def hessian_spectrum(
         The estimate. Its ε-ranks carry a bracket and ``resolved``: ask them.
 
     Raises:
+        DoubleBackwardError: If torch has no second derivative of an operation. Some it has are wrong:
+            :func:`~lightning_plasticity.curvature.double_backward.check_double_backward` tells.
         ValueError: If the loss is not a finite scalar that depends on the parameters, the model has half precision, a
             number is not positive or the pattern matches nothing.
 
@@ -119,9 +125,8 @@ def _graph(
     model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], recording: Recording | None = None
 ) -> Iterator[Tensor]:
     """The loss, with a graph that can be differentiated twice as long as it is kept."""
-    with probing(model):
-        # The other kernels of attention have no second derivative. Products need this no more: the graph is made.
-        with sdpa_kernel(SDPBackend.MATH), recording or contextlib.nullcontext():
+    with probing(model), explained_errors():
+        with double_backward_ready(model), composed_weight_norm(), recording or contextlib.nullcontext():
             loss = loss_fn(model, batch)
         check_loss(loss)
         yield loss

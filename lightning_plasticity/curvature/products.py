@@ -103,7 +103,7 @@ class GaussNewtonProduct(CurvatureProduct):
     def __init__(self, outputs: Sequence[Outputs], parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters)
         self._edges = [gradient_edge(output.edge) for output in outputs]
-        self._roots = [output.roots(output.samples) for output in outputs]
+        self._roots = [output.roots(output.blocks) for output in outputs]
         self._probes = [
             torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
         ]
