@@ -26,12 +26,12 @@ Batch = TypeVar("Batch")
 Progress = Callable[[int, int], None]
 """Called after each product with the Hessian: how many are done, and how many there will be at most."""
 
-_NO_WEIGHT = 1e-14
+_NO_WEIGHT = 1e-10
 """Nodes with less weight than this are artefacts of PyHessian's regulariser.
 
-When a run has found all that its start vector can show, what is left is noise over ``1e-6``; PyHessian goes on with it
-and grows nodes anywhere, up to twice the largest eigenvalue. In the tests all that lay outside the spectrum had weights
-below 2e-17. An eigenvector's weight is 1 over the number of parameters on average.
+It adds ``1e-6`` to the norm of every Lanczos vector. When a run has found all that its start vector can show, what is
+left is noise over ``1e-6``, and PyHessian goes on with it and grows nodes anywhere, up to twice the largest eigenvalue.
+Their weights are squares of the regulariser's part in a vector, some ``1e-12``; those left out weigh nothing together.
 """
 
 # `pyhessian.hessian` is the class: the package shadows the module of that name.
@@ -57,7 +57,7 @@ def pyhessian_spectrum(
     small: the Lanczos vectors lose their unit length, and the nodes are wrong. In one network they were 27 % off with
     the loss times ``1e-5`` and 66 % off with ``1e-6``; collapsed networks have such Hessians. For the same reason nodes
     come out of nowhere when a run goes on after it has found all that its start vector can show. They are left out here
-    by their weight, below 1e-14. There are no bounds on errors, so brackets are infinite.
+    by their weight, below 1e-10. There are no bounds on errors, so brackets are infinite.
 
     Args:
         model: Any module. Nothing in it is changed.
@@ -194,8 +194,9 @@ def _quadrature(nodes: Sequence[float], weights: Sequence[float]) -> Quadrature:
     values = torch.tensor([float(node) for node in nodes], dtype=torch.float64)
     shares = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
     seen = shares >= _NO_WEIGHT
-    order = values[seen].argsort()
-    return Quadrature(values[seen][order], shares[seen][order], torch.full((len(order),), math.inf).double())
+    values, shares = values[seen], shares[seen] / shares[seen].sum()
+    order = values.argsort()
+    return Quadrature(values[order], shares[order], torch.full((len(order),), math.inf).double())
 
 
 class _Torch:
