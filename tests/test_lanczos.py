@@ -39,7 +39,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dense_hessian(case: Case) -> Tensor:
+def finite_difference_hessian(case: Case) -> Tensor:
     """Central differences of gradients: no second derivative of autograd's is involved."""
     model, batch = case.build()
     model.eval()
@@ -69,7 +69,7 @@ SMOOTH = [case for case in CASES if not any(word in case.name for word in ("relu
 @pytest.mark.parametrize("case", SMOOTH, ids=[case.name for case in SMOOTH])
 def test_hessian_extremes_and_moments_equal_those_of_finite_differences(case: Case) -> None:
     model, batch = case.build()
-    exact = dense_hessian(case)
+    exact = finite_difference_hessian(case)
     values = torch.linalg.eigvalsh(exact)
     spectrum = hessian_spectrum(model, batch, case.loss_fn, num_probes=3, num_steps=len(exact))
     scale = values.abs().max().item()
@@ -181,7 +181,7 @@ def test_stated_errors_are_honest_in_95_of_100_seeds() -> None:
 def test_a_block_of_parameters_is_the_block_of_the_matrix() -> None:
     case = next(case for case in CASES if case.name == "mlp")
     model, batch = case.build()
-    block = dense_hessian(case)[:48, :48]  # the first layer: 5 × 8 weights and 8 biases
+    block = finite_difference_hessian(case)[:48, :48]  # the first layer: 5 × 8 weights and 8 biases
     values = torch.linalg.eigvalsh(block)
     spectrum = hessian_spectrum(model, batch, case.loss_fn, parameters="0.*", num_probes=1, num_steps=48)
     assert spectrum.num_parameters == 48
@@ -278,3 +278,17 @@ def test_without_reorthogonalisation_the_bracket_still_holds() -> None:
     for epsilon in (10.0, 1.0, 0.1, 0.01):
         low, high = quadrature.mass_between(-epsilon, epsilon, semidefinite=True)
         assert low - 1e-4 <= measure[values <= epsilon].sum().item() <= high + 1e-4
+
+
+def test_pyhessian_is_a_backend() -> None:
+    case = next(case for case in CASES if case.name == "mlp")
+    native, theirs = (
+        hessian_spectrum(*case.build(), case.loss_fn, num_probes=2, num_steps=40, backend=backend)  # type: ignore[arg-type]
+        for backend in ("native", "pyhessian")
+    )
+    assert theirs.lambda_max == pytest.approx(native.lambda_max, rel=1e-3)
+    assert theirs.lambda_min == pytest.approx(native.lambda_min, rel=1e-3)
+    with pytest.raises(ValueError, match="backend='jax' must be 'native' or 'pyhessian'"):
+        hessian_spectrum(*case.build(), case.loss_fn, backend="jax")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"parameters='0.\*': PyHessian knows only all parameters"):
+        hessian_spectrum(*case.build(), case.loss_fn, backend="pyhessian", parameters="0.*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ def hessian_spectrum(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
     r"""Estimate of the spectrum of the Hessian :math:`\nabla^2_\theta L`, by stochastic Lanczos quadrature.
@@ -50,6 +52,8 @@ def hessian_spectrum(
             the Hessian that belongs to them.
         reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
             ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
+        backend: ``"native"``, or ``"pyhessian"`` for the algorithms of PyHessian, whose flaws
+            :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` tells of; it takes no ``parameters``.
         progress: Called with the number of products done and the number of all of them.
 
     Returns:
@@ -72,6 +76,16 @@ def hessian_spectrum(
         >>> [round(value, 6) for value in spectrum.top(2).tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
+    if backend not in ("native", "pyhessian"):
+        raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
+    if backend == "pyhessian":
+        if parameters is not None:
+            raise ValueError(f"parameters={parameters!r}: PyHessian knows only all parameters; use backend='native'")
+        from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum  # imports PyHessian
+
+        return pyhessian_spectrum(
+            model, batch, loss_fn, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress
+        )
     with _graph(model, batch, loss_fn) as loss:
         product = HessianProduct(loss, _selected(model, parameters))
     return lanczos_spectrum(
@@ -94,6 +108,7 @@ def ggn_spectrum_by_lanczos(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
     """Estimate of the spectrum of the Gauss-Newton matrix, for batches too large for the exact Gram matrix.
