@@ -292,3 +292,19 @@ def test_pyhessian_is_a_backend() -> None:
         hessian_spectrum(*case.build(), case.loss_fn, backend="jax")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"parameters='0.\*': PyHessian knows only all parameters"):
         hessian_spectrum(*case.build(), case.loss_fn, backend="pyhessian", parameters="0.*")
+
+
+@pytest.mark.parametrize("kind", ["full", "partial"])
+@pytest.mark.parametrize("noise", [1e-15, 1e-14, 1e-13, 1e-12])
+def test_a_run_that_goes_on_in_rounding_errors_stays_within_the_spectrum(noise: float, kind: str) -> None:
+    values = torch.zeros(80, dtype=torch.float64)
+    values[:5] = torch.tensor([5.0, 2.0, 1.0, -1.0, 1e-3])
+    error = torch.randn(80, 80, dtype=torch.float64, generator=generator(2)) * noise
+    matrix = with_eigenvalues(values) + error + error.T
+    start = torch.randn(80, generator=generator(1), dtype=torch.float64)
+    quadrature = lanczos(Matrix(matrix), start, 80, reorthogonalization=kind)  # type: ignore[arg-type]
+    assert quadrature.nodes.max() <= 5 + 1e-9
+    assert quadrature.nodes.min() >= -1 - 1e-9
+    assert (quadrature.weights * quadrature.nodes).sum().item() == pytest.approx(
+        (start @ matrix @ start / (start @ start)).item(), rel=1e-9
+    )

@@ -117,8 +117,7 @@ def lanczos(
         if reorthogonalization == "full" or (
             reorthogonalization == "partial" and watch.needs_care(diagonal, [*off_diagonal, image.norm().item()])
         ):
-            done = basis[: step + 1]
-            image = image - done.T @ (done @ image)
+            image = _orthogonal(image, basis[: step + 1])
         off_diagonal.append(image.norm().item())
         if report is not None:
             report(step + 1)
@@ -127,6 +126,15 @@ def lanczos(
             break
         vector = image / off_diagonal[-1]
     return _quadrature(diagonal, off_diagonal, complete=complete or len(diagonal) == len(start))
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """The part of a vector orthogonal to the rows of a basis; taken twice where the first pass removes most of it."""
+    before = vector.norm()
+    vector = vector - basis.T @ (basis @ vector)
+    if vector.norm() < 0.5 * before:
+        vector = vector - basis.T @ (basis @ vector)
+    return vector
 
 
 class _Orthogonality:
@@ -153,20 +161,18 @@ class _Orthogonality:
         """
         count = len(diagonal)
         alpha, beta = torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64)
-        following = torch.full((count,), self._noise, dtype=torch.float64)
+        # Relative to the matrix, not to its neighbours in T: a short new vector is mostly rounding error.
+        rounding = self._noise * torch.maximum(alpha.abs().max(), beta.max())
+        following = (rounding / beta[-1]).expand(count).clone()
         if count > 1 and beta[-1] > 0:
-            now, before = (
-                self._now,
-                self._before,
-            )  # the newest vector with the count - 1 ones before it; the same earlier
+            now, before = self._now, self._before  # of the newest vector, and of the one before it
             padded = torch.cat([now, torch.ones(1, dtype=torch.float64)])
             grown = beta[: count - 1] * padded[1:] + (alpha[: count - 1] - alpha[-1]) * now
             grown[1:] += beta[: count - 2] * now[:-1]
             grown[: len(before)] -= beta[-2] * before
             if len(before) < len(grown):
                 grown[-1] -= beta[-2]
-            rounding = self._noise * (beta[: count - 1] + beta[-1])
-            following[:-1] = (grown + torch.copysign(rounding, grown)) / beta[-1]
+            following[:-1] = (grown + torch.copysign(rounding.expand_as(grown), grown)) / beta[-1]
         care = self._again or bool(following.abs().max() > math.sqrt(self._noise))
         # The vector before it is as far from orthogonal: two in a row are mended.
         self._again = care and not self._again
