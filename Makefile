@@ -63,7 +63,7 @@ $(VENV_BENCH)/.installed: constraints.txt
 	@echo "Installing into $(VENV_BENCH) ..."
 	@'$(PYTHON)' -m venv $(VENV_BENCH)
 	@$(VENV_BENCH)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt \
-		torch numpy pyhessian typing-extensions curvlinops-for-pytorch==3.0.1
+		torch numpy pyhessian lightning-utilities typing-extensions curvlinops-for-pytorch==3.0.1
 	@touch $@
 
 bench: $(VENV_BENCH)/.installed ## curvature side by side with PyHessian and curvlinops (many minutes)
