@@ -108,7 +108,6 @@ def ggn_spectrum_by_lanczos(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
-    backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
     """Estimate of the spectrum of the Gauss-Newton matrix, for batches too large for the exact Gram matrix.
