@@ -59,8 +59,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _differentiable_recurrence(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers without cuDNN: its own have no backward pass in evaluation mode."""
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers without cuDNN: its own have no backward pass in evaluation mode, and no second one at all."""
     enabled = torch.backends.cudnn.enabled
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         torch.backends.cudnn.enabled = False
@@ -81,6 +81,6 @@ def probing(model: nn.Module) -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast(device, enabled=False),
         _eager(),
-        _differentiable_recurrence(model),
+        differentiable_recurrence(model),
     ):
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods
 from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError
+from lightning_plasticity.curvature.batches import batch_size, first_samples
 from lightning_plasticity.curvature.gram import Gram, gram
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
@@ -96,37 +96,6 @@ class GGNProbe:
             module = module.float()
             batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
         return gram(module, batch, loss_fn, samples=samples, max_rows=self.max_rows)
-
-
-def batch_size(batch: Any) -> int | None:
-    """The number of samples in a batch: the most common first dimension of its tensors, the first one seen on a tie."""
-    sizes: Counter[int] = Counter()
-
-    def see(tensor: Tensor) -> None:
-        if tensor.dim():
-            sizes[tensor.shape[0]] += 1
-
-    apply_to_collection(batch, Tensor, see)
-    return sizes.most_common(1)[0][0] if sizes else None
-
-
-def first_samples(batch: Any, samples: int) -> Any:
-    """A copy of the first samples of a batch: of every tensor in it whose first dimension is the batch size.
-
-    Other tensors are copied whole.
-
-    Example:
-        >>> x, y, scale = first_samples((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
-        >>> x.shape, y.shape, scale.shape
-        (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
-    """
-    size = batch_size(batch)
-
-    def take(tensor: Tensor) -> Tensor:
-        shortened = tensor[:samples] if tensor.dim() and tensor.shape[0] == size else tensor
-        return shortened.detach().clone()
-
-    return apply_to_collection(batch, Tensor, take)
 
 
 def training_loss(module: LightningModule, batch: Any) -> Tensor:

@@ -393,10 +393,14 @@ def test_other_errors_pass() -> None:
     assert raised.type is RuntimeError
 
 
-def test_cudnn_stays_on_where_there_is_no_recurrent_layer_on_cuda() -> None:
-    before = torch.backends.cudnn.enabled
-    with double_backward_ready(nn.LSTM(2, 2)):
-        assert torch.backends.cudnn.enabled == before
+@pytest.mark.parametrize(("model", "during"), [(nn.LSTM(2, 2), False), (nn.Linear(2, 2), True)])
+def test_cudnn_is_off_for_recurrent_layers_alone(
+    model: nn.Module, during: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    with double_backward_ready(model):
+        assert torch.backends.cudnn.enabled == during
+    assert torch.backends.cudnn.enabled
 
 
 def test_thresholds_have_room_on_both_sides() -> None:

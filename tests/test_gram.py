@@ -298,7 +298,7 @@ def test_jacobians_too_large_to_be_held_are_refused(monkeypatch: pytest.MonkeyPa
         UnsupportedModelError,
         match=r"'0.weight', shape \(4, 3\), has no closed form \(its layer mixes samples\), .* 10 rows of 12 numbers",
     ):
-        ggn_spectrum(BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), regress)
+        ggn_spectrum(BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), regress, method="gram")
 
 
 def test_gradients_that_are_not_finite_are_refused() -> None:
@@ -440,7 +440,7 @@ def test_models_that_cannot_be_probed_are_refused() -> None:
     with pytest.raises(
         TooManyRowsError, match="are 10 numbers and the Gram matrix has a row for each, more than max_rows=9"
     ):
-        ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9)
+        ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9, method="gram")
 
 
 def test_probe_leaves_no_trace_on_the_model_also_when_it_fails() -> None:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.hessian import ggn_spectrum_by_lanczos
 from lightning_plasticity.curvature.lanczos import _Orthogonality, lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from tests.cases import CASES, Case, dense
@@ -89,7 +88,7 @@ def test_hessian_extremes_and_moments_equal_those_of_finite_differences(case: Ca
 def test_gauss_newton_products_equal_the_dense_matrix(case: Case) -> None:
     model, batch = case.build()
     expected = dense(case).eigenvalues
-    spectrum = ggn_spectrum_by_lanczos(model, batch, case.loss_fn, num_probes=1, num_steps=len(expected))
+    spectrum = ggn_spectrum(model, batch, case.loss_fn, method="lanczos", num_probes=1, num_steps=len(expected))
     assert spectrum.lambda_max == pytest.approx(expected[0].item(), rel=1e-9)
     draw = torch.randn(len(expected), generator=generator(0), dtype=torch.float64)
     vector, matrix = draw / draw.norm(), dense(case).ggn

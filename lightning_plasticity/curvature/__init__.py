@@ -5,8 +5,9 @@
 
 from lightning_plasticity.curvature.any_loss import loss_of
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.gram import TooManyRowsError, ggn_spectrum
-from lightning_plasticity.curvature.hessian import ggn_spectrum_by_lanczos, hessian_spectrum
+from lightning_plasticity.curvature.ggn import ggn_spectrum
+from lightning_plasticity.curvature.gram import TooManyRowsError
+from lightning_plasticity.curvature.hessian import hessian_spectrum
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.spectrum import Spectrum
@@ -19,7 +20,6 @@ __all__ = [
     "TooManyRowsError",
     "UnsupportedModelError",
     "ggn_spectrum",
-    "ggn_spectrum_by_lanczos",
     "hessian_spectrum",
     "loss_of",
 ]

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lightning_plasticity.curvature.graph import edge_of, leaves
 from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature, loss_call
+from lightning_plasticity.curvature.roots import DenseRoot
 
 
 def loss_of(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,8 +59,8 @@ def loss_of_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor], Te
                 "the function given to loss_of is not convex at these outputs, so the Gauss-Newton matrix is not "
                 f"positive semi-definite (eigenvalues of its Hessian from {values.min():.3g} to {values.max():.3g})"
             )
-        root: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
         residual = slope.detach().double()
+        root = DenseRoot(vectors * values.clamp(min=0).sqrt()[:, None, :])
         return LossCurvature(residual, root, residual.norm())
 
     return loss_call(outputs, value, curvature)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -21,10 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.copying import copy_module
-from lightning_plasticity.curvature.gram import LossFunction, check_loss, trainable_parameters
-from lightning_plasticity.isolation import isolated_rng, probing
-
-Batch = TypeVar("Batch")
+from lightning_plasticity.curvature.problem import Batch, LossFunction, check_loss, trainable_parameters
+from lightning_plasticity.isolation import differentiable_recurrence, isolated_rng, probing
 
 _MAX_ASYMMETRY = 1e-9
 r"""Allowed :math:`|u^\top H v - v^\top H u|`, relative to their size.
@@ -63,7 +61,7 @@ def double_backward_ready(model: nn.Module) -> Iterator[None]:
     Needed while the graph is built: around the computation of the loss, not around what is done with it afterwards.
 
     * Attention runs in its plain form: the fused kernels have no second derivative.
-    * LSTM, GRU and RNN on CUDA run without cuDNN, which has none; cuDNN stays on for models without such layers.
+    * LSTM, GRU and RNN run without cuDNN, which has none; cuDNN stays on for models without such layers.
 
     Args:
         model: The module that will be called. Nothing in it is changed.
@@ -80,10 +78,31 @@ def double_backward_ready(model: nn.Module) -> Iterator[None]:
         >>> torch.autograd.grad(gradient.sum(), x)[0].shape
         torch.Size([1, 1, 2, 2])
     """
-    with explained_errors(), sdpa_kernel(SDPBackend.MATH), contextlib.ExitStack() as stack:
-        if any(isinstance(m, nn.RNNBase) and any(p.is_cuda for p in m.parameters()) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    with explained_errors(), sdpa_kernel(SDPBackend.MATH), differentiable_recurrence(model):
         yield
+
+
+@contextlib.contextmanager
+def twice_differentiable_loss(
+    model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], watching: TorchFunctionMode | None = None
+) -> Iterator[Tensor]:
+    """The loss, with a graph that can be differentiated twice as long as it is kept.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss_fn: The loss.
+        watching: Sees the computation of the loss.
+
+    Raises:
+        DoubleBackwardError: If torch has no second derivative of an operation.
+        ValueError: If the loss is not a finite scalar with a graph.
+    """
+    with probing(model), explained_errors():
+        with double_backward_ready(model), composed_weight_norm(), watching or contextlib.nullcontext():
+            loss = loss_fn(model, batch)
+        check_loss(loss)
+        yield loss
 
 
 class composed_weight_norm(TorchFunctionMode):  # noqa: N801 (a context manager, as its neighbours)

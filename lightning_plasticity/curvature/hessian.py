@@ -1,26 +1,17 @@
-"""The spectra of the Hessian and of the Gauss-Newton matrix from products alone, for models of any kind and size."""
+"""The spectrum of the Hessian from products alone, for models of any kind and size."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_plasticity.curvature.double_backward import (
-    composed_weight_norm,
-    double_backward_ready,
-    explained_errors,
-)
-from lightning_plasticity.curvature.gram import Batch, LossFunction, check_loss, trainable_parameters
-from lightning_plasticity.curvature.lanczos import Progress, Reorthogonalization, lanczos_spectrum
-from lightning_plasticity.curvature.outputs import outputs_of
-from lightning_plasticity.curvature.products import GaussNewtonProduct, HessianProduct
-from lightning_plasticity.curvature.recording import Recording
+from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
+from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
+from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
+from lightning_plasticity.curvature.products import CurvatureProduct, HessianProduct
+from lightning_plasticity.curvature.shards import is_distributed, sharded
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.isolation import probing
 
 
 def hessian_spectrum(
@@ -33,6 +24,8 @@ def hessian_spectrum(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    micro_batch_size: int | None = None,
+    distributed: bool = True,
     backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
@@ -52,8 +45,13 @@ def hessian_spectrum(
             the Hessian that belongs to them.
         reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
             ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
+        micro_batch_size: Number of samples whose graph is held at a time. Each product then builds the graphs anew:
+            about twice the time, for less memory. By default one graph of all samples is kept.
+        distributed: Under a process group of several processes, whether each holds a part of the batch. The answer is
+            that for all samples together, on every process; all of them have to ask. ``False``: this process's samples.
         backend: ``"native"``, or ``"pyhessian"`` for the algorithms of PyHessian, whose flaws
-            :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` tells of; it takes no ``parameters``.
+            :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` tells of. It takes neither
+            ``parameters`` nor parts of a batch.
         progress: Called with the number of products done and the number of all of them.
 
     Returns:
@@ -78,18 +76,21 @@ def hessian_spectrum(
     """
     if backend not in ("native", "pyhessian"):
         raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
+    selected = list(trainable_parameters(model, parameters).values())
     if backend == "pyhessian":
-        if parameters is not None:
-            raise ValueError(f"parameters={parameters!r}: PyHessian knows only all parameters; use backend='native'")
+        _check_pyhessian_can(parameters, micro_batch_size, distributed=distributed)
         from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum  # imports PyHessian
 
         return pyhessian_spectrum(
             model, batch, loss_fn, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress
         )
-    with _graph(model, batch, loss_fn) as loss:
-        product = HessianProduct(loss, _selected(model, parameters))
+
+    def build(part: Batch) -> CurvatureProduct:
+        with twice_differentiable_loss(model, part, loss_fn) as loss:
+            return HessianProduct(loss, selected)
+
     return lanczos_spectrum(
-        product,
+        sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
         num_probes=num_probes,
         num_steps=num_steps,
         seed=seed,
@@ -98,59 +99,14 @@ def hessian_spectrum(
     )
 
 
-def ggn_spectrum_by_lanczos(
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: LossFunction[Batch],
-    *,
-    num_probes: int = 8,
-    num_steps: int = 64,
-    seed: int = 0,
-    parameters: str | None = None,
-    reorthogonalization: Reorthogonalization = "partial",
-    progress: Progress | None = None,
-) -> Spectrum:
-    """Estimate of the spectrum of the Gauss-Newton matrix, for batches too large for the exact Gram matrix.
-
-    Arguments are those of :func:`hessian_spectrum`; losses those of
-    :func:`~lightning_plasticity.curvature.ggn_spectrum`, which is exact and knows the tangent kernel.
-
-    Raises:
-        UnsupportedModelError: If the curvature of the loss by the network's outputs is not known.
-        ValueError: As :func:`hessian_spectrum`.
-    """
-    selected = _selected(model, parameters)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    recording = Recording({})
-    with _graph(model, batch, loss_fn, recording) as loss:
-        product = GaussNewtonProduct(outputs_of(loss, recording.loss_calls, names), selected)
-    return lanczos_spectrum(
-        product,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        seed=seed,
-        reorthogonalization=reorthogonalization,
-        progress=progress,
-    )
-
-
-@contextlib.contextmanager
-def _graph(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], recording: Recording | None = None
-) -> Iterator[Tensor]:
-    """The loss, with a graph that can be differentiated twice as long as it is kept."""
-    with probing(model), explained_errors():
-        with double_backward_ready(model), composed_weight_norm(), recording or contextlib.nullcontext():
-            loss = loss_fn(model, batch)
-        check_loss(loss)
-        yield loss
-
-
-def _selected(model: nn.Module, pattern: str | None) -> list[nn.Parameter]:
-    parameters = trainable_parameters(model)
-    if pattern is None:
-        return list(parameters.values())
-    matching = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
-    if not matching:
-        raise ValueError(f"parameters={pattern!r} matches none of the trainable parameters {list(parameters)}")
-    return matching
+def _check_pyhessian_can(parameters: str | None, micro_batch_size: int | None, *, distributed: bool) -> None:
+    asked = [
+        f"parameters={parameters!r}" if parameters is not None else "",
+        f"micro_batch_size={micro_batch_size}" if micro_batch_size is not None else "",
+        "distributed=True" if distributed and is_distributed() else "",
+    ]
+    if any(asked):
+        raise ValueError(
+            f"{', '.join(filter(None, asked))}: PyHessian knows only all parameters and the batch as a whole; use "
+            "backend='native'"
+        )

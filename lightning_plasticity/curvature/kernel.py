@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> flo
     return torch.exp(-(multiplicity * torch.xlogy(share, share)).sum()).item()
 
 
-@dataclass(frozen=True, eq=False)
 class TangentKernel:
     r"""Spectrum of the neural tangent kernel, and how the residual lies in it.
 
@@ -54,8 +52,43 @@ class TangentKernel:
         Jacot et al. 2018, arXiv 1806.07572; Lemma 4.7 of arXiv 2509.22335.
     """
 
-    eigenvalues: Tensor
-    residual_shares: Tensor
+    def __init__(self, eigenvalues: Tensor, residual_shares: Tensor) -> None:
+        self._decomposed: tuple[Tensor, Tensor] | None = (eigenvalues, residual_shares)
+        self._matrix: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor, residual: Tensor) -> TangentKernel:
+        r"""From the kernel itself, whose eigenvalues are computed when they are first asked for.
+
+        Args:
+            matrix: :math:`\Theta`, shape ``(m, m)``.
+            residual: :math:`r`, shape ``(m,)``.
+        """
+        self = cls.__new__(cls)
+        self._decomposed, self._matrix = None, (matrix, residual)
+        return self
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues."""
+        return self._decompose()[0]
+
+    @property
+    def residual_shares(self) -> Tensor:
+        """The residual's share along each eigenvector."""
+        return self._decompose()[1]
+
+    def _decompose(self) -> tuple[Tensor, Tensor]:
+        if self._decomposed is None:
+            assert self._matrix is not None
+            matrix, residual = self._matrix
+            values, vectors = torch.linalg.eigh(matrix)
+            power = (vectors.T @ residual).square()
+            total = power.sum()
+            shares = power / total if total > 0 else torch.zeros_like(power)
+            self._decomposed = values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu()
+            self._matrix = None
+        return self._decomposed
 
     @property
     def effective_rank(self) -> float:

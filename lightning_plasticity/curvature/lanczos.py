@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.estimates import Quadrature
+from lightning_plasticity.curvature.problem import Progress, check_counts
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 Reorthogonalization: TypeAlias = Literal["full", "partial", "none"]
-
-Progress = Callable[[int, int], None]
-"""Called with the number of products done and the number of all of them."""
 
 _BREAKDOWN = 50
 """In units of the rounding error of a product: below it, what is left of a new direction is rounding error alone."""
@@ -53,9 +51,7 @@ def lanczos_spectrum(
     References:
         Ubaru, Chen and Saad 2017; Ghorbani et al. 2019, arXiv 1901.10159.
     """
-    for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be 1 or larger")
+    check_counts(num_probes=num_probes, num_steps=num_steps)
     generator = torch.Generator().manual_seed(seed)
     steps = min(num_steps, product.dimension)
     quadratures = []

@@ -151,7 +151,7 @@ def _norm(
     channels = output.shape[1] if shape is None else torch.Size(shape).numel()
     scale = None
     if weight is not None:
-        scale = Scale(weight, normalized().movedim(1, -1) if shape is None else normalized())
+        scale = Scale(weight, normalized(), channels_first=shape is None)
     return _call(output, channels, [scale, _shift(bias)], channels_first=shape is None)
 
 

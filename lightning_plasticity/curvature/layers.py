@@ -1,9 +1,9 @@
 """How a layer can use a parameter: closed forms of the Jacobian of the network's outputs by the parameters of a layer.
 
-Shapes, in all of this file: ``n`` samples; ``q`` output numbers of the network per sample; ``t`` positions (tokens,
-pixels) and ``c`` channels of the layer's output per sample. The *cotangents* of a layer are the gradients of every
-output of the network by the layer's output, shape ``(n, q, t, c)``. A parameter is seen as a matrix whose rows are
-its first dimension, so that its Jacobian, shape ``(n, q, rows, columns)``, can be built some rows at a time.
+Shapes, in all of this file: ``n`` samples; ``q`` rows of the Jacobian per sample; ``t`` positions (tokens, pixels) and
+``c`` channels of the layer's output per sample. A *cotangent* of a layer is the gradient of one row of each sample by
+the layer's output, shape ``(n, t, c)``. A parameter is seen as a matrix whose rows are its first dimension, so that its
+Jacobian, shape ``(n, q, rows, columns)``, can be built some rows at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity.curvature.graph import Edge
+
+Rows = Tensor | slice
+"""Some rows of a parameter, ascending: their indices, or a slice, which copies nothing."""
+
+JacobianRows = Callable[[Rows], Tensor]
+"""Takes rows of a parameter; returns the Jacobian by them, ``(n, q, rows, columns)``."""
 
 
 class ParameterUse(ABC):
@@ -32,24 +38,21 @@ class ParameterUse(ABC):
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
 
+    def condense(self, cotangent: Tensor) -> Tensor:
+        """What of a cotangent, ``(n, t, c)``, the Jacobian depends on, ``(n, ...)``: all of it, or less."""
+        return cotangent
+
     @abstractmethod
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        """Jacobian of the network's outputs by the given rows of the parameter, through this use.
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        """Jacobian of the network's outputs by the parameter, through this use.
 
         Args:
-            cotangents: Shape ``(n, q, t, c)``.
-            rows: Indices of rows of the parameter, shape ``(k,)``.
-
-        Returns:
-            Shape ``(n, q, k, columns)``.
+            condensed: The condensed cotangents of ``q`` outputs, shape ``(n, q, ...)``.
         """
 
-    def active_rows(self) -> Tensor:
-        """The rows of the parameter that this use can touch, ascending."""
-        return torch.arange(self.parameter.shape[0], device=self.parameter.device)
-
-    def _inputs_by_sample(self, inputs: Tensor, samples: int, channels: int) -> Tensor:
-        return _by_sample(inputs, samples, channels, self.outer)
+    def active_rows(self) -> Tensor | None:
+        """The rows of the parameter that this use can touch, ascending; ``None`` stands for all."""
+        return None
 
 
 class Weight(ParameterUse):
@@ -61,11 +64,12 @@ class Weight(ParameterUse):
 
     def inputs(self, samples: int) -> Tensor:
         """What the matrix is applied to, shape ``(n, t, columns)``."""
-        return self._inputs_by_sample(self._inputs, samples, self.parameter.shape[1])
+        return by_sample(self._inputs, samples, self.parameter.shape[1], self.outer)
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        return torch.einsum("nqto,nti->nqoi", cotangents[..., rows], self.inputs(len(cotangents)))
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        inputs = self.inputs(len(condensed))
+        return lambda rows: torch.einsum("nqto,nti->nqoi", condensed[..., rows], inputs)
 
 
 class ConvolutionWeight(ParameterUse):
@@ -74,19 +78,17 @@ class ConvolutionWeight(ParameterUse):
     def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
         super().__init__(parameter)
         self._make_patches = patches
-        self._patches: Tensor | None = None
         self._groups = groups
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        if self._patches is None:
-            self._patches = self._make_patches()
-        samples = len(cotangents)
-        patches = self._patches.reshape(samples, -1, self._groups, self.parameter[0].numel())
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        patches = self._make_patches().reshape(len(condensed), -1, self._groups, self.parameter[0].numel())
         if self._groups == 1:
-            return torch.einsum("nqto,nti->nqoi", cotangents[..., rows], patches[:, :, 0])
-        group_of_row = rows // (self.parameter.shape[0] // self._groups)
-        return torch.einsum("nqto,ntoi->nqoi", cotangents[..., rows], patches[:, :, group_of_row])
+            return lambda rows: torch.einsum("nqto,nti->nqoi", condensed[..., rows], patches[:, :, 0])
+        group_of_row = torch.arange(self._groups, device=patches.device).repeat_interleave(
+            self.parameter.shape[0] // self._groups
+        )
+        return lambda rows: torch.einsum("nqto,ntoi->nqoi", condensed[..., rows], patches[:, :, group_of_row[rows]])
 
 
 class TransposedConvolutionWeight(ParameterUse):
@@ -95,30 +97,39 @@ class TransposedConvolutionWeight(ParameterUse):
     def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
         super().__init__(parameter)
         self._make_patches = patches
-        self._patches: Tensor | None = None
         self._groups = groups
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        if self._patches is None:
-            self._patches = self._make_patches()
-        samples, width = cotangents.shape[:2]
-        patches = self._patches.reshape(samples, -1, len(self.parameter), self.parameter[0, 0].numel())
-        by_group = cotangents.reshape(samples, width, -1, self._groups, self.parameter.shape[1])
-        group_of_row = rows // (len(self.parameter) // self._groups)
-        parts = [
-            torch.einsum("nqto,ntik->nqiok", by_group[..., group, :], patches[:, :, rows[group_of_row == group]])
-            for group in group_of_row.unique().tolist()
-        ]
-        return torch.cat(parts, dim=2)
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        samples, width = condensed.shape[:2]
+        patches = self._make_patches().reshape(samples, -1, len(self.parameter), self.parameter[0, 0].numel())
+        by_group = condensed.reshape(samples, width, -1, self._groups, self.parameter.shape[1])
+        every_row = torch.arange(len(self.parameter), device=patches.device)
+        size = len(self.parameter) // self._groups
+
+        def jacobian(rows: Rows) -> Tensor:
+            chosen = every_row[rows]
+            parts = [
+                torch.einsum(
+                    "nqto,ntik->nqiok", by_group[..., group, :], patches[:, :, chosen[chosen // size == group]]
+                )
+                for group in (chosen // size).unique().tolist()
+            ]
+            return torch.cat(parts, dim=2).flatten(3)
+
+        return jacobian
 
 
 class Shift(ParameterUse):
     r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        return _rows_of_channels(cotangents.sum(2), self.parameter, rows)
+    def condense(self, cotangent: Tensor) -> Tensor:
+        return cotangent.sum(1)
+
+    @override
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        return _rows_of_channels(condensed, self.parameter)
 
 
 class Scale(ParameterUse):
@@ -127,14 +138,20 @@ class Scale(ParameterUse):
     :math:`\partial f / \partial \gamma = \sum_t g_t \hat x_t`.
     """
 
-    def __init__(self, parameter: Tensor, normalized: Tensor) -> None:
+    def __init__(self, parameter: Tensor, normalized: Tensor, *, channels_first: bool) -> None:
         super().__init__(parameter)
         self._normalized = normalized.detach()
+        self._channels_first = channels_first
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        normalized = self._inputs_by_sample(self._normalized, len(cotangents), self.parameter.numel())
-        return _rows_of_channels(torch.einsum("nqtc,ntc->nqc", cotangents, normalized), self.parameter, rows)
+    def condense(self, cotangent: Tensor) -> Tensor:
+        channels = self.parameter.numel()
+        normalized = by_sample(self._normalized, len(cotangent), channels, self.outer, self._channels_first)
+        return (cotangent * normalized).sum(1)
+
+    @override
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        return _rows_of_channels(condensed, self.parameter)
 
 
 class Lookup(ParameterUse):
@@ -146,27 +163,45 @@ class Lookup(ParameterUse):
         self._padding_index = padding_index
 
     @override
-    def active_rows(self) -> Tensor:
+    def active_rows(self) -> Tensor | None:
         used: Tensor = self._indices.unique()
         return used if self._padding_index is None else used[used != self._padding_index]
 
     @override
-    def jacobian(self, cotangents: Tensor, rows: Tensor) -> Tensor:
-        indices = self._inputs_by_sample(self._indices, len(cotangents), 1)
-        hit = indices == rows
-        if self._padding_index is not None:
-            hit &= rows != self._padding_index
-        return torch.einsum("nqtd,ntv->nqvd", cotangents, hit.to(cotangents.dtype))
+    def jacobian(self, condensed: Tensor) -> JacobianRows:
+        indices = by_sample(self._indices, len(condensed), 1, self.outer)
+
+        every_row = torch.arange(len(self.parameter), device=indices.device)
+
+        def jacobian(rows: Rows) -> Tensor:
+            chosen = every_row[rows]
+            hit = indices == chosen
+            if self._padding_index is not None:
+                hit &= chosen != self._padding_index
+            return torch.einsum("nqtd,ntv->nqvd", condensed, hit.to(condensed.dtype))
+
+        return jacobian
 
 
-def _by_sample(values: Tensor, samples: int, channels: int, outer: int) -> Tensor:
-    """Turns ``(outer, n, inner, c)``, however it is flattened, into ``(n, t, c)``."""
-    return values.reshape(outer, samples, -1, channels).transpose(0, 1).reshape(samples, -1, channels)
+def by_sample(values: Tensor, samples: int, channels: int, outer: int, channels_first: bool = False) -> Tensor:
+    """Turns what a layer took or returned into ``(n, t, c)``.
+
+    Args:
+        values: Shape ``(n * ..., c, ...)`` if channels are first, else ``(outer, n, ..., c)``, however it is flattened.
+        samples: ``n``.
+        channels: ``c``.
+        outer: Number of positions before the samples, if channels are last.
+        channels_first: Whether channels are dimension 1.
+    """
+    if channels_first:
+        return values.reshape(samples, -1, channels, values[0, 0].numel()).transpose(2, 3).flatten(1, 2)
+    return values.reshape(outer, samples, -1, channels).transpose(0, 1).flatten(1, 2)
 
 
-def _rows_of_channels(by_channel: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
-    """Turns ``(n, q, c)``, one number an entry of the parameter, into ``(n, q, k, columns)``."""
-    return by_channel.reshape(*by_channel.shape[:2], parameter.shape[0], -1)[:, :, rows]
+def _rows_of_channels(by_channel: Tensor, parameter: Tensor) -> JacobianRows:
+    """From ``(n, q, c)``, one number an entry of the parameter."""
+    jacobian = by_channel.reshape(*by_channel.shape[:2], parameter.shape[0], -1)
+    return lambda rows: jacobian[:, :, rows]
 
 
 @dataclass(eq=False)
@@ -209,6 +244,4 @@ class LayerCall:
 
     def by_sample(self, cotangent: Tensor, samples: int, outer: int) -> Tensor:
         """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
-        if self.channels_first:
-            cotangent = cotangent.movedim(1, -1)
-        return _by_sample(cotangent, samples, self.channels, outer)
+        return by_sample(cotangent, samples, self.channels, outer, self.channels_first)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.graph import Edge, edge_of
+from lightning_plasticity.curvature.roots import Root
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,13 +18,13 @@ class LossCurvature:
 
     Args:
         residual: Gradient by the outputs, the shape of the outputs.
-        root: Root of the Hessian, block by block: ``(blocks, b, b)``. Block ``k`` is about the ``k``-th run of ``b``
-            numbers of the outputs once their class dimension is the last.
+        root: Root of the Hessian. Block ``k`` is about the ``k``-th run of ``b`` numbers of the outputs once their
+            class dimension is the last.
         scale: Size of the terms that the residual is the difference of: what its rounding error is relative to.
     """
 
     residual: Tensor
-    root: Tensor
+    root: Root
     scale: Tensor
 
 

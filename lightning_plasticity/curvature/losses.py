@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 
 from lightning_plasticity.curvature.any_loss import loss_of, loss_of_rule
 from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature, LossRule, loss_call
+from lightning_plasticity.curvature.roots import DiagonalRoot, SoftmaxRoot
 
 
 def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
@@ -64,11 +65,10 @@ def _cross_entropy(
         labels = labels * _mean_weight(reduction, gradient.double(), denominator).expand(logits.shape[:-1])[..., None]
         strength = labels.sum(-1, keepdim=True)
         probabilities = logits.softmax(-1)
-        roots = probabilities.sqrt()
-        block = torch.diag_embed(roots) - probabilities[..., :, None] * roots[..., None, :]
+        _check_not_negative(strength)
         return LossCurvature(
             residual=(strength * probabilities - labels).movedim(-1, class_dim),
-            root=(_root_of(strength)[..., None] * block).reshape(-1, classes, classes),
+            root=SoftmaxRoot(strength.reshape(-1, 1), probabilities.reshape(-1, classes)),
             scale=labels.norm(),
         )
 
@@ -131,7 +131,7 @@ def _squared_or_linear(
         difference = outputs - labels
         return LossCurvature(
             residual=strength * difference.clamp(-width, width),
-            root=_root_of(strength * (difference.abs() < width)).reshape(-1, 1, 1),
+            root=_diagonal_root(strength * (difference.abs() < width)),
             scale=(strength * (outputs.abs() + labels.abs())).norm(),
         )
 
@@ -211,8 +211,7 @@ def _bce_with_logits(
             positive = positive * pos_weight.detach().double()
         total = positive + strength * (1 - labels)
         sigmoid, complement = outputs.sigmoid(), (-outputs).sigmoid()
-        root = _root_of(total * sigmoid * complement)
-        return LossCurvature(total * sigmoid - positive, root.reshape(-1, 1, 1), strength.norm())
+        return LossCurvature(total * sigmoid - positive, _diagonal_root(total * sigmoid * complement), strength.norm())
 
     return loss_call(input, value, curvature)
 
@@ -226,13 +225,17 @@ def _binary_cross_entropy(value: Tensor, input: Tensor, target: Tensor, *args: A
     return None if call is None else _before(sigmoid, call)
 
 
-def _root_of(strength: Tensor) -> Tensor:
+def _diagonal_root(strength: Tensor) -> DiagonalRoot:
+    _check_not_negative(strength)
+    return DiagonalRoot(strength.sqrt())
+
+
+def _check_not_negative(strength: Tensor) -> None:
     if (strength < 0).any():
         raise ValueError(
             "the loss counts some samples negatively (weight, target or factor below zero), so the Gauss-Newton matrix "
             "is not positive semi-definite; give the probe a loss_fn without negative weights"
         )
-    return strength.sqrt()
 
 
 LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {

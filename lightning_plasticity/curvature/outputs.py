@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_plasticity.curvature.graph import Edge, edge_of, gradient_edge, leaves
 from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature
+from lightning_plasticity.curvature.roots import Root
 
 
 class UnsupportedModelError(RuntimeError):
@@ -49,7 +50,7 @@ class Outputs:
     @property
     def blocks(self) -> int:
         """Into how many blocks the samples fall that the loss does not couple."""
-        return math.gcd(self.samples, *[len(curvature.root) for curvature in self.curvatures])
+        return math.gcd(self.samples, *[curvature.root.shape[0] for curvature in self.curvatures])
 
     @property
     def residual(self) -> Tensor:
@@ -58,12 +59,46 @@ class Outputs:
 
     def roots(self, samples: int) -> Tensor:
         """A root of the Hessian for each sample, shape ``(samples, q, q)``, in the order of the tensor's entries."""
-        dense = [self._dense(call, c.root, samples) for call, c in zip(self.calls, self.curvatures, strict=True)]
+        dense = [
+            self._dense(call, c.root.dense(), samples) for call, c in zip(self.calls, self.curvatures, strict=True)
+        ]
         if len(dense) == 1:
             return dense[0]
         values, vectors = torch.linalg.eigh(torch.stack([root @ root.mT for root in dense]).sum(0))
         root: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
         return root
+
+    def hessian_times(self, vector: Tensor) -> Tensor:
+        """The Hessian of the loss by the outputs times a vector of the shape of the outputs, float64."""
+        parts = [
+            self._by_block(call, curvature.root, vector, lambda root, v: root.times(root.transposed_times(v)))
+            for call, curvature in zip(self.calls, self.curvatures, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def random_root_columns(self, columns: int, generator: torch.Generator) -> Tensor:
+        r"""Random combinations :math:`S w` of the columns of the root, entries of :math:`w` ±1.
+
+        Their second moment is the Hessian, :math:`E[S w (S w)^\top] = S S^\top`.
+
+        Returns:
+            Shape ``(columns, *shape)``, float64.
+        """
+        result = []
+        for _ in range(columns):
+            parts = []
+            for call, curvature in zip(self.calls, self.curvatures, strict=True):
+                signs = torch.randint(2, self.shape, generator=generator).to(curvature.residual) * 2 - 1
+                parts.append(self._by_block(call, curvature.root, signs, lambda root, v: root.times(v)))
+            result.append(torch.stack(parts).sum(0))
+        return torch.stack(result)
+
+    def _by_block(
+        self, call: LossCall, root: Root, vector: Tensor, function: Callable[[Root, Tensor], Tensor]
+    ) -> Tensor:
+        by_class = vector.double().movedim(call.class_dim if root.shape[1] > 1 else -1, -1)
+        image = function(root, by_class.reshape(root.shape)).reshape(by_class.shape)
+        return image.movedim(-1, call.class_dim) if root.shape[1] > 1 else image
 
     def _dense(self, call: LossCall, block: Tensor, samples: int) -> Tensor:
         size = block.shape[-1]
@@ -78,24 +113,44 @@ class Outputs:
         return dense
 
 
-def vector_jacobian_products(
-    outputs: list[Outputs], by: Sequence[Tensor] | Sequence[GradientEdge], vector: Tensor
-) -> Sequence[Tensor | None]:
-    r""":math:`J^\top u`, the gradient of :math:`u^\top f` by each of ``by``; ``None`` where it does not depend on it.
+class OutputRows:
+    """The rows of a Jacobian: which combinations of the outputs they stand for, block by block.
 
     Args:
-        outputs: The network's outputs :math:`f`.
-        by: Tensors, or places in the graph.
-        vector: :math:`u`, shape ``(blocks, m / blocks)``: block by block, in each the outputs one after the other.
+        outputs: The network's outputs.
+        blocks: Number of blocks of the batch.
+        combinations: The combinations for each of the outputs, ``(columns, *shape)``; ``None`` stands for the outputs
+            themselves.
     """
-    pieces = vector.split([output.shape.numel() // len(vector) for output in outputs], dim=1)
-    return torch.autograd.grad(
-        [gradient_edge(output.edge) for output in outputs],
-        by,
-        [piece.reshape(output.shape) for piece, output in zip(pieces, outputs, strict=True)],
-        retain_graph=True,
-        allow_unused=True,
-    )
+
+    def __init__(self, outputs: list[Outputs], blocks: int, combinations: Sequence[Tensor] | None = None) -> None:
+        self._outputs = outputs
+        self._edges = [gradient_edge(output.edge) for output in outputs]
+        self._widths = [output.shape.numel() // blocks for output in outputs]
+        self._combinations: Tensor | None = None
+        if combinations is not None:
+            self._combinations = torch.cat([c.reshape(len(c), blocks, -1) for c in combinations], dim=2)
+        columns = sum(self._widths) if self._combinations is None else len(self._combinations)
+        self.shape = (blocks, columns)
+
+    def pull_back(self, by: Sequence[Tensor] | Sequence[GradientEdge], coefficients: Tensor) -> Sequence[Tensor | None]:
+        r""":math:`J^\top u`, the gradient of the sum of rows by each of ``by``; ``None`` where there is none.
+
+        Args:
+            by: Tensors, or places in the graph.
+            coefficients: :math:`u`, shape ``(blocks, columns)``.
+        """
+        vector = coefficients
+        if self._combinations is not None:
+            vector = torch.einsum("bc,cbw->bw", coefficients, self._combinations.to(coefficients.dtype))
+        pieces = vector.split(self._widths, dim=1)
+        return torch.autograd.grad(
+            self._edges,
+            by,
+            [piece.reshape(output.shape) for piece, output in zip(pieces, self._outputs, strict=True)],
+            retain_graph=True,
+            allow_unused=True,
+        )
 
 
 def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) -> list[Outputs]:

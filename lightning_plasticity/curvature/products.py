@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -18,13 +19,15 @@ class CurvatureProduct(ABC):
 
     Args:
         parameters: The parameters that the rows and columns belong to, one after the other.
+        loss: The loss that this is the curvature of.
     """
 
     semidefinite: bool = False
     """Whether the matrix is known to have no negative eigenvalue."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: float = math.nan) -> None:
         self.parameters = list(parameters)
+        self.loss = loss
         self.sizes = [parameter.numel() for parameter in self.parameters]
 
     @property
@@ -66,7 +69,7 @@ class HessianProduct(CurvatureProduct):
     """
 
     def __init__(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__(parameters)
+        super().__init__(parameters, loss.item())
         self._gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
         # A gradient that depends on no parameter has no graph: its rows of the Hessian are zero.
         self._curved = [number for number, gradient in enumerate(self._gradients) if gradient.requires_grad]
@@ -94,16 +97,17 @@ class GaussNewtonProduct(CurvatureProduct):
     kept.
 
     Args:
+        loss: The loss.
         outputs: The network's outputs and the closed form of the loss there.
         parameters: The parameters.
     """
 
     semidefinite = True
 
-    def __init__(self, outputs: Sequence[Outputs], parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__(parameters)
+    def __init__(self, loss: Tensor, outputs: Sequence[Outputs], parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(parameters, loss.item())
         self._edges = [gradient_edge(output.edge) for output in outputs]
-        self._roots = [output.roots(output.blocks) for output in outputs]
+        self._outputs = list(outputs)
         self._probes = [
             torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
         ]
@@ -124,12 +128,9 @@ class GaussNewtonProduct(CurvatureProduct):
             retain_graph=True,
             materialize_grads=True,
         )
-        weighted = [self._weigh(root, output) for root, output in zip(self._roots, pushed, strict=True)]
+        weighted = [
+            output.hessian_times(vector).to(vector.dtype) for output, vector in zip(self._outputs, pushed, strict=True)
+        ]
         return _flat(
             torch.autograd.grad(self._edges, self.parameters, weighted, retain_graph=True, materialize_grads=True)
         )
-
-    def _weigh(self, root: Tensor, output: Tensor) -> Tensor:
-        """The Hessian of the loss by the outputs, times a vector of outputs."""
-        by_sample = output.reshape(len(root), -1, 1).to(root.dtype)
-        return (root @ (root.mT @ by_sample)).to(output.dtype).reshape(output.shape)

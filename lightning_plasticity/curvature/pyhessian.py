@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.double_backward import composed_weight_norm, double_backward_ready, explained_errors
+from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.gram import LossFunction, check_loss, trainable_parameters
+from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, check_counts, trainable_parameters
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.isolation import probing
-
-Batch = TypeVar("Batch")
-Progress = Callable[[int, int], None]
-"""Called after each product with the Hessian: how many are done, and how many there will be at most."""
 
 _NO_WEIGHT = 1e-10
 """Nodes with less weight than this are artefacts of PyHessian's regulariser.
@@ -87,7 +82,7 @@ def pyhessian_spectrum(
         >>> [round(value, 4) for value in spectrum.eigenvalues.tolist()]  # of (2/n) xᵀx
         [1.0, 4.0]
     """
-    _check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_counts(num_probes=num_probes, num_steps=num_steps)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         steps = min(num_steps, hessian.num_parameters)
         hessian.report(progress, num_probes * steps)
@@ -140,7 +135,7 @@ def pyhessian_top_eigenvalues(
         >>> [round(value, 3) for value in values.tolist()]
         [4.0, 1.0]
     """
-    _check_counts(k=k, max_steps=max_steps)
+    check_counts(k=k, max_steps=max_steps)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         if k > hessian.num_parameters:
             raise ValueError(f"k={k} is more than the {hessian.num_parameters} parameters have eigenvalues")
@@ -177,17 +172,11 @@ def pyhessian_trace(
         >>> round(trace, 4), round(trace.standard_error, 4)  # a diagonal matrix has no sampling error
         (5.0, 0.0)
     """
-    _check_counts(num_probes=num_probes)
+    check_counts(num_probes=num_probes)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         each = torch.tensor([hessian.trace(maxIter=1, tol=0.0)[0] for _ in range(num_probes)], dtype=torch.float64)
     error = each.std().item() / math.sqrt(num_probes) if num_probes > 1 else math.nan
     return Estimate(each.mean().item(), standard_error=error)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
 
 
 def _quadrature(nodes: Sequence[float], weights: Sequence[float]) -> Quadrature:
@@ -308,8 +297,5 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _adapted(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], seed: int) -> Iterator[_AdaptedHessian]:
     parameters = list(trainable_parameters(model).values())
-    with probing(model), explained_errors():
-        with double_backward_ready(model), composed_weight_norm():
-            loss = loss_fn(model, batch)
-        check_loss(loss)
+    with twice_differentiable_loss(model, batch, loss_fn) as loss:
         yield _AdaptedHessian(loss, parameters, seed)

@@ -30,6 +30,8 @@ class Spectrum:
         kernel: The tangent kernel of the same batch, where the probe computed it.
         quadratures: What each start vector saw, for an estimate.
         semidefinite: Whether the matrix is known to have no negative eigenvalue.
+        trace_standard_error: Standard error of the trace of an estimate without quadratures, of which nothing else is
+            known.
 
     Example:
         >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0.25, 0.25, 0.5]), 4, exact=True)
@@ -44,6 +46,7 @@ class Spectrum:
     kernel: TangentKernel | None = None
     quadratures: tuple[Quadrature, ...] = ()
     semidefinite: bool = False
+    trace_standard_error: float = 0.0
 
     @classmethod
     def from_quadratures(
@@ -73,7 +76,8 @@ class Spectrum:
     @property
     def trace(self) -> Estimate:
         r"""The sum of all eigenvalues, :math:`P \sum_k w_k \lambda_k`."""
-        return self._mean(lambda values, weights: self.num_parameters * (weights * values).sum().item())
+        trace = self._mean(lambda values, weights: self.num_parameters * (weights * values).sum().item())
+        return trace if self.exact or self.quadratures else Estimate(trace, standard_error=self.trace_standard_error)
 
     @property
     def effective_rank(self) -> Estimate:
@@ -123,8 +127,10 @@ class Spectrum:
         if not epsilon >= 0 or math.isinf(epsilon):
             raise ValueError(f"epsilon={epsilon} must be a finite number, zero or larger")
         estimate = self._mean(lambda values, weights: weights[values.abs() > epsilon].sum().item())
-        if not self.quadratures:
+        if self.exact:
             return estimate
+        if not self.quadratures:
+            return Estimate(estimate, standard_error=math.nan, lo=0.0, hi=1.0)
         inside = [q.mass_between(-epsilon, epsilon, semidefinite=self.semidefinite) for q in self.quadratures]
         lo = 1 - sum(high for _, high in inside) / len(inside)
         hi = 1 - sum(low for low, _ in inside) / len(inside)
@@ -246,6 +252,7 @@ class Spectrum:
             "kernel": None if self.kernel is None else self.kernel.to_dict(),
             "quadratures": [dict(vars(quadrature)) for quadrature in self.quadratures],
             "semidefinite": self.semidefinite,
+            "trace_standard_error": self.trace_standard_error,
         }
 
     @classmethod
@@ -263,17 +270,19 @@ class Spectrum:
     def _mean(self, number: Callable[[Tensor, Tensor], float]) -> Estimate:
         """A number of all start vectors together, and its standard error from what each of them says alone."""
         value = number(self.eigenvalues, self.weights)
-        if self.exact or not self.quadratures:
+        if self.exact:
             return Estimate(value)
-        if len(self.quadratures) == 1:
+        if len(self.quadratures) < 2:
             return Estimate(value, standard_error=math.nan)
         each = torch.tensor([number(q.nodes, q.weights) for q in self.quadratures], dtype=torch.float64)
         return Estimate(value, standard_error=(each.std() / math.sqrt(len(each))).item())
 
     def _extreme(self, *, largest: bool) -> Estimate:
         if not self.quadratures:
-            values = self.eigenvalues
-            return Estimate((values.max() if largest else values.min()).item())
+            value = (self.eigenvalues.max() if largest else self.eigenvalues.min()).item()
+            return (
+                Estimate(value) if self.exact else Estimate(value, standard_error=math.nan, lo=-math.inf, hi=math.inf)
+            )
         nodes = torch.cat([quadrature.nodes for quadrature in self.quadratures])
         residuals = torch.cat([quadrature.residuals for quadrature in self.quadratures])
         place = nodes.argmax() if largest else nodes.argmin()

@@ -1,0 +1,96 @@
+"""Batches of any structure: how many samples they hold, and taking them apart and putting them together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+
+def batch_size(batch: Any) -> int | None:
+    """The number of samples in a batch: the most common first dimension of its tensors, the first one seen on a tie."""
+    sizes: Counter[int] = Counter()
+
+    def see(tensor: Tensor) -> None:
+        if tensor.dim():
+            sizes[tensor.shape[0]] += 1
+
+    apply_to_collection(batch, Tensor, see)
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def first_samples(batch: Any, samples: int) -> Any:
+    """A copy of the first samples of a batch (:func:`samples_between`).
+
+    Example:
+        >>> x, y, scale = first_samples((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
+        >>> x.shape, y.shape, scale.shape
+        (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
+    """
+    size = batch_size(batch)
+
+    def take(tensor: Tensor) -> Tensor:
+        shortened = tensor[:samples] if tensor.dim() and tensor.shape[0] == size else tensor
+        return shortened.detach().clone()
+
+    return apply_to_collection(batch, Tensor, take)
+
+
+def samples_between(batch: Any, first: int, end: int) -> Any:
+    """A copy of some samples of a batch: of every tensor in it whose first dimension is the batch size.
+
+    Other tensors are copied whole.
+    """
+    size = batch_size(batch)
+
+    def take(tensor: Tensor) -> Tensor:
+        return (tensor[first:end] if _by_sample(tensor, size) else tensor).detach().clone()
+
+    return apply_to_collection(batch, Tensor, take)
+
+
+def micro_batches(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in pieces of ``size`` samples, the last one smaller."""
+    samples = batch_size(batch) or 0
+    for first in range(0, samples, size):
+        yield samples_between(batch, first, first + size)
+
+
+def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
+    """One batch of the samples of several of the same structure, in their order.
+
+    Args:
+        batches: The batches.
+        like: One of them, on the device that the result shall be on; by default the first.
+
+    Example:
+        >>> concatenated([{"x": torch.zeros(2, 3)}, {"x": torch.ones(1, 3)}])["x"].shape
+        torch.Size([3, 3])
+    """
+    sizes = [batch_size(batch) for batch in batches]
+    tensors = [_tensors(batch) for batch in batches]
+    if len({len(own) for own in tensors}) > 1:
+        raise ValueError(f"batches that hold {[len(own) for own in tensors]} tensors cannot be joined")
+    columns = iter(list(zip(*tensors, strict=True)))
+
+    def join(tensor: Tensor) -> Tensor:
+        column = next(columns)
+        if not all(_by_sample(part, size) for part, size in zip(column, sizes, strict=True)):
+            return tensor
+        return torch.cat([part.to(tensor.device) for part in column])
+
+    return apply_to_collection(batches[0] if like is None else like, Tensor, join)
+
+
+def _by_sample(tensor: Tensor, size: int | None) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == size
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found

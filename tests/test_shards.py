@@ -1,0 +1,163 @@
+"""Batches in pieces: micro-batches, and the shards of several processes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature import Spectrum, ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature.batches import batch_size, concatenated, micro_batches
+from lightning_plasticity.curvature.products import CurvatureProduct
+from lightning_plasticity.curvature.shards import MicroBatched
+
+OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 30}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+
+def batch(samples: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randint(3, (samples,), generator=generator), "scale": torch.tensor(1.5)}
+
+
+def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return batch["scale"] * F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def spectra(batch: dict[str, Tensor], **options: Any) -> dict[str, Spectrum]:
+    return {
+        "hessian": hessian_spectrum(model(), batch, loss_fn, **OPTIONS, **options),
+        "ggn": ggn_spectrum(model(), batch, loss_fn, method="lanczos", **OPTIONS, **options),
+    }
+
+
+def assert_equal(actual: Spectrum, expected: Spectrum) -> None:
+    torch.testing.assert_close(actual.eigenvalues, expected.eigenvalues, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(actual.weights, expected.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_micro_batches_give_the_spectrum_of_the_whole_batch(size: int) -> None:
+    whole, pieces = spectra(batch()), spectra(batch(), micro_batch_size=size)
+    for name, expected in whole.items():
+        assert_equal(pieces[name], expected)
+
+
+def test_a_product_holds_the_graph_of_one_micro_batch_at_a_time() -> None:
+    held: list[int] = []
+    alive = 0
+
+    class Counted(CurvatureProduct):
+        def __init__(self, part: dict[str, Tensor]) -> None:
+            nonlocal alive
+            super().__init__(parameters, loss_fn(network, part).item())
+            alive += 1
+            held.append(alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+        def __call__(self, vector: Tensor) -> Tensor:
+            return vector
+
+    network = model().eval()
+    parameters = list(network.parameters())
+    product = MicroBatched(network, batch(), loss_fn, parameters, 2, Counted)
+    held.clear()
+    vector = torch.randn(product.dimension, dtype=torch.float64)
+    torch.testing.assert_close(product(vector), vector)  # the shares add up to one
+    assert len(held) == 4
+    assert max(held) <= 2  # the next one is built before the last one is let go
+
+
+def test_losses_that_are_no_mean_over_samples_are_refused() -> None:
+    part = batch()
+    part["y"][0] = -100
+    with pytest.raises(ValueError, match=r"micro_batch_size=2: the loss of the whole batch is .* no mean over samples"):
+        hessian_spectrum(model(), part, loss_fn, micro_batch_size=2)
+
+
+def test_micro_batches_leave_no_trace_on_the_model() -> None:
+    network = model()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = torch.get_rng_state()
+    hessian_spectrum(network, batch(), loss_fn, micro_batch_size=2, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_batches_come_apart_and_together() -> None:
+    whole = batch()
+    pieces = list(micro_batches(whole, 3))
+    assert [batch_size(piece) for piece in pieces] == [3, 3, 1]
+    for name, tensor in concatenated(pieces).items():
+        assert torch.equal(tensor, whole[name])
+    with pytest.raises(ValueError, match=r"batches that hold \[3, 1\] tensors cannot be joined"):
+        concatenated([whole, {"x": whole["x"]}])
+
+
+def test_a_single_process_is_not_distributed_and_pyhessian_knows_no_pieces() -> None:
+    with pytest.raises(ValueError, match=r"micro_batch_size=2: PyHessian knows only"):
+        hessian_spectrum(model(), batch(), loss_fn, backend="pyhessian", micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"micro_batch_size=0 must be a whole number"):
+        hessian_spectrum(model(), batch(), loss_fn, micro_batch_size=0)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """Rank 0 has five samples, rank 1 two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    whole = batch()
+    bounds = slice(0, 5) if rank == 0 else slice(5, 7)
+    own = {**whole, "x": whole["x"][bounds], "y": whole["y"][bounds]}
+    torch.manual_seed(rank)  # the global generators differ, the start vectors must not
+    found = {**spectra(own), **{f"{name} in pieces": s for name, s in spectra(own, micro_batch_size=2).items()}}
+    found["gram"] = ggn_spectrum(model(), own, loss_fn)
+    found["sketch"] = ggn_spectrum(model(), own, loss_fn, sketch=2)
+    found["alone"] = ggn_spectrum(model(), own, loss_fn, distributed=False)
+    refused = ""
+    try:
+        hessian_spectrum(model(), own, loss_fn, backend="pyhessian")
+    except ValueError as error:
+        refused = str(error)
+    torch.save(({name: s.to_dict() for name, s in found.items()}, refused), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_spectrum_of_all_samples(tmp_path: Path) -> None:
+    mp.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    whole = batch()
+    expected = spectra(whole)
+    exact = ggn_spectrum(model(), whole, loss_fn)
+    sketch = ggn_spectrum(model(), whole, loss_fn, sketch=2)
+    for states, refused in results:
+        found = {name: Spectrum.from_dict(state) for name, state in states.items()}
+        for name, spectrum in expected.items():
+            assert_equal(found[name], spectrum)
+            assert_equal(found[f"{name} in pieces"], spectrum)
+        torch.testing.assert_close(found["gram"].eigenvalues, exact.eigenvalues, rtol=1e-12, atol=1e-14)
+        assert found["gram"].learnable_fraction() == pytest.approx(exact.learnable_fraction(), rel=1e-10)
+        torch.testing.assert_close(found["sketch"].eigenvalues, sketch.eigenvalues, rtol=1e-12, atol=1e-14)
+        assert "distributed=True: PyHessian knows only" in refused
+    first, second = ({name: Spectrum.from_dict(s) for name, s in states.items()} for states, _ in results)
+    for name in expected:
+        assert torch.equal(first[name].eigenvalues, second[name].eigenvalues), "every process has the same answer"
+    shares = 5 / 7 * first["alone"].trace + 2 / 7 * second["alone"].trace
+    assert shares == pytest.approx(exact.trace, rel=1e-12)
+    assert not math.isclose(first["alone"].trace, second["alone"].trace)
