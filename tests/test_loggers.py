@@ -10,11 +10,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity.diagnostics import diagnostics_of
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, plot_history
 from tests.modules import Classifier, loader, trainer
 
-NAMES = {*DIAGNOSTICS, *(f"{name}_vs_initial" for name in DIAGNOSTICS), "probe_loss", "collapsed", "probe_failed"}
+GGN = [diagnostic.name for diagnostic in diagnostics_of(["ggn"])]
+NAMES = {*GGN, *(f"{name}_vs_initial" for name in GGN), "probe_loss", "collapsed", "probe_failed"}
 
 
 def three_tasks(*loggers: Logger) -> SpectralCollapseCallback:
@@ -30,7 +31,7 @@ def test_tensorboard_shows_scalars_by_step_and_by_task(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"scalars": 0}).Reload()
     for prefix, steps in (("plasticity/", [0, 3, 6]), ("plasticity_by_task/", [0, 1, 2])):
         assert {tag[len(prefix) :] for tag in events.Tags()["scalars"] if tag.startswith(prefix)} == NAMES
-        for name in DIAGNOSTICS:
+        for name in GGN:
             shown = events.Scalars(prefix + name)
             assert [event.step for event in shown] == steps
             expected = [report.metrics[name] for report in callback.history]
