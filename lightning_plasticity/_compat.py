@@ -69,11 +69,7 @@ def training_description(trainer: Trainer) -> Description | None:
         bar: Any = bars.train_progress_bar
         return Description(bar.set_description, partial(bar.set_description_str, bar.desc))  # which ends in a colon
     if isinstance(bars, RichProgressBar) and bars.progress is not None and bars.train_progress_bar_id is not None:
-        update = partial(bars.progress.update, bars.train_progress_bar_id)
-
-        def show(text: str) -> None:
-            update(description=text)
-            bars.refresh(hard=True)
-
-        return Description(show, partial(show, bars.train_progress_bar.description))
+        update = partial(bars.progress.update, bars.train_progress_bar_id, refresh=True)
+        before = bars.train_progress_bar.description
+        return Description(lambda text: update(description=text), lambda: update(description=before))
     return None

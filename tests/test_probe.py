@@ -403,12 +403,13 @@ def test_a_lightning_cli_configuration_builds_the_probe(
     kind: type[HessianProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    ggn = {"class_path": "lightning_plasticity.GGNProbe", "init_args": {"samples": 16}}
     config = {
         "class_path": "lightning_plasticity.SpectralCollapseCallback",
         "init_args": {
             "probe": {
                 "class_path": f"lightning_plasticity.{kind.__name__}",
-                "init_args": {"num_steps": 32, "ggn": {"samples": 16}},
+                "init_args": {"num_steps": 32, "ggn": ggn},
             }
         },
     }
