@@ -124,7 +124,7 @@ def _withheld(value: float) -> str:
     bracket = f" (it is somewhere between {value.lo:.3g} and {value.hi:.3g})" if isinstance(value, Estimate) else ""
     return (
         f"is not resolved{bracket}, so whether this is a collapse cannot be told: raise num_steps of the probe, or let "
-        "Collapse watch a number that needs no resolution, such as 'learnable_fraction' or 'hessian_effective_rank'"
+        "Collapse watch a number that needs less resolution, such as 'learnable_fraction' or 'hessian_effective_rank'"
     )
 
 

@@ -61,12 +61,12 @@ def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
 
 def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:
     """The same bins for every task, one step a task: TensorBoard's Histograms tab shows them as a ridge plot."""
-    for tag, negative in ((f"log10_{report.matrix}_eigenvalues", False), (f"log10_{report.matrix}_negative", True)):
+    for sign, negative in (("", False), ("negative_", True)):
         values, counts = log_eigenvalues(spectrum, negative=negative)
         if not len(values):
             continue
         logger.experiment.add_histogram_raw(
-            BY_TASK + tag,
+            f"{BY_TASK}log10_{report.matrix}_{sign}eigenvalues",
             min=values.min().item(),
             max=values.max().item(),
             num=round(counts.sum().item()),
