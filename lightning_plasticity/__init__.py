@@ -1,9 +1,10 @@
 """Tells at the start of every task whether a network can still learn it, and repairs it if asked to.
 
-The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``probe`` (what is the
-loss here, without touching the run?), ``curvature`` (what does the loss surface look like?), ``diagnostics`` (which
-numbers say so?), ``collapse`` (is this a collapse?), ``interventions`` (what is done about it?), ``loggers`` and
-``plots`` (where do people see it?). ``callback`` conducts; ``curvature`` and ``interventions`` work without Lightning.
+The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``training_loss`` (what
+is the loss here, without touching the run?), ``probe`` (how is its curvature measured?), ``curvature`` (what does the
+loss surface look like?), ``diagnostics`` (which numbers say so?), ``collapse`` (is this a collapse?),
+``interventions`` (what is done about it?), ``loggers`` and ``plots`` (where do people see it?). ``callback`` conducts;
+``curvature`` and ``interventions`` work without Lightning.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_plasticity.collapse import Collapse as Collapse
     from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
     from lightning_plasticity.probe import GGNProbe as GGNProbe
+    from lightning_plasticity.probe import HessianProbe as HessianProbe
+    from lightning_plasticity.probe import PyHessianProbe as PyHessianProbe
     from lightning_plasticity.reports import TaskReport as TaskReport
 
 __version__ = "0.1.0"
@@ -20,7 +23,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Collapse": "collapse",
     "GGNProbe": "probe",
+    "HessianProbe": "probe",
     "PlasticityWarning": "collapse",
+    "PyHessianProbe": "probe",
     "SpectralCollapseCallback": "callback",
     "TaskReport": "reports",
 }

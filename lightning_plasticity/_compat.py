@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-__all__ = ["DummyLogger", "SingleDeviceStrategy", "compiled_methods", "fit_datamodule", "is_restoring_for_finder"]
+__all__ = [
+    "DummyLogger",
+    "SingleDeviceStrategy",
+    "compiled_methods",
+    "fit_datamodule",
+    "is_restoring_for_finder",
+    "training_description",
+]
 
 
 def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
@@ -36,3 +47,29 @@ def compiled_methods(module: nn.Module) -> dict[str, Any]:
         return {}
     names = ("forward", "training_step", "validation_step", "test_step", "predict_step")
     return {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+
+@dataclass(frozen=True)
+class Description:
+    """The text beside a progress bar.
+
+    Args:
+        show: Shows another text.
+        restore: Shows the one that was there at first.
+    """
+
+    show: Callable[[str], None]
+    restore: Callable[[], None]
+
+
+def training_description(trainer: Trainer) -> Description | None:
+    """The text beside the training bar; ``None`` if there is none to be seen, or it is not one of Lightning's own."""
+    bars: Any = trainer.progress_bar_callback
+    if isinstance(bars, TQDMProgressBar) and not bars.train_progress_bar.disable:
+        bar: Any = bars.train_progress_bar
+        return Description(bar.set_description, partial(bar.set_description_str, bar.desc))  # which ends in a colon
+    if isinstance(bars, RichProgressBar) and bars.progress is not None and bars.train_progress_bar_id is not None:
+        update = partial(bars.progress.update, bars.train_progress_bar_id, refresh=True)
+        before = bars.train_progress_bar.description
+        return Description(lambda text: update(description=text), lambda: update(description=before))
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,14 @@ from typing_extensions import override
 
 from lightning_plasticity._compat import SingleDeviceStrategy, is_restoring_for_finder
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
-from lightning_plasticity.diagnostics import measure
+from lightning_plasticity.diagnostics import diagnostics_of, measure, numbers, resolved_number
 from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.loggers import log_summary, log_task
-from lightning_plasticity.probe import GGNProbe, LossFunction, isolated_copy, training_loss, untouched_schedules
+from lightning_plasticity.probe import GGNProbe, Probe
+from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId
+from lightning_plasticity.training_loss import LossFunction, isolated_copy, training_loss, untouched_schedules
 
 _STATE_VERSION = 1
 
@@ -29,12 +30,13 @@ _STATE_VERSION = 1
 class SpectralCollapseCallback(Callback):
     """Tells at the start of every task whether the network can still learn it, and repairs it if asked to.
 
-    On the first training batch of a task a copy of the module is probed: the spectrum of its Gauss-Newton matrix and
-    of its tangent kernel on that batch, and the same for its initial weights. The numbers go to every logger of the
-    Trainer as ``plasticity/<name>`` (at the number of optimizer steps, over all fits) and ``plasticity_by_task/<name>``
-    (at the number of the task), the spectra to TensorBoard's Histograms tab, and all of it to :attr:`history`. A
-    collapse is announced by one :class:`~lightning_plasticity.collapse.PlasticityWarning` and followed by the
-    interventions. As long as nothing is repaired, training is bit-identical to training without this callback.
+    On the first training batch of a task a copy of the module is probed: the spectra of its Gauss-Newton matrix and of
+    its tangent kernel on that batch, and of its Hessian if asked for, and the same for its initial weights. The numbers
+    go to every logger of the Trainer as ``plasticity/<name>`` (at the number of optimizer steps, over all fits) and
+    ``plasticity_by_task/<name>`` (at the number of the task), the spectrum to TensorBoard's Histograms tab, and all of
+    it to :attr:`history`. A collapse is announced by one :class:`~lightning_plasticity.collapse.PlasticityWarning` and
+    followed by the interventions. As long as nothing is repaired, training is bit-identical to training without this
+    callback.
 
     A task is, by the first of these that applies: what follows :meth:`new_task`; what follows a change of ``task_id``
     or ``current_task`` on the data module or the module; otherwise every ``trainer.fit`` that does not resume from a
@@ -44,7 +46,8 @@ class SpectralCollapseCallback(Callback):
     any weight has changed. From then on a failing probe is reported and logged, and training goes on.
 
     Args:
-        probe: How the curvature is measured.
+        probe: How the curvature is measured: by default :class:`~lightning_plasticity.probe.GGNProbe`, exactly;
+            :class:`~lightning_plasticity.probe.HessianProbe` sees negative curvature too.
         collapse: What is called a collapse.
         interventions: What is done about a collapse, one after the other.
         task_detector: How new tasks are recognised.
@@ -52,8 +55,9 @@ class SpectralCollapseCallback(Callback):
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
 
     Raises:
-        MisconfigurationException: At the start of a fit whose strategy is not supported or whose loss is not known; at
-            the first probe if the module cannot be probed.
+        MisconfigurationException: At the start of a fit whose strategy is not supported, whose loss is not known, or
+            where ``collapse`` watches what ``probe`` does not measure; at the first probe if the module cannot be
+            probed.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
@@ -81,7 +85,8 @@ class SpectralCollapseCallback(Callback):
 
     def __init__(
         self,
-        probe: GGNProbe = GGNProbe(),  # noqa: B008  (immutable)
+        # None, since jsonargparse would hand the arguments of a default probe on to a probe of another kind.
+        probe: Probe | None = None,
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
         task_detector: TaskDetector | None = None,
@@ -96,7 +101,9 @@ class SpectralCollapseCallback(Callback):
                 )
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
-        self.probe = probe
+        if probe is not None and not isinstance(probe, Probe):
+            raise TypeError(f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe()")
+        self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
         self.interventions = list(interventions)
         self.history: list[TaskReport] = []
@@ -107,6 +114,7 @@ class SpectralCollapseCallback(Callback):
         self._steps = 0
         self._resumed = False
         self._keep_state = False
+        self._checked = False
 
     def new_task(self, task_id: TaskId = None) -> None:
         """The next training batch is the first of a new task.
@@ -125,6 +133,12 @@ class SpectralCollapseCallback(Callback):
                 f"SpectralCollapseCallback works on a single device today, not with {type(trainer.strategy).__name__}: "
                 "use Trainer(devices=1)"
             )
+        available = [diagnostic.name for diagnostic in diagnostics_of(self.probe.matrices)]
+        if self.collapse.metric not in available:
+            raise MisconfigurationException(
+                f"Collapse(metric={self.collapse.metric!r}) watches what {self.probe} does not measure: choose one of "
+                f"{available}, or another probe"
+            )
         if self._loss_fn is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes manually, so its training_step cannot be asked for a loss "
@@ -134,7 +148,7 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tasks.on_fit(resumed=self._resumed and bool(self.history))
-        self._resumed = False
+        self._resumed = self._checked = False
         self._steps_before_fit = self._steps - trainer.global_step
 
     @override
@@ -228,20 +242,27 @@ class SpectralCollapseCallback(Callback):
                     tensor.copy_(self._initial[name])
             return module
 
-        now = self.probe.measure(make_copy, batch, loss_fn)
-        initial = self.probe.measure(make_initial_copy, batch, loss_fn)
-        values, references = measure(now.spectrum), measure(initial.spectrum)
-        relative = {f"{name}_vs_initial": _ratio(value, references[name]) for name, value in values.items()}
+        if not self._checked:
+            warning = self.probe.check(make_copy, batch, loss_fn)
+            if warning is not None:
+                rank_zero_warn(warning, category=PlasticityWarning)
+            self._checked = True
+        with shown_progress(trainer, "probing curvature") as progress:
+            now = self.probe.measure(make_copy, batch, loss_fn, progress)
+        with shown_progress(trainer, "probing curvature of the initial weights") as progress:
+            initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
+        values, references = measure(now.spectra), measure(initial.spectra)
         metric = self.collapse.metric
         verdict = self.collapse.judge(
             values[metric],
-            earlier=[earlier.metrics.get(metric) for earlier in self.history],
+            earlier=[resolved_number(earlier.metrics, metric) for earlier in self.history],
             initial=references[metric],
         )
-        report.spectrum = now.spectrum
-        report.metrics = {**values, **{n: r for n, r in relative.items() if math.isfinite(r)}, "probe_loss": now.loss}
+        report.matrix = self.probe.matrices[0]
+        report.spectrum = now.spectra[report.matrix]
+        report.metrics = {**numbers(values, references), "probe_loss": now.loss}
         report.collapsed = verdict.collapsed
-        return verdict.message if verdict.collapsed else None
+        return verdict.message if verdict.collapsed or verdict.withheld else None
 
     def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""
@@ -266,7 +287,3 @@ class SpectralCollapseCallback(Callback):
 
 def _named_tensors(module: LightningModule) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else math.nan

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity.curvature import Estimate
+from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 
 Reference = Literal["best", "initial", "first"]
 
@@ -23,22 +24,27 @@ class Verdict:
     Args:
         collapsed: Whether the value is below the threshold.
         message: One sentence with the numbers.
+        withheld: Whether nothing can be said, since a number that it depends on is not resolved.
     """
 
     collapsed: bool
     message: str
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
 class Collapse:
     """Calls it a collapse when a diagnostic at the start of a task falls below a share of a reference.
 
+    Where the diagnostic is the rank of an estimated spectrum and is not resolved, the verdict is withheld.
+
     Args:
-        metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS`.
+        metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe
+            measures.
         below: The alarm rings below this share of the reference, in (0, 1]. Without a reference, below this value.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value that the network's initial weights have on the same batch; ``"first"``, the value
-            at the first task; ``None``, none.
+            at the first task; ``None``, none, the only choice for diagnostics that can be negative.
 
     Raises:
         ValueError: If an argument is not one of these.
@@ -64,6 +70,15 @@ class Collapse:
                 f"Collapse(relative_to={self.relative_to!r}) is not a reference; choose one of "
                 f"{[*get_args(Reference), None]}"
             )
+        if DIAGNOSTICS[self.metric].can_be_negative:
+            if self.relative_to is not None:
+                raise ValueError(
+                    f"Collapse(metric={self.metric!r}, relative_to={self.relative_to!r}): it can be negative, and a "
+                    "share of a negative number is no threshold; write relative_to=None and the value itself as below"
+                )
+            if not math.isfinite(self.below):
+                raise ValueError(f"Collapse(below={self.below}) must be a finite number")
+            return
         bounded = self.relative_to is not None or DIAGNOSTICS[self.metric].is_share
         if not (0 < self.below <= 1 if bounded else 0 < self.below < math.inf):
             allowed = "in (0, 1]: a share, 0.8 for 80 %" if bounded else "a positive number"
@@ -74,26 +89,43 @@ class Collapse:
 
         Args:
             value: The value now.
-            earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed.
+            earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed or
+                the value was not resolved.
             initial: The value that the initial weights have on the batch of now.
         """
-        values = [*earlier, value]
-        known = [(number, task) for task, number in enumerate(values) if number is not None]
+        task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
+        if not is_resolved(self.metric, value):
+            return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", withheld=True)
+        if self.relative_to == "initial" and not is_resolved(self.metric, initial):
+            of_what = "of the initial weights on this batch"
+            return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", withheld=True)
+        known = [(number, task) for task, number in enumerate([*earlier, value]) if number is not None]
         best, best_task = max(known, key=lambda pair: pair[0])
         references = {"best": best, "first": known[0][0], "initial": initial, None: 1.0}
         collapsed = value < self.below * references[self.relative_to]
 
         comparisons = []
-        if self.relative_to == "first":
+        if diagnostic.can_be_negative:
+            comparisons.append(f"{'below' if collapsed else 'not below'} {self.below:g}")
+        elif self.relative_to == "first":
             comparisons.append(_share(value, known[0][0], f"of its first (task {known[0][1]})"))
         else:
             comparisons.append(_share(value, best, f"of its best (task {best_task})"))
-        comparisons.append(_share(value, initial, "of what the initial weights would have on this batch"))
-        shown = f"{value:.2f}" if DIAGNOSTICS[self.metric].is_share else f"{value:.3g}"
-        message = f"task {len(earlier)}: {DIAGNOSTICS[self.metric].title} {shown}, " + " and ".join(comparisons)
+        if not diagnostic.can_be_negative and is_resolved(self.metric, initial):
+            comparisons.append(_share(value, initial, "of what the initial weights would have on this batch"))
+        shown = f"{value:.2f}" if diagnostic.is_share else f"{value:.3g}"
+        message = f"task {task}: {diagnostic.title} {shown}, " + " and ".join(comparisons)
         if collapsed:
             message += ": the network is losing its plasticity"
         return Verdict(collapsed, message)
+
+
+def _withheld(value: float) -> str:
+    bracket = f" (it is somewhere between {value.lo:.3g} and {value.hi:.3g})" if isinstance(value, Estimate) else ""
+    return (
+        f"is not resolved{bracket}, so whether this is a collapse cannot be told: raise num_steps of the probe, or let "
+        "Collapse watch a number that needs less resolution, such as 'learnable_fraction' or 'hessian_effective_rank'"
+    )
 
 
 def _share(value: float, reference: float, of_what: str) -> str:

@@ -5,16 +5,25 @@ Logging, plots, documentation and the choices of :class:`~lightning_plasticity.c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.curvature import Estimate, Spectrum
 
 EPSILON = 1e-2
 """Threshold of the ε-rank, in units of the eigenvalues (arXiv 2509.22335 plots this one)."""
 
 RELATIVE_EPSILON = 1e-3
 """Threshold of the relative ε-rank, as a share of the largest eigenvalue."""
+
+Matrix = Literal["ggn", "hessian"]
+
+MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
+
+_ERROR = ("standard_error",)
+_ERROR_AND_BRACKET = ("standard_error", "resolved")
 
 
 @dataclass(frozen=True)
@@ -25,19 +34,25 @@ class Diagnostic:
         name: The name it is logged under.
         title: The name in a sentence.
         meaning: What it is, in one line.
-        of: Computes it from the spectrum of the Gauss-Newton matrix.
+        of: Computes it from the spectrum of the matrix.
+        matrix: The matrix whose spectrum it is derived from.
         is_share: Whether it lies in [0, 1].
+        can_be_negative: Whether a share of it may mean nothing.
+        uncertainty: What is logged beside it: attributes of the :class:`~lightning_plasticity.curvature.Estimate`.
     """
 
     name: str
     title: str
     meaning: str
     of: Callable[[Spectrum], float]
+    matrix: Matrix = "ggn"
     is_share: bool = False
+    can_be_negative: bool = False
+    uncertainty: tuple[str, ...] = ()
 
 
 def _kernel_rank(spectrum: Spectrum) -> float:
-    return float("nan") if spectrum.kernel is None else spectrum.kernel.effective_rank
+    return math.nan if spectrum.kernel is None else spectrum.kernel.effective_rank
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {
@@ -93,10 +108,117 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "largest Gauss-Newton eigenvalue, λmax",
             lambda spectrum: spectrum.lambda_max,
         ),
+        Diagnostic(
+            "hessian_epsilon_rank",
+            "ε-rank of the Hessian",
+            f"number of Hessian eigenvalues whose size is above {EPSILON:g}",
+            lambda spectrum: spectrum.epsilon_rank(EPSILON),
+            matrix="hessian",
+            uncertainty=_ERROR_AND_BRACKET,
+        ),
+        Diagnostic(
+            "hessian_epsilon_fraction",
+            "ε-rank of the Hessian as a share of the parameters",
+            f"share of all Hessian eigenvalues whose size is above {EPSILON:g}",
+            lambda spectrum: spectrum.epsilon_fraction(EPSILON),
+            matrix="hessian",
+            is_share=True,
+            uncertainty=_ERROR_AND_BRACKET,
+        ),
+        Diagnostic(
+            "hessian_relative_epsilon_rank",
+            "relative ε-rank of the Hessian",
+            f"number of Hessian eigenvalues whose size is above {RELATIVE_EPSILON:g} of the largest",
+            lambda spectrum: spectrum.relative_epsilon_rank(RELATIVE_EPSILON),
+            matrix="hessian",
+            uncertainty=_ERROR_AND_BRACKET,
+        ),
+        Diagnostic(
+            "hessian_effective_rank",
+            "effective rank of the Hessian",
+            "exp of the entropy of the normalised sizes of the Hessian's eigenvalues",
+            lambda spectrum: spectrum.effective_rank,
+            matrix="hessian",
+            uncertainty=_ERROR,
+        ),
+        Diagnostic(
+            "hessian_trace",
+            "trace of the Hessian",
+            "sum of the Hessian's eigenvalues",
+            lambda spectrum: spectrum.trace,
+            matrix="hessian",
+            can_be_negative=True,
+            uncertainty=_ERROR,
+        ),
+        Diagnostic(
+            "hessian_lambda_max",
+            "sharpness by the Hessian",
+            "largest eigenvalue of the Hessian",
+            lambda spectrum: spectrum.lambda_max,
+            matrix="hessian",
+            can_be_negative=True,
+        ),
+        Diagnostic(
+            "hessian_lambda_min",
+            "smallest eigenvalue of the Hessian",
+            "smallest eigenvalue of the Hessian: the most negative curvature",
+            lambda spectrum: spectrum.lambda_min,
+            matrix="hessian",
+            can_be_negative=True,
+        ),
+        Diagnostic(
+            "hessian_negative_mass",
+            "negative share of the Hessian's curvature",
+            "sum of the sizes of the negative eigenvalues of the Hessian over the sum of all sizes",
+            lambda spectrum: spectrum.negative_mass,
+            matrix="hessian",
+            is_share=True,
+            uncertainty=_ERROR,
+        ),
     )
 }
 
 
-def measure(spectrum: Spectrum) -> dict[str, float]:
-    """Every diagnostic of a spectrum, by name."""
-    return {name: float(diagnostic.of(spectrum)) for name, diagnostic in DIAGNOSTICS.items()}
+def diagnostics_of(matrices: Collection[Matrix]) -> list[Diagnostic]:
+    """The diagnostics that follow from the spectra of these matrices."""
+    return [diagnostic for diagnostic in DIAGNOSTICS.values() if diagnostic.matrix in matrices]
+
+
+def measure(spectra: Mapping[Matrix, Spectrum]) -> dict[str, float]:
+    """Every diagnostic of some spectra, by name; what is estimated is an ``Estimate``.
+
+    Args:
+        spectra: The spectrum of each matrix that was measured.
+    """
+    return {diagnostic.name: diagnostic.of(spectra[diagnostic.matrix]) for diagnostic in diagnostics_of(list(spectra))}
+
+
+def is_resolved(name: str, value: float) -> bool:
+    """Whether a diagnostic can be told from what an estimate knows: of ranks, whether the bracket is narrow."""
+    return "resolved" not in DIAGNOSTICS[name].uncertainty or not isinstance(value, Estimate) or value.resolved
+
+
+def numbers(values: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
+    """What is kept and logged of the diagnostics of a network, as plain floats.
+
+    Args:
+        values: The diagnostics of the network.
+        references: The same of its initial weights.
+
+    Returns:
+        Each value; ``<name>_vs_initial``, its ratio to that of the initial weights, where both are known; what the
+        estimates say of their uncertainty, ``<name>_standard_error`` and ``<name>_resolved``, where it is finite.
+    """
+    result = {name: float(value) for name, value in values.items()}
+    for name, value in values.items():
+        if references[name] and is_resolved(name, value) and is_resolved(name, references[name]):
+            result[f"{name}_vs_initial"] = value / references[name]
+    for name, value in values.items():
+        for attribute in DIAGNOSTICS[name].uncertainty:
+            result[f"{name}_{attribute}"] = float(getattr(value, attribute))
+    return {name: number for name, number in result.items() if name in values or math.isfinite(number)}
+
+
+def resolved_number(metrics: Mapping[str, float], name: str) -> float | None:
+    """A diagnostic among what was kept of a task; ``None`` if it is not there or was not resolved."""
+    return metrics.get(name) if metrics.get(f"{name}_resolved", 1.0) else None

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
 from lightning_plasticity.reports import TaskReport
 
@@ -30,7 +31,7 @@ def log_task(loggers: Iterable[Logger], report: TaskReport) -> None:
         logger.log_metrics({BY_STEP + name: value for name, value in numbers.items()}, step=report.step)
         logger.log_metrics({BY_TASK + name: value for name, value in numbers.items()}, step=report.task)
         if isinstance(logger, TensorBoardLogger) and report.spectrum is not None:
-            _log_histogram(logger, report)
+            _log_histograms(logger, report, report.spectrum)
 
     _for_each(loggers, log)
 
@@ -58,21 +59,23 @@ def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
             )
 
 
-def _log_histogram(logger: TensorBoardLogger, report: TaskReport) -> None:
+def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:
     """The same bins for every task, one step a task: TensorBoard's Histograms tab shows them as a ridge plot."""
-    values = log_eigenvalues(report)
-    counts = torch.histogram(values, LOG_EIGENVALUE_EDGES).hist
-    logger.experiment.add_histogram_raw(
-        BY_TASK + "log10_ggn_eigenvalues",
-        min=values.min().item(),
-        max=values.max().item(),
-        num=len(values),
-        sum=values.sum().item(),
-        sum_squares=values.square().sum().item(),
-        bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
-        bucket_counts=counts.tolist(),
-        global_step=report.task,
-    )
+    for sign, negative in (("", False), ("negative_", True)):
+        values, counts = log_eigenvalues(spectrum, negative=negative)
+        if not len(values):
+            continue
+        logger.experiment.add_histogram_raw(
+            f"{BY_TASK}log10_{report.matrix}_{sign}eigenvalues",
+            min=values.min().item(),
+            max=values.max().item(),
+            num=round(counts.sum().item()),
+            sum=(counts * values).sum().item(),
+            sum_squares=(counts * values.square()).sum().item(),
+            bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
+            bucket_counts=torch.histogram(values, LOG_EIGENVALUE_EDGES, weight=counts).hist.tolist(),
+            global_step=report.task,
+        )
 
 
 def _pixels(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -1,51 +1,92 @@
-"""What is the loss here, as a graph, without touching the run? A copy of the module is asked, on a few samples."""
+"""How is curvature measured at the start of a task? On the first samples of a batch, as one matrix or another."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
-from lightning_plasticity._compat import DummyLogger, compiled_methods
-from lightning_plasticity.copying import UncopyableError, copy_module
-from lightning_plasticity.curvature import Spectrum, TooManyRowsError
+from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.batches import batch_size, first_samples
-from lightning_plasticity.curvature.gram import Gram, gram
+from lightning_plasticity.curvature.double_backward import (
+    DoubleBackwardError,
+    check_double_backward,
+    composed_weight_norm,
+)
+from lightning_plasticity.curvature.gram import gram
+from lightning_plasticity.curvature.problem import Progress
+from lightning_plasticity.diagnostics import Matrix
+from lightning_plasticity.training_loss import LossFunction
 
-LossFunction = Callable[[LightningModule, Any], Tensor]
-"""``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
+MakeCopy = Callable[[], LightningModule]
+"""Makes a copy of the module that may be used up."""
 
-_SHARED = (LightningDataModule, DataLoader, Dataset)
-"""Kinds of attributes that a copy of a module shares with the original: large, or not the module's own."""
+_SAMPLES_TO_CHECK = 8
+"""Second derivatives are wrong for every sample or for none; these few cost next to nothing."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ProbeResult:
     """What a probe saw on one batch.
 
     Args:
-        spectrum: Spectrum of the Gauss-Newton matrix, with the tangent kernel.
+        spectra: The spectrum of each matrix that the probe measures.
         loss: The loss on the probe's samples.
     """
 
-    spectrum: Spectrum
+    spectra: dict[Matrix, Spectrum]
     loss: float
 
 
-@dataclasses.dataclass(frozen=True)
-class GGNProbe:
-    """The exact Gauss-Newton spectrum on the first samples of a batch.
+class Probe(ABC):
+    """How curvature is measured at the start of a task: a :class:`GGNProbe` or a :class:`HessianProbe`."""
+
+    @property
+    @abstractmethod
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices that it measures, the one that it is named after first."""
+
+    def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
+        """Whether what it measures would be right. To be asked before the first measurement of a fit.
+
+        Args:
+            make_copy: Makes a copy of the module that may be used up.
+            batch: The batch, on the module's device. It is not changed.
+            loss_fn: The loss of a module on a batch.
+
+        Returns:
+            What to warn of, if anything.
+
+        Raises:
+            MisconfigurationException: If it would be wrong.
+        """
+        return None
+
+    @abstractmethod
+    def measure(
+        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
+    ) -> ProbeResult:
+        """Probes a module on a batch.
+
+        Args:
+            make_copy: Makes a copy of the module that may be used up.
+            batch: The batch, on the module's device. It is not changed.
+            loss_fn: The loss of a module on a batch.
+            progress: Called with the number of products with the matrix done, and the number of all of them.
+        """
+
+
+@dataclass(frozen=True)
+class GGNProbe(Probe):
+    """The exact spectra of the Gauss-Newton matrix and of the tangent kernel on the first samples of a batch.
 
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
@@ -54,23 +95,28 @@ class GGNProbe:
 
     Raises:
         ValueError: If an argument is not a positive whole number.
+
+    Example:
+        >>> from lightning_plasticity import SpectralCollapseCallback
+        >>> callback = SpectralCollapseCallback(probe=GGNProbe(samples=32))
     """
 
     samples: int = 64
     max_rows: int = 2048
 
     def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("max_rows", self.max_rows)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"GGNProbe({name}={value!r}) must be a whole number, 1 or larger")
+        _check_whole_numbers(self, "samples", "max_rows")
 
-    def measure(self, make_copy: Callable[[], LightningModule], batch: Any, loss_fn: LossFunction) -> ProbeResult:
+    @property
+    @override
+    def matrices(self) -> tuple[Matrix, ...]:
+        return ("ggn",)
+
+    @override
+    def measure(
+        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
+    ) -> ProbeResult:
         """Probes a module on a batch.
-
-        Args:
-            make_copy: Makes a copy of the module that may be used up.
-            batch: The batch, on the module's device. It is not changed.
-            loss_fn: The loss of a module on a batch.
 
         Raises:
             MisconfigurationException: If one sample alone has more outputs than ``max_rows``.
@@ -80,8 +126,9 @@ class GGNProbe:
         while True:
             try:
                 known = None if available is None else samples
-                result = self._gram(make_copy(), first_samples(batch, samples), loss_fn, known)
-                return ProbeResult(result.spectrum(), result.loss)
+                module, some = _in_full_precision(make_copy(), first_samples(batch, samples))
+                result = gram(module, some, loss_fn, samples=known, max_rows=self.max_rows)
+                return ProbeResult({"ggn": result.spectrum()}, result.loss)
             except TooManyRowsError as error:
                 fewer = min(samples - 1, samples * self.max_rows // error.rows)
                 if available is None or fewer < 1:
@@ -91,104 +138,159 @@ class GGNProbe:
                     ) from error
                 samples = fewer
 
-    def _gram(self, module: LightningModule, batch: Any, loss_fn: LossFunction, samples: int | None) -> Gram:
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
-            module = module.float()
-            batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
-        return gram(module, batch, loss_fn, samples=samples, max_rows=self.max_rows)
 
+@dataclass(frozen=True)
+class HessianProbe(Probe):
+    r"""The spectrum of the Hessian, negative curvature included, by stochastic Lanczos quadrature.
 
-def training_loss(module: LightningModule, batch: Any) -> Tensor:
-    """The loss that ``training_step`` returns.
-
-    Raises:
-        MisconfigurationException: If it returns none.
-    """
-    arguments = [batch, 0] if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else [batch]
-    output = module.training_step(*arguments)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if isinstance(loss, Tensor):
-        return loss
-    if isinstance(output, Mapping):
-        found = f"a dict without a tensor under 'loss' (keys: {sorted(map(str, output))})"
-    else:
-        found = "None" if output is None else f"a {type(output).__name__}"
-    raise MisconfigurationException(
-        f"{type(module).__name__}.training_step returned {found}, so the probe has no loss: return the loss or "
-        "{'loss': loss}, or pass SpectralCollapseCallback(loss_fn=...) with loss_fn(module, batch) -> mean loss"
-    )
-
-
-class _QuietTrainer:
-    """The Trainer as a probed copy sees it: everything but the loggers, and what is set on it is forgotten."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self.logger = DummyLogger()
-        self.loggers = [self.logger]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copying and pickling ask for what is not there
-            raise AttributeError(name)
-        return getattr(self._trainer, name)
-
-
-def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable: bool = False) -> LightningModule:
-    """A copy of the module that can be trained, logged from and broken without the run noticing.
-
-    Data modules, data sets and loaders are shared rather than copied; ``log`` does nothing, nor do loggers.
+    It knows no closed forms and takes any model and loss that can be differentiated twice. Before the first
+    measurement of a fit, the second derivatives of a few samples are compared with finite differences in float64: some
+    that torch offers are wrong. A measurement takes ``num_probes * num_steps`` products with the Hessian, each about
+    1.4 to 2 gradients of the samples. The start vectors are the same at every task.
 
     Args:
-        module: The module. It is not changed.
-        trainer: Its Trainer.
-        share_uncopyable: Share attributes that cannot be copied too, instead of raising.
+        samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
+        num_probes: Number of start vectors: with more than one, the estimates have standard errors.
+        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        seed: Seed of the start vectors.
+        ggn: Measures the Gauss-Newton matrix and the tangent kernel beside it, which ``learnable_fraction`` needs.
+            ``None`` leaves them out: for losses and sizes that it cannot deal with.
 
     Raises:
-        MisconfigurationException: If an attribute cannot be copied; it is named.
-    """
-    quiet: Any = _QuietTrainer(trainer)
-    compiled = [m for part in module.modules() for m in compiled_methods(part).values()]
+        ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` something else.
 
-    def stand_in(value: Any) -> Any:
-        if value is trainer:
-            return quiet
-        if isinstance(value, Logger):
-            return quiet.logger
-        if isinstance(value, _SHARED) or any(value is method for method in compiled):
-            return value
+    References:
+        Ghorbani et al. 2019, arXiv 1901.10159.
+
+    Example:
+        >>> from lightning_plasticity import Collapse, SpectralCollapseCallback
+        >>> callback = SpectralCollapseCallback(probe=HessianProbe(num_steps=32))
+        >>> callback = SpectralCollapseCallback(
+        ...     probe=HessianProbe(ggn=None), collapse=Collapse("hessian_effective_rank")
+        ... )
+    """
+
+    samples: int = 256
+    num_probes: int = 8
+    num_steps: int = 64
+    seed: int = 0
+    ggn: GGNProbe | None = field(default_factory=GGNProbe)
+
+    _backend: ClassVar[Literal["native", "pyhessian"]] = "native"
+
+    def __post_init__(self) -> None:
+        _check_whole_numbers(self, "samples", "num_probes", "num_steps")
+        _check_whole_numbers(self, "seed", at_least=0)
+        if self.ggn is not None and not isinstance(self.ggn, GGNProbe):
+            raise ValueError(f"{type(self).__name__}(ggn={self.ggn!r}) must be a GGNProbe or None")
+
+    @property
+    @override
+    def matrices(self) -> tuple[Matrix, ...]:
+        return ("hessian",) if self.ggn is None else ("hessian", "ggn")
+
+    @override
+    def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
+        module, some = make_copy(), first_samples(batch, _SAMPLES_TO_CHECK)
+        try:
+            with composed_weight_norm():  # as hessian_spectrum does
+                check_double_backward(module, some, loss_fn, copy=False)
+        except DoubleBackwardError as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs second derivatives of the loss. {error}. Or use GGNProbe(), which needs "
+                "first derivatives only"
+            ) from error
+        except ValueError as error:
+            cause = error.__cause__
+            if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
+                raise
+            # The loss cannot be computed in float64: that is no fault of the Hessian, which is taken in float32.
+            return f"second derivatives could not be checked, so the Hessian's numbers are on trust: {error}"
         return None
 
-    try:
-        result = copy_module(module, stand_in, share_uncopyable=share_uncopyable)
-    except UncopyableError as error:
-        raise MisconfigurationException(
-            f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module, "
-            "give it a __deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
-        ) from error
-    for part in result.modules():
-        if isinstance(part, LightningModule):
-            for name in compiled_methods(part):
-                del part.__dict__[name]
-            part._trainer = quiet
-            part.log = part.log_dict = _nothing  # type: ignore[method-assign]
-    return result
+    @override
+    def measure(
+        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
+    ) -> ProbeResult:
+        """Probes a module on a batch.
+
+        Raises:
+            MisconfigurationException: If the Gauss-Newton matrix cannot be measured beside the Hessian.
+            ValueError: If the Hessian is not finite, or the loss is not of the module that ``loss_fn`` was given.
+        """
+        beside = {} if self.ggn is None else self._measure_ggn(self.ggn, make_copy, batch, loss_fn)
+        loss = float("nan")
+
+        def observed(module: LightningModule, batch: Any) -> Tensor:
+            nonlocal loss
+            value = loss_fn(module, batch)
+            loss = value.item() if isinstance(value, Tensor) and value.numel() == 1 else loss
+            return value
+
+        module, some = _in_full_precision(make_copy(), first_samples(batch, self.samples))
+        spectrum = hessian_spectrum(
+            module,
+            some,
+            observed,
+            num_probes=self.num_probes,
+            num_steps=self.num_steps,
+            seed=self.seed,
+            backend=self._backend,
+            progress=progress,
+        )
+        return ProbeResult({"hessian": spectrum, **beside}, loss)
+
+    def _measure_ggn(
+        self, ggn: GGNProbe, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction
+    ) -> dict[Matrix, Spectrum]:
+        try:
+            return ggn.measure(make_copy, batch, loss_fn).spectra
+        except (UnsupportedModelError, MisconfigurationException) as error:
+            name = type(self).__name__
+            raise MisconfigurationException(
+                f"{name} measures the Gauss-Newton matrix too, which failed: {error}. To measure the Hessian alone, "
+                f"write {name}(ggn=None) and let Collapse watch one of its numbers"
+            ) from error
 
 
-def _nothing(*_: object, **__: object) -> None:
-    pass
+@dataclass(frozen=True)
+class PyHessianProbe(HessianProbe):
+    """The spectrum of the Hessian by PyHessian's algorithms: for comparison with what was measured with it before.
+
+    It is slower than :class:`HessianProbe` and wrong for losses whose curvature is far below one, which collapsed
+    networks have: see :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum`.
+
+    Args:
+        samples: As of :class:`HessianProbe`.
+        num_probes: Likewise.
+        num_steps: Likewise.
+        seed: Likewise.
+        ggn: Likewise.
+
+    Raises:
+        ValueError: Likewise.
+
+    References:
+        Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145 (PyHessian).
+
+    Example:
+        >>> from lightning_plasticity import SpectralCollapseCallback
+        >>> callback = SpectralCollapseCallback(probe=PyHessianProbe(num_probes=1))
+    """
+
+    _backend: ClassVar[Literal["native", "pyhessian"]] = "pyhessian"
 
 
-@contextlib.contextmanager
-def untouched_schedules(trainer: Trainer) -> Iterator[None]:
-    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
-    try:
-        yield
-    finally:
-        for group, setting in zip(groups, settings, strict=True):
-            group.update(setting)
-        for scheduler, state in zip(schedulers, states, strict=True):
-            scheduler.load_state_dict(state)
+def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
+    for name in names:
+        value = getattr(probe, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
+
+
+def _in_full_precision(module: LightningModule, batch: Any) -> tuple[LightningModule, Any]:
+    """Half precision, in which curvature drowns in rounding errors, as float32; the module is changed."""
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
+        module = module.float()
+        batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
+    return module, batch

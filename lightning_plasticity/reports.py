@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.interventions import RepairReport
 
 
@@ -17,11 +18,14 @@ class TaskReport:
         task: Number of the task, from 0.
         task_id: The name that the data module, the module or ``new_task`` gave the task.
         step: Optimizer steps taken before the task, over all fits.
-        spectrum: Spectrum of the Gauss-Newton matrix on the first batch; ``None`` if the probe failed.
+        spectrum: Spectrum on the first batch of the matrix that the probe is named after; ``None`` if the probe failed.
         metrics: The diagnostics by name, each also relative to the initial weights on the same batch
-            (``<name>_vs_initial``), and the loss on the probe batch; empty if the probe failed.
+            (``<name>_vs_initial``) and, of estimates, with what is known of their uncertainty
+            (``<name>_standard_error``, ``<name>_resolved``), and the loss on the probe batch; empty if the probe
+            failed.
         collapsed: Whether it was called a collapse.
         repairs: What the interventions did.
+        matrix: What the spectrum is of: ``"ggn"`` or ``"hessian"``.
     """
 
     task: int
@@ -31,6 +35,7 @@ class TaskReport:
     metrics: dict[str, float] = field(default_factory=dict)
     collapsed: bool = False
     repairs: list[RepairReport] = field(default_factory=list)
+    matrix: Matrix = "ggn"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python and tensors, for checkpoints."""
@@ -42,6 +47,7 @@ class TaskReport:
             "metrics": dict(self.metrics),
             "collapsed": self.collapsed,
             "repairs": [repair.to_dict() for repair in self.repairs],
+            "matrix": self.matrix,
         }
 
     @classmethod

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from lightning_plasticity import Collapse
+from lightning_plasticity.curvature import Estimate
 
 
 def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
@@ -56,6 +57,47 @@ def test_counts_may_have_a_threshold_above_one_without_a_reference() -> None:
     assert Collapse("epsilon_rank", below=50, relative_to=None).judge(49, earlier=[], initial=400).collapsed
 
 
+RANK = Collapse("hessian_epsilon_rank")
+UNRESOLVED = Estimate(3466.0, lo=50.0, hi=3466.0)
+RESOLVED = Estimate(40.0, standard_error=2.0, lo=38.0, hi=43.0)
+
+
+def test_the_verdict_on_an_unresolved_rank_is_withheld() -> None:
+    verdict = RANK.judge(UNRESOLVED, earlier=[1e5], initial=1e5)
+    assert verdict.withheld
+    assert not verdict.collapsed
+    assert verdict.message.startswith(
+        "task 1: ε-rank of the Hessian is not resolved (it is somewhere between 50 and 3.47e+03), so whether this is a "
+        "collapse cannot be told: raise num_steps of the probe, or"
+    )
+
+
+def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
+    by_initial = Collapse("hessian_epsilon_rank", relative_to="initial")
+    verdict = by_initial.judge(RESOLVED, earlier=[40.0], initial=UNRESOLVED)
+    assert verdict.withheld
+    assert "of the initial weights on this batch is not resolved" in verdict.message
+    by_best = RANK.judge(RESOLVED, earlier=[100.0], initial=UNRESOLVED)
+    assert by_best.collapsed
+    assert "initial weights" not in by_best.message
+
+
+def test_brackets_do_not_matter_to_what_is_no_rank() -> None:
+    wide = Estimate(1.0, lo=-9.0, hi=9.0)
+    assert not wide.resolved
+    assert Collapse("hessian_lambda_max", below=2.0, relative_to=None).judge(wide, earlier=[], initial=wide).collapsed
+
+
+def test_what_can_be_negative_is_compared_with_a_value() -> None:
+    rule = Collapse("hessian_lambda_min", below=-3.0, relative_to=None)
+    assert not rule.judge(-2.0, earlier=[], initial=-1.0).collapsed
+    verdict = rule.judge(-4.0, earlier=[-1.0], initial=-1.0)
+    assert verdict.collapsed
+    assert verdict.message == (
+        "task 1: smallest eigenvalue of the Hessian -4, below -3: the network is losing its plasticity"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -67,6 +109,8 @@ def test_counts_may_have_a_threshold_above_one_without_a_reference() -> None:
         ({"below": math.nan}, r"Collapse\(below=nan\) must be in \(0, 1\]"),
         ({"below": 2, "relative_to": None}, r"Collapse\(below=2\) must be in \(0, 1\]"),
         ({"below": math.inf, "relative_to": None, "metric": "epsilon_rank"}, "must be a positive number"),
+        ({"metric": "hessian_trace"}, "relative_to='best'.: it can be negative, and a share .* write relative_to=None"),
+        ({"metric": "hessian_trace", "relative_to": None, "below": math.nan}, "must be a finite number"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

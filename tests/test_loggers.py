@@ -9,16 +9,17 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity import Collapse, GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, plot_history
 from tests.modules import Classifier, loader, trainer
 
-NAMES = {*DIAGNOSTICS, *(f"{name}_vs_initial" for name in DIAGNOSTICS), "probe_loss", "collapsed", "probe_failed"}
+GGN = [diagnostic.name for diagnostic in diagnostics_of(["ggn"])]
+NAMES = {*GGN, *(f"{name}_vs_initial" for name in GGN), "probe_loss", "collapsed", "probe_failed"}
 
 
-def three_tasks(*loggers: Logger) -> SpectralCollapseCallback:
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9))
+def three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
+    callback = SpectralCollapseCallback(**{"collapse": Collapse(below=1e-9), **arguments})
     module = Classifier()
     for _ in range(3):
         trainer(callback, logger=list(loggers)).fit(module, loader())
@@ -30,17 +31,22 @@ def test_tensorboard_shows_scalars_by_step_and_by_task(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"scalars": 0}).Reload()
     for prefix, steps in (("plasticity/", [0, 3, 6]), ("plasticity_by_task/", [0, 1, 2])):
         assert {tag[len(prefix) :] for tag in events.Tags()["scalars"] if tag.startswith(prefix)} == NAMES
-        for name in DIAGNOSTICS:
-            shown = events.Scalars(prefix + name)
+        for name in GGN:
+            shown = in_order(events.Scalars(prefix + name))
             assert [event.step for event in shown] == steps
             expected = [report.metrics[name] for report in callback.history]
             assert [event.value for event in shown] == pytest.approx(expected, rel=1e-6)
 
 
+def in_order(events: list[Any]) -> list[Any]:
+    """Event files are read by name, which is not the order of the fits once a process has written ten of them."""
+    return sorted(events, key=lambda event: event.step)
+
+
 def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: Path) -> None:
     callback = three_tasks(TensorBoardLogger(tmp_path, version=0))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
-    shown = events.Histograms("plasticity_by_task/log10_ggn_eigenvalues")
+    shown = in_order(events.Histograms("plasticity_by_task/log10_ggn_eigenvalues"))
     assert [event.step for event in shown] == [0, 1, 2]
     for event, report in zip(shown, callback.history, strict=True):
         histogram = event.histogram_value
@@ -52,10 +58,46 @@ def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: 
         assert [counts.get(edge, 0) for edge in edges[1:]] == expected.tolist()
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_tensorboard_shows_the_hessian_weighted_and_with_negative_eigenvalues_apart(
+    tmp_path: Path, negative: bool
+) -> None:
+    callback = three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=2, num_steps=8))
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
+    tags = ["plasticity_by_task/log10_hessian_eigenvalues", "plasticity_by_task/log10_hessian_negative_eigenvalues"]
+    assert sorted(events.Tags()["histograms"]) == tags
+    shown = in_order(events.Histograms(tags[negative]))
+    assert [event.step for event in shown] == [0, 1, 2]
+    edges = LOG_EIGENVALUE_EDGES.numpy()
+    for event, report in zip(shown, callback.history, strict=True):
+        values, weights = report.spectrum.eigenvalues.numpy(), report.spectrum.weights.numpy()
+        chosen = (values < 0) == negative
+        expected, _ = np.histogram(np.log10(np.abs(values[chosen])).clip(-8, 4), edges, weights=67 * weights[chosen])
+        counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
+        assert [counts.get(edge, 0) for edge in edges[1:]] == pytest.approx(expected.tolist())
+        assert event.histogram_value.num == round(67 * weights[chosen].sum())
+    both = [sum(in_order(events.Histograms(tag))[0].histogram_value.bucket) for tag in tags]
+    assert sum(both) == pytest.approx(67), "every parameter is one eigenvalue"
+
+
+def test_a_semidefinite_hessian_has_no_negative_histogram(tmp_path: Path) -> None:
+    class Linear(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 3)
+
+    logger = TensorBoardLogger(tmp_path, version=0)
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=1, num_steps=2))
+    trainer(callback, logger=logger).fit(Linear(), loader())
+    assert callback.history[0].spectrum.lambda_min > 0
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload()
+    assert events.Tags()["histograms"] == ["plasticity_by_task/log10_hessian_eigenvalues"]
+
+
 def test_tensorboard_shows_a_picture(tmp_path: Path) -> None:
     three_tasks(TensorBoardLogger(tmp_path, version=0))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("plasticity_by_task/history")] == [0, 1, 2]
+    assert [event.step for event in in_order(events.Images("plasticity_by_task/history"))] == [0, 1, 2]
 
 
 def test_every_logger_gets_the_numbers(tmp_path: Path) -> None:
@@ -92,3 +134,24 @@ def test_picture_of_a_history_with_a_failed_probe() -> None:
     assert ridges.get_ylabel() == curve.get_xlabel() == "task"
     assert list(curve.lines[0].get_xdata()) == [0, 2]
     assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
+
+
+@pytest.mark.parametrize("ggn", [GGNProbe(), None], ids=["beside", "alone"])
+def test_picture_of_a_history_of_hessians_names_the_matrix(ggn: GGNProbe | None) -> None:
+    probe = HessianProbe(num_probes=2, num_steps=8, ggn=ggn)
+    callback = three_tasks(probe=probe, collapse=Collapse("hessian_effective_rank", below=1e-9))
+    ridges, curve = plot_history(callback.history).axes
+    assert ridges.get_xlabel() == "log10 eigenvalue of the Hessian"
+    assert "negative eigenvalues, by their size" in [text.get_text() for text in ridges.get_legend().get_texts()]
+    name = "learnable_fraction" if ggn else "hessian_epsilon_rank"
+    assert curve.get_ylabel() == DIAGNOSTICS[name].title
+    assert list(curve.lines[0].get_ydata()) == [report.metrics[name] for report in callback.history]
+
+
+def test_picture_of_a_history_whose_probe_was_changed() -> None:
+    callback, module = SpectralCollapseCallback(collapse=Collapse("learnable_fraction", below=1e-9)), Classifier()
+    for probe in (GGNProbe(), HessianProbe(num_probes=2, num_steps=8)):
+        callback.probe = probe
+        trainer(callback).fit(module, loader())
+    ridges, _ = plot_history(callback.history).axes
+    assert ridges.get_xlabel() == "log10 eigenvalue of the Gauss-Newton matrix or Hessian"

@@ -1,6 +1,7 @@
 """Training with the callback is bit-identical to training without it."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +9,52 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_plasticity import Collapse, SpectralCollapseCallback
+from lightning_plasticity import Collapse, HessianProbe, PyHessianProbe, SpectralCollapseCallback
 from tests.modules import trainer
+
+
+def convolutional() -> nn.Module:
+    body = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3))
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(64, 3))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Rows(nn.Module):
+    """Takes an image for a sequence of its rows, and classifies by the last output."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = net, nn.LazyLinear(3)
+        self(torch.zeros(2, 1, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.net(x.squeeze(1))
+        return self.head((output[0] if isinstance(output, tuple) else output)[:, -1])
+
+
+def transformer() -> nn.Module:
+    return Rows(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.2, batch_first=True))  # scaled dot product attention
+
+
+def gru() -> nn.Module:
+    return Rows(nn.GRU(6, 5, num_layers=2, dropout=0.2, batch_first=True))
 
 
 class Busy(LightningModule):
     """Everything in a training_step that a careless probe would disturb."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.3),
-            nn.Flatten(),
-            nn.Linear(64, 3),
-        )
+        self.net = net
         self.accuracy = MulticlassAccuracy(3)
         self.outputs: list[Tensor] = []
         self.steps_seen = 0
@@ -56,14 +80,27 @@ class Busy(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
-def run(path: Path, callback: SpectralCollapseCallback | None, **options: Any) -> dict[str, Any]:
-    """Three tasks; returns everything that training leaves behind."""
+class InTheMiddle(Callback):
+    """Has a task begin at the second batch of every epoch too: between the batches of one accumulated gradient."""
+
+    def __init__(self, callback: SpectralCollapseCallback) -> None:
+        self.callback = callback
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.callback.new_task()
+
+
+def run(
+    path: Path, *callbacks: Callback, make_net: Callable[[], nn.Module] = convolutional, **options: Any
+) -> dict[str, Any]:
+    """Three fits; returns everything that training leaves behind."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    module = Busy()
+    module = Busy(make_net())
     logger = CSVLogger(path, flush_logs_every_n_steps=10_000)
-    one = trainer(*([callback] if callback else []), logger=logger, max_epochs=0, **options)
+    one = trainer(*callbacks, logger=logger, max_epochs=0, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         data = TensorDataset(
@@ -74,6 +111,7 @@ def run(path: Path, callback: SpectralCollapseCallback | None, **options: Any) -
     rows = [row for row in logger.experiment.metrics if not any("plasticity" in key for key in row)]
     return {
         "weights and buffers": module.state_dict(),
+        "gradients": [parameter.grad for parameter in module.parameters()],
         "optimizer": one.optimizers[0].state_dict(),
         "losses": [loss.item() for loss in module.outputs],
         "steps": (module.steps_seen, one.extra, one.global_step),
@@ -90,6 +128,10 @@ def run(path: Path, callback: SpectralCollapseCallback | None, **options: Any) -
             torch.get_num_threads(),
             torch.get_default_dtype().itemsize,
             torch.are_deterministic_algorithms_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
         ),
         "hooks": sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()),
     }
@@ -103,8 +145,35 @@ def run(path: Path, callback: SpectralCollapseCallback | None, **options: Any) -
 )
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, options: dict[str, Any]) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9))
-    without, with_callback = run(tmp_path / "a", None, **options), run(tmp_path / "b", callback, **options)
+    without, with_callback = run(tmp_path / "a", **options), run(tmp_path / "b", callback, **options)
     assert len(callback.history) == 3
+    check_identical(with_callback, without, callback)
+
+
+@pytest.mark.parametrize(
+    ("make_net", "options"),
+    [
+        (mlp, {}),
+        (convolutional, {}),
+        (transformer, {}),
+        (gru, {}),
+        (convolutional, {"accumulate_grad_batches": 2}),
+        (transformer, {"precision": "bf16-mixed"}),
+    ],
+    ids=["mlp", "conv", "transformer", "gru", "conv accumulated", "transformer bf16"],
+)
+@pytest.mark.parametrize("kind", [HessianProbe, PyHessianProbe])
+def test_so_is_training_with_a_probe_of_the_hessian(
+    tmp_path: Path, kind: type[HessianProbe], make_net: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
+    callback = SpectralCollapseCallback(kind(num_probes=2, num_steps=3), collapse=Collapse(below=1e-9))
+    without = run(tmp_path / "a", make_net=make_net, **options)
+    with_callback = run(tmp_path / "b", callback, InTheMiddle(callback), make_net=make_net, **options)
+    assert len(callback.history) == 9
+    check_identical(with_callback, without, callback)
+
+
+def check_identical(with_callback: dict[str, Any], without: dict[str, Any], callback: SpectralCollapseCallback) -> None:
     assert all(report.spectrum is not None for report in callback.history)
     for key, value in without.items():
         torch.testing.assert_close(with_callback[key], value, rtol=0, atol=0, msg=f"{key} differs", equal_nan=True)
@@ -117,5 +186,5 @@ def test_the_comparison_would_notice_a_disturbance(tmp_path: Path) -> None:
             torch.rand(1)
 
     disturbing = Disturbing(collapse=Collapse(below=1e-9))
-    without, disturbed = run(tmp_path / "a", None), run(tmp_path / "b", disturbing)
+    without, disturbed = run(tmp_path / "a"), run(tmp_path / "b", disturbing)
     assert without["losses"] != disturbed["losses"]

@@ -250,11 +250,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tensor of shape \(5, 2\)"):
         pyhessian_spectrum(model, x, lambda m, x: m(x))
     other = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="does not depend on any trainable parameter"):
+    with pytest.raises(ValueError, match="not of the model that the loss function was given"):
         pyhessian_spectrum(model, x, lambda _, x: loss_fn(other, x))
     nn.init.zeros_(other.weight)
     nn.init.zeros_(other.bias)
-    with pytest.raises(ValueError, match="Hessian of the loss is not finite"):
+    with pytest.raises(ValueError, match="is NaN or infinite although the loss is not"):
         pyhessian_spectrum(other, x, lambda m, x: m(x).norm())
     bag = nn.Sequential(nn.EmbeddingBag(7, 3), model)
     with pytest.raises(DoubleBackwardError, match="embedding_bag"):

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.copying import copy_module
-from lightning_plasticity.curvature.problem import Batch, LossFunction, check_loss, trainable_parameters
+from lightning_plasticity.curvature.problem import NOT_FINITE, Batch, LossFunction, check_loss, trainable_parameters
 from lightning_plasticity.isolation import differentiable_recurrence, isolated_rng, probing
 
 _MAX_ASYMMETRY = 1e-9
@@ -46,6 +46,11 @@ _JITTER = 1e-2
 Units that are exactly on their kink, as those without bias that see only zeros, and layers that start at zero have no
 second derivative there, or one that hides a mistake. The formulas that are checked are the same at any other point.
 """
+
+_REENTRANT = (
+    "reentrant checkpointing hides the parameters of its block and allows no second derivatives: pass "
+    "use_reentrant=False to torch.utils.checkpoint.checkpoint"
+)
 
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
@@ -96,12 +101,16 @@ def twice_differentiable_loss(
 
     Raises:
         DoubleBackwardError: If torch has no second derivative of an operation.
-        ValueError: If the loss is not a finite scalar with a graph.
+        ValueError: If the loss is not a finite scalar with a graph, or depends on parameters of another model.
     """
     with probing(model), explained_errors():
         with double_backward_ready(model), composed_weight_norm(), watching or contextlib.nullcontext():
             loss = loss_fn(model, batch)
         check_loss(loss)
+        nodes = _nodes(loss)
+        _check_no_other_parameters(nodes, model)
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            raise DoubleBackwardError(_REENTRANT)
         yield loss
 
 
@@ -169,10 +178,7 @@ def _advice(message: str) -> str | None:
             "measure the Gauss-Newton matrix instead, which needs first derivatives only"
         )
     if "checkpoint" in message and "use_reentrant" in message:
-        return (
-            "reentrant checkpointing allows no second derivatives: pass use_reentrant=False to "
-            "torch.utils.checkpoint.checkpoint"
-        )
+        return _REENTRANT
     if "once_differentiable" in message:
         return (
             "a custom autograd.Function is marked once_differentiable, so there is no second derivative: write its "
@@ -186,7 +192,7 @@ def _advice(message: str) -> str | None:
     return None
 
 
-def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch]) -> None:
+def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], *, copy: bool = True) -> None:
     r"""Checks that differentiating this loss twice gives its Hessian :math:`H`.
 
     On a float64 copy of the model, in evaluation mode, for random :math:`u` and :math:`v`:
@@ -202,6 +208,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         model: Any module. Nothing in it is changed.
         batch: Whatever ``loss_fn`` takes. Floating point tensors in it are converted to float64.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar with a graph.
+        copy: Whether a copy of the model is checked. ``False`` checks the model itself, which is used up.
 
     Raises:
         DoubleBackwardError: If second derivatives are wrong or missing. The message names the likely cause:
@@ -222,16 +229,16 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         Traceback (most recent call last):
         lightning_plasticity.curvature.double_backward.DoubleBackwardError: torch's second ... weight_norm ...
     """
-    copy = copy_module(model).double()
-    parameters = trainable_parameters(copy)
+    model = (copy_module(model) if copy else model).double()
+    parameters = trainable_parameters(model)
     double_batch = apply_to_collection(batch, Tensor, _double)
     generator = torch.Generator().manual_seed(0)
 
     def loss() -> Tensor:
-        with isolated_rng(), double_backward_ready(copy):
-            return loss_fn(copy, double_batch)
+        with isolated_rng(), double_backward_ready(model):
+            return loss_fn(model, double_batch)
 
-    with probing(copy):
+    with probing(model):
         _jitter(parameters.values(), generator)
         try:
             value = loss()
@@ -244,12 +251,13 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
             ) from error
         check_loss(value)
         nodes = _nodes(value)
-        _check_no_other_parameters(nodes, copy)
+        _check_no_other_parameters(nodes, model)
         with explained_errors():
             measured = _measure(loss, value, parameters, generator)
     if measured.wrong:
+        cause = _likely_cause(model, nodes)
         raise DoubleBackwardError(
-            f"torch's second derivatives of this loss are wrong: {measured}. Likely cause: {_likely_cause(copy, nodes)}"
+            f"torch's second derivatives of this loss are wrong: {measured}. Likely cause: {cause}"
         )
 
 
@@ -298,6 +306,8 @@ def _measure(
     u, v = ([_random_like(p, generator) * m for p, m in zip(tensors, moving, strict=True)] for _ in range(2))
     gradients = _dense(torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True), tensors)
     hu, hv = _product(gradients, tensors, u), _product(gradients, tensors, v)
+    if not all(bool(image.isfinite().all()) for image in (*hu, *hv)):
+        raise ValueError(NOT_FINITE)
     scale = (_norm(hu) * _norm(v) + _norm(hv) * _norm(u)) / 2
     asymmetry = abs(_dot(u, hv) - _dot(v, hu)) / scale if scale > 0 else 0.0
 
@@ -401,10 +411,7 @@ def _likely_cause(model: nn.Module, nodes: list[Node]) -> str:
             "composed_weight_norm()"
         )
     if "CheckpointFunctionBackward" in custom:
-        causes.append(
-            "reentrant checkpointing, which hides the parameters of its block: pass use_reentrant=False to "
-            "torch.utils.checkpoint.checkpoint"
-        )
+        causes.append(_REENTRANT)
     if own := sorted(name.removesuffix("Backward") for name in custom - {"CheckpointFunctionBackward"}):
         causes.append(
             f"custom autograd.Function {', '.join(own)}: its backward must be made of differentiable operations on "

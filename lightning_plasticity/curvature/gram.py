@@ -20,7 +20,14 @@ from lightning_plasticity.curvature.graph import leaves, reached
 from lightning_plasticity.curvature.jacobian import jacobian_gram
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.outputs import Outputs, UnsupportedModelError, outputs_of
-from lightning_plasticity.curvature.problem import Batch, LossFunction, check_counts, check_loss, trainable_parameters
+from lightning_plasticity.curvature.problem import (
+    NOT_FINITE,
+    Batch,
+    LossFunction,
+    check_counts,
+    check_loss,
+    trainable_parameters,
+)
 from lightning_plasticity.curvature.recording import Recording
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.isolation import probing
@@ -128,10 +135,7 @@ def gram(
         )
     kernel = jacobian.matrix
     if not torch.isfinite(kernel).all():
-        raise ValueError(
-            "the gradients of the outputs on the probe batch are NaN or infinite although the loss is not: there is no "
-            "curvature to measure. Look for a square root or a norm of zero in the model"
-        )
+        raise ValueError(NOT_FINITE)
     num_parameters = sum(parameter.numel() for parameter in selected.values())
     blocks, width = jacobian.roots.shape[:2]
     if sketch is not None:

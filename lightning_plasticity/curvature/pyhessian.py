@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, check_counts, trainable_parameters
+from lightning_plasticity.curvature.problem import (
+    NOT_FINITE,
+    Batch,
+    LossFunction,
+    Progress,
+    check_counts,
+    trainable_parameters,
+)
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 _NO_WEIGHT = 1e-10
@@ -280,9 +287,7 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
             products = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True)
         dense = [_dense(product, p) for product, p in zip(products, parameters, strict=True)]
         if not all(bool(product.isfinite().all()) for product in dense):
-            raise ValueError(
-                "the Hessian of the loss is not finite at these parameters (the root or norm of a zero, a logarithm?)"
-            )
+            raise ValueError(NOT_FINITE)
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)

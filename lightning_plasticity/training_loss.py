@@ -1,0 +1,120 @@
+"""What is the loss here, as a graph, without touching the run? A copy of the module is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_plasticity._compat import DummyLogger, compiled_methods
+from lightning_plasticity.copying import UncopyableError, copy_module
+
+LossFunction = Callable[[LightningModule, Any], Tensor]
+"""``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
+
+_SHARED = (LightningDataModule, DataLoader, Dataset)
+"""Kinds of attributes that a copy of a module shares with the original: large, or not the module's own."""
+
+
+def training_loss(module: LightningModule, batch: Any) -> Tensor:
+    """The loss that ``training_step`` returns.
+
+    Raises:
+        MisconfigurationException: If it returns none.
+    """
+    arguments = [batch, 0] if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else [batch]
+    output = module.training_step(*arguments)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor):
+        return loss
+    if isinstance(output, Mapping):
+        found = f"a dict without a tensor under 'loss' (keys: {sorted(map(str, output))})"
+    else:
+        found = "None" if output is None else f"a {type(output).__name__}"
+    raise MisconfigurationException(
+        f"{type(module).__name__}.training_step returned {found}, so the probe has no loss: return the loss or "
+        "{'loss': loss}, or pass SpectralCollapseCallback(loss_fn=...) with loss_fn(module, batch) -> mean loss"
+    )
+
+
+class _QuietTrainer:
+    """The Trainer as a probed copy sees it: everything but the loggers, and what is set on it is forgotten."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask for what is not there
+            raise AttributeError(name)
+        return getattr(self._trainer, name)
+
+
+def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable: bool = False) -> LightningModule:
+    """A copy of the module that can be trained, logged from and broken without the run noticing.
+
+    Data modules, data sets and loaders are shared rather than copied; ``log`` does nothing, nor do loggers.
+
+    Args:
+        module: The module. It is not changed.
+        trainer: Its Trainer.
+        share_uncopyable: Share attributes that cannot be copied too, instead of raising.
+
+    Raises:
+        MisconfigurationException: If an attribute cannot be copied; it is named.
+    """
+    quiet: Any = _QuietTrainer(trainer)
+    compiled = [m for part in module.modules() for m in compiled_methods(part).values()]
+
+    def stand_in(value: Any) -> Any:
+        if value is trainer:
+            return quiet
+        if isinstance(value, Logger):
+            return quiet.logger
+        if isinstance(value, _SHARED) or any(value is method for method in compiled):
+            return value
+        return None
+
+    try:
+        result = copy_module(module, stand_in, share_uncopyable=share_uncopyable)
+    except UncopyableError as error:
+        raise MisconfigurationException(
+            f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module, "
+            "give it a __deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
+        ) from error
+    for part in result.modules():
+        if isinstance(part, LightningModule):
+            for name in compiled_methods(part):
+                del part.__dict__[name]
+            part._trainer = quiet
+            part.log = part.log_dict = _nothing  # type: ignore[method-assign]
+    return result
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def untouched_schedules(trainer: Trainer) -> Iterator[None]:
+    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    try:
+        yield
+    finally:
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
