@@ -76,7 +76,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 NOT_FINITE = (
-    "the curvature of the loss on the probe batch is NaN or infinite although the loss is not. Look for a square root or "
-    "a norm of zero, or a logarithm, in the model and the loss"
+    "the curvature of the loss on the probe batch is NaN or infinite although the loss is not. Look for a square root "
+    "or a norm of zero, or a logarithm, in the model and the loss"
 )
 """Said of a matrix or a gradient that is not finite."""
