@@ -33,6 +33,7 @@ def hessian_spectrum(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    deflate: bool = True,
     backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
@@ -52,6 +53,9 @@ def hessian_spectrum(
             the Hessian that belongs to them.
         reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
             ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
+        deflate: Whether what each start vector finds lowers the sampling error of the next, from three of them on and
+            at no further products: much where few eigenvalues stand out, as in a collapsed network, little where the
+            rank is large.
         backend: ``"native"``, or ``"pyhessian"`` for the algorithms of PyHessian, whose flaws
             :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` tells of; it takes no ``parameters``.
         progress: Called with the number of products done and the number of all of them.
@@ -94,6 +98,7 @@ def hessian_spectrum(
         num_steps=num_steps,
         seed=seed,
         reorthogonalization=reorthogonalization,
+        deflate=deflate,
         progress=progress,
     )
 
@@ -108,6 +113,7 @@ def ggn_spectrum_by_lanczos(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    deflate: bool = True,
     progress: Progress | None = None,
 ) -> Spectrum:
     """Estimate of the spectrum of the Gauss-Newton matrix, for batches too large for the exact Gram matrix.
@@ -130,6 +136,7 @@ def ggn_spectrum_by_lanczos(
         num_steps=num_steps,
         seed=seed,
         reorthogonalization=reorthogonalization,
+        deflate=deflate,
         progress=progress,
     )
 
