@@ -87,16 +87,18 @@ class Quadrature:
 
         A random unit vector has the share :math:`s_j = (u_j \cdot v)^2`, :math:`1/P` in the mean, along each Ritz
         vector :math:`u_j` of the other run. Its deviation says by how much this vector has seen too much or too little
-        around :math:`\mu_j`: the measure gains :math:`\sum_j (1/P - s_j)(\delta_{\mu_j} - \nu)`, nothing in the
-        mean. The other run's own measure :math:`\nu` keeps the sum.
+        around :math:`\mu_j`: the measure gains :math:`\sum_j (1/P - s_j)(\delta_{\mu_j} - \delta_\mu)`, nothing in the
+        mean. What is moved comes from the heaviest node :math:`\mu` of the other run, where most directions lie: the
+        estimate is exact if its Ritz vectors hold all the others.
 
         Args:
             other: The other run's quadrature.
             shares: :math:`s_j`, shape ``(l,)``, float64.
             num_parameters: :math:`P`.
         """
-        missing = 1 / num_parameters - shares
-        return replace(self, known=other.nodes, corrections=missing - missing.sum() * other.weights)
+        corrections = 1 / num_parameters - shares
+        corrections[other.weights.argmax()] -= corrections.sum()
+        return replace(self, known=other.nodes, corrections=corrections)
 
     def mass_between(self, low: float, high: float, *, semidefinite: bool = False) -> tuple[float, float]:
         r"""Bounds on the share of the start vector's spectral measure that lies in :math:`[low, high]`.
