@@ -31,7 +31,8 @@ def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torc
     Returns:
         Two tensors of shape ``(k,)``.
     """
-    values, counts = spectrum.eigenvalues, spectrum.num_parameters * spectrum.weights
+    values, weights = spectrum.shown
+    counts = spectrum.num_parameters * weights
     chosen = (values < 0) == negative
     if spectrum.exact:
         chosen &= counts < 1.5

@@ -1,6 +1,8 @@
 """Estimates of the spectrum against dense float64 matrices, and their errors against the truth."""
 
+import itertools
 import math
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -8,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.lanczos import _Orthogonality, lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.lanczos import _Orthogonality, _run, lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from tests.cases import CASES, Case, dense
 
@@ -307,3 +310,215 @@ def test_a_run_that_goes_on_in_rounding_errors_stays_within_the_spectrum(noise: 
     assert (quadrature.weights * quadrature.nodes).sum().item() == pytest.approx(
         (start @ matrix @ start / (start @ start)).item(), rel=1e-9
     )
+
+
+def after_tasks(*widths: int, tasks: int = 5, samples: int = 64) -> Tensor:
+    """The dense float64 Hessian of a ReLU network that has learnt several tasks of random labels, on the last one."""
+    torch.manual_seed(0)
+    layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1]).double()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(tasks):
+        x, y = torch.randn(samples, widths[0], dtype=torch.float64), torch.randint(widths[-1], (samples,))
+        for _ in range(200):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
+    flat = nn.utils.parameters_to_vector(gradients)
+    blocks = []
+    for rows in torch.eye(len(flat), dtype=torch.float64).split(256):
+        block = torch.autograd.grad(flat, parameters, rows, retain_graph=True, is_grads_batched=True)
+        blocks.append(torch.cat([piece.reshape(len(rows), -1) for piece in block], 1))
+    hessian = torch.cat(blocks)
+    return (hessian + hessian.T) / 2
+
+
+@pytest.fixture(scope="module")
+def collapsed() -> Tensor:
+    return after_tasks(20, 16, 16, 5)
+
+
+class Diagonal(CurvatureProduct):
+    """A matrix in the basis of its eigenvectors: Gaussian start vectors are the same in every basis."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__([nn.Parameter(torch.zeros_like(values))])
+        self.values = values
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return self.values * vector
+
+
+def test_deflated_estimates_are_right_and_their_errors_honest(collapsed: Tensor) -> None:
+    values = torch.linalg.eigvalsh(collapsed)
+    epsilon = 0.03 * values.abs().max().item()
+    exact = {"trace": values.sum().item(), "rank": (values.abs() > epsilon).sum().item()}
+    found: dict[tuple[str, bool], list[Estimate]] = {(name, deflate): [] for name in exact for deflate in (False, True)}
+    for deflate, seed in [*itertools.product([False], range(30)), *itertools.product([True], range(100))]:
+        spectrum = lanczos_spectrum(Diagonal(values), num_probes=8, num_steps=32, seed=seed, deflate=deflate)
+        found["trace", deflate].append(spectrum.trace)
+        found["rank", deflate].append(spectrum.epsilon_rank(epsilon))
+    for name, truth in exact.items():
+        plain, deflated = (torch.tensor(found[name, deflate], dtype=torch.float64) for deflate in (False, True))
+        within = [e.lo - 3 * e.standard_error <= truth <= e.hi + 3 * e.standard_error for e in found[name, True]]
+        assert sum(within) >= 95, name
+        stated = root_mean_square([e.standard_error for e in found[name, True]])
+        assert 0.75 <= stated / deflated.std() <= 1.33, name
+        assert stated <= 0.75 * root_mean_square([e.standard_error for e in found[name, False]]), name
+        difference = deflated[: len(plain)] - plain
+        assert abs(difference.mean()) <= 3 * difference.std() / math.sqrt(len(plain)), name
+    trace = torch.tensor(found["trace", True], dtype=torch.float64)
+    assert abs(trace.mean() - exact["trace"]) <= 3 * trace.std() / 10
+
+
+def test_the_products_of_a_model_are_deflated() -> None:
+    case = next(case for case in CASES if case.name == "mlp")
+    model, batch = case.build()
+    values = torch.linalg.eigvalsh(finite_difference_hessian(case))
+    for spectrum_of in (hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
+        plain, deflated = (
+            spectrum_of(model, batch, case.loss_fn, num_probes=8, num_steps=20, deflate=deflate).trace
+            for deflate in (False, True)
+        )
+        assert deflated.standard_error < 0.5 * plain.standard_error
+    trace = hessian_spectrum(model, batch, case.loss_fn, num_steps=12).trace
+    assert abs(trace - values.sum().item()) <= 3 * trace.standard_error
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), decay=st.floats(0, 8))
+def test_corrections_are_nothing_in_the_mean_over_start_vectors(seed: int, steps: int, decay: float) -> None:
+    values = torch.logspace(0, -decay, 12, dtype=torch.float64)
+    run = _run(Diagonal(values), torch.randn(12, generator=generator(seed)).double(), steps, None, "full")
+    vectors = torch.linalg.qr(torch.randn(12, 12, generator=generator(seed + 1), dtype=torch.float64)).Q
+    corrections = [run.quadrature.deflated(run.quadrature, run.shares(v), 12).corrections for v in vectors]
+    assert torch.stack(corrections).mean(0).abs().max() <= 1e-13
+    assert torch.stack(corrections).sum(1).abs().max() <= 1e-13
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    factor=st.sampled_from([1e-12, 1e-3, 7.0, 1e6]),
+    steps=st.integers(1, 9),
+    rank=st.integers(0, 6),
+)
+def test_a_deflated_estimate_scales_with_the_matrix(seed: int, factor: float, steps: int, rank: int) -> None:
+    values = torch.zeros(200, dtype=torch.float64)
+    values[:rank] = torch.linspace(-2, 3, rank)
+    one, many = (lanczos_spectrum(Diagonal(values * f), num_probes=3, num_steps=steps, seed=seed) for f in (1, factor))
+    size = values.abs().sum().item()
+    assert many.trace / factor == pytest.approx(one.trace, abs=1e-6 * size)
+    assert many.trace.standard_error / factor == pytest.approx(one.trace.standard_error, abs=1e-6 * size)
+    assert many.weights.sum().item() == pytest.approx(1)
+    assert one.epsilon_rank(2 * size + 1) == 0
+    if steps > rank:  # the Krylov space holds all that is not zero
+        assert one.trace == pytest.approx(values.sum().item(), abs=1e-6 * size)
+        assert one.trace.standard_error <= 1e-6 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 30])
+def test_a_deflated_estimate_is_exact_where_the_space_is_exhausted(rows: int, dtype: torch.dtype) -> None:
+    values = torch.linspace(-1, 2, rows + 1)[1:].to(dtype)
+    for scale in (1e-12, 1.0):
+        spectrum = lanczos_spectrum(Diagonal(scale * values), num_probes=3, num_steps=rows, seed=0)
+        tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+        for epsilon in (0.33 * scale, 1.51 * scale):
+            rank = spectrum.epsilon_rank(epsilon)
+            assert rank == pytest.approx((values.double().abs() > epsilon / scale).sum().item(), abs=tolerance)
+            assert rank.hi - rank.lo <= tolerance
+        assert spectrum.trace == pytest.approx(scale * values.sum().item(), abs=tolerance * scale)
+
+
+def test_the_bracket_of_a_deflated_estimate_holds_the_rank(collapsed: Tensor) -> None:
+    values = torch.linalg.eigvalsh(collapsed)
+    held = dict.fromkeys((0.3, 0.1, 0.03, 0.01, 0.001, 0.0001), 0)
+    for seed, relative in itertools.product(range(20), held):
+        epsilon = relative * values.abs().max().item()
+        rank = lanczos_spectrum(Diagonal(values), num_probes=8, num_steps=25, seed=seed).epsilon_rank(epsilon)
+        exact = (values.abs() > epsilon).sum().item()
+        held[relative] += rank.lo - 3 * rank.standard_error <= exact <= rank.hi + 3 * rank.standard_error
+        assert 0 <= rank.lo <= rank <= rank.hi <= len(values)
+    assert min(held.values()) >= 19, held
+
+
+def test_deflation_leaves_ritz_values_and_what_it_cannot_help_alone() -> None:
+    product = Matrix(with_eigenvalues(torch.logspace(0, -4, 50, dtype=torch.float64)))
+
+    def spectra(num_probes: int, kind: str) -> list[Spectrum]:
+        return [
+            lanczos_spectrum(
+                product, num_probes=num_probes, num_steps=10, seed=3, reorthogonalization=kind, deflate=deflate
+            )  # type: ignore[arg-type]
+            for deflate in (False, True)
+        ]
+
+    for num_probes, kind in ((1, "full"), (2, "partial"), (5, "none")):
+        plain, deflated = spectra(num_probes, kind)
+        assert torch.equal(plain.weights, deflated.weights)
+    plain, deflated = spectra(5, "partial")
+    grid = torch.linspace(-0.5, 1.5, 200, dtype=torch.float64)
+    assert torch.equal(plain.top(10), deflated.top(10))
+    assert torch.equal(plain.density(grid, 0.01), deflated.density(grid, 0.01))
+    assert (plain.lambda_max, plain.lambda_max.hi) == (deflated.lambda_max, deflated.lambda_max.hi)
+    assert deflated.trace.standard_error < 0.5 * plain.trace.standard_error
+    state = deflated.to_dict()
+    assert Spectrum.from_dict(state).epsilon_rank(0.1).hi == deflated.epsilon_rank(0.1).hi
+    for quadrature in state["quadratures"]:  # as before there was deflation
+        del quadrature["known"], quadrature["corrections"]
+    old = Spectrum.from_dict({**state, "eigenvalues": plain.eigenvalues, "weights": plain.weights}).epsilon_rank(0.1)
+    assert (old, old.lo, old.hi) == (lambda rank: (rank, rank.lo, rank.hi))(plain.epsilon_rank(0.1))
+
+
+def check_a_third_of_the_products(values: Tensor, relative: float, num_probes: int, num_steps: int) -> None:
+    """Deflated, this many products give an error of 5 % of the rank; plain, thrice as many do not, however divided."""
+    epsilon, products = relative * values.abs().max().item(), num_probes * num_steps
+    exact = (values.abs() > epsilon).sum().item()
+    errors, stated = [], []
+    for seed in range(40):
+        rank = lanczos_spectrum(Diagonal(values), num_probes=num_probes, num_steps=num_steps, seed=seed).epsilon_rank(
+            epsilon
+        )
+        errors.append(rank / exact - 1)
+        stated.append(rank.standard_error / exact)
+    assert root_mean_square(errors) <= 0.05
+    assert root_mean_square(stated) <= 0.05
+    for steps in (10, 15, 20, 30, 45, 60, 90):
+        each = [
+            lanczos_spectrum(Diagonal(values), num_probes=1, num_steps=steps, seed=seed).epsilon_rank(epsilon)
+            for seed in range(60)
+        ]
+        error = torch.tensor(each, dtype=torch.float64) / exact - 1
+        bias = (error.mean().square() - error.var() / len(error)).clamp(min=0)  # squared, without its sampling error
+        assert (bias + error.var() / (3 * products // steps)).sqrt() > 0.05, steps
+
+
+def root_mean_square(numbers: list[float]) -> float:
+    return torch.tensor(numbers, dtype=torch.float64).square().mean().sqrt().item()
+
+
+def test_deflation_needs_a_third_of_the_products_for_five_percent_of_a_small_rank(collapsed: Tensor) -> None:
+    check_a_third_of_the_products(torch.linalg.eigvalsh(collapsed), 0.1, 3, 40)
+
+
+@pytest.mark.slow
+def test_deflation_needs_a_third_of_the_products_after_five_tasks() -> None:
+    values = torch.linalg.eigvalsh(after_tasks(64, 32, 32, 10, samples=128))
+    check_a_third_of_the_products(values, 0.2, 3, 40)
+    check_a_third_of_the_products(values, 0.15, 3, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "vectors"), [("full", 20), ("partial", 20), ("none", 2)])
+def test_a_run_holds_its_basis_and_no_more_than_six_vectors(kind: str, vectors: int, dtype: torch.dtype) -> None:
+    product = Diagonal(torch.rand(50_000, generator=generator(0)).to(dtype))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        lanczos_spectrum(product, num_probes=3, num_steps=20, seed=0, reorthogonalization=kind)  # type: ignore[arg-type]
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak = max(itertools.accumulate(event.nbytes() for event in events))
+    numbers = peak / dtype.itemsize / product.dimension
+    assert vectors < numbers <= vectors + 6

@@ -62,7 +62,7 @@ def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: 
 def test_tensorboard_shows_the_hessian_weighted_and_with_negative_eigenvalues_apart(
     tmp_path: Path, negative: bool
 ) -> None:
-    callback = three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=2, num_steps=8))
+    callback = three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=3, num_steps=8))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
     tags = ["plasticity_by_task/log10_hessian_eigenvalues", "plasticity_by_task/log10_hessian_negative_eigenvalues"]
     assert sorted(events.Tags()["histograms"]) == tags
@@ -70,7 +70,7 @@ def test_tensorboard_shows_the_hessian_weighted_and_with_negative_eigenvalues_ap
     assert [event.step for event in shown] == [0, 1, 2]
     edges = LOG_EIGENVALUE_EDGES.numpy()
     for event, report in zip(shown, callback.history, strict=True):
-        values, weights = report.spectrum.eigenvalues.numpy(), report.spectrum.weights.numpy()
+        values, weights = (shown.numpy() for shown in report.spectrum.shown)
         chosen = (values < 0) == negative
         expected, _ = np.histogram(np.log10(np.abs(values[chosen])).clip(-8, 4), edges, weights=67 * weights[chosen])
         counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
@@ -150,7 +150,7 @@ def test_picture_of_a_history_of_hessians_names_the_matrix(ggn: GGNProbe | None)
 
 def test_picture_of_a_history_whose_probe_was_changed() -> None:
     callback, module = SpectralCollapseCallback(collapse=Collapse("learnable_fraction", below=1e-9)), Classifier()
-    for probe in (GGNProbe(), HessianProbe(num_probes=2, num_steps=8)):
+    for probe in (GGNProbe(), HessianProbe(num_probes=3, num_steps=8)):
         callback.probe = probe
         trainer(callback).fit(module, loader())
     ridges, _ = plot_history(callback.history).axes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
@@ -62,6 +63,8 @@ class Quadrature:
         weights: Squared first components of the Ritz vectors, summing to 1, shape ``(k,)``, float64.
         residuals: Bounds :math:`\beta_k |s_{kj}|`, shape ``(k,)``: an eigenvalue lies that close to each node.
         complete: Whether the run ended because nothing was left to find: the measure is the quadrature itself.
+        known: Ritz values :math:`\mu_j` of another run, which deflate this one, shape ``(l,)``, float64.
+        corrections: What each of them adds to the measure, of either sign, summing to 0, shape ``(l,)``, float64.
 
     References:
         Golub and Welsch 1969; Ubaru, Chen and Saad 2017 (stochastic Lanczos quadrature).
@@ -71,12 +74,38 @@ class Quadrature:
     weights: Tensor
     residuals: Tensor
     complete: bool = False
+    known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    corrections: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    @property
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Its atoms and their weights, with those of the deflation, shape ``(k + l,)`` each; the weights sum to 1."""
+        return torch.cat([self.nodes, self.known]), torch.cat([self.weights, self.corrections])
+
+    def deflated(self, other: Quadrature, shares: Tensor, num_parameters: int) -> Quadrature:
+        r"""This quadrature with what the run of an independent start vector knows as control variates.
+
+        A random unit vector has the share :math:`s_j = (u_j \cdot v)^2`, :math:`1/P` in the mean, along each Ritz
+        vector :math:`u_j` of the other run. Its deviation says by how much this vector has seen too much or too little
+        around :math:`\mu_j`: the measure gains :math:`\sum_j (1/P - s_j)(\delta_{\mu_j} - \delta_\mu)`, nothing in the
+        mean. What is moved comes from the heaviest node :math:`\mu` of the other run, where most directions lie: the
+        estimate is exact if its Ritz vectors hold all the others.
+
+        Args:
+            other: The other run's quadrature.
+            shares: :math:`s_j`, shape ``(l,)``, float64.
+            num_parameters: :math:`P`.
+        """
+        corrections = 1 / num_parameters - shares
+        corrections[other.weights.argmax()] -= corrections.sum()
+        return replace(self, known=other.nodes, corrections=corrections)
 
     def mass_between(self, low: float, high: float, *, semidefinite: bool = False) -> tuple[float, float]:
         r"""Bounds on the share of the start vector's spectral measure that lies in :math:`[low, high]`.
 
         From the Chebyshev-Markov-Stieltjes inequalities :math:`\sum_{j<i} w_j \le F(\theta_i^-) \le F(\theta_i) \le
-        \sum_{j \le i} w_j`: only the nodes next to the ends leave room.
+        \sum_{j \le i} w_j`: only the nodes next to the ends leave room. Corrections are numbers, which move both bounds
+        alike; with them, the bounds may be outside of 0 and 1.
 
         Args:
             low: Lower end.
@@ -84,12 +113,14 @@ class Quadrature:
             semidefinite: Whether the matrix has no negative eigenvalue, so that a ``low`` of 0 or less is no end.
         """
         nodes, weights = self.nodes.tolist(), self.weights.tolist()
+        corrected = self.corrections[(low <= self.known) & (self.known <= high)].sum().item()
         if self.complete:
             mass = sum(w for node, w in zip(nodes, weights, strict=True) if low <= node <= high)
-            return mass, mass
+            return mass + corrected, mass + corrected
         below_low = (0.0, 0.0) if semidefinite and low <= 0 else _distribution(nodes, weights, low)
         below_high = _distribution(nodes, weights, high)
-        return max(below_high[0] - below_low[1], 0.0), min(below_high[1] - below_low[0], 1.0)
+        lower, upper = max(below_high[0] - below_low[1], 0.0), min(below_high[1] - below_low[0], 1.0)
+        return lower + corrected, upper + corrected
 
 
 def _distribution(nodes: list[float], weights: list[float], x: float) -> tuple[float, float]:

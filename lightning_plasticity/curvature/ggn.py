@@ -42,6 +42,7 @@ def ggn_spectrum(
     num_steps: int = 64,
     seed: int = 0,
     reorthogonalization: Reorthogonalization = "partial",
+    deflate: bool = True,
     micro_batch_size: int | None = None,
     distributed: bool = True,
     progress: Progress | None = None,
@@ -73,6 +74,7 @@ def ggn_spectrum(
         num_steps: Lanczos steps.
         seed: Seed of the start vectors and of the sketch.
         reorthogonalization: What is done to keep the Lanczos vectors orthogonal.
+        deflate: Whether what each start vector finds lowers the sampling error of the next.
         micro_batch_size: Number of samples whose graph is held at a time, for ``"lanczos"``.
         distributed: Whether the processes of a process group each hold a part of the batch. For ``"gram"`` the parts
             are brought together on every process.
@@ -133,6 +135,7 @@ def ggn_spectrum(
         num_steps=num_steps,
         seed=seed,
         reorthogonalization=reorthogonalization,
+        deflate=deflate,
         progress=progress,
     )
 

@@ -24,6 +24,7 @@ def hessian_spectrum(
     seed: int = 0,
     parameters: str | None = None,
     reorthogonalization: Reorthogonalization = "partial",
+    deflate: bool = True,
     micro_batch_size: int | None = None,
     distributed: bool = True,
     backend: Literal["native", "pyhessian"] = "native",
@@ -45,6 +46,9 @@ def hessian_spectrum(
             the Hessian that belongs to them.
         reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
             ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
+        deflate: Whether what each start vector finds lowers the sampling error of the next, from three of them on and
+            at no further products: much where few eigenvalues stand out, as in a collapsed network, little where the
+            rank is large.
         micro_batch_size: Number of samples whose graph is held at a time. Each product then builds the graphs anew:
             about twice the time, for less memory. By default one graph of all samples is kept.
         distributed: Under a process group of several processes, whether each holds a part of the batch. The answer is
@@ -95,6 +99,7 @@ def hessian_spectrum(
         num_steps=num_steps,
         seed=seed,
         reorthogonalization=reorthogonalization,
+        deflate=deflate,
         progress=progress,
     )
 

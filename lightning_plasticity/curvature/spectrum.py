@@ -24,7 +24,8 @@ class Spectrum:
     Args:
         eigenvalues: :math:`\lambda_k`, shape ``(k,)``, float64, in units of loss per squared parameter. For an estimate
             the Ritz values of all start vectors.
-        weights: Share of all :math:`P` eigenvalues that each one stands for, shape ``(k,)``, summing to 1.
+        weights: Share of all :math:`P` eigenvalues that each one stands for, shape ``(k,)``, summing to 1. A deflated
+            estimate has corrections among them (:meth:`Quadrature.deflated`), which may be negative.
         num_parameters: :math:`P`, the number of trainable parameters.
         exact: Whether the eigenvalues are the matrix's own rather than an estimate.
         kernel: The tangent kernel of the same batch, where the probe computed it.
@@ -59,9 +60,8 @@ class Spectrum:
             num_parameters: :math:`P`.
             semidefinite: Whether the matrix is known to have no negative eigenvalue.
         """
-        nodes = torch.cat([quadrature.nodes for quadrature in quadratures])
-        weights = torch.cat([quadrature.weights for quadrature in quadratures]) / len(quadratures)
-        return cls(nodes, weights, num_parameters, False, None, tuple(quadratures), semidefinite)
+        values, weights = (torch.cat(parts) for parts in zip(*(q.measure for q in quadratures), strict=True))
+        return cls(values, weights / len(quadratures), num_parameters, False, None, tuple(quadratures), semidefinite)
 
     @property
     def lambda_max(self) -> Estimate:
@@ -134,7 +134,8 @@ class Spectrum:
         inside = [q.mass_between(-epsilon, epsilon, semidefinite=self.semidefinite) for q in self.quadratures]
         lo = 1 - sum(high for _, high in inside) / len(inside)
         hi = 1 - sum(low for low, _ in inside) / len(inside)
-        return Estimate(estimate, standard_error=estimate.standard_error, lo=max(lo, 0.0), hi=min(hi, 1.0))
+        lo, share, hi = (min(max(value, 0.0), 1.0) for value in (lo, estimate, hi))
+        return Estimate(share, standard_error=estimate.standard_error, lo=lo, hi=hi)
 
     def epsilon_rank(self, epsilon: float) -> Estimate:
         r"""Number of directions with notable curvature, :math:`\#\{k : |\lambda_k| > \epsilon\}`.
@@ -197,10 +198,21 @@ class Spectrum:
             )
         return self.kernel.learnable_fraction(lr, steps)
 
+    @property
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and weights for pictures, shape ``(k,)`` each: without the corrections, so never negative."""
+        if not self.quadratures:
+            return self.eigenvalues, self.weights
+        nodes = torch.cat([quadrature.nodes for quadrature in self.quadratures])
+        weights = torch.cat([quadrature.weights for quadrature in self.quadratures])
+        return nodes, weights / len(self.quadratures)
+
     def density(self, grid: Tensor, bandwidth: float) -> Tensor:
         r"""The spectral density, smoothed by Gaussians, for pictures: never derive a rank from it.
 
         :math:`\sum_k w_k \, \mathcal N(x; \lambda_k, b^2)`
+
+        Of an estimate, the mean of what the start vectors saw: without the corrections of a deflation, never negative.
 
         Args:
             grid: Points :math:`x`, shape ``(g,)``.
@@ -214,9 +226,10 @@ class Spectrum:
         """
         if not bandwidth > 0:
             raise ValueError(f"bandwidth={bandwidth} must be positive, in units of the eigenvalues")
-        distance = (grid.double()[:, None] - self.eigenvalues) / bandwidth
+        values, weights = self.shown
+        distance = (grid.double()[:, None] - values) / bandwidth
         kernel = torch.exp(-distance.square() / 2) / (bandwidth * math.sqrt(2 * math.pi))
-        return kernel @ self.weights
+        return kernel @ weights
 
     def distance(self, other: Spectrum) -> float:
         r"""Wasserstein distance between two spectra, :math:`\int |F(x) - G(x)| \, dx`, in units of the eigenvalues.
@@ -274,7 +287,7 @@ class Spectrum:
             return Estimate(value)
         if len(self.quadratures) < 2:
             return Estimate(value, standard_error=math.nan)
-        each = torch.tensor([number(q.nodes, q.weights) for q in self.quadratures], dtype=torch.float64)
+        each = torch.tensor([number(*quadrature.measure) for quadrature in self.quadratures], dtype=torch.float64)
         return Estimate(value, standard_error=(each.std() / math.sqrt(len(each))).item())
 
     def _extreme(self, *, largest: bool) -> Estimate:
