@@ -11,15 +11,17 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate
-from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature import Estimate, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.lanczos import lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.products import HessianProduct
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
@@ -126,7 +128,18 @@ def densities(rounds: int) -> None:
         operator = curvlinops_hessian(model, batch)
         if operator is not None:
             contenders["curvlinops"] = lambda o=operator, s=steps: curvlinops_density(o, s)
-        medians = alternate(contenders, rounds=rounds, warmup=0)
+        ranks: dict[str, Estimate] = {}
+
+        def ranked(name: str, contender: Callable[[], object], ranks: dict[str, Estimate] = ranks) -> object:
+            result = contender()
+            if isinstance(result, Spectrum):
+                ranks[name] = result.relative_epsilon_rank(0.1)
+            return result
+
+        medians = alternate(
+            {name: partial(ranked, name, work) for name, work in contenders.items()}, rounds=rounds, warmup=0
+        )
+        print(f"  ε-rank at 0.1 λmax, ± standard error: {ranks}", flush=True)
         row(f"Hessian density 10×{steps}, {name}: ours / PyHessian", medians["ours"], medians["pyhessian"], bar)
         if operator is not None:
             row(
@@ -235,17 +248,21 @@ def peak_memory(work: Callable[[], object]) -> float:
 
 
 def growth() -> None:
-    """How the exact probe grows with the width of the network and the size of the batch."""
+    """How time and memory of the exact probe grow with the width of the network and the size of the batch."""
     for what, sizes in (("width", (256, 512, 1024, 2048)), ("samples", (32, 64, 128, 256))):
-        seconds = []
+        figures = []
         for size in sizes:
             model, batch = mlp(64, size) if what == "width" else mlp(size)
-            medians = alternate({"ours": lambda m=model, b=batch: ggn_spectrum(m, b, loss_fn)}, rounds=3)
-            seconds.append(medians["ours"])
-        logs = torch.tensor(sizes).log(), torch.tensor(seconds).log()
-        slope = torch.linalg.lstsq(torch.stack([logs[0], torch.ones(len(sizes))], 1), logs[1]).solution[0].item()
-        shown = ", ".join(f"{size}: {1e3 * second:.0f} ms" for size, second in zip(sizes, seconds, strict=True))
-        print(f"exact probe by {what}: {shown}; grows as {what}^{slope:.1f}", flush=True)
+
+            def probe(model: nn.Module = model, batch: Batch = batch) -> object:
+                return ggn_spectrum(model, batch, loss_fn, method="gram")
+
+            figures.append((1e3 * alternate({"ours": probe}, rounds=3)["ours"], 4 * peak_memory(probe) / 2**20))
+        for unit, values in zip(("ms", "MiB"), zip(*figures, strict=True), strict=True):
+            logs = torch.tensor(sizes).log(), torch.tensor(values).log()
+            slope = torch.linalg.lstsq(torch.stack([logs[0], torch.ones(len(sizes))], 1), logs[1]).solution[0].item()
+            shown = ", ".join(f"{size}: {value:.0f} {unit}" for size, value in zip(sizes, values, strict=True))
+            print(f"exact probe by {what}: {shown}; grows as {what}^{slope:.1f}", flush=True)
 
 
 def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
@@ -258,7 +275,8 @@ def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
         operator = HessianLinearOperator(
             model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
         )
-        operator @ torch.randn(operator.shape[1])
+        with sdpa_kernel(SDPBackend.MATH):
+            operator @ torch.randn(operator.shape[1])
         return operator
     except Exception as error:
         print(f"curvlinops cannot: {str(error).splitlines()[0][:100]}")
@@ -269,9 +287,10 @@ def curvlinops_density(operator: Any, steps: int) -> object:
     """Its spectral density, with the ends of the spectrum given."""
     from curvlinops import lanczos_approximate_spectrum
 
-    return lanczos_approximate_spectrum(
-        operator.to_scipy(), steps, num_points=1024, num_repeats=10, boundaries=(-5.0, 5.0)
-    )
+    with sdpa_kernel(SDPBackend.MATH):
+        return lanczos_approximate_spectrum(
+            operator.to_scipy(), steps, num_points=1024, num_repeats=10, boundaries=(-5.0, 5.0)
+        )
 
 
 if __name__ == "__main__":
