@@ -288,9 +288,7 @@ def curvlinops_density(operator: Any, steps: int) -> object:
     from curvlinops import lanczos_approximate_spectrum
 
     with sdpa_kernel(SDPBackend.MATH):
-        return lanczos_approximate_spectrum(
-            operator.to_scipy(), steps, num_points=1024, num_repeats=10, boundaries=(-5.0, 5.0)
-        )
+        return lanczos_approximate_spectrum(operator, steps, num_points=1024, num_repeats=10, boundaries=(-5.0, 5.0))
 
 
 if __name__ == "__main__":
