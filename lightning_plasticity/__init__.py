@@ -3,7 +3,8 @@
 The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``probe`` (what is the
 loss here, without touching the run?), ``curvature`` (what does the loss surface look like?), ``diagnostics`` (which
 numbers say so?), ``collapse`` (is this a collapse?), ``interventions`` (what is done about it?), ``loggers`` and
-``plots`` (where do people see it?). ``callback`` conducts; ``curvature`` and ``interventions`` work without Lightning.
+``plots`` (where do people see it?). ``functional`` and ``metrics`` tell whether units and features are alive.
+``callback`` conducts; ``curvature``, ``functional``, ``metrics`` and ``interventions`` work without Lightning.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_plasticity.callback import SpectralCollapseCallback as SpectralCollapseCallback
     from lightning_plasticity.collapse import Collapse as Collapse
     from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
+    from lightning_plasticity.metrics import PlasticityMonitor as PlasticityMonitor
     from lightning_plasticity.probe import GGNProbe as GGNProbe
     from lightning_plasticity.reports import TaskReport as TaskReport
 
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Collapse": "collapse",
     "GGNProbe": "probe",
+    "PlasticityMonitor": "metrics",
     "PlasticityWarning": "collapse",
     "SpectralCollapseCallback": "callback",
     "TaskReport": "reports",
