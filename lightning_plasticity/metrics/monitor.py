@@ -225,8 +225,8 @@ class PlasticityMonitor(PlasticityMetric):
         found = {}
         for layer in self._seen():
             units, samples = len(self._state(layer, "magnitude_sum")), int(self._state(layer, "samples"))
-            rows = self._state(layer, "rows")
-            kept = samples if rows is None else sum(len(part) for part in rows)
+            rows = self._rows(layer)
+            kept = samples if rows is None else len(rows)
             found[layer] = MonitoredLayer(
                 units=units,
                 samples=samples,
@@ -333,11 +333,18 @@ class PlasticityMonitor(PlasticityMetric):
             values["feature_norm"] = finite_or_nan(self._state(layer, "norm_sum") / samples)
         return values
 
+    def _rows(self, layer: str) -> Tensor | None:
+        """The samples kept of a layer that is too wide for second moments."""
+        parts = self._state(layer, "rows")
+        return (
+            dim_zero_cat(parts) if parts is not None and len(parts) else None
+        )  # a list, or a tensor when synchronised
+
     def _moments(self, layer: str) -> Tensor:
-        moments = self._state(layer, "moment_sum")
-        if isinstance(moments, Tensor) and moments.ndim:
+        rows = self._rows(layer)
+        if rows is None:
+            moments: Tensor = self._state(layer, "moment_sum")
             return moments
-        rows: Tensor = dim_zero_cat(self._state(layer, "rows"))
         return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller has all eigenvalues but 0
 
     def _aggregate(self, measure: str, by_layer: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -368,7 +375,7 @@ class PlasticityMonitor(PlasticityMetric):
                 category=UserWarning,
             )
         unmatched = [p for p in self.patterns or () if not any(fnmatchcase(name, p) for name in self._offered)]
-        if unmatched and watch.ran:
+        if unmatched and watch.saw_activations:
             rank_zero_warn(
                 f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
                 category=UserWarning,

@@ -110,7 +110,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, observer: Observer, chosen: Collection[str]) -> None:
         super().__init__()
-        self.ran = False
+        self.saw_activations = False
         self.saw_compiled_code = False
         self._observer = observer
         self._chosen = chosen
@@ -118,6 +118,8 @@ class Watch(TorchFunctionMode):
         self._calls = [_Call(root, "")]
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
+        metrics = [module for module in self._modules if isinstance(module, Metric)]
+        self._of_metrics = {id(module) for metric in metrics for module in metric.modules()}
         self._paths: dict[int, list[str]] = {}
         for path, module in root.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(without_wrappers(path))
@@ -167,7 +169,7 @@ class Watch(TorchFunctionMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         caller = self._calls[-1]
-        of_a_metric = caller.of_a_metric or isinstance(module, Metric)
+        of_a_metric = caller.of_a_metric or id(module) in self._of_metrics
         self._calls.append(_Call(module, self._path(module, caller.path), of_a_metric))
 
     def _leave_module(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -191,6 +193,7 @@ class Watch(TorchFunctionMode):
 
     def _observe(self, caller: _Call, base: str, output: Tensor, *, numbered: bool = True) -> None:
         """Keeps what is to be known of activations with the tensor, to be reported when a layer takes it."""
+        self.saw_activations = True
         name = caller.number(base) if numbered else base
         if caller.of_a_metric or not self._observer.wants(name):
             return
@@ -200,7 +203,6 @@ class Watch(TorchFunctionMode):
             self._remember(output, _Origin(origin.channel_dim, (*origin.activations, activations)))
 
     def _look(self, name: str, output: Tensor) -> _Activations | None:
-        self.ran = True
         origin, tensor = self._origin(output), output.detach()
         channel_dim = origin.channel_dim if origin else None
         if tensor.ndim == 1 and channel_dim == 0:  # one sample without a batch
