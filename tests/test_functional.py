@@ -334,6 +334,20 @@ def test_readiness_is_as_the_loss_and_gradient_dormancy_does_not_know_its_scale(
     assert P.gradient_dormant_fraction(factor * g) == P.gradient_dormant_fraction(g)
 
 
+def test_large_feature_maps_are_summed_in_pieces_and_stay_exact() -> None:
+    h = torch.randn(20, 6, 64, 64) * torch.tensor([1.0, 0.0, 2.0, 0.01, 1.0, 1.0]).reshape(1, 6, 1, 1)
+    assert h.numel() > 2**18
+    f = matrix(h.numpy(), 1)
+    for name, (ours, reference) in OF_FEATURES.items():
+        if name in RANKS:
+            continue  # by the singular value decomposition; their second moments follow
+        assert ours(h).item() == pytest.approx(reference(f), rel=1e-6)
+    assert np.allclose(second_moments(h).numpy(), f.T @ f, rtol=1e-12)
+    flipped = h.permute(1, 0, 2, 3)
+    assert np.allclose(second_moments(flipped, 0).numpy(), f.T @ f, rtol=1e-12)
+    assert P.dormant_fraction(flipped, channel_dim=0).item() == P.dormant_fraction(h).item()
+
+
 # Singular values from second moments
 
 

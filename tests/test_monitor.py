@@ -146,6 +146,20 @@ def test_the_output_layer_does_not_count_whatever_its_activation(last: nn.Module
     assert seen(mlp(8, last=last), X) == ["1"]
 
 
+def test_activations_one_after_the_other_before_the_output_are_no_hidden_layers() -> None:
+    assert seen(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh()), X) == []
+    assert seen(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh(), nn.Linear(8, 2)), X) == ["1", "2"]
+
+
+def test_several_monitors_do_not_see_each_other() -> None:
+    model = mlp(8, last=nn.Sigmoid())
+    outer, inner = PlasticityMonitor(model), PlasticityMonitor(model)
+    with outer, inner:
+        model(X)
+    assert list(outer.layers) == list(inner.layers) == ["1"]
+    assert outer.compute() == inner.compute()
+
+
 def test_an_activation_on_the_way_to_the_loss_is_no_hidden_layer() -> None:
     class Heads(LightningModule):
         def __init__(self) -> None:

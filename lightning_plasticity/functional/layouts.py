@@ -61,6 +61,17 @@ def rows_of(features: Tensor, channel_dim: int | None = None) -> Tensor:
     return features.movedim(dim, -1).reshape(-1, features.shape[dim])
 
 
+def pieces_of(features: Tensor, channel_dim: int | None = None) -> tuple[Tensor, ...]:
+    """The features in pieces of some samples each, to be turned into wider numbers one by one.
+
+    On a CPU they fit its cache, which takes half the time; elsewhere they only bound the memory.
+    """
+    samples = int(channel_dim_of(features, channel_dim) == 0)
+    numbers = 2**18 if features.device.type == "cpu" else 2**24
+    pieces: tuple[Tensor, ...] = features.split(max(numbers * features.shape[samples] // features.numel(), 1), samples)
+    return pieces
+
+
 def sample_count(features: Tensor, channel_dim: int | None = None) -> int:
     """How many samples there are, positions and tokens included."""
     return features.numel() // features.shape[channel_dim_of(features, channel_dim)]

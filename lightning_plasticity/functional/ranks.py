@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity.functional.layouts import finite, rows_of
+from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of
 
 SRANK_DELTA = 0.01
 """Kumar 2020."""
@@ -156,8 +156,12 @@ def singular_values(features: Tensor, channel_dim: int | None = None) -> Tensor:
 
 def second_moments(features: Tensor, channel_dim: int | None = None) -> Tensor:
     r"""The matrix :math:`F^\top F` that can be summed over batches and devices: shape ``(d, d)``, float64."""
-    rows = rows_of(features, channel_dim).double()
-    return torch.mm(rows.T, rows)
+    dim = channel_dim_of(features, channel_dim)
+    moments = features.new_zeros((features.shape[dim],) * 2, dtype=torch.float64)
+    for piece in pieces_of(features, dim):
+        rows = rows_of(piece, dim).double()
+        moments += rows.T @ rows
+    return moments
 
 
 def singular_values_of_moments(moments: Tensor) -> Tensor:

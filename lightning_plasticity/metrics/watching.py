@@ -203,19 +203,22 @@ class Watch(TorchFunctionMode):
             self._remember(output, _Origin(origin.channel_dim, (*origin.activations, activations)))
 
     def _look(self, name: str, output: Tensor) -> _Activations | None:
-        origin, tensor = self._origin(output), output.detach()
+        origin = self._origin(output)
         channel_dim = origin.channel_dim if origin else None
-        if tensor.ndim == 1 and channel_dim == 0:  # one sample without a batch
-            tensor, channel_dim = tensor[None], 1
-        if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
-            return None
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # what the observer does is no part of the network
+            tensor = output.detach()
+            if tensor.ndim == 1 and channel_dim == 0:  # one sample without a batch
+                tensor, channel_dim = tensor[None], 1
+            if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+                return None
             return _Activations(name, self._observer.observe(tensor, channel_dim))
 
     def _report(self, activations: _Activations) -> None:
         if not activations.reported:
             activations.reported = True
-            self._observer.report(activations.name, activations.observed)
+            with torch._C.DisableTorchFunction():
+                self._observer.report(activations.name, activations.observed)
+            activations.observed = None  # the tensor may live on
 
     def _origin(self, tensor: Tensor) -> _Origin | None:
         reference, origin = self._origins.get(id(tensor), (None, None))
