@@ -268,6 +268,23 @@ def test_units_are_those_of_the_layer_that_made_them(
     assert (layer_seen.units, layer_seen.samples) == (units, samples)
 
 
+def test_units_are_followed_no_further_than_a_rearrangement_of_dimensions() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv1d(3, 7, 1), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.conv(x).transpose(1, 2)))
+
+    model = Transposed()
+    nn.init.constant_(model.conv.bias[:2], -100.0)
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(torch.randn(5, 3, 7))  # as many positions as channels
+    assert monitor.compute()["dead_fraction/relu"].item() == 2 / 7
+
+
 def test_checkpointed_layers_are_seen_once() -> None:
     for reentrant in (True, False):
 
@@ -280,13 +297,12 @@ def test_checkpointed_layers_are_seen_once() -> None:
                 return self.out(checkpoint(self.block, x, use_reentrant=reentrant))
 
         model = Checkpointed()
-        monitor = PlasticityMonitor(model)
-        with monitor:
-            model(X.clone().requires_grad_()).sum().backward()
-        assert {name: layer.samples for name, layer in monitor.layers.items()} == {
-            "block.relu": len(X),
-            "block.relu-2": len(X),
-        }
+        for layers in (["*"], ["block"]):
+            monitor = PlasticityMonitor(model, layers)
+            with monitor:
+                model(X.clone().requires_grad_()).sum().backward()
+            samples = {name: layer.samples for name, layer in monitor.layers.items()}
+            assert samples == dict.fromkeys(layers if layers == ["block"] else ["block.relu", "block.relu-2"], len(X))
 
 
 # What it calls it
@@ -584,6 +600,24 @@ def test_it_is_detached_after_an_error_in_the_network_too() -> None:
         model[2] = nn.Linear(8, 2)
         model(X)
     assert list(monitor.layers) == ["1"]
+
+
+def test_an_error_that_somebody_handles_does_not_shift_the_names() -> None:
+    class Handling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.out = nn.ModuleDict({"inner": Block(4)}), nn.Linear(4, 2)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                self.part["inner"](x[:, :3])
+            return self.out(F.relu(x))
+
+    model = Handling()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model.training_step(X)
+    assert list(monitor.layers) == ["relu"]
 
 
 def test_training_under_it_is_bit_identical() -> None:
