@@ -2,9 +2,10 @@
 
 The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``training_loss`` (what
 is the loss here, without touching the run?), ``probe`` (how is its curvature measured?), ``curvature`` (what does the
-loss surface look like?), ``diagnostics`` (which numbers say so?), ``collapse`` (is this a collapse?),
-``interventions`` (what is done about it?), ``loggers`` and ``plots`` (where do people see it?). ``callback`` conducts;
-``curvature`` and ``interventions`` work without Lightning.
+loss surface look like?), ``functional`` and ``metrics`` (are units and features alive?), ``diagnostics`` (which numbers
+say so?), ``collapse`` (is this a collapse?), ``interventions`` (what is done about it?), ``loggers`` and ``plots``
+(where do people see it?). ``callback`` conducts; ``curvature``, ``functional``, ``metrics`` and ``interventions`` work
+without Lightning.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_plasticity.callback import SpectralCollapseCallback as SpectralCollapseCallback
     from lightning_plasticity.collapse import Collapse as Collapse
     from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
+    from lightning_plasticity.metrics import PlasticityMonitor as PlasticityMonitor
     from lightning_plasticity.probe import GGNProbe as GGNProbe
     from lightning_plasticity.probe import HessianProbe as HessianProbe
     from lightning_plasticity.probe import PyHessianProbe as PyHessianProbe
@@ -24,6 +26,7 @@ _HOMES = {
     "Collapse": "collapse",
     "GGNProbe": "probe",
     "HessianProbe": "probe",
+    "PlasticityMonitor": "metrics",
     "PlasticityWarning": "collapse",
     "PyHessianProbe": "probe",
     "SpectralCollapseCallback": "callback",

@@ -14,11 +14,19 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("room", ["curvature", "curvature.pyhessian", "interventions", "isolation"])
+@pytest.mark.parametrize("room", ["curvature", "curvature.pyhessian", "functional", "interventions", "isolation"])
 def test_the_mathematics_imports_without_lightning(room: str) -> None:
     loaded = run(
         f"import sys, lightning_plasticity.{room}; "
         "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning', 'torchmetrics')])"
+    )
+    assert loaded == "[]"
+
+
+def test_metrics_import_without_lightning() -> None:
+    loaded = run(
+        "import sys, lightning_plasticity.metrics; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
     assert loaded == "[]"
 

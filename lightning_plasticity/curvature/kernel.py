@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plasticity.functional.ranks import entropy_rank
+
 
 def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> float:
     r"""Effective rank of a list of eigenvalues.
@@ -27,13 +29,7 @@ def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> flo
         >>> round(effective_rank_of(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
         3.0
     """
-    magnitude = eigenvalues.double().abs()
-    multiplicity = torch.ones_like(magnitude) if weights is None else weights.double()
-    total = (multiplicity * magnitude).sum()
-    if total == 0:
-        return 0.0
-    share = magnitude / total
-    return torch.exp(-(multiplicity * torch.xlogy(share, share)).sum()).item()
+    return entropy_rank(eigenvalues, weights).item()
 
 
 class TangentKernel:

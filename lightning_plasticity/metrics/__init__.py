@@ -1,0 +1,21 @@
+"""The diagnostics of :mod:`lightning_plasticity.functional` as torchmetrics metrics: over batches and devices."""
+
+from lightning_plasticity.metrics.gradients import GradientDormantFraction, OptimizationReadiness
+from lightning_plasticity.metrics.monitor import MonitoredLayer, PlasticityMonitor
+from lightning_plasticity.metrics.ranks import EffectiveRank, SRank, StableRank
+from lightning_plasticity.metrics.units import DeadFraction, DormantFraction, FeatureNorm
+from lightning_plasticity.metrics.weights import WeightMagnitude
+
+__all__ = [
+    "DeadFraction",
+    "DormantFraction",
+    "EffectiveRank",
+    "FeatureNorm",
+    "GradientDormantFraction",
+    "MonitoredLayer",
+    "OptimizationReadiness",
+    "PlasticityMonitor",
+    "SRank",
+    "StableRank",
+    "WeightMagnitude",
+]

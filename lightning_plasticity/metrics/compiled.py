@@ -1,0 +1,40 @@
+"""Finding code that nobody can look into while it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module as its author knows it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def compiled_modules(network: nn.Module) -> list[str]:
+    """The compiled modules of a network, as text.
+
+    Raises:
+        RuntimeError: If there is a scripted one.
+    """
+    compiled: dict[str, None] = {}
+    for path, module in network.named_modules():
+        name = repr(without_wrappers(path)) if without_wrappers(path) else "the network itself"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RuntimeError(f"PlasticityMonitor cannot look into TorchScript ({name}): attach it before scripting")
+        by_trainer = module.__dict__.get("_compiler_ctx") is not None  # it unwraps what it is given
+        in_place = getattr(module, "_compiled_call_impl", None) is not None
+        if in_place or by_trainer or isinstance(module, _optimized_module()):
+            compiled[name] = None
+    return list(compiled)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled; to ask the compiler itself would import it."""
+    return "torch._dynamo" in sys.modules
+
+
+def _optimized_module() -> tuple[type, ...]:
+    return (sys.modules["torch._dynamo"].OptimizedModule,) if compiler_is_loaded() else ()

@@ -1,0 +1,405 @@
+"""One metric over a whole network: looks at its hidden activations while it runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
+from typing_extensions import Self, override
+
+from lightning_plasticity.functional.layouts import rows_of, sample_count
+from lightning_plasticity.functional.ranks import (
+    SRANK_DELTA,
+    entropy_rank,
+    leading_count,
+    second_moments,
+    singular_values_of_moments,
+    squared_ratio,
+)
+from lightning_plasticity.functional.units import (
+    DORMANT_THRESHOLD,
+    dormant_share,
+    magnitude_sums,
+    norm_sum,
+    valid_threshold,
+)
+from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
+from lightning_plasticity.metrics.compiled import compiled_modules, compiler_is_loaded, without_wrappers
+from lightning_plasticity.metrics.watching import Watch
+
+SHARES_OF_UNITS = ("dormant_fraction", "dead_fraction")
+RANKS = ("effective_rank", "stable_rank", "srank")
+MEASURES = (*SHARES_OF_UNITS, *RANKS, "feature_norm")
+"""All that a monitor can measure, in the order in which it is reported."""
+
+
+@dataclass(frozen=True)
+class MonitoredLayer:
+    """What a monitor has seen of one layer.
+
+    Args:
+        units: Number of units.
+        samples: Number of samples; every position or token is one.
+        ranked_samples: How many of them the ranks are taken of, 0 if no rank is measured. A rank cannot exceed it.
+        ranks_are_estimates: Whether the ranks are those of a part of the samples, or of random sums of units.
+    """
+
+    units: int
+    samples: int
+    ranked_samples: int
+    ranks_are_estimates: bool
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What one batch adds to the states of a layer."""
+
+    units: int
+    sums: dict[str, Tensor | float]
+    rows: Tensor | None
+
+
+class PlasticityMonitor(PlasticityMetric):
+    """The state of every hidden layer of a network, measured while it runs: dormant units, ranks, feature norms.
+
+    Hidden layers are found by what runs: the results of activation functions, called as modules or as functions
+    (``F.relu`` and the like, also recurrent layers), that flow into a further layer. So the output layer does not
+    count, whatever its activation. Only while it is attached does anything in the network know of the monitor:
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> monitor = PlasticityMonitor(model, measures=["dormant_fraction"])
+    >>> with monitor:
+    ...     output = model(torch.randn(64, 4))
+    >>> list(monitor.compute())
+    ['dormant_fraction', 'dormant_fraction/1']
+
+    On a batch in flight, :meth:`attach` before the step and :meth:`detach` after it; nothing is run twice, and no
+    number in the network changes. Modes are left as they are: in training mode, batch norm and dropout before an
+    activation are in what is measured.
+
+    A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
+    ``"block.relu"`` for ``F.relu`` in the ``forward`` of ``block``. If a module is used, or a function called, several
+    times in one call of the module around it, the further ones are numbered: ``"block.relu-2"``. A block with weights
+    that runs twice in one pass is one layer with twice the samples.
+
+    Args:
+        module: The network; can also be given to :meth:`attach`. It does not become a part of the metric, of its
+            ``state_dict`` or of its pickle.
+        layers: Names or patterns with ``*`` of the layers to be measured, all by default. The exact path of a module
+            that is no activation measures what this module returns.
+        dormant_threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
+        measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
+            ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
+        channel_dim: The dimension that counts units, in all layers. By default it is followed from the last layer that
+            made the activations, else taken from the shape as by
+            :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
+        compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
+            run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
+        max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
+            are kept (by each process), evenly from the batches that come first.
+        max_units: Wider layers have ranks of that many random signed sums of units instead.
+        prefix: Comes before every name: with ``"plasticity/"`` all are one group in TensorBoard.
+        kwargs: What every metric of torchmetrics takes.
+
+    Raises:
+        ValueError: If an argument is out of range; if a layer has another number of units than before.
+        RuntimeError: When it is attached to a compiled module and ``compiled="raise"``, or to a scripted one.
+
+    Shape:
+        ``compute()`` returns a dictionary of float64 numbers: ``<measure>`` over all layers (dormant and dead units as
+        a share of all units, otherwise the mean of the layers), and ``<measure>/<layer>``. NaN where activations were
+        not finite, and where nothing was seen. Log it by ``self.log_dict(monitor.compute())``, then
+        ``monitor.reset()``.
+
+    References:
+        As in :mod:`lightning_plasticity.functional`.
+    """
+
+    full_state_update = True  # which samples of a wide layer are kept depends on those before
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        layers: Sequence[str] | None = None,
+        dormant_threshold: float = DORMANT_THRESHOLD,
+        *,
+        measures: Sequence[str] = MEASURES,
+        channel_dim: int | None = None,
+        compiled: Literal["raise", "eager"] = "raise",
+        max_samples: int = 512,
+        max_units: int = 4096,
+        prefix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if isinstance(layers, str) or isinstance(measures, str):
+            raise TypeError("layers and measures are lists of names: write [...] around a single one")
+        unknown = [measure for measure in measures if measure not in MEASURES]
+        if unknown or not measures:
+            raise ValueError(f"measures={list(measures)!r} must be some of {list(MEASURES)}")
+        if compiled not in ("raise", "eager"):
+            raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
+        for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
+            if limit < 1:
+                raise ValueError(f"{name}={limit} must be at least 1")
+        self.patterns = None if layers is None else list(layers)
+        self.dormant_threshold = valid_threshold(dormant_threshold)
+        self.measures = [measure for measure in MEASURES if measure in measures]
+        self.channel_dim = channel_dim
+        self.compiled = compiled
+        self.max_samples = max_samples
+        self.max_units = max_units
+        self.prefix = prefix
+        self._network = [] if module is None else [module]  # in a list: not a submodule
+        self._attachment: ExitStack | None = None
+        self._offered: set[str] = set()
+
+    def attach(self, module: nn.Module | None = None) -> Self:
+        """Begins to watch the network; also as ``with monitor.attach(module): ...``.
+
+        Attaching and detaching nest like ``with`` blocks.
+
+        Args:
+            module: The network; by default the one that the monitor was made for.
+
+        Raises:
+            RuntimeError: If it is attached already, has no network, or cannot look into it.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("the monitor is attached already: detach() it first")
+        if module is None and not self._network:
+            raise RuntimeError("the monitor has no network to watch: PlasticityMonitor(module), or attach(module)")
+        network = self._network[0] if module is None else module
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            network = network.module
+        opaque = compiled_modules(network)
+        if opaque and self.compiled == "raise":
+            raise RuntimeError(
+                f"PlasticityMonitor cannot look into compiled modules ({', '.join(opaque)}): "
+                "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
+                "by rounding; or attach it to an uncompiled copy"
+            )
+        paths = {without_wrappers(path) for path, _ in network.named_modules()}
+        chosen = paths.intersection(self.patterns or ())
+        self._offered = set(chosen)
+        watch = Watch(network, self, chosen)
+        with ExitStack() as stack:
+            if self.compiled == "eager" and compiler_is_loaded():
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(self._look_back, watch)
+            stack.callback(watch.stop)
+            watch.start()
+            self._attachment = stack.pop_all()
+        return self
+
+    def detach(self) -> None:
+        """Ends it; nothing is left in the network. Without effect if it is not attached.
+
+        Warns:
+            UserWarning: If activations were missed in compiled code, or a pattern has matched none.
+        """
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.close()
+
+    def __enter__(self) -> Self:
+        return self if self._attachment is not None else self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def layers(self) -> dict[str, MonitoredLayer]:
+        """What was seen since the last :meth:`reset`, by the name of the layer."""
+        found = {}
+        for layer in self._seen():
+            units, samples = len(self._state(layer, "magnitude_sum")), int(self._state(layer, "samples"))
+            rows = self._rows(layer)
+            kept = samples if rows is None else len(rows)
+            found[layer] = MonitoredLayer(
+                units=units,
+                samples=samples,
+                ranked_samples=kept if self._ranks else 0,
+                ranks_are_estimates=self._ranks and (kept < samples or (rows is not None and units > self.max_units)),
+            )
+        return found
+
+    @override
+    def update(self, activations: Mapping[str, Tensor | _Statistics]) -> None:
+        """Adds activations by the name of their layer; while attached this happens by itself.
+
+        Args:
+            activations: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
+        """
+        for layer, given in activations.items():
+            found = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
+            self._prepare(layer, found.units)
+            state = self._state(layer, "magnitude_sum")
+            if state.ndim and len(state) != found.units:
+                raise ValueError(
+                    f"layer {layer!r} had {len(state)} units and has {found.units} now: reset() the monitor when the "
+                    "network changes, give channel_dim= if it counts samples, or leave the layer out by layers=[...]"
+                )
+            self._accumulate(**{f"{layer}|{name}": value for name, value in found.sums.items()})
+            if found.rows is not None:
+                rows = self._state(layer, "rows")
+                room = self.max_samples - sum(len(part) for part in rows)
+                if room > 0:
+                    rows.append(self._narrow(found.rows[:: -(-len(found.rows) // room)]))
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """All measures, over all layers and of each."""
+        by_layer = {layer: self._measure(layer) for layer in self._seen()}
+        estimated = [layer for layer, seen in self.layers.items() if seen.ranks_are_estimates]
+        if estimated:
+            rank_zero_warn(
+                f"the ranks of {', '.join(estimated)} are estimates, from {self.max_samples} samples of at most "
+                f"{self.max_units} units: raise max_samples or max_units for exact ones",
+                category=UserWarning,
+            )
+        result = {self.prefix + measure: self._aggregate(measure, by_layer) for measure in self.measures}
+        for measure in self.measures:
+            result |= {f"{self.prefix}{measure}/{layer}": values[measure] for layer, values in by_layer.items()}
+        return result
+
+    def wants(self, name: str) -> bool:
+        """Whether this layer is to be measured."""
+        self._offered.add(name)
+        return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def observe(self, activations: Tensor, channel_dim: int | None) -> _Statistics:
+        """The statistics of the activations of one layer."""
+        dim = channel_dim if self.channel_dim is None else self.channel_dim
+        magnitudes = magnitude_sums(activations, dim)
+        sums: dict[str, Tensor | float] = {"magnitude_sum": magnitudes, "samples": sample_count(activations, dim)}
+        if "feature_norm" in self.measures:
+            sums["norm_sum"] = norm_sum(activations, dim)
+        units, rows = len(magnitudes), None
+        if self._ranks and units <= self.max_samples:
+            sums["moment_sum"] = second_moments(activations, dim)
+        elif self._ranks:
+            rows = rows_of(activations, dim)
+            rows = rows[:: -(-len(rows) // self.max_samples)].double()  # a copy: it may be changed in place
+        return _Statistics(units, sums, rows)
+
+    def report(self, name: str, observed: _Statistics) -> None:
+        """Adds the statistics of a layer."""
+        self.update({name: observed})
+
+    @property
+    def _ranks(self) -> bool:
+        return any(rank in self.measures for rank in RANKS)
+
+    def _state(self, layer: str, name: str) -> Any:
+        return getattr(self, f"{layer}|{name}", None)
+
+    def _prepare(self, layer: str, units: int) -> None:
+        """Adds the states of a layer that was not seen before."""
+        sums = ["magnitude_sum", "samples"]
+        sums += ["norm_sum"] if "feature_norm" in self.measures else []
+        sums += ["moment_sum"] if self._ranks and units <= self.max_samples else []
+        self._add_sums(*(name for name in (f"{layer}|{sum_}" for sum_ in sums) if name not in self._defaults))
+        if self._ranks and units > self.max_samples and f"{layer}|rows" not in self._defaults:
+            self.add_state(f"{layer}|rows", [], dist_reduce_fx="cat")
+
+    def _seen(self) -> list[str]:
+        layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
+        return [layer for layer in layers if self._state(layer, "magnitude_sum").ndim]
+
+    def _measure(self, layer: str) -> dict[str, Tensor]:
+        magnitudes, samples = self._state(layer, "magnitude_sum"), self._state(layer, "samples")
+        values = {
+            "dormant_fraction": dormant_share(magnitudes, self.dormant_threshold),
+            "dead_fraction": dormant_share(magnitudes, 0.0),
+        }
+        if self._ranks:
+            singular_values = singular_values_of_moments(self._moments(layer))
+            values["effective_rank"] = entropy_rank(singular_values)
+            values["stable_rank"] = squared_ratio(singular_values)
+            values["srank"] = leading_count(singular_values, SRANK_DELTA)
+        if "feature_norm" in self.measures:
+            values["feature_norm"] = finite_or_nan(self._state(layer, "norm_sum") / samples)
+        return values
+
+    def _rows(self, layer: str) -> Tensor | None:
+        """The samples kept of a layer that is too wide for second moments."""
+        parts = self._state(layer, "rows")
+        return (
+            dim_zero_cat(parts) if parts is not None and len(parts) else None
+        )  # a list, or a tensor when synchronised
+
+    def _moments(self, layer: str) -> Tensor:
+        rows = self._rows(layer)
+        if rows is None:
+            moments: Tensor = self._state(layer, "moment_sum")
+            return moments
+        return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller has all eigenvalues but 0
+
+    def _aggregate(self, measure: str, by_layer: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        values = [values[measure] for values in by_layer.values()]
+        if not values:
+            return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
+        stacked = torch.stack(values)
+        if measure not in SHARES_OF_UNITS:
+            return stacked.mean()
+        units = stacked.new_tensor([len(self._state(layer, "magnitude_sum")) for layer in by_layer])
+        return (stacked * units).sum() / units.sum()
+
+    def _narrow(self, rows: Tensor) -> Tensor:
+        """At most ``max_units`` random signed sums of units: they keep the inner products of samples on average."""
+        units = rows.shape[1]
+        if units <= self.max_units:
+            return rows
+        generator = torch.Generator().manual_seed(units)  # the same signs for every batch and in every process
+        signs = torch.randint(2, (units,), generator=generator).to(rows) * 2 - 1
+        padded = torch.nn.functional.pad(rows * signs, (0, -units % self.max_units))
+        return padded.reshape(len(rows), -1, self.max_units).sum(1)
+
+    def _look_back(self, watch: Watch) -> None:
+        if watch.saw_compiled_code:
+            rank_zero_warn(
+                "code compiled by torch.compile has run while PlasticityMonitor was attached, and its activations were "
+                "not seen: PlasticityMonitor(compiled='eager') runs it uncompiled, which changes results by rounding",
+                category=UserWarning,
+            )
+        unmatched = [p for p in self.patterns or () if not any(fnmatchcase(name, p) for name in self._offered)]
+        if unmatched and watch.saw_activations:
+            rank_zero_warn(
+                f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
+                category=UserWarning,
+            )
+
+    @override
+    def _agree_on_shapes(self, group: Any | None) -> None:
+        mine = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
+        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(everyone, mine, group=group)
+        for layer, units in sorted((layer, units) for theirs in everyone for layer, units in theirs.items()):
+            self._prepare(layer, units)
+            rows = self._state(layer, "rows")
+            if rows is not None and not rows:
+                rows.append(torch.empty(0, min(units, self.max_units), dtype=torch.float64, device=self.device))
+        super()._agree_on_shapes(group)
+        self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_network": [], "_attachment": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._network = [memo.get(id(module), module) for module in self._network]  # the copy, if it is copied too
+        return other

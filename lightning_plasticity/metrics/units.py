@@ -1,0 +1,143 @@
+"""Are the units alive? One layer at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_plasticity.functional.layouts import sample_count
+from lightning_plasticity.functional.units import (
+    DORMANT_THRESHOLD,
+    dormant_share,
+    magnitude_sums,
+    norm_sum,
+    valid_threshold,
+)
+from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan, is_empty
+
+
+class DormantFraction(PlasticityMetric):
+    """Share of the units of a layer that are dormant (:func:`~lightning_plasticity.functional.dormant_fraction`).
+
+    The mean magnitudes are those of all samples of all batches and devices together.
+
+    Args:
+        threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
+        channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
+        kwargs: What every metric of torchmetrics takes.
+
+    Raises:
+        ValueError: If ``threshold`` is out of range; at an update with another number of units than before.
+
+    Shape:
+        ``update(activations)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a share,
+        float64; NaN if there were no samples, or an activation that is not finite.
+
+    References:
+        Sokar et al. 2023, arXiv 2302.12902.
+
+    Example:
+        >>> metric = DormantFraction()
+        >>> metric.update(torch.tensor([[1.0, 0.0, 3.0, 0.01]]))
+        >>> metric.update(torch.tensor([[1.0, 0.0, 3.0, 1.0]]))
+        >>> metric.compute().item()
+        0.25
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    magnitude_sum: Tensor
+
+    def __init__(self, threshold: float = DORMANT_THRESHOLD, *, channel_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = valid_threshold(threshold)
+        self.channel_dim = channel_dim
+        self._add_sums("magnitude_sum")
+
+    @override
+    def update(self, activations: Tensor) -> None:
+        """Adds the samples of a batch; one without samples adds nothing."""
+        if not is_empty(activations):
+            self._accumulate(magnitude_sum=magnitude_sums(activations.detach(), self.channel_dim))
+
+    @override
+    def compute(self) -> Tensor:
+        """The share over everything seen."""
+        if not self.magnitude_sum.ndim:
+            return torch.full_like(self.magnitude_sum, math.nan)
+        return dormant_share(self.magnitude_sum, self.threshold)
+
+
+class DeadFraction(DormantFraction):
+    """Share of the units of a layer that are always zero (:func:`~lightning_plasticity.functional.dead_fraction`).
+
+    Args:
+        channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
+        kwargs: What every metric of torchmetrics takes.
+
+    Shape:
+        As :class:`DormantFraction`, which it is for a threshold of 0.
+
+    References:
+        Dohare et al. 2024, Nature 632, 768-774.
+
+    Example:
+        >>> metric = DeadFraction()
+        >>> metric.update(torch.tensor([[1.0, 0.0, 3.0, 0.0]]))
+        >>> metric.update(torch.tensor([[1.0, 0.0, 3.0, 1e-9]]))
+        >>> metric.compute().item()
+        0.25
+    """
+
+    def __init__(self, *, channel_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(0.0, channel_dim=channel_dim, **kwargs)
+
+
+class FeatureNorm(PlasticityMetric):
+    """Mean length of the feature vectors (:func:`~lightning_plasticity.functional.feature_norm`).
+
+    Args:
+        channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
+        kwargs: What every metric of torchmetrics takes.
+
+    Shape:
+        ``update(features)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a length,
+        float64; NaN if there were no samples, or a feature that is not finite.
+
+    References:
+        Lyle et al. 2024, arXiv 2402.18762.
+
+    Example:
+        >>> metric = FeatureNorm()
+        >>> metric(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).item()
+        3.0
+    """
+
+    plot_lower_bound = 0.0
+
+    norm_sum: Tensor
+    samples: Tensor
+
+    def __init__(self, *, channel_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.channel_dim = channel_dim
+        self._add_sums("norm_sum", "samples")
+
+    @override
+    def update(self, features: Tensor) -> None:
+        """Adds the samples of a batch; one without samples adds nothing."""
+        if not is_empty(features):
+            self._accumulate(
+                norm_sum=norm_sum(features.detach(), self.channel_dim), samples=sample_count(features, self.channel_dim)
+            )
+
+    @override
+    def compute(self) -> Tensor:
+        """The mean over everything seen."""
+        return finite_or_nan(self.norm_sum / self.samples)

@@ -1,0 +1,844 @@
+"""PlasticityMonitor: what it sees, what it calls it, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import Metric
+
+from lightning_plasticity import PlasticityMonitor
+from tests.modules import loader, trainer
+from tests.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
+
+
+class Functional(nn.Module):
+    """Whatever is given, on hidden features, before the output layer."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], width: int = 8) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, width)
+        self.out = nn.LazyLinear(3)
+        self.activation = activation
+        self.out(activation(self.hidden(torch.zeros(1, 4))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.activation(self.hidden(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.outer(F.relu(self.inner(x))))
+
+
+def mlp(*widths: int, last: nn.Module | None = None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip((4, *widths), widths, strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 3), *([last] if last else []))
+
+
+def seen(model: nn.Module, *inputs: Any, **options: Any) -> list[str]:
+    monitor = PlasticityMonitor(model, **options)
+    with monitor:
+        model(*inputs)
+    return list(monitor.layers)
+
+
+def hooks(model: nn.Module) -> int:
+    """Of all modules, and the global ones."""
+    own = [
+        value for m in model.modules() for key, value in vars(m).items() if "hooks" in key and isinstance(value, dict)
+    ]
+    everywhere = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
+    return sum(len(value) for value in [*own, *everywhere] if isinstance(value, dict))
+
+
+def modes() -> int:
+    return torch._C._len_torch_function_stack()
+
+
+X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+
+# What it sees
+
+
+def test_values_are_those_of_the_hidden_activations() -> None:
+    model = mlp(8, 6)
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    first = torch.relu(model[0](X))
+    second = torch.relu(model[2](first))
+    values = monitor.compute()
+    dead = []
+    for name, h in (("1", first), ("3", second)):
+        f = h.detach().double().numpy()
+        assert values[f"dormant_fraction/{name}"].item() == numpy_dormant(f)
+        assert values[f"dead_fraction/{name}"].item() == numpy_dead(f)
+        assert values[f"effective_rank/{name}"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
+        assert values[f"srank/{name}"].item() == numpy_srank(f)
+        dead.append(numpy_dead(f))
+    assert values["dead_fraction"].item() == pytest.approx((8 * dead[0] + 6 * dead[1]) / 14)
+    assert len(values) == 6 * 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (F.relu, "relu"),
+        (torch.relu, "relu"),
+        (Tensor.relu, "relu"),
+        (lambda x: x.relu(), "relu"),
+        (lambda x: x.clone().relu_(), "relu"),
+        (lambda x: F.relu(x, inplace=True), "relu"),
+        (lambda x: F.relu(input=x), "relu"),
+        (F.gelu, "gelu"),
+        (F.silu, "silu"),
+        (F.leaky_relu, "leaky_relu"),
+        (torch.tanh, "tanh"),
+        (Tensor.sigmoid, "sigmoid"),
+        (F.glu, "glu"),
+        (lambda x: F.dropout(F.relu(x), 0.5), "relu"),
+        (lambda x: F.layer_norm(F.elu(x), (8,)), "elu"),
+    ],
+)
+def test_activation_functions_are_seen_in_every_form(activation: Callable[[Tensor], Tensor], name: str) -> None:
+    assert seen(Functional(activation), X) == [name]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.PReLU(), nn.RReLU(), nn.GELU(), nn.Tanh()])
+def test_activation_modules_are_seen_once_and_by_their_path(activation: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 3))
+    assert seen(model, X) == ["1"]
+
+
+def test_an_activation_changed_in_place_later_is_seen_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Threshold(2.0, 0.0, inplace=True), nn.Linear(8, 3))
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    assert monitor.compute()["dead_fraction/1"].item() == 0
+    assert monitor.compute()["dead_fraction/2"].item() == 1
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.Sequential(nn.Tanh(), nn.Flatten())])
+def test_the_output_layer_does_not_count_whatever_its_activation(last: nn.Module) -> None:
+    assert seen(mlp(8, last=last), X) == ["1"]
+
+
+def test_activations_one_after_the_other_before_the_output_are_no_hidden_layers() -> None:
+    assert seen(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh()), X) == []
+    assert seen(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh(), nn.Linear(8, 2)), X) == ["1", "2"]
+
+
+def test_several_monitors_do_not_see_each_other() -> None:
+    model = mlp(8, last=nn.Sigmoid())
+    outer, inner = PlasticityMonitor(model), PlasticityMonitor(model)
+    with outer, inner:
+        model(X)
+    assert list(outer.layers) == list(inner.layers) == ["1"]
+    assert outer.compute() == inner.compute()
+
+
+def test_an_activation_on_the_way_to_the_loss_is_no_hidden_layer() -> None:
+    class Heads(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            h = F.relu(self.body(batch))
+            first = torch.sigmoid(self.one(h))  # a layer is called after it, but not on it
+            second = self.two(h)
+            return F.mse_loss(first, torch.ones_like(first)) + F.softplus(second).mean()
+
+    model = Heads()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model.training_step(X, 0).backward()
+    assert list(monitor.layers) == ["relu"]
+
+
+def test_activations_of_parameters_are_no_layer() -> None:
+    class Positive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, F.softplus(self.weight))
+
+    assert seen(Positive(), X) == []
+
+
+def test_a_handwritten_activation_module_is_seen_by_its_result() -> None:
+    class Swish(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(x)
+
+    model = nn.Sequential(nn.Linear(4, 8), Swish(), nn.Linear(8, 3))
+    monitor = PlasticityMonitor(model, measures=["feature_norm"])
+    with monitor:
+        model(X)
+    h = F.silu(model[0](X)).detach().double().numpy()
+    assert monitor.compute()["feature_norm/1"].item() == pytest.approx(np.linalg.norm(h, axis=1).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_are_seen_by_their_result(kind: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.out = kind(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.recurrent(x)[0][:, -1])
+
+    model = Recurrent()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(torch.randn(5, 7, 4))
+    assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {"recurrent": (6, 35)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu])
+def test_transformers_are_seen_in_training_and_evaluation(training: bool, activation: Any) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=activation, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2)).train(training)
+    monitor = PlasticityMonitor(model)
+    with monitor, torch.set_grad_enabled(training):
+        model(torch.randn(3, 5, 8))
+    function = getattr(activation, "__name__", activation)
+    assert list(monitor.layers) == [f"0.layers.0.{function}", f"0.layers.1.{function}"]
+    assert [layer.samples for layer in monitor.layers.values()] == [15, 15]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "units", "samples"),
+    [
+        (nn.Conv1d(3, 7, 3, padding=1), (5, 3, 11), 7, 55),
+        (nn.Sequential(nn.Conv1d(3, 7, 3, padding=1), nn.BatchNorm1d(7), nn.Dropout(0.1)), (5, 3, 11), 7, 55),
+        (nn.ConvTranspose1d(3, 7, 1), (5, 3, 11), 7, 55),
+        (nn.Conv2d(3, 7, 3, padding=1), (5, 3, 4, 6), 7, 120),
+        (nn.Conv2d(3, 7, 3, padding=1), (3, 4, 6), 7, 24),
+        (nn.Conv3d(3, 7, 1), (2, 3, 4, 2, 3), 7, 48),
+        (nn.Linear(3, 7), (5, 3), 7, 5),
+        (nn.Linear(3, 7), (3,), 7, 1),
+        (nn.Linear(3, 7), (5, 11, 3), 7, 55),
+        (nn.Linear(3, 7), (5, 4, 6, 3), 7, 120),
+    ],
+)
+def test_units_are_those_of_the_layer_that_made_them(
+    layer: nn.Module, shape: tuple[int, ...], units: int, samples: int
+) -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    model = nn.Sequential(layer, nn.ReLU(), Scale())
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(torch.randn(shape))
+    (layer_seen,) = monitor.layers.values()
+    assert (layer_seen.units, layer_seen.samples) == (units, samples)
+
+
+def test_units_are_followed_no_further_than_a_rearrangement_of_dimensions() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv1d(3, 7, 1), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.conv(x).transpose(1, 2)))
+
+    model = Transposed()
+    nn.init.constant_(model.conv.bias[:2], -100.0)
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(torch.randn(5, 3, 7))  # as many positions as channels
+    assert monitor.compute()["dead_fraction/relu"].item() == 2 / 7
+
+
+def test_checkpointed_layers_are_seen_once() -> None:
+    for reentrant in (True, False):
+
+        class Checkpointed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block, self.out = Block(4), nn.Linear(4, 2)
+
+            def forward(self, x: Tensor, reentrant: bool = reentrant) -> Tensor:
+                return self.out(checkpoint(self.block, x, use_reentrant=reentrant))
+
+        model = Checkpointed()
+        for layers in (["*"], ["block"]):
+            monitor = PlasticityMonitor(model, layers)
+            with monitor:
+                model(X.clone().requires_grad_()).sum().backward()
+            samples = {name: layer.samples for name, layer in monitor.layers.items()}
+            assert samples == dict.fromkeys(layers if layers == ["block"] else ["block.relu", "block.relu-2"], len(X))
+
+
+# What it calls it
+
+
+def test_functions_are_named_by_the_module_that_calls_them_and_numbered() -> None:
+    model = nn.Sequential(Block(4), nn.ModuleDict({"inner": Block(4)})["inner"], nn.Linear(4, 2))
+    assert seen(model, X) == ["0.relu", "0.relu-2", "1.relu", "1.relu-2"]
+
+
+def test_shared_activation_modules_are_one_layer_for_each_place() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.one, self.two, self.three = nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.act(self.two(self.act(self.one(x)))))
+
+    model = Shared()
+    monitor = PlasticityMonitor(model)
+    for _ in range(2):
+        with monitor:
+            model(X)
+            model(X)
+    assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {
+        "act": (8, 4 * len(X)),
+        "act-2": (5, 4 * len(X)),
+    }
+
+
+def test_one_activation_module_registered_in_several_places_has_the_name_of_each() -> None:
+    act = nn.GELU()
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 8), act), nn.Sequential(nn.Linear(8, 5), act), nn.Sequential(nn.Linear(5, 3))
+    )
+    assert seen(model, X) == ["0.1", "1.1"]
+
+
+def test_a_block_that_runs_twice_is_one_layer_with_twice_the_samples() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = Block(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.block(self.block(x)))
+
+    model = Twice()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    assert {name: layer.samples for name, layer in monitor.layers.items()} == {
+        "block.relu": 2 * len(X),
+        "block.relu-2": 2 * len(X),
+    }
+
+
+def test_layers_are_chosen_by_pattern_or_by_the_path_of_any_module() -> None:
+    model = nn.Sequential(Block(4), Block(4), nn.Linear(4, 2))
+    assert seen(model, X, layers=["1.*"]) == ["1.relu", "1.relu-2"]
+    assert seen(model, X, layers=["*-2"]) == ["0.relu-2", "1.relu-2"]
+    assert seen(model, X, layers=["0", "1.relu"]) == ["0", "1.relu"]
+    assert seen(mlp(8), X, layers=["1"]) == ["1"]
+    assert seen(mlp(8, last=nn.Sigmoid()), X, layers=["3"]) == ["3"]  # asked for, even if it is the output
+
+
+def test_a_pattern_that_matches_nothing_says_what_there_is() -> None:
+    monitor, model = PlasticityMonitor(layers=["encoder.*"]), mlp(8, 6)
+    with monitor.attach(model):
+        pass  # nothing was seen: nothing can be said
+    monitor.attach(model)
+    model(X)
+    with pytest.warns(UserWarning, match=r"layers=\['encoder.\*'\] match none of the activations seen: \['1', '3'\]"):
+        monitor.detach()
+
+
+# Over time
+
+
+def test_layers_may_appear_later_and_vanish() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in list(self.parts)[:-1]:
+                x = F.relu(part(x))
+            return self.parts[-1](x)
+
+    model = Changing()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    model.parts.insert(1, nn.Linear(8, 8))
+    with monitor:
+        model(X)
+        model.parts.insert(1, nn.Linear(8, 8))  # while it is attached
+        model(X)
+    assert {name: layer.samples for name, layer in monitor.layers.items()} == {
+        "relu": 3 * len(X),
+        "relu-2": 2 * len(X),
+        "relu-3": len(X),
+    }
+    monitor.reset()
+    assert monitor.layers == {}
+    del model.parts[1:3]
+    with monitor:
+        model(X)
+    assert list(monitor.layers) == ["relu"]
+    assert not any("relu-2" in name for name in monitor.compute())
+
+
+def test_a_layer_may_change_its_width_after_a_reset_and_not_before() -> None:
+    monitor = PlasticityMonitor(max_samples=16)
+    monitor.update({"a": torch.ones(9, 4)})
+    with pytest.raises(ValueError, match=r"layer 'a' had 4 units and has 20 now: reset\(\) the monitor"):
+        monitor.update({"a": torch.ones(9, 20)})
+    for width in (20, 5):  # beyond max_samples and back
+        monitor.reset()
+        monitor.update({"a": torch.randn(9, width)})
+        assert monitor.layers["a"].units == width
+        assert monitor.compute()["effective_rank/a"] > 1
+
+
+def test_batches_add_up_and_modes_stay_as_they_are() -> None:
+    model = mlp(8).eval()
+    model[0].train()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        for part in X.split(5):
+            model(part)
+    assert [module.training for module in model] == [True, False, False]
+    assert monitor.compute()["effective_rank/1"].item() == pytest.approx(
+        numpy_effective_rank(torch.relu(model[0](X)).detach().double().numpy()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_half_and_double_precision(dtype: torch.dtype) -> None:
+    model, inputs = mlp(8).to(dtype), X.to(dtype)
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(inputs)
+    h = torch.relu(model[0](inputs)).detach().double().numpy()
+    assert monitor.compute()["effective_rank/1"].item() == pytest.approx(numpy_effective_rank(h), rel=1e-6)
+
+
+def test_autocast_does_not_reach_the_statistics() -> None:
+    model = mlp(8)
+    monitor = PlasticityMonitor(model)
+    with monitor, torch.autocast("cpu", torch.bfloat16):
+        model(X)
+        h = torch.relu(model[0](X))
+    assert h.dtype == torch.bfloat16
+    assert monitor.compute()["effective_rank/1"].item() == pytest.approx(
+        numpy_effective_rank(h.double().detach().numpy()), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_and_in_inference_mode(mode: Callable[[], Any]) -> None:
+    model = mlp(8)
+    monitor = PlasticityMonitor(model)
+    with mode(), monitor:
+        model(X)
+    with monitor:
+        model(X)
+    assert monitor.layers["1"].samples == 2 * len(X)
+    assert monitor.clone().compute() == monitor.compute()
+
+
+def test_nan_is_reported_for_the_layer_and_over_all() -> None:
+    model = mlp(8, 6)
+    monitor = PlasticityMonitor(model)
+    with torch.no_grad():
+        model[2].bias[1] = float("nan")
+    with monitor:
+        model(X)
+    values = monitor.compute()
+    for measure in monitor.measures:
+        assert values[f"{measure}/1"].isfinite()
+        assert values[f"{measure}/3"].isnan()
+        assert values[measure].isnan()
+
+
+def test_a_network_that_is_dead_is_dormant_and_never_nan() -> None:
+    model = mlp(8)
+    nn.init.constant_(model[0].bias, -100.0)
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    values = {name: value.item() for name, value in monitor.compute().items() if "/" not in name}
+    assert values == {
+        "dormant_fraction": 1,
+        "dead_fraction": 1,
+        "effective_rank": 0,
+        "stable_rank": 0,
+        "srank": 0,
+        "feature_norm": 0,
+    }
+
+
+def test_nothing_seen_is_no_number() -> None:
+    monitor = PlasticityMonitor(nn.Linear(4, 2))
+    with monitor:
+        monitor._network[0](X)
+    with pytest.warns(UserWarning, match="was called before"):
+        values = monitor.compute()
+    assert list(values) == monitor.measures
+    assert all(value.isnan() for value in values.values())
+
+
+# Bounded memory
+
+
+def activations(samples: int, units: int, rank: int) -> Tensor:
+    return torch.randn(samples, rank) @ torch.randn(rank, units)
+
+
+def test_wide_layers_are_exact_up_to_the_cap_on_samples() -> None:
+    h = activations(60, 100, 40)
+    monitor = PlasticityMonitor(max_samples=64, measures=["effective_rank", "dead_fraction"])
+    monitor.update({"wide": h[:25]})
+    monitor.update({"wide": h[25:]})
+    assert monitor.layers["wide"].ranked_samples == 60
+    assert not monitor.layers["wide"].ranks_are_estimates
+    assert monitor.compute()["effective_rank/wide"].item() == pytest.approx(
+        numpy_effective_rank(h.double().numpy()), rel=1e-6
+    )
+
+
+def test_beyond_the_cap_they_are_marked_as_estimates_and_memory_is_bounded() -> None:
+    monitor = PlasticityMonitor(max_samples=64, measures=["effective_rank", "dead_fraction"])
+    h = torch.randn(1000, 100)
+    h[:, 0] = 0
+    h[999, 0] = 1  # beyond the cap: only ranks are estimates
+    for part in h.split(100):
+        monitor.update({"wide": part, "narrow": part[:, :10]})
+    layer = monitor.layers["wide"]
+    assert (layer.samples, layer.ranked_samples, layer.ranks_are_estimates) == (1000, 64, True)
+    assert not monitor.layers["narrow"].ranks_are_estimates
+    with pytest.warns(UserWarning, match="the ranks of wide are estimates, from 64 samples of at most 4096 units"):
+        values = monitor.compute()
+    assert values["dead_fraction/wide"] == 0
+    stored = sum(row.numel() for row in getattr(monitor, "wide|rows"))
+    assert stored == 64 * 100
+    kept = torch.cat([h[:100:2], h[100:200:8], h[200:201]]).double().numpy()  # evenly, from the first batches
+    assert values["effective_rank/wide"].item() == pytest.approx(numpy_effective_rank(kept), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_random_sums_of_units_keep_the_ranks_of_very_wide_layers(rank: int) -> None:
+    h = activations(64, 20_000, rank)
+    monitor = PlasticityMonitor(max_units=4096, measures=["effective_rank"])
+    monitor.update({"wide": h})
+    assert monitor.layers["wide"].ranks_are_estimates
+    assert getattr(monitor, "wide|rows")[0].shape == (64, 4096)
+    with pytest.warns(UserWarning, match="are estimates"):
+        value = monitor.compute()["effective_rank/wide"].item()
+    assert value == pytest.approx(numpy_effective_rank(h.double().numpy()), rel=0.02)
+
+
+# It leaves nothing behind
+
+
+@pytest.mark.parametrize("layers", [None, ["*"], ["0"]])
+def test_detached_there_is_no_hook_in_any_module_and_no_mode(layers: list[str] | None) -> None:
+    model = nn.Sequential(Block(4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    before = hooks(model), modes(), {k: set(vars(m)) for k, m in model.named_modules()}
+    monitor = PlasticityMonitor(model, layers)
+    assert (hooks(model), modes()) == before[:2]
+    with monitor:
+        assert hooks(model) > before[0]
+        model(X).sum().backward()
+    assert (hooks(model), modes(), {k: set(vars(m)) for k, m in model.named_modules()}) == before
+
+
+def test_it_is_detached_after_an_error_in_the_network_too() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError("broken")
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Broken())
+    monitor = PlasticityMonitor(model)
+    with pytest.raises(ArithmeticError, match="broken"), monitor:
+        model(X)
+    assert hooks(model) == modes() == 0
+    with monitor:  # an error that somebody handles does not shift the names
+        for _ in range(2):
+            with pytest.raises(ArithmeticError):
+                model(X)
+        model[2] = nn.Linear(8, 2)
+        model(X)
+    assert list(monitor.layers) == ["1"]
+
+
+def test_an_error_that_somebody_handles_does_not_shift_the_names() -> None:
+    class Handling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.out = nn.ModuleDict({"inner": Block(4)}), nn.Linear(4, 2)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                self.part["inner"](x[:, :3])
+            return self.out(F.relu(x))
+
+    model = Handling()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model.training_step(X)
+    assert list(monitor.layers) == ["relu"]
+
+
+def test_training_under_it_is_bit_identical() -> None:
+    def train(monitored: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(1, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), Head())
+        optimizer = torch.optim.Adam(model.parameters())
+        monitor = PlasticityMonitor(model)
+        for _ in range(5):
+            if monitored:
+                monitor.attach()
+            optimizer.zero_grad()
+            model(X[:, None]).square().mean().backward()
+            optimizer.step()
+            monitor.detach()
+        assert list(monitor.layers) == (["2", "5.tanh"] if monitored else [])
+        return [*(p.detach() for p in model.parameters()), *model.buffers(), torch.rand(3)]
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(x)))
+
+    assert all(torch.equal(with_it, without) for with_it, without in zip(train(True), train(False), strict=True))
+
+
+def test_other_function_modes_and_hooks_still_work() -> None:
+    calls: list[str] = []
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    model = mlp(8)
+    model[1].register_forward_hook(lambda module, args, output: output * 0)
+    monitor = PlasticityMonitor(model)
+    with Log(), monitor:
+        model(X)
+    assert "relu" in calls
+    with monitor, Log():
+        model(X)
+    assert monitor.layers["1"].samples == 2 * len(X)
+
+
+# A good citizen of PyTorch and Lightning
+
+
+def test_the_network_is_no_part_of_the_metric() -> None:
+    model = mlp(8)
+    monitor = PlasticityMonitor(model)
+    assert list(monitor.modules()) == [monitor]
+    assert monitor.state_dict() == {}
+    with monitor:
+        model(X)
+        assert monitor.state_dict() == {}
+        attached_copy = copy.deepcopy(monitor)
+        again = pickle.loads(pickle.dumps(monitor))
+    for other in (attached_copy, again):
+        assert other.layers.keys() == monitor.layers.keys()
+    assert len(pickle.dumps(PlasticityMonitor(mlp(1000)))) < 10_000
+    with pytest.raises(RuntimeError, match=r"no network to watch: PlasticityMonitor\(module\), or attach\(module\)"):
+        again.attach()
+    with attached_copy:  # a clone watches the same network
+        model(X)
+    assert attached_copy.layers["1"].samples == 2 * len(X)
+    assert hooks(model) == 0
+
+
+def test_a_module_may_own_a_monitor_of_itself_and_be_copied_with_it() -> None:
+    model = mlp(8)
+    model.monitor = PlasticityMonitor(model)
+    keys = set(mlp(8).state_dict())
+    assert set(model.state_dict()) == keys
+    other = copy.deepcopy(model)
+    assert other.monitor._network[0] is other
+    other.monitor._network[0].__class__.forward = nn.Sequential.forward
+    del other._modules["monitor"], model._modules["monitor"]
+
+
+def test_networks_within_metrics_are_not_part_of_the_network() -> None:
+    class Inception(Metric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(5)
+
+        def update(self, x: Tensor) -> None:
+            self.net(x)
+
+        def compute(self) -> Tensor:
+            return torch.zeros(())
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.metric = mlp(8), Inception()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.metric.update(x)
+            return self.net(x)
+
+    assert seen(Model(), X) == ["net.1"]
+
+
+def test_arguments_and_misuse_are_told() -> None:
+    with pytest.raises(TypeError, match=r"layers and measures are lists of names: write \[...\] around"):
+        PlasticityMonitor(layers="encoder.*")
+    with pytest.raises(ValueError, match=r"measures=\['rank'\] must be some of \['dormant_fraction'"):
+        PlasticityMonitor(measures=["rank"])
+    with pytest.raises(ValueError, match="compiled='no' must be 'raise' or 'eager'"):
+        PlasticityMonitor(compiled="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_samples=0 must be at least 1"):
+        PlasticityMonitor(max_samples=0)
+    with pytest.raises(ValueError, match=r"threshold=-1 must be in \[0, 1\]"):
+        PlasticityMonitor(dormant_threshold=-1)
+    model = mlp(8)
+    monitor = PlasticityMonitor(model)
+    with monitor, pytest.raises(RuntimeError, match=r"attached already: detach\(\) it first"):
+        monitor.attach()
+    monitor.detach()  # without effect
+
+
+def test_ddp_wrappers_are_looked_through() -> None:
+    model = mlp(8)
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)  # without a process group: only the shape of the thing matters here
+    wrapper.module = model
+    monitor = PlasticityMonitor(wrapper)
+    with monitor:
+        model(X)
+    assert list(monitor.layers) == ["1"]
+
+
+def compiled_network() -> nn.Module:
+    return torch.compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), backend="eager")  # type: ignore[return-value]
+
+
+def compiled_in_place() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_part() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), torch.compile(Block(4), backend="eager"), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "layers"),
+    [
+        (compiled_network, "the network itself", ["1"]),
+        (compiled_in_place, "the network itself", ["1"]),
+        (compiled_part, "'1'", ["1.relu", "1.relu-2"]),
+    ],
+)
+def test_compiled_modules_are_refused_or_run_uncompiled(
+    make: Callable[[], nn.Module], where: str, layers: list[str]
+) -> None:
+    model = make()
+    with torch.no_grad():  # a compiler that is given the middle of a graph warns
+        model(X)
+    with pytest.raises(RuntimeError, match=rf"cannot look into compiled modules \({where}\).*compiled='eager'"):
+        PlasticityMonitor(model).attach()
+    assert hooks(model) == modes() == 0
+    assert seen(model, X, compiled="eager") == layers
+    assert hooks(model) == modes() == 0
+    assert torch.compiler.is_compiling() is False
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_compiled_functions_within_a_network_are_told_of() -> None:
+    function = torch.compile(lambda x: F.relu(x) * 2, backend="aot_eager")
+    model = Functional(torch.relu)
+    model.activation = function
+    monitor = PlasticityMonitor(model)
+    monitor.attach()
+    with torch.no_grad():  # as above
+        model(X)
+    with pytest.warns(UserWarning, match="code compiled by torch.compile has run while PlasticityMonitor was attached"):
+        monitor.detach()
+    assert monitor.layers == {}
+    assert seen(model, X, compiled="eager") == ["relu"]
+
+
+def test_scripted_networks_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="cannot look into TorchScript"):
+        PlasticityMonitor(torch.jit.trace(mlp(8), X)).attach()
+
+
+class Logging(LightningModule):
+    """Logs a monitor of itself, and one scalar metric, in the ordinary way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(8)
+        self.monitor = PlasticityMonitor(self, prefix="plasticity/")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.monitor:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log_dict(self.monitor.compute())
+        self.monitor.reset()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_it_ends_up_in_tensorboard_as_one_group(tmp_path: Path) -> None:
+    model = Logging()
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(logger=logger)
+    run.fit(model, loader())
+    assert hooks(model) == modes() == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("epoch", "hp_metric")]
+    assert {tag.partition("/")[0] for tag in tags} == {"plasticity"}
+    assert set(tags) == {f"plasticity/{m}{layer}" for m in model.monitor.measures for layer in ("", "/net.1")}
+    assert len(events.Scalars("plasticity/dormant_fraction")) == 3
+    assert "plasticity/effective_rank" in run.callback_metrics
