@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,13 @@ from typing_extensions import override
 
 from lightning_plasticity._compat import SingleDeviceStrategy, is_restoring_for_finder
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
-from lightning_plasticity.diagnostics import diagnostics_of, measure, numbers, resolved_number
+from lightning_plasticity.curvature.batches import first_samples
+from lightning_plasticity.curvature.problem import check_counts
+from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
 from lightning_plasticity.interventions import Intervention, RepairReport
-from lightning_plasticity.loggers import log_summary, log_task
+from lightning_plasticity.loggers import log_step, log_summary, log_task
+from lightning_plasticity.metrics import PlasticityMonitor
+from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.reports import TaskReport
@@ -51,6 +55,10 @@ class SpectralCollapseCallback(Callback):
         collapse: What is called a collapse.
         interventions: What is done about a collapse, one after the other.
         task_detector: How new tasks are recognised.
+        monitor: Whether dormant units, feature ranks and norms of the hidden layers are measured at the start of every
+            task, on the probe's samples; or the :class:`~lightning_plasticity.PlasticityMonitor` that says which.
+        monitor_every_n_steps: Measure them also while training, on the batch in flight, every so many optimizer steps.
+            Logged as ``plasticity_training/<name>``.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of the data with a graph; by default the loss that
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
 
@@ -91,6 +99,8 @@ class SpectralCollapseCallback(Callback):
         interventions: Sequence[Intervention] = (),
         task_detector: TaskDetector | None = None,
         loss_fn: LossFunction | None = None,
+        monitor: bool | PlasticityMonitor = True,
+        monitor_every_n_steps: int | None = None,
     ) -> None:
         if isinstance(interventions, Intervention):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
@@ -103,6 +113,16 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
         if probe is not None and not isinstance(probe, Probe):
             raise TypeError(f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe()")
+        if not isinstance(monitor, bool | PlasticityMonitor):
+            raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
+        check_counts(monitor_every_n_steps=monitor_every_n_steps)
+        if monitor is False and monitor_every_n_steps is not None:
+            raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
+        self.monitor = PlasticityMonitor() if monitor is True else monitor or None
+        self._monitor_is_wanted = monitor is not True  # what nobody asked for must not end a run
+        self._step_monitor: StepMonitor | None = None
+        if self.monitor is not None and monitor_every_n_steps is not None:
+            self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps)
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
         self.interventions = list(interventions)
@@ -133,11 +153,13 @@ class SpectralCollapseCallback(Callback):
                 f"SpectralCollapseCallback works on a single device today, not with {type(trainer.strategy).__name__}: "
                 "use Trainer(devices=1)"
             )
-        available = [diagnostic.name for diagnostic in diagnostics_of(self.probe.matrices)]
+        sources: list[Source] = [*self.probe.matrices]
+        measures = [] if self.monitor is None else self.monitor.measures
+        available = [d.name for d in diagnostics_of(sources)] + measures
         if self.collapse.metric not in available:
             raise MisconfigurationException(
-                f"Collapse(metric={self.collapse.metric!r}) watches what {self.probe} does not measure: choose one of "
-                f"{available}, or another probe"
+                f"Collapse(metric={self.collapse.metric!r}) watches what neither {self.probe} nor the monitor "
+                f"measures: choose one of {available}, or another probe"
             )
         if self._loss_fn is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -155,15 +177,26 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._tasks.new_task(trainer, pl_module):
             self._start_task(trainer, pl_module, batch)
+        if self._step_monitor is not None:
+            self._watch(self._step_monitor, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._step_monitor is not None:
+            log_step(trainer.loggers, self._step_monitor.end(), self._steps)
         self._steps = self._steps_before_fit + trainer.global_step
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._step_monitor is not None:
+            self._step_monitor.abandon()
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step_monitor is not None:
+            self._step_monitor.abandon()
         log_summary(trainer.loggers, self.history)
 
     @override
@@ -251,7 +284,9 @@ class SpectralCollapseCallback(Callback):
             now = self.probe.measure(make_copy, batch, loss_fn, progress)
         with shown_progress(trainer, "probing curvature of the initial weights") as progress:
             initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
-        values, references = measure(now.spectra), measure(initial.spectra)
+        features = self._monitored(make_copy, batch, loss_fn)
+        initial_features = self._monitored(make_initial_copy, batch, loss_fn) if features else {}
+        values, references = measure(now.spectra, features), measure(initial.spectra, initial_features)
         metric = self.collapse.metric
         verdict = self.collapse.judge(
             values[metric],
@@ -260,9 +295,40 @@ class SpectralCollapseCallback(Callback):
         )
         report.matrix = self.probe.matrices[0]
         report.spectrum = now.spectra[report.matrix]
-        report.metrics = {**numbers(values, references), "probe_loss": now.loss}
+        by_layer = {name: value for name, value in features.items() if name not in values}
+        report.metrics = {**numbers(values, references), "probe_loss": now.loss, **by_layer}
         report.collapsed = verdict.collapsed
         return verdict.message if verdict.collapsed or verdict.withheld else None
+
+    def _monitored(
+        self, make_copy: Callable[[], LightningModule], batch: Any, loss_fn: LossFunction
+    ) -> dict[str, float]:
+        """What the monitor sees of the probe's samples."""
+        if self.monitor is None:
+            return {}
+        try:
+            features = monitored_copy(self.monitor, make_copy(), first_samples(batch, self.probe.samples), loss_fn)
+            if not features and self.collapse.metric in self.monitor.measures:
+                raise MisconfigurationException(
+                    f"Collapse(metric={self.collapse.metric!r}) watches hidden layers, and the monitor has seen none: "
+                    "name modules in PlasticityMonitor(layers=[...]), or choose another metric"
+                )
+            return features
+        except Exception as error:
+            if self._monitor_is_wanted or self.collapse.metric in self.monitor.measures:
+                raise
+            rank_zero_warn(
+                f"the activations could not be monitored, training goes on without: {error}"
+                "; monitor=False stops trying",
+                category=PlasticityWarning,
+            )
+            return {}
+
+    def _watch(self, step_monitor: StepMonitor, pl_module: LightningModule) -> None:
+        try:
+            step_monitor.begin(pl_module, self._steps)
+        except RuntimeError as error:
+            raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
 
     def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""

@@ -39,8 +39,8 @@ class Collapse:
     Where the diagnostic is the rank of an estimated spectrum and is not resolved, the verdict is withheld.
 
     Args:
-        metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe
-            measures.
+        metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe or
+            the monitor measures, and that falls in a collapse.
         below: The alarm rings below this share of the reference, in (0, 1]. Without a reference, below this value.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value that the network's initial weights have on the same batch; ``"first"``, the value
@@ -65,6 +65,12 @@ class Collapse:
     def __post_init__(self) -> None:
         if self.metric not in DIAGNOSTICS:
             raise ValueError(f"Collapse(metric={self.metric!r}) is not a diagnostic; choose one of {list(DIAGNOSTICS)}")
+        if not DIAGNOSTICS[self.metric].falls:
+            falling = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.falls]
+            raise ValueError(
+                f"Collapse(metric={self.metric!r}) rises when a network collapses, so that an alarm below a threshold "
+                f"would ring for healthy ones; choose one of {falling}"
+            )
         if self.relative_to is not None and self.relative_to not in get_args(Reference):
             raise ValueError(
                 f"Collapse(relative_to={self.relative_to!r}) is not a reference; choose one of "

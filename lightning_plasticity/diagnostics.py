@@ -20,6 +20,9 @@ RELATIVE_EPSILON = 1e-3
 
 Matrix = Literal["ggn", "hessian"]
 
+Source = Literal["ggn", "hessian", "features"]
+"""What a diagnostic is derived from: the spectrum of a matrix, or the activations of the hidden layers."""
+
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
 _ERROR = ("standard_error",)
@@ -34,20 +37,23 @@ class Diagnostic:
         name: The name it is logged under.
         title: The name in a sentence.
         meaning: What it is, in one line.
-        of: Computes it from the spectrum of the matrix.
-        matrix: The matrix whose spectrum it is derived from.
+        of: Computes it from the spectrum of the matrix; ``None`` for what
+            :class:`~lightning_plasticity.PlasticityMonitor` measures.
+        source: What it is derived from.
         is_share: Whether it lies in [0, 1].
         can_be_negative: Whether a share of it may mean nothing.
+        falls: Whether a fall of it is a collapse, rather than a rise.
         uncertainty: What is logged beside it: attributes of the :class:`~lightning_plasticity.curvature.Estimate`.
     """
 
     name: str
     title: str
     meaning: str
-    of: Callable[[Spectrum], float]
-    matrix: Matrix = "ggn"
+    of: Callable[[Spectrum], float] | None
+    source: Source = "ggn"
     is_share: bool = False
     can_be_negative: bool = False
+    falls: bool = True
     uncertainty: tuple[str, ...] = ()
 
 
@@ -113,7 +119,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "ε-rank of the Hessian",
             f"number of Hessian eigenvalues whose size is above {EPSILON:g}",
             lambda spectrum: spectrum.epsilon_rank(EPSILON),
-            matrix="hessian",
+            source="hessian",
             uncertainty=_ERROR_AND_BRACKET,
         ),
         Diagnostic(
@@ -121,7 +127,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "ε-rank of the Hessian as a share of the parameters",
             f"share of all Hessian eigenvalues whose size is above {EPSILON:g}",
             lambda spectrum: spectrum.epsilon_fraction(EPSILON),
-            matrix="hessian",
+            source="hessian",
             is_share=True,
             uncertainty=_ERROR_AND_BRACKET,
         ),
@@ -130,7 +136,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "relative ε-rank of the Hessian",
             f"number of Hessian eigenvalues whose size is above {RELATIVE_EPSILON:g} of the largest",
             lambda spectrum: spectrum.relative_epsilon_rank(RELATIVE_EPSILON),
-            matrix="hessian",
+            source="hessian",
             uncertainty=_ERROR_AND_BRACKET,
         ),
         Diagnostic(
@@ -138,7 +144,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "effective rank of the Hessian",
             "exp of the entropy of the normalised sizes of the Hessian's eigenvalues",
             lambda spectrum: spectrum.effective_rank,
-            matrix="hessian",
+            source="hessian",
             uncertainty=_ERROR,
         ),
         Diagnostic(
@@ -146,7 +152,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "trace of the Hessian",
             "sum of the Hessian's eigenvalues",
             lambda spectrum: spectrum.trace,
-            matrix="hessian",
+            source="hessian",
             can_be_negative=True,
             uncertainty=_ERROR,
         ),
@@ -155,7 +161,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "sharpness by the Hessian",
             "largest eigenvalue of the Hessian",
             lambda spectrum: spectrum.lambda_max,
-            matrix="hessian",
+            source="hessian",
             can_be_negative=True,
         ),
         Diagnostic(
@@ -163,7 +169,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "smallest eigenvalue of the Hessian",
             "smallest eigenvalue of the Hessian: the most negative curvature",
             lambda spectrum: spectrum.lambda_min,
-            matrix="hessian",
+            source="hessian",
             can_be_negative=True,
         ),
         Diagnostic(
@@ -171,26 +177,76 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "negative share of the Hessian's curvature",
             "sum of the sizes of the negative eigenvalues of the Hessian over the sum of all sizes",
             lambda spectrum: spectrum.negative_mass,
-            matrix="hessian",
+            source="hessian",
             is_share=True,
             uncertainty=_ERROR,
+        ),
+        Diagnostic(
+            "dormant_fraction",
+            "dormant fraction",
+            "share of the hidden units that are active far less than their layer (0.025 of its mean)",
+            None,
+            source="features",
+            is_share=True,
+            falls=False,
+        ),
+        Diagnostic(
+            "dead_fraction",
+            "dead fraction",
+            "share of the hidden units that are zero on every sample",
+            None,
+            source="features",
+            is_share=True,
+            falls=False,
+        ),
+        Diagnostic(
+            "effective_rank",
+            "effective rank of the features",
+            "exp of the entropy of the normalised singular values of the features, mean over hidden layers",
+            None,
+            source="features",
+        ),
+        Diagnostic(
+            "stable_rank",
+            "stable rank of the features",
+            "squared Frobenius norm over squared spectral norm of the features, mean over hidden layers",
+            None,
+            source="features",
+        ),
+        Diagnostic(
+            "srank",
+            "srank of the features",
+            "number of singular values of the features that make up 99 % of their sum, mean over hidden layers",
+            None,
+            source="features",
+        ),
+        Diagnostic(
+            "feature_norm",
+            "feature norm",
+            "mean length of the feature vectors, mean over hidden layers",
+            None,
+            source="features",
         ),
     )
 }
 
 
-def diagnostics_of(matrices: Collection[Matrix]) -> list[Diagnostic]:
-    """The diagnostics that follow from the spectra of these matrices."""
-    return [diagnostic for diagnostic in DIAGNOSTICS.values() if diagnostic.matrix in matrices]
+def diagnostics_of(sources: Collection[Source]) -> list[Diagnostic]:
+    """The diagnostics that follow from these sources."""
+    return [diagnostic for diagnostic in DIAGNOSTICS.values() if diagnostic.source in sources]
 
 
-def measure(spectra: Mapping[Matrix, Spectrum]) -> dict[str, float]:
-    """Every diagnostic of some spectra, by name; what is estimated is an ``Estimate``.
+def measure(spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float]) -> dict[str, float]:
+    """Every diagnostic, by name; what is estimated is an ``Estimate``.
 
     Args:
         spectra: The spectrum of each matrix that was measured.
+        features: What a monitor has measured.
     """
-    return {diagnostic.name: diagnostic.of(spectra[diagnostic.matrix]) for diagnostic in diagnostics_of(list(spectra))}
+    values: dict[str, float] = {}
+    for matrix, spectrum in spectra.items():
+        values |= {d.name: d.of(spectrum) for d in diagnostics_of([matrix]) if d.of is not None}
+    return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
 
 
 def is_resolved(name: str, value: float) -> bool:
@@ -211,8 +267,9 @@ def numbers(values: Mapping[str, float], references: Mapping[str, float]) -> dic
     """
     result = {name: float(value) for name, value in values.items()}
     for name, value in values.items():
-        if references[name] and is_resolved(name, value) and is_resolved(name, references[name]):
-            result[f"{name}_vs_initial"] = value / references[name]
+        reference = references.get(name, 0.0)
+        if reference and is_resolved(name, value) and is_resolved(name, reference):
+            result[f"{name}_vs_initial"] = value / reference
     for name, value in values.items():
         for attribute in DIAGNOSTICS[name].uncertainty:
             result[f"{name}_{attribute}"] = float(getattr(value, attribute))

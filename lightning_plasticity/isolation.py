@@ -51,7 +51,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training, own in zip(modules, modes, buffers, strict=True):
             module.training = training
-            module._buffers.update(own)
+            if not isinstance(module, torch.jit.ScriptModule):  # whose buffers nobody can replace
+                module._buffers.update(own)
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 if not torch.equal(tensor, value):

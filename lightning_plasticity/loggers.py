@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,17 @@ BY_STEP = "plasticity/"
 
 BY_TASK = "plasticity_by_task/"
 """Prefix of names logged at the number of the task."""
+
+
+IN_TRAINING = "plasticity_training/"
+"""Prefix of names logged while training, at the number of optimizer steps over all fits."""
+
+
+def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int) -> None:
+    """Logs what was seen of a batch in flight."""
+    if numbers:
+        named = {IN_TRAINING + name: value for name, value in numbers.items()}
+        _for_each(loggers, lambda logger: logger.log_metrics(named, step=step))
 
 
 def log_task(loggers: Iterable[Logger], report: TaskReport) -> None:

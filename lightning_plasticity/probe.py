@@ -49,6 +49,9 @@ class ProbeResult:
 class Probe(ABC):
     """How curvature is measured at the start of a task: a :class:`GGNProbe` or a :class:`HessianProbe`."""
 
+    samples: int
+    """How many samples of the batch it takes, the first ones."""
+
     @property
     @abstractmethod
     def matrices(self) -> tuple[Matrix, ...]:

@@ -188,3 +188,15 @@ def test_the_comparison_would_notice_a_disturbance(tmp_path: Path) -> None:
     disturbing = Disturbing(collapse=Collapse(below=1e-9))
     without, disturbed = run(tmp_path / "a"), run(tmp_path / "b", disturbing)
     assert without["losses"] != disturbed["losses"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("make_net", [mlp, convolutional, transformer, gru])
+def test_training_is_bit_identical_while_it_is_monitored(
+    make_net: Callable[[], nn.Module], precision: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"make_net": make_net, "precision": precision, "accumulate_grad_batches": 2}
+    monitored = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
+    expected, actual = run(tmp_path / "a", **options), run(tmp_path / "b", monitored, **options)
+    assert "dormant_fraction" in monitored.history[0].metrics
+    check_identical(actual, expected, monitored)

@@ -1,0 +1,91 @@
+"""Are units and features alive? A monitor is asked: on a copy at the start of a task, and on batches in flight."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_plasticity.isolation import probing
+from lightning_plasticity.metrics import PlasticityMonitor
+from lightning_plasticity.training_loss import LossFunction
+
+
+def monitored_copy(
+    monitor: PlasticityMonitor, module: LightningModule, batch: Any, loss_fn: LossFunction
+) -> dict[str, float]:
+    """What a monitor sees of one forward pass in evaluation mode.
+
+    Args:
+        monitor: Says what is measured. It is not changed.
+        module: A copy of the module that may be used up.
+        batch: The batch, on the module's device.
+        loss_fn: Runs the module on the batch.
+
+    Returns:
+        Each measure over all layers, and as ``<measure>/<layer>`` of each.
+    """
+    monitor = copy.deepcopy(monitor)
+    monitor.reset()
+    monitor.compiled = "eager"  # as everything is in a probe
+    monitor.to(module.device)
+    with probing(module), monitor.attach(module):
+        loss_fn(module, batch)
+    return values_of(monitor)
+
+
+def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
+    """The monitor's numbers as plain floats; none if it has seen no hidden layer.
+
+    That ranks of wide layers are estimates is not warned of every time: its documentation says so.
+    """
+    if not monitor.layers:
+        return {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the ranks of .* are estimates", UserWarning)
+        return {name: value.item() for name, value in monitor.compute().items()}
+
+
+class StepMonitor:
+    """Watches the batch in flight every few optimizer steps, without an extra forward pass.
+
+    Args:
+        monitor: Says what is measured. It is not changed.
+        every_n_steps: The number of optimizer steps from one look to the next.
+    """
+
+    def __init__(self, monitor: PlasticityMonitor, every_n_steps: int) -> None:
+        self._monitor = copy.deepcopy(monitor)
+        self._every_n_steps = every_n_steps
+        self._last: int | None = None
+        self._attached = False
+
+    def begin(self, module: LightningModule, step: int) -> None:
+        """Begins to watch, if it is time.
+
+        Raises:
+            RuntimeError: If the module cannot be looked into.
+        """
+        self.abandon()
+        if step % self._every_n_steps or step == self._last:  # of an accumulated gradient the first batch
+            return
+        self._last = step
+        self._monitor.reset()
+        self._monitor.to(module.device)
+        self._monitor.attach(module)
+        self._attached = True
+
+    def end(self) -> dict[str, float]:
+        """What was seen, if anything was watched."""
+        if not self._attached:
+            return {}
+        self.abandon()
+        return values_of(self._monitor)
+
+    def abandon(self) -> None:
+        """Leaves nothing in the module."""
+        if self._attached:
+            self._attached = False
+            self._monitor.detach()
