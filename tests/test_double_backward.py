@@ -103,7 +103,9 @@ def around(*layers: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def normed(weight_norm: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
-    model = nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Sequential(weight_norm(nn.Linear(8, 3))))
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Sequential(weight_norm(nn.Linear(8, 3)))
+    )
     return model, torch.randn(6, 5), classes(6)
 
 
@@ -423,3 +425,23 @@ def test_thresholds_have_room_on_both_sides() -> None:
     assert max(m.asymmetry for m in healthy) <= double_backward._MAX_ASYMMETRY / 10
     assert max(m.difference for m in healthy) <= double_backward._MAX_DIFFERENCE / 10
     assert min(m.difference for m in measured) >= double_backward._MAX_DIFFERENCE * 1000
+
+
+@pytest.mark.parametrize("where", ["logits", "norm", "softmax"])
+def test_models_that_turn_to_float32_on_the_way_are_checked_as_far_as_that_goes(where: str) -> None:
+    class Float(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "norm":
+                wide = x.to(torch.float32)
+                return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            return x.softmax(-1, dtype=torch.float32).to(x.dtype) if where == "softmax" else x.float()
+
+    batch = (torch.randn(6, 5), torch.randint(8, (6,)))
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    check_double_backward(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), Float()), batch, loss_fn)
+    wrong = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 8), Float())
+    with pytest.raises(DoubleBackwardError, match="weight_norm"):
+        check_double_backward(wrong, batch, loss_fn)

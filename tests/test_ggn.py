@@ -2,6 +2,9 @@
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from lightning_plasticity.curvature import Spectrum, TooManyRowsError, ggn_spectrum
+from lightning_plasticity.curvature import (
+    Spectrum,
+    TooManyRowsError,
+    UnsupportedModelError,
+    ggn_spectrum,
+    hessian_spectrum,
+)
+from lightning_plasticity.curvature.double_backward import DoubleBackwardError
 from lightning_plasticity.curvature.gram import gram
 from lightning_plasticity.curvature.outputs import Outputs, outputs_of
 from lightning_plasticity.curvature.recording import Recording
@@ -233,3 +244,120 @@ def test_the_hessian_by_the_outputs_times_a_vector_is_that_of_autograd(case: Cas
     (expected,) = torch.autograd.grad(gradient, logits, vector, materialize_grads=True)
     actual = outputs[0].hessian_times(vector.reshape(outputs[0].shape)).reshape(expected.shape)
     assert (actual - expected).norm() <= 1e-9 * max(expected.norm().item(), vector.norm().item())
+
+
+class Tanh(torch.autograd.Function):
+    """As custom kernels are: right, but its backward has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+def test_backward_passes_that_hide_their_derivative_are_refused_for_products_and_right_for_the_exact_matrix() -> None:
+    class Custom(nn.Module):
+        def __init__(self, tanh: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.tanh = nn.Linear(5, 8), nn.Linear(8, 3), tanh
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.tanh(self.first(x)))
+
+    batch = (torch.randn(6, 5), classes(6))
+    custom, plain = Custom(Tanh.apply), Custom(torch.tanh)
+    expected = ggn_spectrum(plain, batch, cross_entropy).eigenvalues
+    torch.testing.assert_close(ggn_spectrum(custom, batch, cross_entropy).eigenvalues, expected)
+    for options in ({"method": "lanczos"}, {"max_rows": 10}):
+        with pytest.raises(DoubleBackwardError, match="once_differentiable"):
+            ggn_spectrum(custom, batch, cross_entropy, **options)  # type: ignore[arg-type]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_autocast_is_without_effect(where: str) -> None:
+    class Autocast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=where == "inside"):
+                return super().forward(x)
+
+    model, batch = Autocast(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), (torch.randn(6, 5), classes(6))
+    plain = nn.Sequential(*model)
+    options: dict[str, Any] = {"num_probes": 3, "num_steps": 20}
+    for spectrum_of in (
+        ggn_spectrum,
+        partial(ggn_spectrum, method="lanczos", **options),
+        partial(hessian_spectrum, **options),
+        partial(hessian_spectrum, reorthogonalization="none", **options),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+            actual = spectrum_of(model, batch, cross_entropy)
+        assert torch.equal(actual.eigenvalues, spectrum_of(plain, batch, cross_entropy).eigenvalues)
+
+
+def test_casts_to_half_precision_are_refused() -> None:
+    batch = (torch.randn(6, 5), torch.randn(6, 3))
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]).bfloat16(), batch[1].bfloat16()).float()
+
+    for spectrum_of in (ggn_spectrum, hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
+        with pytest.raises(ValueError, match=r"computes 'bfloat16' in torch.bfloat16, in which curvature drowns"):
+            spectrum_of(nn.Linear(5, 3), batch, loss_fn)
+
+
+@pytest.mark.parametrize("kind", ["mse", "soft labels"])
+def test_weights_of_the_loss_that_the_network_learns_are_refused(kind: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output, self.weight = nn.Linear(5, 6), nn.Linear(5, 6)
+
+    batch = (torch.randn(6, 5), torch.randn(6, 6).softmax(1))
+
+    def loss_fn(model: Two, batch: tuple[Tensor, Tensor]) -> Tensor:
+        weight = F.softplus(model.weight(batch[0]))
+        if kind == "mse":
+            return F.mse_loss(model.output(batch[0]), batch[1], weight=weight)
+        return F.cross_entropy(model.output(batch[0]), batch[1], weight=weight[0])
+
+    with pytest.raises(UnsupportedModelError, match="its curvature is not known"):
+        ggn_spectrum(Two(), batch, loss_fn)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_convolutions_whose_positions_are_the_samples_of_the_loss(dimensions: int) -> None:
+    layer = (nn.Conv1d, nn.Conv2d)[dimensions - 1]
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layer(2, 3, 3, padding=1), layer(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x))).movedim(1, -1).reshape(-1, 4)
+
+    shape = (3, 4)[:dimensions]
+    case = Case("positions", lambda: (Positions(), torch.randn(3, 2, *shape), classes(3 * math.prod(shape), 4)))
+    spectrum = ggn_spectrum(*case.build(), case.loss_fn)
+    expected = dense(case).eigenvalues
+    actual = spectrum.eigenvalues.repeat_interleave((spectrum.weights * len(expected)).round().long())
+    assert (actual - expected).abs().max() <= 1e-10 * expected[0]
+
+
+def test_a_tied_parameter_is_found_by_all_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    batch = (torch.randn(6, 4), classes(6, 4))
+    by_name = [ggn_spectrum(model, batch, cross_entropy, parameters=f"{n}.weight").eigenvalues for n in (0, 2)]
+    assert torch.equal(*by_name)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import hypothesis.strategies as st
@@ -10,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature.double_backward import DoubleBackwardError
 from lightning_plasticity.curvature.lanczos import _Orthogonality, _run, lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from tests.cases import CASES, Case, dense
@@ -522,3 +526,115 @@ def test_a_run_holds_its_basis_and_no_more_than_six_vectors(kind: str, vectors: 
     peak = max(itertools.accumulate(event.nbytes() for event in events))
     numbers = peak / dtype.itemsize / product.dimension
     assert vectors < numbers <= vectors + 6
+
+
+@pytest.mark.parametrize("block", ["dropout", "batch norm", "attention", "weight norm"])
+def test_checkpoints_are_computed_again_as_they_were_computed_first(block: str) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+
+    blocks: dict[str, Callable[[], nn.Module]] = {
+        "dropout": lambda: nn.Dropout(0.5),
+        "batch norm": lambda: nn.BatchNorm1d(8),
+        "attention": Attention,
+        "weight norm": lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
+    }
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.block = nn.Sequential(nn.Linear(8, 8), blocks[block](), nn.Tanh())
+            self.checkpointed = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x))
+
+    model, batch = Checkpointed().double(), (torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    for spectrum_of in (hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
+        for options in ({}, {"micro_batch_size": 6}):
+            model.checkpointed = True
+            actual = spectrum_of(model, batch, loss_fn, num_probes=1, num_steps=20, **options)
+            model.checkpointed = False
+            expected = spectrum_of(model, batch, loss_fn, num_probes=1, num_steps=20, **options)
+            torch.testing.assert_close(actual.eigenvalues, expected.eigenvalues, rtol=1e-9, atol=1e-11)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20, 1e30])
+def test_squares_that_vanish_or_overflow_do_no_harm(factor: float) -> None:
+    matrix = with_eigenvalues(torch.linspace(-1, 3, 60, dtype=torch.float64)).float()
+    plain = lanczos_spectrum(Matrix(matrix), num_probes=3, num_steps=30, seed=0)
+    scaled = lanczos_spectrum(Matrix(matrix * factor), num_probes=3, num_steps=30, seed=0)
+    torch.testing.assert_close(scaled.eigenvalues / factor, plain.eigenvalues, rtol=1e-3, atol=1e-4)
+    assert scaled.trace / factor == pytest.approx(plain.trace, rel=1e-3)
+    assert scaled.effective_rank == pytest.approx(plain.effective_rank, rel=1e-2)
+    assert scaled.negative_mass == pytest.approx(plain.negative_mass, rel=1e-2)
+
+
+def test_products_that_are_not_finite_and_misspelt_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the curvature of the loss .* is NaN or infinite"):
+        lanczos_spectrum(Matrix(torch.full((4, 4), math.nan)), num_probes=1, num_steps=3, seed=0)
+    with pytest.raises(ValueError, match="reorthogonalization='parital' must be 'full', 'partial' or 'none'"):
+        lanczos_spectrum(Matrix(torch.eye(4)), num_probes=1, num_steps=3, seed=0, reorthogonalization="parital")  # type: ignore[arg-type]
+
+
+def test_a_number_from_few_start_vectors_is_not_resolved_unless_it_is_right() -> None:
+    """A rank of 5 of 200: what one start vector sees of it is anything."""
+    matrix = with_eigenvalues(torch.cat([torch.linspace(1, 2, 5), torch.zeros(195)]).double())
+    wrong = dict.fromkeys((1, 2, 3, 8), 0)
+    for count in wrong:
+        for seed in range(60):
+            rank = lanczos_spectrum(Matrix(matrix), num_probes=count, num_steps=20, seed=seed).epsilon_rank(0.5)
+            wrong[count] += rank.resolved and abs(rank - 5) > 0.5
+    assert wrong[1] == 0
+    assert max(wrong.values()) <= 6, wrong  # 5 % of 60, and what chance allows
+
+
+def test_numbers_whose_bias_is_not_known_are_never_resolved() -> None:
+    spectrum = lanczos_spectrum(Matrix(with_eigenvalues(torch.rand(50).double())), num_probes=8, num_steps=10, seed=0)
+    assert not spectrum.effective_rank.resolved
+    assert not spectrum.negative_mass.resolved
+    assert 0 <= spectrum.negative_mass <= 1
+    exact = Spectrum(torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.5]), 2, exact=True)
+    assert exact.effective_rank.resolved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_brackets_of_the_extremes_hold_up_to_rounding(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.tensor([1e6]), torch.linspace(0, 1, 99)]).double()
+    matrix = with_eigenvalues(values).to(dtype)
+    truth = torch.linalg.eigvalsh(matrix.double())
+    for seed in range(20):
+        spectrum = lanczos_spectrum(Matrix(matrix), num_probes=2, num_steps=60, seed=seed)
+        for estimate, exact in ((spectrum.lambda_max, truth[-1]), (spectrum.lambda_min, truth[0])):
+            assert estimate.lo <= exact <= estimate.hi
+    assert spectrum.lambda_max.hi - spectrum.lambda_max.lo <= 1e-4 * truth[-1]
+
+
+def test_operations_without_a_second_derivative_are_named() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2))
+    for spectrum_of in (hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
+        with pytest.raises(DoubleBackwardError, match="no second derivative of '_embedding_bag"):
+            spectrum_of(model, torch.randint(7, (5, 3)), lambda m, x: F.cross_entropy(m(x), torch.zeros(5).long()))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    case = next(case for case in CASES if case.name == "mlp")
+    model, batch = case.build()
+    expected = hessian_spectrum(model, batch, case.loss_fn, num_probes=3, num_steps=5)
+    sketch = ggn_spectrum(model, batch, case.loss_fn, sketch=2)
+    with torch.device("meta"):
+        assert torch.equal(
+            hessian_spectrum(model, batch, case.loss_fn, num_probes=3, num_steps=5).eigenvalues, expected.eigenvalues
+        )
+        assert torch.equal(ggn_spectrum(model, batch, case.loss_fn, sketch=2).eigenvalues, sketch.eigenvalues)

@@ -86,8 +86,32 @@ def test_a_product_holds_the_graph_of_one_micro_batch_at_a_time() -> None:
 def test_losses_that_are_no_mean_over_samples_are_refused() -> None:
     part = batch()
     part["y"][0] = -100
-    with pytest.raises(ValueError, match=r"micro_batch_size=2: the loss of the whole batch is .* no mean over samples"):
+    with pytest.raises(ValueError, match=r"micro_batch_size=2: the loss of the samples .* is no mean over samples"):
         hessian_spectrum(model(), part, loss_fn, micro_batch_size=2)
+
+
+@pytest.mark.parametrize("kind", ["class weights", "batch statistics"])
+def test_such_losses_are_seen_where_every_sample_has_the_same_loss_too(kind: str) -> None:
+    network: Any = model()
+    nn.init.zeros_(network[4].weight)
+    nn.init.zeros_(network[4].bias)
+    weight = torch.tensor([1.0, 5.0, 20.0]).double() if kind == "class weights" else None
+    if kind == "batch statistics":
+        network[1] = nn.BatchNorm1d(6, track_running_stats=False).double()
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["y"], weight=weight)
+
+    with pytest.raises(ValueError, match=r"micro_batch_size=3: .* no mean over samples"):
+        hessian_spectrum(network, batch(6), loss_fn, micro_batch_size=3)
+    assert not any(parameter.any() for parameter in network[4].parameters()), "looked at elsewhere, left where it was"
+
+
+def test_batches_without_tensors_and_losses_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size=2: the batch holds no tensor"):
+        hessian_spectrum(model(), "text", lambda model, _: loss_fn(model, batch()), micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"a tensor of shape \(7, 3\); it must return the mean loss"):
+        hessian_spectrum(model(), batch(), lambda model, batch: model(batch["x"]), micro_batch_size=2)
 
 
 def test_micro_batches_leave_no_trace_on_the_model() -> None:
@@ -130,11 +154,17 @@ def one_of_two(rank: int, folder: str) -> None:
     found["gram"] = ggn_spectrum(model(), own, loss_fn)
     found["sketch"] = ggn_spectrum(model(), own, loss_fn, sketch=2)
     found["alone"] = ggn_spectrum(model(), own, loss_fn, distributed=False)
-    refused = ""
-    try:
-        hessian_spectrum(model(), own, loss_fn, backend="pyhessian")
-    except ValueError as error:
-        refused = str(error)
+    refused = []
+    weight = torch.tensor([1.0, 5.0, 20.0]).double()
+    for attempt in (
+        lambda: hessian_spectrum(model(), own, loss_fn, backend="pyhessian"),
+        lambda: hessian_spectrum(model(), own, lambda m, b: F.cross_entropy(m(b["x"]), b["y"], weight=weight)),
+        lambda: hessian_spectrum(model(), {**own, "scale": own["scale"] / (1 - rank)}, loss_fn),  # infinite on one
+    ):
+        try:
+            attempt()
+        except Exception as error:
+            refused.append(f"{type(error).__name__}: {error}")
     torch.save(({name: s.to_dict() for name, s in found.items()}, refused), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -154,7 +184,9 @@ def test_two_processes_give_the_spectrum_of_all_samples(tmp_path: Path) -> None:
         torch.testing.assert_close(found["gram"].eigenvalues, exact.eigenvalues, rtol=1e-12, atol=1e-14)
         assert found["gram"].learnable_fraction() == pytest.approx(exact.learnable_fraction(), rel=1e-10)
         torch.testing.assert_close(found["sketch"].eigenvalues, sketch.eigenvalues, rtol=1e-12, atol=1e-14)
-        assert "distributed=True: PyHessian knows only" in refused
+        assert "distributed=True: PyHessian knows only" in refused[0]
+        assert "distributed=True: the loss of the samples together" in refused[1]
+        assert len(refused) == 3, "all processes fail where one does: none waits for the others"
     first, second = ({name: Spectrum.from_dict(s) for name, s in states.items()} for states, _ in results)
     for name in expected:
         assert torch.equal(first[name].eigenvalues, second[name].eigenvalues), "every process has the same answer"

@@ -86,6 +86,12 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
     return apply_to_collection(batches[0] if like is None else like, Tensor, join)
 
 
+def moved(batch: Any, like: Any) -> Any:
+    """The batch on the device of another one."""
+    device = next((tensor.device for tensor in _tensors(like)), torch.device("cpu"))
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+
 def _by_sample(tensor: Tensor, size: int | None) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == size
 

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.copying import copy_module
+from lightning_plasticity.curvature.precision import full_precision
 from lightning_plasticity.curvature.problem import NOT_FINITE, Batch, LossFunction, check_loss, trainable_parameters
 from lightning_plasticity.isolation import differentiable_recurrence, isolated_rng, probing
 
@@ -51,6 +52,9 @@ _REENTRANT = (
     "reentrant checkpointing hides the parameters of its block and allows no second derivatives: pass "
     "use_reentrant=False to torch.utils.checkpoint.checkpoint"
 )
+
+_MAX_ASYMMETRY_IN_FLOAT32, _MAX_DIFFERENCE_IN_FLOAT32 = 1e-4, 5e-2
+"""The same where the model itself turns to float32 on the way: a norm or a softmax written so, logits.float()."""
 
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
@@ -88,10 +92,24 @@ def double_backward_ready(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def second_derivatives(model: nn.Module) -> Iterator[None]:
+    """What a graph that is differentiated twice is built in, and differentiated in: checkpoints are computed again.
+
+    Args:
+        model: The model.
+
+    Raises:
+        DoubleBackwardError: If torch has no second derivative of an operation.
+    """
+    with probing(model), explained_errors(), double_backward_ready(model), composed_weight_norm(), full_precision():
+        yield
+
+
+@contextlib.contextmanager
 def twice_differentiable_loss(
     model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], watching: TorchFunctionMode | None = None
 ) -> Iterator[Tensor]:
-    """The loss, with a graph that can be differentiated twice as long as it is kept.
+    """The loss, with a graph that can be differentiated twice within this context.
 
     Args:
         model: The model.
@@ -103,8 +121,8 @@ def twice_differentiable_loss(
         DoubleBackwardError: If torch has no second derivative of an operation.
         ValueError: If the loss is not a finite scalar with a graph, or depends on parameters of another model.
     """
-    with probing(model), explained_errors():
-        with double_backward_ready(model), composed_weight_norm(), watching or contextlib.nullcontext():
+    with second_derivatives(model):
+        with watching or contextlib.nullcontext():
             loss = loss_fn(model, batch)
         check_loss(loss)
         nodes = _nodes(loss)
@@ -234,8 +252,10 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
     double_batch = apply_to_collection(batch, Tensor, _double)
     generator = torch.Generator().manual_seed(0)
 
+    precision = _Precision()
+
     def loss() -> Tensor:
-        with isolated_rng(), double_backward_ready(model):
+        with isolated_rng(), double_backward_ready(model), precision:
             return loss_fn(model, double_batch)
 
     with probing(model):
@@ -254,11 +274,27 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         _check_no_other_parameters(nodes, model)
         with explained_errors():
             measured = _measure(loss, value, parameters, generator)
-    if measured.wrong:
+    if measured.is_wrong(in_float32=precision.is_float32):
         cause = _likely_cause(model, nodes)
         raise DoubleBackwardError(
             f"torch's second derivatives of this loss are wrong: {measured}. Likely cause: {cause}"
         )
+
+
+class _Precision(TorchFunctionMode):
+    """Sees whether anything with a gradient is computed in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_float32 = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32 and result.requires_grad:
+            self.is_float32 = True
+        return result
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -267,7 +303,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _random_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
     """The same numbers on every device."""
-    return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+    return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu").to(parameter.device)
 
 
 def _jitter(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
@@ -285,9 +321,11 @@ class _Measurement:
     difference: float
     worst: str
 
-    @property
-    def wrong(self) -> bool:
-        return not (self.asymmetry <= _MAX_ASYMMETRY and self.difference <= _MAX_DIFFERENCE)
+    def is_wrong(self, *, in_float32: bool) -> bool:
+        asymmetry, difference = _MAX_ASYMMETRY, _MAX_DIFFERENCE
+        if in_float32:
+            asymmetry, difference = _MAX_ASYMMETRY_IN_FLOAT32, _MAX_DIFFERENCE_IN_FLOAT32
+        return not (self.asymmetry <= asymmetry and self.difference <= difference)
 
     def __str__(self) -> str:
         return (

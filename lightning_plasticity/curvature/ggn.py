@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
+from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
 from lightning_plasticity.curvature.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.jacobian import TooManyPassesError
 from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
@@ -84,6 +84,7 @@ def ggn_spectrum(
         The spectrum. If it is exact, the tangent kernel of the same batch is in ``kernel``.
 
     Raises:
+        DoubleBackwardError: If products are wrong: a custom autograd.Function hides derivatives from them.
         UnsupportedModelError: If the curvature of a loss term is not known; with ``method="gram"`` also if a Jacobian
             is too large to be held.
         TooManyRowsError: If ``max_rows`` is exceeded, with ``method="gram"``.
@@ -129,15 +130,16 @@ def ggn_spectrum(
         with twice_differentiable_loss(model, part, loss_fn, recording) as loss:
             return GaussNewtonProduct(loss, outputs_of(loss, recording.loss_calls, names), selected)
 
-    return lanczos_spectrum(
-        sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
-        num_probes=num_probes,
-        num_steps=num_steps,
-        seed=seed,
-        reorthogonalization=reorthogonalization,
-        deflate=deflate,
-        progress=progress,
-    )
+    with second_derivatives(model):
+        return lanczos_spectrum(
+            sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
+            num_probes=num_probes,
+            num_steps=num_steps,
+            seed=seed,
+            reorthogonalization=reorthogonalization,
+            deflate=deflate,
+            progress=progress,
+        )
 
 
 def _check_method(method: str, sketch: int | None, micro_batch_size: int | None) -> None:

@@ -20,6 +20,7 @@ from lightning_plasticity.curvature.graph import leaves, reached
 from lightning_plasticity.curvature.jacobian import jacobian_gram
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.outputs import Outputs, UnsupportedModelError, outputs_of
+from lightning_plasticity.curvature.precision import full_precision
 from lightning_plasticity.curvature.problem import (
     NOT_FINITE,
     Batch,
@@ -113,7 +114,7 @@ def gram(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probing(model):
         recording = Recording(selected)
-        with recording:
+        with full_precision(), recording:
             loss = loss_fn(model, batch)
         check_loss(loss)
         outputs = outputs_of(loss, recording.loss_calls, names)

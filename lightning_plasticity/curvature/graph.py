@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
@@ -20,6 +22,28 @@ def edge_of(tensor: Tensor) -> Edge:
 def gradient_edge(edge: Edge) -> GradientEdge:
     """The same for :func:`torch.autograd.grad`."""
     return GradientEdge(*edge)
+
+
+_grad = FunctionType(
+    torch.autograd.grad.__code__,
+    # A function mode would be off while it handles this call, and what a checkpoint computes again would escape it.
+    {**torch.autograd.grad.__globals__, "has_torch_function": lambda _: False},
+    argdefs=torch.autograd.grad.__defaults__,
+)
+
+
+def gradients(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> Sequence[Tensor]:
+    """Vector-Jacobian products along a graph that is kept; zeros where an output does not depend on an input."""
+    result: Sequence[Tensor] = _grad(
+        outputs, inputs, vectors, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return result
 
 
 def reached(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> Iterator[Node]:

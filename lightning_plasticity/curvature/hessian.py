@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
+from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
 from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.products import CurvatureProduct, HessianProduct
@@ -93,15 +93,16 @@ def hessian_spectrum(
         with twice_differentiable_loss(model, part, loss_fn) as loss:
             return HessianProduct(loss, selected)
 
-    return lanczos_spectrum(
-        sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
-        num_probes=num_probes,
-        num_steps=num_steps,
-        seed=seed,
-        reorthogonalization=reorthogonalization,
-        deflate=deflate,
-        progress=progress,
-    )
+    with second_derivatives(model):
+        return lanczos_spectrum(
+            sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
+            num_probes=num_probes,
+            num_steps=num_steps,
+            seed=seed,
+            reorthogonalization=reorthogonalization,
+            deflate=deflate,
+            progress=progress,
+        )
 
 
 def _check_pyhessian_can(parameters: str | None, micro_batch_size: int | None, *, distributed: bool) -> None:

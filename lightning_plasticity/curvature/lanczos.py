@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ def lanczos_spectrum(
         2301.07825.
     """
     check_counts(num_probes=num_probes, num_steps=num_steps)
+    if reorthogonalization not in get_args(Reorthogonalization):
+        raise ValueError(f"reorthogonalization={reorthogonalization!r} must be 'full', 'partial' or 'none'")
     steps = min(num_steps, product.dimension)
     deflate = deflate and num_probes > 2 and reorthogonalization != "none"
     generator = torch.Generator()
@@ -80,7 +82,7 @@ def lanczos_spectrum(
     def draw(probe: int) -> Tensor:
         if probe % num_probes == 0:
             generator.manual_seed(seed)
-        start = torch.randn(product.dimension, generator=generator, dtype=torch.float64)
+        start = torch.randn(product.dimension, generator=generator, dtype=torch.float64, device="cpu")
         return start.to(product.device, product.dtype)
 
     quadratures: list[Quadrature] = []
@@ -170,10 +172,14 @@ def _run(
     off_diagonal: list[float] = []
     watch = _Orthogonality(eps * math.sqrt(len(start)))
     torch.div(start, start.norm(), out=basis[0])
-    complete = False
+    complete, scale = False, 1.0
     for step in range(steps):
         vector = basis[step % rows]
         image = product(vector)
+        if not step:
+            scale = _scale_of(image)
+        if scale != 1:
+            image = image / scale
         size = image.norm().item()
         if not math.isfinite(size):
             raise ValueError(NOT_FINITE)
@@ -193,8 +199,18 @@ def _run(
             break
         if step + 1 < steps:
             torch.div(image, off_diagonal[-1], out=basis[(step + 1) % rows])
-    quadrature, vectors = _quadrature(diagonal, off_diagonal, complete=complete or len(diagonal) == len(start))
-    return _Run(quadrature, basis[: len(diagonal)], vectors)
+    nodes, weights, residuals, vectors = _ritz(diagonal, off_diagonal)
+    residuals = residuals + _BREAKDOWN * eps * nodes.abs().max()  # a bound cannot be sharper than the products
+    complete = complete or len(diagonal) == len(start)
+    return _Run(Quadrature(scale * nodes, weights, scale * residuals, complete), basis[: len(diagonal)], vectors)
+
+
+def _scale_of(image: Tensor) -> float:
+    """A power of two to divide products by, so that squares of their entries neither vanish nor overflow."""
+    largest = image.abs().max().item()
+    if not math.isfinite(largest):
+        raise ValueError(NOT_FINITE)
+    return 1.0 if largest == 0 or 1e-9 < largest < 1e9 else 2.0 ** math.floor(math.log2(largest))
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
@@ -217,8 +233,8 @@ class _Orthogonality:
 
     def __init__(self, noise: float) -> None:
         self._noise = noise
-        self._before = torch.zeros(0, dtype=torch.float64)
-        self._now = torch.zeros(0, dtype=torch.float64)
+        self._before = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._now = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._again = False
 
     def needs_care(self, diagonal: list[float], off_diagonal: list[float]) -> bool:
@@ -229,13 +245,16 @@ class _Orthogonality:
             off_diagonal: What is beside it, the norm of the new vector last, ``step + 1`` numbers.
         """
         count = len(diagonal)
-        alpha, beta = torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64)
+        alpha, beta = (
+            torch.tensor(diagonal, dtype=torch.float64, device="cpu"),
+            torch.tensor(off_diagonal, dtype=torch.float64, device="cpu"),
+        )
         # Relative to the matrix, not to its neighbours in T: a short new vector is mostly rounding error.
         rounding = self._noise * torch.maximum(alpha.abs().max(), beta.max())
         following = (rounding / beta[-1]).expand(count).clone()
         if count > 1 and beta[-1] > 0:
             now, before = self._now, self._before  # of the newest vector, and of the one before it
-            padded = torch.cat([now, torch.ones(1, dtype=torch.float64)])
+            padded = torch.cat([now, torch.ones(1, dtype=torch.float64, device="cpu")])
             grown = beta[: count - 1] * padded[1:] + (alpha[: count - 1] - alpha[-1]) * now
             grown[1:] += beta[: count - 2] * now[:-1]
             grown[: len(before)] -= beta[-2] * before
@@ -251,10 +270,11 @@ class _Orthogonality:
         return care
 
 
-def _quadrature(diagonal: list[float], off_diagonal: list[float], *, complete: bool) -> tuple[Quadrature, Tensor]:
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    between = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
+def _ritz(diagonal: list[float], off_diagonal: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues of the tridiagonal matrix, their weights in the start vector, residuals, and eigenvectors."""
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    between = torch.tensor(off_diagonal[:-1], dtype=torch.float64, device="cpu")
     tridiagonal += torch.diag(between, 1) + torch.diag(between, -1)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     weights = vectors[0].square()
-    return Quadrature(nodes, weights / weights.sum(), off_diagonal[-1] * vectors[-1].abs(), complete), vectors
+    return nodes, weights / weights.sum(), off_diagonal[-1] * vectors[-1].abs(), vectors

@@ -230,8 +230,10 @@ class LayerCall:
     def arrangements(self, samples: int) -> list[int]:
         """What ``outer`` can be, given the number of samples: the likely first."""
         positions, shape = self.output_shape.numel() // self.channels, self.output_shape
-        if self.channels_first or samples == 1:
-            return [1] if positions % samples == 0 else []
+        if self.channels_first:
+            return [1] if shape[0] % samples == 0 else []
+        if samples == 1:
+            return [1]
         in_the_middle = [shape[:place].numel() for place, size in enumerate(shape[:-1]) if size == samples]
         possible = dict.fromkeys([1, *in_the_middle, positions // samples])
         return [outer for outer in possible if outer and positions % (outer * samples) == 0]

@@ -88,7 +88,7 @@ class Outputs:
         for _ in range(columns):
             parts = []
             for call, curvature in zip(self.calls, self.curvatures, strict=True):
-                signs = torch.randint(2, self.shape, generator=generator).to(curvature.residual) * 2 - 1
+                signs = torch.randint(2, self.shape, generator=generator, device="cpu").to(curvature.residual) * 2 - 1
                 parts.append(self._by_block(call, curvature.root, signs, lambda root, v: root.times(v)))
             result.append(torch.stack(parts).sum(0))
         return torch.stack(result)

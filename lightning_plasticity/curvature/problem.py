@@ -40,7 +40,9 @@ def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[s
         )
     if pattern is None:
         return parameters
-    matching = {name: parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)}
+    every_name = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several
+    chosen = {id(parameter) for name, parameter in every_name.items() if fnmatchcase(name, pattern)}
+    matching = {name: parameter for name, parameter in parameters.items() if id(parameter) in chosen}
     if not matching:
         raise ValueError(f"parameters={pattern!r} matches none of the trainable parameters {list(parameters)}")
     return matching

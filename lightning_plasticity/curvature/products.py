@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.curvature.graph import gradient_edge
+from lightning_plasticity.curvature.double_backward import DoubleBackwardError
+from lightning_plasticity.curvature.graph import gradient_edge, gradients
 from lightning_plasticity.curvature.outputs import Outputs
 
 
@@ -57,7 +58,7 @@ class CurvatureProduct(ABC):
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.to_dense().reshape(-1) for tensor in tensors])
 
 
 class HessianProduct(CurvatureProduct):
@@ -70,7 +71,7 @@ class HessianProduct(CurvatureProduct):
 
     def __init__(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters, loss.item())
-        self._gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+        self._gradients = gradients([loss], self.parameters, [torch.ones_like(loss)], create_graph=True)
         # A gradient that depends on no parameter has no graph: its rows of the Hessian are zero.
         self._curved = [number for number, gradient in enumerate(self._gradients) if gradient.requires_grad]
 
@@ -80,12 +81,10 @@ class HessianProduct(CurvatureProduct):
             return torch.zeros_like(vector)
         pieces = self._split(vector)
         return _flat(
-            torch.autograd.grad(
+            gradients(
                 [self._gradients[number] for number in self._curved],
                 self.parameters,
                 [pieces[number] for number in self._curved],
-                retain_graph=True,
-                materialize_grads=True,
             )
         )
 
@@ -111,26 +110,43 @@ class GaussNewtonProduct(CurvatureProduct):
         self._probes = [
             torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
         ]
-        self._pulled_back = torch.autograd.grad(
-            self._edges, self.parameters, self._probes, create_graph=True, materialize_grads=True
-        )
+        self._pulled_back = gradients(self._edges, self.parameters, self._probes, create_graph=True)
         self._used = [number for number, gradient in enumerate(self._pulled_back) if gradient.requires_grad]
+        self._check_transpose()
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
         if not self._used:
             return torch.zeros_like(vector)
+        pushed = zip(self._outputs, self._push(vector), strict=True)
+        return self._pull([output.hessian_times(change).to(change.dtype) for output, change in pushed])
+
+    def _push(self, vector: Tensor) -> Sequence[Tensor]:
+        r""":math:`J v`."""
         pieces = self._split(vector)
-        pushed = torch.autograd.grad(
+        return gradients(
             [self._pulled_back[number] for number in self._used],
             self._probes,
             [pieces[number] for number in self._used],
-            retain_graph=True,
-            materialize_grads=True,
         )
-        weighted = [
-            output.hessian_times(vector).to(vector.dtype) for output, vector in zip(self._outputs, pushed, strict=True)
-        ]
-        return _flat(
-            torch.autograd.grad(self._edges, self.parameters, weighted, retain_graph=True, materialize_grads=True)
-        )
+
+    def _pull(self, changes: Sequence[Tensor]) -> Tensor:
+        r""":math:`J^\top w`."""
+        return _flat(gradients(self._edges, self.parameters, changes))
+
+    def _check_transpose(self) -> None:
+        r"""Whether :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`: a backward pass may hide its own derivative."""
+        if not self._used:
+            return
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(self.dimension, generator=generator, dtype=torch.float64, device="cpu")
+        vector = (vector / vector.norm()).to(self.device, self.dtype)
+        pushed = self._push(vector)
+        square = sum(change.double().square().sum().item() for change in pushed)
+        again = torch.dot(vector.double(), self._pull(pushed).double()).item()
+        if not abs(square - again) <= 1e-3 * max(square, again):
+            raise DoubleBackwardError(
+                "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "
+                "matrix with it. Likely cause: a custom autograd.Function, marked once_differentiable or working on "
+                "detached tensors. ggn_spectrum(method='gram') does without"
+            )

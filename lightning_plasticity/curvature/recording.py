@@ -54,12 +54,13 @@ class Recording(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not any(tensor.requires_grad for tensor in _tensors(result)):
             return result
+        taken = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
         if func in LOSS_RULES:
-            loss_call = LOSS_RULES[func](result, *args, **kwargs)
+            # Weights or targets that depend on parameters too have a curvature of their own.
+            loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(taken) == 1 else None
             if loss_call is not None:
                 self.loss_calls.append(loss_call)
             return result
-        taken = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
         used = {name for tensor in taken if (name := self._name_of.get(id(tensor))) is not None}
         if not used:
             return result

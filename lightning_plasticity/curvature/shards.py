@@ -8,12 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_plasticity.curvature.batches import batch_size, concatenated, micro_batches
-from lightning_plasticity.curvature.problem import LossFunction, check_counts
+from lightning_plasticity.curvature.batches import batch_size, concatenated, micro_batches, moved
+from lightning_plasticity.curvature.precision import full_precision
+from lightning_plasticity.curvature.problem import LossFunction, check_counts, check_loss
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.isolation import probing
+
+_DISTANCE = 0.1
+"""How far from the weights, relative to their size, the loss is looked at a second time."""
 
 
 def is_distributed() -> bool:
@@ -43,7 +48,7 @@ class MicroBatched(CurvatureProduct):
         build: Makes the matrix of a piece.
 
     Raises:
-        ValueError: If the loss of the batch is not the mean of the pieces' losses.
+        ValueError: If the batch cannot be taken apart, or its loss is not the mean of the pieces' losses.
     """
 
     def __init__(
@@ -56,26 +61,15 @@ class MicroBatched(CurvatureProduct):
         build: Callable[[Any], CurvatureProduct],
     ) -> None:
         check_counts(micro_batch_size=size)
-        with probing(model), torch.no_grad():
-            self.loss = loss_fn(model, batch).item()
-        super().__init__(parameters, self.loss)
-        self._pieces = list(micro_batches(batch, size))
-        sizes = [batch_size(piece) or 0 for piece in self._pieces]
+        if batch_size(batch) is None:
+            raise ValueError(f"micro_batch_size={size}: the batch holds no tensor that could be taken apart")
+        pieces = list(micro_batches(batch, size))
+        sizes = [batch_size(piece) or 0 for piece in pieces]
+        super().__init__(parameters, _check_mean(model, loss_fn, batch, pieces, sizes, f"micro_batch_size={size}"))
+        self._pieces = pieces
         self._shares = [own / sum(sizes) for own in sizes]
         self._build = build
-        losses = []
-        for piece in self._pieces:
-            product = build(piece)
-            self.semidefinite = product.semidefinite
-            losses.append(product.loss)
-        mean = sum(share * loss for share, loss in zip(self._shares, losses, strict=True))
-        scale = sum(share * abs(loss) for share, loss in zip(self._shares, losses, strict=True))
-        if not abs(mean - self.loss) <= torch.finfo(self.dtype).eps ** 0.5 * scale:
-            raise ValueError(
-                f"micro_batch_size={size}: the loss of the whole batch is {self.loss:.6g}, that of its micro-batches "
-                f"{mean:.6g} on average, so it is no mean over samples (ignored targets, class weights, terms that "
-                "couple samples?): pass a loss_fn that is, or no micro_batch_size"
-            )
+        self.semidefinite = build(pieces[0]).semidefinite
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
@@ -129,13 +123,95 @@ def sharded(
         micro_batch_size: Number of samples whose graph is held at a time; ``None``: all.
         distributed: Whether the processes of a process group each hold a part of the batch.
     """
-    if micro_batch_size is None:
-        product = build(batch)
-    else:
-        product = MicroBatched(model, batch, loss_fn, parameters, micro_batch_size, build)
+
+    def own() -> CurvatureProduct:
+        if micro_batch_size is None:
+            return build(batch)
+        return MicroBatched(model, batch, loss_fn, parameters, micro_batch_size, build)
+
     if not distributed or not is_distributed():
-        return product
+        return own()
     samples = batch_size(batch)
     if samples is None:
         raise ValueError("the batch holds no tensor to count the samples of this process by: pass distributed=False")
-    return AveragedOverRanks(product, samples)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (samples, batch))
+    next_samples, next_batch = everyone[(dist.get_rank() + 1) % len(everyone)]
+    next_batch = moved(next_batch, batch)
+
+    def checked() -> CurvatureProduct:
+        # Each process with the next one: if two are a mean, all of them are.
+        both = concatenated([batch, next_batch])
+        _check_mean(model, loss_fn, both, [batch, next_batch], [samples, next_samples], "distributed=True")
+        return own()
+
+    return AveragedOverRanks(_all_or_none(checked), samples)
+
+
+def _all_or_none(work: Callable[[], CurvatureProduct]) -> CurvatureProduct:
+    """The work of this process, unless it fails on any: the others would wait for ever."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    failed = {rank: message for rank, message in enumerate(everyone) if message is not None}
+    if failed or result is None:
+        raise RuntimeError(f"the curvature could not be measured on every process: {failed}")
+    return result
+
+
+def _check_mean(
+    model: nn.Module,
+    loss_fn: LossFunction[Any],
+    batch: Any,
+    pieces: Sequence[Any],
+    sizes: Sequence[int],
+    what: str,
+) -> float:
+    """The loss of a batch, checked to be the mean over the samples of its pieces.
+
+    At other weights too: where a network gives every sample the same loss, any mean is right.
+    """
+    values = [
+        [_loss_near(model, loss_fn, part, distance) for part in (batch, *pieces)] for distance in (0.0, _DISTANCE)
+    ]
+    for whole, *parts in values:
+        mean = sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+        scale = sum(size * abs(part) for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+        eps = torch.finfo(next(model.parameters()).dtype).eps
+        if not abs(mean - whole) <= eps**0.5 * scale:
+            raise ValueError(
+                f"{what}: the loss of the samples together is {whole:.6g}, that of their parts {mean:.6g} on average, "
+                "so it is no mean over samples (ignored targets, class weights, a sum, terms that couple samples?): "
+                "pass a loss_fn that is, or the samples as one batch"
+            )
+    return values[0][0]
+
+
+def _loss_near(model: nn.Module, loss_fn: LossFunction[Any], batch: Any, distance: float) -> float:
+    """The loss some way away from the weights, relative to their size: the same way every time."""
+
+    class Lossy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Any) -> Tensor:
+            return loss_fn(self.model, batch)
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(parameter)
+        size = parameter.detach().square().mean().sqrt() if parameter.numel() else parameter.detach().sum()
+        weights[f"model.{name}"] = parameter.detach() + distance * torch.where(size > 0, size, 1) * noise
+    with probing(model), full_precision(), torch.no_grad():
+        loss = functional_call(Lossy(), weights, (batch,))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        check_loss(loss)
+    return float(loss.item())

@@ -81,21 +81,29 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> Estimate:
-        """Effective rank of the matrix (:func:`effective_rank_of`)."""
-        return self._mean(lambda values, weights: effective_rank_of(values, self.num_parameters * weights))
+        """Effective rank of the matrix (:func:`effective_rank_of`).
+
+        Of an estimate it is biased, as few nodes stand for many eigenvalues, by more than its standard error if there
+        are few steps: good to compare one with another, and never ``resolved``.
+        """
+        rank = self._mean(lambda values, weights: effective_rank_of(values, self.num_parameters * weights))
+        return rank if self.exact else _between(rank, 0.0, float(self.num_parameters))
 
     @property
     def negative_mass(self) -> Estimate:
         r"""Share of the curvature that is negative.
 
         :math:`\sum_{\lambda_k < 0} w_k |\lambda_k| / \sum_k w_k |\lambda_k|`
+
+        Of an estimate there is no bound on its bias.
         """
 
         def share(values: Tensor, weights: Tensor) -> float:
             total = (weights * values.abs()).sum()
             return ((weights * values.clamp(max=0).abs()).sum() / total).item() if total > 0 else 0.0
 
-        return self._mean(share)
+        mass = self._mean(share)
+        return mass if self.exact else _between(mass, 0.0, 1.0)
 
     def top(self, k: int) -> Tensor:
         """The ``k`` largest eigenvalues, descending, shape ``(min(k, number of eigenvalues),)``.
@@ -135,7 +143,9 @@ class Spectrum:
         lo = 1 - sum(high for _, high in inside) / len(inside)
         hi = 1 - sum(low for low, _ in inside) / len(inside)
         lo, share, hi = (min(max(value, 0.0), 1.0) for value in (lo, estimate, hi))
-        return Estimate(share, standard_error=estimate.standard_error, lo=lo, hi=hi)
+        return Estimate(
+            share, standard_error=estimate.standard_error, lo=lo, hi=hi, start_vectors=estimate.start_vectors
+        )
 
     def epsilon_rank(self, epsilon: float) -> Estimate:
         r"""Number of directions with notable curvature, :math:`\#\{k : |\lambda_k| > \epsilon\}`.
@@ -157,7 +167,11 @@ class Spectrum:
         if self.exact:
             return Estimate(round(count * share))
         return Estimate(
-            count * share, standard_error=count * share.standard_error, lo=count * share.lo, hi=count * share.hi
+            count * share,
+            standard_error=count * share.standard_error,
+            lo=count * share.lo,
+            hi=count * share.hi,
+            start_vectors=share.start_vectors,
         )
 
     def relative_epsilon_rank(self, relative_epsilon: float) -> Estimate:
@@ -287,8 +301,11 @@ class Spectrum:
             return Estimate(value)
         if len(self.quadratures) < 2:
             return Estimate(value, standard_error=math.nan)
-        each = torch.tensor([number(*quadrature.measure) for quadrature in self.quadratures], dtype=torch.float64)
-        return Estimate(value, standard_error=(each.std() / math.sqrt(len(each))).item())
+        each = torch.tensor(
+            [number(*quadrature.measure) for quadrature in self.quadratures], dtype=torch.float64, device="cpu"
+        )
+        error = (each.std() / math.sqrt(len(each))).item()
+        return Estimate(value, standard_error=error, start_vectors=len(each))
 
     def _extreme(self, *, largest: bool) -> Estimate:
         if not self.quadratures:
@@ -301,3 +318,10 @@ class Spectrum:
         place = nodes.argmax() if largest else nodes.argmin()
         value, residual = nodes[place].item(), residuals[place].item()
         return Estimate(value, lo=value - residual, hi=value + residual)
+
+
+def _between(estimate: Estimate, lo: float, hi: float) -> Estimate:
+    """The estimate, with nothing known of it but its bounds."""
+    value = min(max(float(estimate), lo), hi)
+    error, count = estimate.standard_error, estimate.start_vectors
+    return Estimate(value, standard_error=error, lo=lo, hi=hi, start_vectors=count)

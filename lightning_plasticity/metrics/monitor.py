@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
+from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
 from lightning_plasticity.functional.layouts import rows_of, sample_count
