@@ -48,13 +48,14 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
         UserWarning: If the optimizer is none of torch's, and state stays that may belong to new entries.
     """
     optimizer = _unwrapped(optimizer)
-    affected = {parameter: mask for parameter, mask in renewed.items() if parameter in _affected(optimizer, renewed)}
+    held = _affected(optimizer, renewed)
+    affected = {parameter: mask for parameter, mask in renewed.items() if parameter in held}
     if isinstance(optimizer, torch.optim.LBFGS):  # one flat state for all parameters, kept under the first
         if affected:
             optimizer.state.clear()
         return
-    whole = [parameter for parameter, mask in affected.items() if mask is None or bool(mask.all())]
-    partly = {p: mask for p, mask in affected.items() if mask is not None and p not in set(whole) and bool(mask.any())}
+    partly = {p: mask for p, mask in affected.items() if mask is not None and not bool(mask.all())}
+    whole = [parameter for parameter in affected if parameter not in partly]
     if isinstance(optimizer, torch.optim.Adagrad):  # makes its state when it is built, and never again
         for parameter in whole:
             optimizer.state[parameter]["step"].zero_()
@@ -77,17 +78,14 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
 def remembered(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[None]:
     """Puts the state of an optimizer back as it was if an exception leaves the block: same objects, same values."""
     optimizer = _unwrapped(optimizer)
-    order = list(optimizer.state)
-    before = [
-        (parameter, state, dict(state), {key: v.clone() for key, v in state.items() if isinstance(v, Tensor)})
-        for parameter, state in ((p, optimizer.state[p]) for p in order)
-        if parameter in _affected(optimizer, renewed) or isinstance(optimizer, torch.optim.LBFGS)
-    ]
-    everything = {parameter: optimizer.state[parameter] for parameter in order}
+    everything = dict(optimizer.state)
+    before = []
+    for state in (everything[parameter] for parameter in _affected(optimizer, renewed) if parameter in everything):
+        before.append((state, dict(state), {key: v.clone() for key, v in state.items() if isinstance(v, Tensor)}))
     try:
         yield
     except BaseException:
-        for _, state, items, values in before:
+        for state, items, values in before:
             state.clear()
             state.update(items)
             for key, value in values.items():

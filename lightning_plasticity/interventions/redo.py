@@ -24,7 +24,10 @@ class _Recycling(Intervention):
         if not threshold >= 0:
             raise ValueError(f"{type(self).__name__}(threshold={threshold}) must be at least 0: a share of the mean")
         self.threshold = threshold
-        self.initial = initial
+        # A state_dict() shares its tensors with the model, which is going to be trained.
+        self.initial = (
+            None if initial is None else {key: value.detach().cpu().clone() for key, value in initial.items()}
+        )
 
     @override
     def changes(self, model: nn.Module, request: Request) -> Changes:
