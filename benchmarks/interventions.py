@@ -111,15 +111,15 @@ def cost() -> None:
         *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
     )
     cases = {
-        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784)),
-        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32)),
+        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 5),
+        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 1),
     }
-    for name, (model, x) in cases.items():
+    for name, (model, x, rounds) in cases.items():
         print(name)
-        _cost(model, x)
+        _cost(model, x, rounds)
 
 
-def _cost(model: nn.Module, x: Tensor) -> None:
+def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     y = torch.randint(10, (len(x),))
 
@@ -140,7 +140,8 @@ def _cost(model: nn.Module, x: Tensor) -> None:
             "ReDo": lambda: ReDo(0.1).repair(model, optimizers=[optimizer], forward=lambda model: model(x)),
             "ReGraMa": lambda: ReGraMa(0.1).repair(model, optimizers=[optimizer], loss=loss),
         },
-        rounds=3,
+        rounds=rounds,
+        warmup=rounds // 5,
     )
     for name, seconds in medians.items():
         print(f"  {name:<30}{1e3 * seconds:9.0f} ms {seconds / medians['training step']:8.1f} steps")

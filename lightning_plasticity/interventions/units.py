@@ -60,8 +60,8 @@ class Units:
     def __str__(self) -> str:
         rows = [("layer", "units", "drawn anew", "set to zero")]
         for layer, site in self.sites.items():
-            rows.append((layer, str(site.num_units), ", ".join(site.incoming), ", ".join(site.outgoing)))
-        rows += [(layer, "–", reason, "") for layer, reason in self.left_out.items()]
+            rows.append((layer or "(model)", str(site.num_units), ", ".join(site.incoming), ", ".join(site.outgoing)))
+        rows += [(layer or "(model)", "–", reason, "") for layer, reason in self.left_out.items()]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         drawn = max([len(row[2]) for row in rows if row[3]])
         return "\n".join(
