@@ -79,7 +79,7 @@ class ReDo(_Recycling):
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> with torch.no_grad():
-        ...     model[0].bias[1] = -100  # never fires again
+        ...     _ = model[0].bias.copy_(torch.tensor([9.0, -9.0, 9.0]))  # the second never fires again
         >>> x = torch.rand(16, 4)
         >>> ReDo(threshold=0).repair(model, forward=lambda model: model(x)).units
         {'0': tensor([1])}
@@ -119,6 +119,7 @@ class ReGraMa(_Recycling):
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
         >>> with torch.no_grad():
+        ...     _ = model[2].weight.fill_(1)
         ...     model[2].weight[:, 1] = 0  # nobody listens to it
         >>> x = torch.rand(16, 4)
         >>> ReGraMa().repair(model, loss=lambda model: model(x).square().mean(), forward=lambda model: model(x)).units
