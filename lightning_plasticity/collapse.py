@@ -127,10 +127,14 @@ class Collapse:
 
 
 def _withheld(value: float) -> str:
-    bracket = f" (it is somewhere between {value.lo:.3g} and {value.hi:.3g})" if isinstance(value, Estimate) else ""
+    where, how = "", "raise num_steps of the probe"
+    if isinstance(value, Estimate):
+        where = f" (it is somewhere between {max(value.lo - value.half_width, 0.0):.3g} and {value.hi + value.half_width:.3g})"
+        if value.half_width > (value.hi - value.lo) / 2:
+            how = "raise num_probes of the probe"
     return (
-        f"is not resolved{bracket}, so whether this is a collapse cannot be told: raise num_steps of the probe, or let "
-        "Collapse watch a number that needs less resolution, such as 'learnable_fraction' or 'hessian_effective_rank'"
+        f"is not resolved{where}, so whether this is a collapse cannot be told: {how}, or let Collapse watch a number "
+        "that needs less of either, such as 'learnable_fraction' or 'hessian_effective_rank'"
     )
 
 

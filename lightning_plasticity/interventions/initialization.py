@@ -64,6 +64,35 @@ def fresh_values(
     return result
 
 
+def resampled_values(
+    tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor], generator: torch.Generator | None
+) -> dict[Tensor, Tensor]:
+    """Draws new values for tensors from the distribution of their initial entries: with replacement, one by one.
+
+    For initialisations that were applied by hand, and that no layer knows of.
+
+    Args:
+        tensors: Parameters and buffers by name.
+        initial: What they, or others of that name, were before training; such as an early ``state_dict()``.
+        generator: A CPU generator; by default one seeded from torch's global one.
+
+    Returns:
+        New value of each tensor, on the CPU, by the old tensor.
+
+    Raises:
+        ValueError: If ``initial`` lacks one of the tensors.
+    """
+    missing = [name for name in tensors if name not in initial]
+    if missing:
+        raise ValueError(f"initial has no {missing}: it must be the state_dict() of the same model before training")
+    result: dict[Tensor, Tensor] = {}
+    for name, tensor in tensors.items():
+        values = initial[name].detach().cpu().flatten()
+        picks = torch.randint(values.numel(), (tensor.numel(),), generator=generator)
+        result[tensor] = values[picks].view(tensor.shape)
+    return result
+
+
 def _reset_method(module: nn.Module) -> str | None:
     return next((name for name in ("reset_parameters", "_reset_parameters") if hasattr(module, name)), None)
 

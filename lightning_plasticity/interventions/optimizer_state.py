@@ -2,39 +2,112 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+Renewed = Mapping[nn.Parameter, Tensor | None]
+"""Which entries of each parameter are new: a boolean tensor of its shape, on its device; ``None`` means all."""
 
-def plan_clearing(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Callable[[], Any]]:
-    """The steps that make an optimizer treat parameters with entirely new values as parameters it has never seen.
+_SUMMARIES = ("row_var", "col_var")
+"""State of torch's Adafactor that has one entry for many weights."""
+
+
+def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
+    """Makes an optimizer treat new entries of parameters as entries that it has never seen.
+
+    A parameter that is new as a whole gets the state of a new parameter. Of one that is new in part:
+
+    * moments, momentum and accumulators of exactly these entries become what they are at first: zero, for Adagrad
+      ``initial_accumulator_value``, for Rprop the learning rate as step size, for ASGD's average the new weight;
+    * factored moments (Adafactor's row and column variances) become zero where *all* the weights that they summarise
+      are new, and stay where some are old;
+    * the step count, one number a tensor, stays.
+
+    *Why Adam's second moment becomes zero although its step count stays.* The bias correction then takes the new
+    moments for old ones, so that the first step is (1 - 0.9) / sqrt(1 - 0.999) = 3.2 learning rates. Measured by
+    ``benchmarks/interventions.py``, which recycles 16 of 128 hidden units after 1000 steps, mean steps over a tensor:
+
+    * zero: at most 2.5 learning rates. On new random labels the outgoing weights move 5.5 times as far as kept ones at
+      the first step, 2.0 at the fifth, 1.2 at the thirtieth. On a noisy stream that is already learned, where kept
+      weights move by 0.2 learning rates only, it is 16, 15, 4.4, and 1.2 at the hundredth;
+    * the mean second moment of the kept entries: new units are *inert*. Their incoming gradients are small as long as
+      the outgoing weights are, and the mean is large and old: incoming weights move 0.00 times as far as kept ones at
+      the fifth step, 0.03 to 0.04 at the thirtieth, 0.03 to 0.17 at the hundredth;
+    * a step count of zero, which is one number for the whole tensor: *kept* weights move 3 to 4 times less far.
+
+    So the first. (RMSprop, which corrects no bias, makes steps of up to 10 learning rates, as in a new network.)
 
     Args:
-        optimizer: Any optimizer, or a wrapper with the optimizer in ``.optimizer``. Nothing changes until the steps are
-            called, and they are to be called once the parameters have their new values.
-        parameters: The parameters whose every entry is new. Those the optimizer does not hold are passed over.
+        optimizer: Any optimizer, or a wrapper with the optimizer in ``.optimizer``.
+        renewed: The new entries; the parameters already have their new values. Parameters that the optimizer does not
+            hold are passed over.
 
-    Returns:
-        Functions without arguments.
+    Warns:
+        UserWarning: If the optimizer is none of torch's, and state stays that may belong to new entries.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        optimizer = inner
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer = _unwrapped(optimizer)
+    held = _affected(optimizer, renewed)
+    affected = {parameter: mask for parameter, mask in renewed.items() if parameter in held}
     if isinstance(optimizer, torch.optim.LBFGS):  # one flat state for all parameters, kept under the first
-        return [optimizer.state.clear] if any(id(parameter) in held for parameter in parameters) else []
-    affected = [parameter for parameter in parameters if id(parameter) in held and parameter in optimizer.state]
+        if affected:
+            optimizer.state.clear()
+        return
+    partly = {p: mask for p, mask in affected.items() if mask is not None and not bool(mask.all())}
+    whole = [parameter for parameter in affected if parameter not in partly]
     if isinstance(optimizer, torch.optim.Adagrad):  # makes its state when it is built, and never again
-        return [partial(_reset_adagrad, optimizer, parameter) for parameter in affected]
-    if affected and not _is_torchs_own(optimizer):
-        return [partial(_renew_unknown, optimizer, affected)]
-    return [partial(optimizer.state.pop, parameter, None) for parameter in affected]  # made anew at the next step
+        for parameter in whole:
+            optimizer.state[parameter]["step"].zero_()
+            optimizer.state[parameter]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+    elif whole and not _is_torchs_own(optimizer):
+        _renew_unknown(optimizer, whole)
+    else:
+        for parameter in whole:
+            del optimizer.state[parameter]  # made anew at the next step
+    stayed = {key for parameter, mask in partly.items() for key in _clear_entries(optimizer, parameter, mask)}
+    if stayed:
+        warnings.warn(
+            f"{type(optimizer).__name__} is not known here: its state {sorted(stayed)} stayed as it was, though it may "
+            "belong to weights that were re-initialised",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def remembered(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[None]:
+    """Puts the state of an optimizer back as it was if an exception leaves the block: same objects, same values."""
+    optimizer = _unwrapped(optimizer)
+    everything = dict(optimizer.state)
+    before = []
+    for state in (everything[parameter] for parameter in _affected(optimizer, renewed) if parameter in everything):
+        before.append((state, dict(state), {key: v.clone() for key, v in state.items() if isinstance(v, Tensor)}))
+    try:
+        yield
+    except BaseException:
+        for state, items, values in before:
+            state.clear()
+            state.update(items)
+            for key, value in values.items():
+                items[key].copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update(everything)
+        raise
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _affected(optimizer: torch.optim.Optimizer, renewed: Renewed) -> set[nn.Parameter]:
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in renewed}
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return held
+    return {parameter for parameter in held if parameter in optimizer.state}
 
 
 def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
@@ -44,10 +117,44 @@ def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
     return any(f"{ancestor.__module__}.".startswith("torch.optim.") for ancestor in before)
 
 
-def _reset_adagrad(optimizer: torch.optim.Adagrad, parameter: nn.Parameter) -> None:
-    state = optimizer.state[parameter]
-    state["step"].zero_()
-    state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+def _clear_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask: Tensor) -> list[str]:
+    """Clears the state of some entries of a parameter; returns the names of what is not known and stayed."""
+    own = _is_torchs_own(optimizer)
+    stayed = []
+    for key, value in optimizer.state[parameter].items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            if not own and key != "step":
+                stayed.append(key)
+            continue
+        entries = _entries_of_summary(mask, value.shape)
+        known = value.shape == parameter.shape or (own and key in _SUMMARIES)
+        if entries is None or not value.is_floating_point() or not known:
+            stayed.append(key)
+            continue
+        value[entries] = _at_first(optimizer, parameter, key, entries)
+    return stayed
+
+
+def _entries_of_summary(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """Which entries of a state summarise new weights only; ``None`` if it is no summary over whole dimensions."""
+    if len(shape) != mask.ndim or any(size not in (1, full) for size, full in zip(shape, mask.shape, strict=True)):
+        return None
+    for dim, size in enumerate(shape):
+        if size == 1:
+            mask = mask.all(dim=dim, keepdim=True)
+    return mask
+
+
+def _at_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, entries: Tensor) -> Tensor | float:
+    """What entries of a state are before the first step."""
+    if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
+        return float(optimizer.defaults["initial_accumulator_value"])
+    if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        return float(group["lr"])
+    if isinstance(optimizer, torch.optim.ASGD) and key == "ax":
+        return parameter.detach()[entries]
+    return 0.0
 
 
 def _renew_unknown(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

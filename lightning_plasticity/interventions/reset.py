@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Intervention, RepairReport, replace_tensors
+from lightning_plasticity.interventions.base import Changes, Intervention, Request
 from lightning_plasticity.interventions.initialization import fresh_values
 
 
@@ -41,17 +40,8 @@ class Reset(Intervention):
         self.layers = layers
 
     @override
-    def repair(
-        self,
-        model: nn.Module,
-        *,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        forward: Callable[[nn.Module], object] | None = None,
-        loss: Callable[[nn.Module], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> RepairReport:
-        new_values = fresh_values(model, self._selected(model), generator)
-        return replace_tensors(type(self).__name__, new_values, optimizers)
+    def changes(self, model: nn.Module, request: Request) -> Changes:
+        return Changes(fresh_values(model, self._selected(model), request.generator))
 
     def _selected(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(model.named_modules())

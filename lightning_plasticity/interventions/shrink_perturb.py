@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Intervention, RepairReport, replace_tensors
+from lightning_plasticity.interventions.base import Changes, Intervention, Request
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
 
 
@@ -39,19 +37,12 @@ class ShrinkPerturb(Intervention):
         self.s = s
 
     @override
-    def repair(
-        self,
-        model: nn.Module,
-        *,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        forward: Callable[[nn.Module], object] | None = None,
-        loss: Callable[[nn.Module], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> RepairReport:
+    def changes(self, model: nn.Module, request: Request) -> Changes:
         modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
-        new_values = {
-            old: fresh if self.s == 1 else torch.lerp(old.detach(), fresh.to(old), self.s)
-            for old, fresh in fresh_values(model, modules, generator).items()
-            if isinstance(old, nn.Parameter)
-        }
-        return replace_tensors(type(self).__name__, new_values, optimizers)
+        return Changes(
+            {
+                old: fresh if self.s == 1 else torch.lerp(old.detach(), fresh.to(old), self.s)
+                for old, fresh in fresh_values(model, modules, request.generator).items()
+                if isinstance(old, nn.Parameter)
+            }
+        )

@@ -1,0 +1,296 @@
+"""Models whose units the tests recycle, each with inputs and with what there is to be recycled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the table.
+
+    Args:
+        name: Its name.
+        build: Makes the module.
+        shape: Of its input.
+        sites: Number of units of each layer that has some to be recycled, and the consumers of them.
+        left_out: A part of the reason, by name of the layer.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    sites: dict[str, tuple[int, tuple[str, ...]]]
+    left_out: dict[str, str]
+
+
+class Functional(nn.Module):
+    """Attributes that are registered in another order than they are called in, and functional activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.second, self.first = nn.Linear(6, 3), nn.Linear(5, 6), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(F.relu(self.first(x)))))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.policy, self.value = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.relu(self.trunk(x))
+        return self.policy(h), self.value(h)
+
+
+class DetachedHead(TwoHeads):
+    """No graph leads to the second head."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.relu(self.trunk(x))
+        return self.policy(h), self.value(h.detach())
+
+
+class Residual(nn.Module):
+    """Adds its input, which is in no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + F.relu(self.first(x)))
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """ResNet-18, narrow and for small images."""
+
+    def __init__(self, width: int = 4, blocks: tuple[int, ...] = (2, 2, 2, 2), classes: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        layers: list[nn.Module] = []
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs = width * 2**stage
+            for block in range(count):
+                layers.append(BasicBlock(inputs, outputs, 2 if stage and not block else 1))
+                inputs = outputs
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed((x.abs() * 5).long() % 11)).mean(1))
+
+
+class Gru(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.gru = nn.Linear(4, 6), nn.GRU(6, 5, batch_first=True)
+        self.hidden, self.head = nn.Linear(5, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(self.gru(F.relu(self.inputs(x)))[0][:, -1])))
+
+
+class Shared(nn.Module):
+    """One layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.shared(F.relu(self.shared(F.relu(self.first(x)))))))
+
+
+class Tied(nn.Module):
+    """The same weight in an embedding and as logits, and one used without its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.mid = nn.Linear(4, 5, bias=False), nn.Linear(5, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.mid(F.relu(self.hidden(self.embed(x))))) @ self.embed.weight
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Concatenated(nn.Module):
+    """Two layers side by side, and the input, read by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 3), nn.Linear(4, 5), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1))
+
+
+class ChannelsLast(nn.Module):
+    """Flattens as Flax does: channels vary fastest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))
+
+
+class Softmaxed(nn.Module):
+    """Units that compete without any layer to show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).softmax(-1))
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    model[0].requires_grad_(False)
+    return model
+
+
+RESNET_SITES = {f"layers.{i}.conv1": (4 * 2 ** (i // 2), (f"layers.{i}.conv2",)) for i in range(8)}
+
+MODELS = [
+    Model(
+        "mlp",
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+        (8, 4),
+        {"0": (6, ("2",)), "2": (5, ("4",))},
+        {"4": "logits"},
+    ),
+    Model("functional", Functional, (8, 4), {"first": (5, ("second",)), "second": (6, ("head",))}, {"head": "logits"}),
+    Model(
+        "batch norm",
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.PReLU(6), nn.Dropout(0.3), nn.Linear(6, 3)),
+        (8, 4),
+        {"0": (6, ("4",))},
+        {"4": "logits"},
+    ),
+    Model(
+        "layer norm",
+        lambda: nn.Sequential(
+            *(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU()),
+            *(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6), nn.RMSNorm(6), nn.ReLU(), nn.Linear(6, 3)),
+        ),
+        (8, 4),
+        {"3": (5, ("5",))},
+        {"0": "LayerNorm '1' mixes", "5": "RMSNorm '6' mixes", "8": "logits"},
+    ),
+    Model(
+        "conv, flatten",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)),
+        ),
+        (4, 1, 10, 10),
+        {"0": (6, ("4",)), "4": (4, ("7",)), "7": (5, ("9",))},
+        {"9": "logits"},
+    ),
+    Model(
+        "depthwise",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU()),
+            *(nn.Conv2d(4, 3, 1), nn.GroupNorm(1, 3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.ReLU()),
+            *(nn.ConvTranspose2d(2, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 1)),
+        ),
+        (3, 1, 6, 6),
+        {"0": (4, ("5",)), "8": (2, ("10",)), "10": (3, ("12",))},
+        {"3": "depthwise", "5": "GroupNorm '6' mixes", "12": "logits"},
+    ),
+    Model("two heads", TwoHeads, (8, 4), {"trunk": (6, ("policy", "value"))}, {"policy": "logits", "value": "logits"}),
+    Model("detached head", DetachedHead, (8, 4), {}, {"trunk": "by other ways than 'policy'", "policy": "logits"}),
+    Model("residual", Residual, (8, 4), {}, {"first": "more than its units", "second": "logits"}),
+    Model(
+        "resnet",
+        ResNet,
+        (2, 3, 8, 8),
+        RESNET_SITES,
+        {"conv1": "residual stream", "layers.0.conv2": "residual stream", "layers.2.downsample.0": "residual stream"},
+    ),
+    Model(
+        "transformer",
+        Encoder,
+        (3, 5),
+        {f"encoder.layers.{i}.linear1": (12, (f"encoder.layers.{i}.linear2",)) for i in (0, 1)},
+        {
+            "embed": "embedding",
+            "encoder.layers.0.self_attn": "attention",
+            "encoder.layers.0.linear2": "residual stream",
+            "head": "logits",
+        },
+    ),
+    Model(
+        "gru",
+        Gru,
+        (3, 5, 4),
+        {"hidden": (7, ("head",))},
+        {"inputs": "recurrent layer 'gru' reads it", "gru": "recurrent", "head": "logits"},
+    ),
+    Model(
+        "shared",
+        Shared,
+        (8, 4),
+        {},
+        {"first": "joined with the units of 'shared'", "shared": "used 2 times", "head": "logits"},
+    ),
+    Model(
+        "tied", Tied, (8, 4), {"hidden": (6, ("mid",))}, {"embed": "'embed.weight' is used 2 times", "mid": "an output"}
+    ),
+    Model("gated", Gated, (8, 4), {}, {"gate": "gate: joined with the units of 'up'", "up": "gate", "down": "logits"}),
+    Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),
+    Model("channels last", ChannelsLast, (4, 1, 6, 6), {}, {"conv": "mixed, or reordered", "head": "logits"}),
+    Model("softmax", Softmaxed, (8, 4), {}, {"first": "mixed", "second": "logits"}),
+    Model("frozen", frozen, (8, 4), {"2": (5, ("4",))}, {"0": "'0.weight' is frozen", "4": "logits"}),
+]
