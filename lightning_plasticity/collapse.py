@@ -129,8 +129,9 @@ class Collapse:
 def _withheld(value: float) -> str:
     where, how = "", "raise num_steps of the probe"
     if isinstance(value, Estimate):
-        where = f" (it is somewhere between {max(value.lo - value.half_width, 0.0):.3g} and {value.hi + value.half_width:.3g})"
-        if value.half_width > (value.hi - value.lo) / 2:
+        lo, hi = max(value.lo - value.half_width, 0.0), value.hi + value.half_width
+        where = f" (it is somewhere between {lo:.3g} and {hi:.3g})" if math.isfinite(value.half_width) else ""
+        if not value.half_width <= (value.hi - value.lo) / 2:
             how = "raise num_probes of the probe"
     return (
         f"is not resolved{where}, so whether this is a collapse cannot be told: {how}, or let Collapse watch a number "
