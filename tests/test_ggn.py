@@ -361,3 +361,28 @@ def test_a_tied_parameter_is_found_by_all_of_its_names() -> None:
     batch = (torch.randn(6, 4), classes(6, 4))
     by_name = [ggn_spectrum(model, batch, cross_entropy, parameters=f"{n}.weight").eigenvalues for n in (0, 2)]
     assert torch.equal(*by_name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95), small=st.floats(1e-6, 1), factor=st.floats(1, 1e3))
+def test_traces_of_losses_add_up_and_ranks_fall_with_their_threshold(
+    seed: int, share: float, small: float, factor: float
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batch = (torch.randn(6, 4, dtype=torch.float64), classes(6))
+
+    def both(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        outputs = model(batch[0])
+        return share * F.cross_entropy(outputs, batch[1]) + (1 - share) * F.mse_loss(
+            outputs, torch.zeros(6, 3).double()
+        )
+
+    def squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), torch.zeros(6, 3).double())
+
+    one, other, total = (ggn_spectrum(model, batch, loss_fn) for loss_fn in (cross_entropy, squared, both))
+    assert total.trace == pytest.approx(share * one.trace + (1 - share) * other.trace, rel=1e-10)
+    assert total.epsilon_rank(small * factor) <= total.epsilon_rank(small)
+    estimate = hessian_spectrum(model, batch, both, num_probes=3, num_steps=5, deflate=False)
+    assert estimate.epsilon_rank(small * factor).hi <= estimate.epsilon_rank(small).hi + 1e-9
