@@ -175,6 +175,8 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._step_monitor is not None:
+            self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         if self._tasks.new_task(trainer, pl_module):
             self._start_task(trainer, pl_module, batch)
         if self._step_monitor is not None:
@@ -187,6 +189,11 @@ class SpectralCollapseCallback(Callback):
         if self._step_monitor is not None:
             log_step(trainer.loggers, self._step_monitor.end(), self._steps)
         self._steps = self._steps_before_fit + trainer.global_step
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step_monitor is not None:
+            self._step_monitor.abandon()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.isolation import probing
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.training_loss import LossFunction
@@ -51,6 +52,8 @@ def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
 class StepMonitor:
     """Watches the batch in flight every few optimizer steps, without an extra forward pass.
 
+    Of the batches between two steps it is the first, and where a batch takes several steps the first after as many.
+
     Args:
         monitor: Says what is measured. It is not changed.
         every_n_steps: The number of optimizer steps from one look to the next.
@@ -58,6 +61,7 @@ class StepMonitor:
 
     def __init__(self, monitor: PlasticityMonitor, every_n_steps: int) -> None:
         self._monitor = copy.deepcopy(monitor)
+        self._monitor.forgiving = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
         self._last: int | None = None
         self._attached = False
@@ -69,7 +73,7 @@ class StepMonitor:
             RuntimeError: If the module cannot be looked into.
         """
         self.abandon()
-        if step % self._every_n_steps or step == self._last:  # of an accumulated gradient the first batch
+        if self._last is not None and step // self._every_n_steps == self._last // self._every_n_steps:
             return
         self._last = step
         self._monitor.reset()
@@ -82,6 +86,13 @@ class StepMonitor:
         if not self._attached:
             return {}
         self.abandon()
+        if self._monitor.errors:
+            warnings.warn(
+                f"some activations could not be monitored, training goes on: {self._monitor.errors[0]}",
+                PlasticityWarning,
+                stacklevel=2,
+            )
+            self._monitor.errors.clear()
         return values_of(self._monitor)
 
     def abandon(self) -> None:

@@ -465,3 +465,10 @@ def test_nothing_warns_and_inputs_stay_as_they_are() -> None:
             getattr(P, name)(h)
     assert torch.equal(h.detach(), before)
     assert h.grad is None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e25, 1e30])
+def test_feature_norms_whose_squares_vanish_or_overflow_in_float32(scale: float) -> None:
+    features = torch.randn(64, 10) * scale
+    expected = np.linalg.norm(features.double().numpy(), axis=1).mean()
+    assert P.feature_norm(features).item() == pytest.approx(expected, rel=1e-6)

@@ -552,7 +552,10 @@ def test_beyond_the_cap_they_are_marked_as_estimates_and_memory_is_bounded() -> 
     assert values["dead_fraction/wide"] == 0
     stored = sum(row.numel() for row in getattr(monitor, "wide|rows"))
     assert stored == 64 * 100
-    kept = torch.cat([h[:100:2], h[100:200:8], h[200:201]]).double().numpy()  # evenly, from the first batches
+    kept = torch.cat(getattr(monitor, "wide|rows")).numpy()
+    among_them = (kept[:, None] == h[None].double().numpy()).all(2)
+    assert among_them.any(1).all(), "they are samples as they were"
+    assert among_them.any(0).sum() == 64, "none of them twice"
     assert values["effective_rank/wide"].item() == pytest.approx(numpy_effective_rank(kept), rel=1e-6)
 
 
@@ -842,3 +845,45 @@ def test_it_ends_up_in_tensorboard_as_one_group(tmp_path: Path) -> None:
     assert set(tags) == {f"plasticity/{m}{layer}" for m in model.monitor.measures for layer in ("", "/net.1")}
     assert len(events.Scalars("plasticity/dormant_fraction")) == 3
     assert "plasticity/effective_rank" in run.callback_metrics
+
+
+def test_samples_kept_of_wide_layers_are_not_all_the_same_token() -> None:
+    x = torch.randn(512, 8, 600).relu()
+    x[:, 0] = x[0, 0]  # a token that begins every sequence
+    monitor = PlasticityMonitor(max_samples=512)
+    monitor.update({"a": x})
+    with pytest.warns(UserWarning, match="are estimates"):
+        ranks = monitor.compute()
+    rows = x.flatten(0, 1).double()[torch.randperm(4096)[:512]]
+    values = torch.linalg.svdvals(rows)
+    share = values / values.sum()
+    expected = torch.exp(-torch.xlogy(share, share).sum()).item()
+    assert ranks["effective_rank"].item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_whose_last_state_is_used_are_seen(kind: type[nn.RNNBase]) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = kind(8, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, state = self.body(x)
+            return self.head((state[0] if isinstance(state, tuple) else state)[-1])
+
+    model = Classifier()
+    with PlasticityMonitor(model) as monitor:
+        model(torch.randn(4, 5, 8))
+    assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {"body": (6, 20)}
+
+
+def test_functional_transforms_go_on_while_a_network_is_watched() -> None:
+    net = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(4, 8)
+    expected = torch.func.jacrev(net)(x[0]), torch.func.jvp(net, (x,), (x,))[1]
+    with PlasticityMonitor(net) as monitor:
+        assert torch.equal(torch.func.jacrev(net)(x[0]), expected[0])
+        assert torch.equal(torch.func.jvp(net, (x,), (x,))[1], expected[1])
+        net(x)
+    assert monitor.layers["1"].samples == 4

@@ -232,3 +232,52 @@ def test_a_network_without_hidden_layers_has_no_features() -> None:
     assert not any(name.startswith(MEASURES) for name in callback.history[0].metrics)
     with pytest.raises(MisconfigurationException, match="watches hidden layers, and the monitor has seen none"):
         trainer(SpectralCollapseCallback(collapse=Collapse("srank"))).fit(Linear(), loader())
+
+
+def test_batches_of_several_steps_are_watched_after_as_many() -> None:
+    class Manual(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for _ in range(1 if batch_idx == 0 else 2):
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+
+    logger = Memory()
+    callback = SpectralCollapseCallback(
+        monitor_every_n_steps=2, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
+    )
+    trainer(callback, logger=logger).fit(Manual(), loader(batches=6))  # steps 0, 1, 3, 5, 7, 9 begin a batch
+    assert list(logger.of("plasticity_training/srank")) == [0, 3, 5, 7, 9]
+
+
+def test_what_cannot_be_monitored_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, callback = Classifier(), SpectralCollapseCallback(monitor_every_n_steps=1)
+    original = PlasticityMonitor.observe
+
+    def failing(self: PlasticityMonitor, *arguments: Any) -> Any:
+        if self.forgiving:
+            raise ValueError("no such layer")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(PlasticityMonitor, "observe", failing)
+    with pytest.warns(PlasticityWarning, match="some activations could not be monitored, .*: no such layer"):
+        trainer(callback).fit(module, loader())
+    assert hooks(module) == 0
+
+
+def test_an_epoch_that_is_ended_early_leaves_no_hook_behind() -> None:
+    class Stopping(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 1 else None
+
+        def on_train_epoch_end(self) -> None:
+            self.left = hooks(self)
+
+    module = Stopping()
+    trainer(SpectralCollapseCallback(monitor_every_n_steps=1)).fit(module, loader())
+    assert module.left == 0

@@ -141,12 +141,18 @@ def magnitude_sums(activations: Tensor, channel_dim: int | None = None) -> Tenso
 
 
 def norm_sum(features: Tensor, channel_dim: int | None = None) -> Tensor:
-    """Sum of the lengths of the feature vectors, float64; squares are summed in float32 (float64 for float64)."""
+    """Sum of the lengths of the feature vectors, float64.
+
+    Squares are summed in float32 (float64 for float64), and in float64 only where they vanish or overflow there.
+    """
     dim = channel_dim_of(features, channel_dim)
-    wide = torch.promote_types(features.dtype, torch.float32)
     total = features.new_zeros((), dtype=torch.float64)
-    for piece in pieces_of(features, dim):  # torch.linalg.vector_norm takes seven times as long
-        total += piece.to(wide).square().sum(dim).sqrt().sum(dtype=torch.float64)
+    for wide in (torch.promote_types(features.dtype, torch.float32), torch.float64):
+        total.zero_()
+        for piece in pieces_of(features, dim):  # torch.linalg.vector_norm takes seven times as long
+            total += piece.to(wide).square().sum(dim).sqrt().sum(dtype=torch.float64)
+        if 0 < total < math.inf:
+            break
     return total
 
 

@@ -106,7 +106,7 @@ class PlasticityMonitor(PlasticityMetric):
         compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
             run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
-            are kept (by each process), evenly from the batches that come first.
+            are kept (by each process), at random from the batches that come first.
         max_units: Wider layers have ranks of that many random signed sums of units instead.
         prefix: Comes before every name: with ``"plasticity/"`` all are one group in TensorBoard.
         kwargs: What every metric of torchmetrics takes.
@@ -160,6 +160,8 @@ class PlasticityMonitor(PlasticityMetric):
         self.max_samples = max_samples
         self.max_units = max_units
         self.prefix = prefix
+        self.forgiving = False
+        self.errors: list[str] = []
         self._network = [] if module is None else [module]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
         self._offered: set[str] = set()
@@ -257,7 +259,7 @@ class PlasticityMonitor(PlasticityMetric):
                 rows = self._state(layer, "rows")
                 room = self.max_samples - sum(len(part) for part in rows)
                 if room > 0:
-                    rows.append(self._narrow(found.rows[:: -(-len(found.rows) // room)]))
+                    rows.append(self._narrow(found.rows[:room]))
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -292,8 +294,17 @@ class PlasticityMonitor(PlasticityMetric):
             sums["moment_sum"] = second_moments(activations, dim)
         elif self._ranks:
             rows = rows_of(activations, dim)
-            rows = rows[:: -(-len(rows) // self.max_samples)].double()  # a copy: it may be changed in place
+            # Random ones: every n-th could be the same token of each sequence. A copy: it may be changed in place.
+            generator = torch.Generator().manual_seed(len(rows))
+            chosen = torch.randperm(len(rows), generator=generator, device="cpu")[: self.max_samples]
+            rows = rows[chosen.to(rows.device)].double()
         return _Statistics(units, sums, rows)
+
+    def forgives(self, error: Exception) -> bool:
+        """Whether the forward pass goes on when something cannot be measured; what is wrong is kept in ``errors``."""
+        if self.forgiving:
+            self.errors.append(str(error))
+        return self.forgiving
 
     def report(self, name: str, observed: _Statistics) -> None:
         """Adds the statistics of a layer."""

@@ -59,6 +59,9 @@ class Observer(Protocol):
     def report(self, name: str, observed: Any) -> None:
         """They belong to a hidden layer."""
 
+    def forgives(self, error: Exception) -> bool:
+        """Whether the network goes on although one of these has failed."""
+
 
 @dataclass
 class _Call:
@@ -188,6 +191,10 @@ class Watch(TorchFunctionMode):
                 self._report(activations)
         elif isinstance(module, _RECURRENT):
             self._observe(caller, call.path, output, numbered=False)
+            origin = self._origin(output)
+            for state in _tensors(result):  # a head on the last state feeds on the same units
+                if origin is not None and state is not output:
+                    self._remember(state, _Origin(None, origin.activations))
         elif call.calls_activation and _is_activation(module):
             self._observe(caller, call.path, output)
 
@@ -203,6 +210,8 @@ class Watch(TorchFunctionMode):
             self._remember(output, _Origin(origin.channel_dim, (*origin.activations, activations)))
 
     def _look(self, name: str, output: Tensor) -> _Activations | None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):  # inside torch.func: one sample, or a tangent
+            return None
         origin = self._origin(output)
         channel_dim = origin.channel_dim if origin else None
         with torch.no_grad(), torch._C.DisableTorchFunction():  # what the observer does is no part of the network
@@ -211,13 +220,22 @@ class Watch(TorchFunctionMode):
                 tensor, channel_dim = tensor[None], 1
             if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
                 return None
-            return _Activations(name, self._observer.observe(tensor, channel_dim))
+            try:
+                return _Activations(name, self._observer.observe(tensor, channel_dim))
+            except Exception as error:
+                if not self._observer.forgives(error):
+                    raise
+                return None
 
     def _report(self, activations: _Activations) -> None:
         if not activations.reported:
             activations.reported = True
             with torch._C.DisableTorchFunction():
-                self._observer.report(activations.name, activations.observed)
+                try:
+                    self._observer.report(activations.name, activations.observed)
+                except Exception as error:
+                    if not self._observer.forgives(error):
+                        raise
             activations.observed = None  # the tensor may live on
 
     def _origin(self, tensor: Tensor) -> _Origin | None:
