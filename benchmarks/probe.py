@@ -38,7 +38,7 @@ def cost() -> None:
             "Gram matrices, 64 samples": lambda: gram(model, probe, loss_fn),
             "the same with eigenvalues": lambda: ggn_spectrum(model, probe, loss_fn),
             "the callback's probe (network and initial weights)": lambda: [
-                ggn_spectrum(model, probe, loss_fn) for _ in range(2)
+                ggn_spectrum(model, probe, loss_fn).learnable_fraction() for _ in range(2)
             ],
         },
         rounds=15,
