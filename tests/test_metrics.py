@@ -239,6 +239,7 @@ def test_full_state_update_is_not_needed(contract: Contract) -> None:
     assert lean.compute().item() == full.compute().item()
 
 
+@pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="torchmetrics before 1.5 cannot merge states")
 @every_scalar
 def test_states_merge(contract: Contract) -> None:
     first, second, batches = contract.make(), contract.make(), batches_of(contract)
@@ -286,7 +287,9 @@ def test_gradients_do_not_flow_and_states_hold_no_graph(contract: Contract) -> N
     value = metric(*(requiring(value) for value in contract.batch(0)))
     results = value.values() if isinstance(value, dict) else [value]
     assert not any(result.requires_grad for result in results)
-    assert not any(state.requires_grad for state in metric.metric_state.values() if isinstance(state, Tensor))
+    assert not any(
+        state.requires_grad for name in metric._defaults if isinstance(state := getattr(metric, name), Tensor)
+    )
 
 
 @every_metric

@@ -175,7 +175,7 @@ def _run(
     complete, scale = False, 1.0
     for step in range(steps):
         vector = basis[step % rows]
-        image = product(vector)
+        image = product(vector).detach()
         if not step:
             scale = _scale_of(image)
         if scale != 1:
