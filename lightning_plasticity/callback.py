@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity._compat import SingleDeviceStrategy, is_restoring_for_finder
+from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
-from lightning_plasticity.curvature.batches import first_samples
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
 from lightning_plasticity.interventions import Intervention, RepairReport
@@ -120,9 +120,7 @@ class SpectralCollapseCallback(Callback):
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._monitor_is_wanted = monitor is not True  # what nobody asked for must not end a run
-        self._step_monitor: StepMonitor | None = None
-        if self.monitor is not None and monitor_every_n_steps is not None:
-            self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps)
+        self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps)
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
         self.interventions = list(interventions)
@@ -175,35 +173,32 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._step_monitor is not None:
-            self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
+        self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         if self._tasks.new_task(trainer, pl_module):
             self._start_task(trainer, pl_module, batch)
-        if self._step_monitor is not None:
-            self._watch(self._step_monitor, pl_module)
+        try:
+            self._step_monitor.begin(pl_module, self._steps)
+        except RuntimeError as error:
+            raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._step_monitor is not None:
-            log_step(trainer.loggers, self._step_monitor.end(), self._steps)
+        log_step(trainer.loggers, self._step_monitor.end(), self._steps)
         self._steps = self._steps_before_fit + trainer.global_step
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._step_monitor is not None:
-            self._step_monitor.abandon()
+        self._step_monitor.abandon()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._step_monitor is not None:
-            self._step_monitor.abandon()
+        self._step_monitor.abandon()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._step_monitor is not None:
-            self._step_monitor.abandon()
+        self._step_monitor.abandon()
         log_summary(trainer.loggers, self.history)
 
     @override
@@ -325,17 +320,11 @@ class SpectralCollapseCallback(Callback):
             if self._monitor_is_wanted or self.collapse.metric in self.monitor.measures:
                 raise
             rank_zero_warn(
-                f"the activations could not be monitored, training goes on without: {error}"
-                "; monitor=False stops trying",
+                f"the activations could not be monitored, training goes on without: {error}; monitor=False stops "
+                "trying",
                 category=PlasticityWarning,
             )
             return {}
-
-    def _watch(self, step_monitor: StepMonitor, pl_module: LightningModule) -> None:
-        try:
-            step_monitor.begin(pl_module, self._steps)
-        except RuntimeError as error:
-            raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
 
     def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""

@@ -56,15 +56,14 @@ class StepMonitor:
 
     Args:
         monitor: Says what is measured. It is not changed.
-        every_n_steps: The number of optimizer steps from one look to the next.
+        every_n_steps: The number of optimizer steps from one look to the next; ``None``: never.
     """
 
-    def __init__(self, monitor: PlasticityMonitor, every_n_steps: int) -> None:
-        self._monitor = copy.deepcopy(monitor)
+    def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None) -> None:
+        self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
         self._monitor.forgiving = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
         self._last: int | None = None
-        self._attached = False
 
     def begin(self, module: LightningModule, step: int) -> None:
         """Begins to watch, if it is time.
@@ -72,20 +71,20 @@ class StepMonitor:
         Raises:
             RuntimeError: If the module cannot be looked into.
         """
-        self.abandon()
+        if self._every_n_steps is None:
+            return
         if self._last is not None and step // self._every_n_steps == self._last // self._every_n_steps:
             return
         self._last = step
         self._monitor.reset()
         self._monitor.to(module.device)
         self._monitor.attach(module)
-        self._attached = True
 
     def end(self) -> dict[str, float]:
         """What was seen, if anything was watched."""
-        if not self._attached:
+        if not self._monitor.attached:
             return {}
-        self.abandon()
+        self._monitor.detach()
         if self._monitor.errors:
             warnings.warn(
                 f"some activations could not be monitored, training goes on: {self._monitor.errors[0]}",
@@ -97,6 +96,4 @@ class StepMonitor:
 
     def abandon(self) -> None:
         """Leaves nothing in the module."""
-        if self._attached:
-            self._attached = False
-            self._monitor.detach()
+        self._monitor.detach()

@@ -14,8 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_plasticity.batches import batch_size, first_samples
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
-from lightning_plasticity.curvature.batches import batch_size, first_samples
 from lightning_plasticity.curvature.double_backward import (
     DoubleBackwardError,
     check_double_backward,

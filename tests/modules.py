@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +27,18 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class LoggingByItself(Classifier):
+    """Has a logger of its own."""
+
+    def __init__(self, own: Logger) -> None:
+        super().__init__()
+        self.own = own
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
 
 
 def loader(batches: int = 3, size: int = 4, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:

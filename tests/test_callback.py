@@ -19,7 +19,7 @@ from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, Spectral
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
-from tests.modules import Classifier, loader, tasks_seen, trainer, weights
+from tests.modules import Classifier, LoggingByItself, loader, tasks_seen, trainer, weights
 
 
 def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
@@ -403,15 +403,6 @@ def test_schedulers_stepped_in_training_step_are_not_stepped_by_the_probe() -> N
 
 
 def test_loggers_of_the_users_own_are_silent_in_the_probe(tmp_path: Path) -> None:
-    class Logging(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.own = CSVLogger(tmp_path)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
-            return super().training_step(batch, batch_idx)
-
-    module = Logging()
+    module = LoggingByItself(CSVLogger(tmp_path))
     trainer(SpectralCollapseCallback()).fit(module, loader())
     assert len(module.own.experiment.metrics) == 3

@@ -29,7 +29,7 @@ from lightning_plasticity import (
 from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
-from tests.modules import Classifier, loader, trainer, weights
+from tests.modules import Classifier, LoggingByItself, loader, trainer, weights
 
 FEW = {"num_probes": 2, "num_steps": 8}
 ALL = {"num_probes": 4, "num_steps": 67}
@@ -326,16 +326,7 @@ def test_what_cannot_be_copied_is_shared_with_a_loss_fn_and_large_data_are_never
 
 
 def test_loggers_of_the_users_own_are_silent_in_check_and_probe(tmp_path: Path) -> None:
-    class Logging(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.own = CSVLogger(tmp_path)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
-            return super().training_step(batch, batch_idx)
-
-    module = Logging()
+    module = LoggingByItself(CSVLogger(tmp_path))
     trainer(SpectralCollapseCallback(HessianProbe(**FEW))).fit(module, loader())
     assert len(module.own.experiment.metrics) == 3
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plasticity.batches import batch_size, concatenated, micro_batches
 from lightning_plasticity.curvature import Spectrum, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.batches import batch_size, concatenated, micro_batches
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.shards import MicroBatched
+from tests.processes import in_two_processes
 
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 30}
 
@@ -142,10 +140,8 @@ def test_a_single_process_is_not_distributed_and_pyhessian_knows_no_pieces() -> 
         hessian_spectrum(model(), batch(), loss_fn, micro_batch_size=0)
 
 
-def one_of_two(rank: int, folder: str) -> None:
+def one_of_two(rank: int) -> tuple[dict[str, Any], list[str]]:
     """Rank 0 has five samples, rank 1 two."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     whole = batch()
     bounds = slice(0, 5) if rank == 0 else slice(5, 7)
     own = {**whole, "x": whole["x"][bounds], "y": whole["y"][bounds]}
@@ -165,13 +161,11 @@ def one_of_two(rank: int, folder: str) -> None:
             attempt()
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
-    torch.save(({name: s.to_dict() for name, s in found.items()}, refused), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {name: s.to_dict() for name, s in found.items()}, refused
 
 
-def test_two_processes_give_the_spectrum_of_all_samples(tmp_path: Path) -> None:
-    mp.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2, start_method="spawn")
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_two_processes_give_the_spectrum_of_all_samples() -> None:
+    results = in_two_processes(one_of_two)
     whole = batch()
     expected = spectra(whole)
     exact = ggn_spectrum(model(), whole, loss_fn)

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lightning_plasticity.curvature.graph import edge_of, leaves
 from lightning_plasticity.curvature.loss_calls import LossCall, LossCurvature, loss_call
+from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.curvature.roots import DenseRoot
 
 
@@ -79,6 +80,6 @@ def _blockwise_hessian(at: Tensor, slope: Tensor, blocks: int) -> Tensor | None:
     hessian = torch.stack([product(unit.repeat(blocks)) for unit in torch.eye(width).to(at)], dim=-1)
     if blocks == 1:
         return hessian
-    direction = torch.randn(blocks, width, generator=torch.Generator().manual_seed(0), device="cpu").to(at)
+    direction = normal((blocks, width), like=at)
     gap = product(direction) - (hessian @ direction[..., None])[..., 0]
     return None if gap.norm() > torch.finfo(at.dtype).eps ** 0.5 * hessian.norm() else hessian

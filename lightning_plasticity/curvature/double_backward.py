@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.copying import copy_module
+from lightning_plasticity.curvature.graph import edge_of, gradients, or_zeros, reached, vector_products
 from lightning_plasticity.curvature.precision import full_precision
 from lightning_plasticity.curvature.problem import NOT_FINITE, Batch, LossFunction, check_loss, trainable_parameters
+from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.isolation import differentiable_recurrence, isolated_rng, probing
 
 _MAX_ASYMMETRY = 1e-9
@@ -125,7 +127,7 @@ def twice_differentiable_loss(
         with watching or contextlib.nullcontext():
             loss = loss_fn(model, batch)
         check_loss(loss)
-        nodes = _nodes(loss)
+        nodes = list(reached([edge_of(loss)], {}))
         _check_no_other_parameters(nodes, model)
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
             raise DoubleBackwardError(_REENTRANT)
@@ -193,7 +195,7 @@ def _advice(message: str) -> str | None:
             return what + "compute the loss within double_backward_ready(model), which runs recurrent layers unfused"
         return (
             what + "replace the operation, use it without gradients (freeze its parameters and detach its inputs), or "
-            "measure the Gauss-Newton matrix instead, which needs first derivatives only"
+            "measure the Gauss-Newton matrix by ggn_spectrum(method='gram'), which needs first derivatives only"
         )
     if "checkpoint" in message and "use_reentrant" in message:
         return _REENTRANT
@@ -270,7 +272,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
                 "function hold a model or tensors of its own?"
             ) from error
         check_loss(value)
-        nodes = _nodes(value)
+        nodes = list(reached([edge_of(value)], {}))  # kept: a graph cannot be walked once it is freed
         _check_no_other_parameters(nodes, model)
         with explained_errors():
             measured = _measure(loss, value, parameters, generator)
@@ -301,18 +303,13 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _random_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """The same numbers on every device."""
-    return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu").to(parameter.device)
-
-
 def _jitter(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
     parameters = list(parameters)
     typical = _norm(parameters) / sum(parameter.numel() for parameter in parameters) ** 0.5
     with torch.no_grad():
         for parameter in parameters:
             size = parameter.square().mean().sqrt().item() if parameter.numel() else 0.0
-            parameter += _JITTER * (size or typical or 1.0) * _random_like(parameter, generator)
+            parameter += _JITTER * (size or typical or 1.0) * normal(parameter.shape, parameter, generator)
 
 
 @dataclass(frozen=True)
@@ -341,9 +338,9 @@ def _measure(
     # Not along entries without a gradient. The loss may depend on them nonetheless, as on the padding row of an
     # embedding; training does not move them, and to second derivatives they are constants.
     moving = [gradient != 0 for gradient in _backward(value, tensors, retain_graph=True)]
-    u, v = ([_random_like(p, generator) * m for p, m in zip(tensors, moving, strict=True)] for _ in range(2))
-    gradients = _dense(torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True), tensors)
-    hu, hv = _product(gradients, tensors, u), _product(gradients, tensors, v)
+    u, v = ([normal(p.shape, p, generator) * m for p, m in zip(tensors, moving, strict=True)] for _ in range(2))
+    slopes = gradients([value], tensors, [torch.ones_like(value)], create_graph=True)
+    hu, hv = vector_products(slopes, tensors, u), vector_products(slopes, tensors, v)
     if not all(bool(image.isfinite().all()) for image in (*hu, *hv)):
         raise ValueError(NOT_FINITE)
     scale = (_norm(hu) * _norm(v) + _norm(hv) * _norm(u)) / 2
@@ -366,23 +363,6 @@ def _measure(
     return _Measurement(asymmetry, difference, worst)
 
 
-def _dense(gradients: Iterable[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        torch.zeros_like(p) if g is None else g.to_dense() if g.layout != torch.strided else g
-        for g, p in zip(gradients, parameters, strict=True)
-    ]
-
-
-def _product(gradients: list[Tensor], parameters: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
-    """Times the Hessian; gradients that are constant have none."""
-    pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(p) for p in parameters]
-    outputs, cotangents = zip(*pairs, strict=True)
-    product = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True)
-    return _dense(product, parameters)
-
-
 def _gradients_at(loss: Callable[[], Tensor], parameters: list[Tensor], u: list[Tensor], step: float) -> list[Tensor]:
     """The gradients that training would use, a step away along a direction."""
     before = [parameter.detach().clone() for parameter in parameters]
@@ -401,7 +381,7 @@ def _backward(loss: Tensor, parameters: list[Tensor], *, retain_graph: bool = Fa
     for parameter in parameters:
         parameter.grad = None
     loss.backward(retain_graph=retain_graph)
-    result = _dense([parameter.grad for parameter in parameters], parameters)
+    result = [or_zeros(parameter.grad, parameter) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     return result
@@ -413,18 +393,6 @@ def _dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(tensor.detach().square().sum().item() for tensor in tensors))
-
-
-def _nodes(loss: Tensor) -> list[Node]:
-    """All nodes of the graph; kept here because it cannot be walked once it is freed."""
-    seen: dict[Node, None] = {}
-    pending = [loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen[node] = None
-            pending += [following for following, _ in node.next_functions]
-    return list(seen)
 
 
 def _check_no_other_parameters(nodes: list[Node], model: nn.Module) -> None:

@@ -46,6 +46,20 @@ def gradients(
     return result
 
 
+def vector_products(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """The same, dense, where some outputs may be constant: these have no graph, and count as zero."""
+    pairs = [(output, vector) for output, vector in zip(outputs, vectors, strict=True) if output.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    curved, their_vectors = zip(*pairs, strict=True)
+    return [product.to_dense() for product in gradients(curved, inputs, their_vectors)]
+
+
+def or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """A gradient as autograd gives it, dense; zeros where there is none."""
+    return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+
+
 def reached(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> Iterator[Node]:
     """The nodes that the given places depend on, other than through what is known. Exact: there is no tolerance.
 

@@ -16,9 +16,10 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.graph import gradient_edge
+from lightning_plasticity.curvature.graph import gradient_edge, or_zeros
 from lightning_plasticity.curvature.layers import LayerCall, ParameterUse, Rows, Shift, Weight
 from lightning_plasticity.curvature.outputs import OutputRows, Outputs
+from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.curvature.rows import fit_at_once, groups_that_fit, row_by_row_gram
 
 _RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -156,7 +157,7 @@ def _arrangements(calls: Sequence[LayerCall], rows: OutputRows, like: Tensor) ->
     blocks = rows.shape[0]
     if blocks == 1 or not calls:
         return [1] * len(calls)
-    vector = _random(rows.shape, like)
+    vector = normal(rows.shape, like)
     vector[1::2] = 0
     gradients = rows.pull_back([gradient_edge(call.output) for call in calls], vector)
     result: list[int | None] = []
@@ -168,12 +169,6 @@ def _arrangements(calls: Sequence[LayerCall], rows: OutputRows, like: Tensor) ->
         ]
         result.append(fitting[0] if fitting else None)
     return result
-
-
-def _random(shape: Sequence[int], like: Tensor) -> Tensor:
-    """The same numbers on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +200,7 @@ def _closed_form_gram(
     total = torch.zeros(count, count, dtype=torch.float64, device=roots.device)
     if not parameters:
         return total, []
-    noise = _random((2, *rows.shape, 1), roots)
+    noise = normal((2, *rows.shape, 1), roots)
     directions = torch.cat([noise[:1], roots @ noise[1:]])[..., 0].to(dtype)
     expected = [rows.pull_back(list(parameters.values()), direction) for direction in directions]
 
@@ -221,15 +216,11 @@ def _closed_form_gram(
     wrong = []
     for number, (name, parameter) in enumerate(parameters.items()):
         part = parts[name]
-        wanted = torch.stack([_or_zeros(gradients[number], parameter) for gradients in expected])
+        wanted = torch.stack([or_zeros(gradients[number], parameter) for gradients in expected])
         gap = (part.pulled_back.reshape(wanted.shape) - wanted).double().flatten(1).norm(dim=1)
         if not bool((gap <= tolerance * _sizes(part.diagonal, roots) + floor).all()):
             wrong.append(name)
     return total, wrong
-
-
-def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
 
 
 def _diagonal(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -252,8 +243,7 @@ class _Use:
 
     def elements(self, rows: OutputRows) -> int:
         """How many numbers of the cotangents have to be held."""
-        condensed_to_channels = type(self.use).condense is not ParameterUse.condense
-        size = self.call.channels * rows.shape[0] if condensed_to_channels else self.call.output_shape.numel()
+        size = self.call.channels * rows.shape[0] if self.use.by_channel else self.call.output_shape.numel()
         return size * rows.shape[1]
 
 

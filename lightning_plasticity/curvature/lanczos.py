@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_plasticity.curvature.estimates import Quadrature
 from lightning_plasticity.curvature.problem import NOT_FINITE, Progress, check_counts
 from lightning_plasticity.curvature.products import CurvatureProduct
+from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 Reorthogonalization: TypeAlias = Literal["full", "partial", "none"]
@@ -82,8 +83,7 @@ def lanczos_spectrum(
     def draw(probe: int) -> Tensor:
         if probe % num_probes == 0:
             generator.manual_seed(seed)
-        start = torch.randn(product.dimension, generator=generator, dtype=torch.float64, device="cpu")
-        return start.to(product.device, product.dtype)
+        return normal((product.dimension,), product.parameters[0], generator)
 
     quadratures: list[Quadrature] = []
     shares: list[Tensor] = []

@@ -35,6 +35,9 @@ class ParameterUse(ABC):
     outer = 1
     """How many positions come before the samples in what the layer took and returned: see :class:`LayerCall`."""
 
+    by_channel = False
+    """Whether condensed cotangents have one number a channel, rather than one a position and channel."""
+
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
 
@@ -123,6 +126,8 @@ class TransposedConvolutionWeight(ParameterUse):
 class Shift(ParameterUse):
     r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
 
+    by_channel = True
+
     @override
     def condense(self, cotangent: Tensor) -> Tensor:
         return cotangent.sum(1)
@@ -137,6 +142,8 @@ class Scale(ParameterUse):
 
     :math:`\partial f / \partial \gamma = \sum_t g_t \hat x_t`.
     """
+
+    by_channel = True
 
     def __init__(self, parameter: Tensor, normalized: Tensor, *, channels_first: bool) -> None:
         super().__init__(parameter)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
-from lightning_plasticity.curvature.graph import gradient_edge, gradients
+from lightning_plasticity.curvature.graph import gradient_edge, gradients, vector_products
 from lightning_plasticity.curvature.outputs import Outputs
+from lightning_plasticity.curvature.randomness import normal
 
 
 class CurvatureProduct(ABC):
@@ -72,21 +73,10 @@ class HessianProduct(CurvatureProduct):
     def __init__(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters, loss.item())
         self._gradients = gradients([loss], self.parameters, [torch.ones_like(loss)], create_graph=True)
-        # A gradient that depends on no parameter has no graph: its rows of the Hessian are zero.
-        self._curved = [number for number, gradient in enumerate(self._gradients) if gradient.requires_grad]
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        if not self._curved:
-            return torch.zeros_like(vector)
-        pieces = self._split(vector)
-        return _flat(
-            gradients(
-                [self._gradients[number] for number in self._curved],
-                self.parameters,
-                [pieces[number] for number in self._curved],
-            )
-        )
+        return _flat(vector_products(self._gradients, self.parameters, self._split(vector)))
 
 
 class GaussNewtonProduct(CurvatureProduct):
@@ -111,24 +101,16 @@ class GaussNewtonProduct(CurvatureProduct):
             torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
         ]
         self._pulled_back = gradients(self._edges, self.parameters, self._probes, create_graph=True)
-        self._used = [number for number, gradient in enumerate(self._pulled_back) if gradient.requires_grad]
         self._check_transpose()
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        if not self._used:
-            return torch.zeros_like(vector)
         pushed = zip(self._outputs, self._push(vector), strict=True)
         return self._pull([output.hessian_times(change).to(change.dtype) for output, change in pushed])
 
     def _push(self, vector: Tensor) -> Sequence[Tensor]:
         r""":math:`J v`."""
-        pieces = self._split(vector)
-        return gradients(
-            [self._pulled_back[number] for number in self._used],
-            self._probes,
-            [pieces[number] for number in self._used],
-        )
+        return vector_products(self._pulled_back, self._probes, self._split(vector))
 
     def _pull(self, changes: Sequence[Tensor]) -> Tensor:
         r""":math:`J^\top w`."""
@@ -136,11 +118,8 @@ class GaussNewtonProduct(CurvatureProduct):
 
     def _check_transpose(self) -> None:
         r"""Whether :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`: a backward pass may hide its own derivative."""
-        if not self._used:
-            return
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(self.dimension, generator=generator, dtype=torch.float64, device="cpu")
-        vector = (vector / vector.norm()).to(self.device, self.dtype)
+        vector = normal((self.dimension,), like=self.parameters[0])
+        vector /= vector.norm()
         pushed = self._push(vector)
         square = sum(change.double().square().sum().item() for change in pushed)
         again = torch.dot(vector.double(), self._pull(pushed).double()).item()

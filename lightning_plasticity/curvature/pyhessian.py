@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
+from lightning_plasticity.curvature.graph import or_zeros, vector_products
 from lightning_plasticity.curvature.problem import (
     NOT_FINITE,
     Batch,
@@ -250,7 +251,7 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise ValueError("the loss does not depend on any trainable parameter of the model (was it detached?)")
-        self.gradsH = [_dense(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
+        self.gradsH = [or_zeros(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
         self.num_parameters = sum(parameter.numel() for parameter in parameters)
         self._torch = _Torch(parameters[0], seed)
         self._done, self._total = 0, 0
@@ -280,23 +281,14 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
 
     def _product(self, gradients: list[Tensor], parameters: list[nn.Parameter], vector: list[Tensor]) -> list[Tensor]:
         """Times the Hessian, in tensors that PyHessian may write into; gradients that are constant have none."""
-        pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
-        products: Sequence[Tensor | None] = [None] * len(parameters)
-        if pairs:
-            outputs, cotangents = zip(*pairs, strict=True)
-            products = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True)
-        dense = [_dense(product, p) for product, p in zip(products, parameters, strict=True)]
-        if not all(bool(product.isfinite().all()) for product in dense):
+        products = vector_products(gradients, parameters, vector)
+        if not all(bool(product.isfinite().all()) for product in products):
             raise ValueError(NOT_FINITE)
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
         # Cloned: autograd may return a view of the vector itself, or one number spread over a whole tensor.
-        return [product.clone(memory_format=torch.contiguous_format) for product in dense]
-
-
-def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        return [product.clone(memory_format=torch.contiguous_format) for product in products]
 
 
 @contextlib.contextmanager

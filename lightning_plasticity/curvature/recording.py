@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_plasticity.batches import tensors_in
 from lightning_plasticity.curvature.graph import edge_of
 from lightning_plasticity.curvature.layer_rules import LAYER_RULES
 from lightning_plasticity.curvature.layers import LayerCall
@@ -52,9 +53,9 @@ class Recording(TorchFunctionMode):
             with self:
                 return _attention(*args, **kwargs)
         result = func(*args, **kwargs)
-        if not any(tensor.requires_grad for tensor in _tensors(result)):
+        if not any(tensor.requires_grad for tensor in tensors_in(result)):
             return result
-        taken = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
+        taken = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         if func in LOSS_RULES:
             # Weights or targets that depend on parameters too have a curvature of their own.
             loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(taken) == 1 else None
@@ -77,13 +78,3 @@ class Recording(TorchFunctionMode):
         for name in used:
             self.other_uses.setdefault(name, set()).add(getattr(func, "__name__", repr(func)))
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_plasticity.curvature.batches import batch_size, concatenated, micro_batches, moved
+from lightning_plasticity.batches import batch_size, concatenated, micro_batches, moved
 from lightning_plasticity.curvature.precision import full_precision
 from lightning_plasticity.curvature.problem import LossFunction, check_counts, check_loss
 from lightning_plasticity.curvature.products import CurvatureProduct
+from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.isolation import probing
 
 _DISTANCE = 0.1
@@ -207,7 +208,7 @@ def _loss_near(model: nn.Module, loss_fn: LossFunction[Any], batch: Any, distanc
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(parameter)
+        noise = normal(parameter.shape, parameter, generator)
         size = parameter.detach().square().mean().sqrt() if parameter.numel() else parameter.detach().sum()
         weights[f"model.{name}"] = parameter.detach() + distance * torch.where(size > 0, size, 1) * noise
     with probing(model), full_precision(), torch.no_grad():

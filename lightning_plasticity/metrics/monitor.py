@@ -204,6 +204,11 @@ class PlasticityMonitor(PlasticityMetric):
             self._attachment = stack.pop_all()
         return self
 
+    @property
+    def attached(self) -> bool:
+        """Whether it is watching."""
+        return self._attachment is not None
+
     def detach(self) -> None:
         """Ends it; nothing is left in the network. Without effect if it is not attached.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
+from lightning_plasticity.batches import tensors_in
 from lightning_plasticity.metrics.compiled import without_wrappers
 
 Function = Callable[..., Any]
@@ -149,7 +150,7 @@ class Watch(TorchFunctionMode):
         if torch.compiler.is_compiling():  # nothing of what follows can be compiled
             self.saw_compiled_code = True
         elif isinstance(result, Tensor | tuple | list) and (self._origins or func in _STARTING) and not _in_backward():
-            self._follow(func, [*_tensors((args, kwargs))], [*_tensors(result)])
+            self._follow(func, [*tensors_in((args, kwargs))], [*tensors_in(result)])
         return result
 
     def _follow(self, func: Function, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -180,7 +181,7 @@ class Watch(TorchFunctionMode):
         if call.module is not module:  # it was never entered: a hook of somebody else's failed before ours
             return
         self._calls.pop()
-        output = next(_tensors(result), None)
+        output = next(tensors_in(result), None)
         if output is None or _in_backward() or torch.compiler.is_compiling():
             return
         caller = self._calls[-1]
@@ -192,7 +193,7 @@ class Watch(TorchFunctionMode):
         elif isinstance(module, _RECURRENT):
             self._observe(caller, call.path, output, numbered=False)
             origin = self._origin(output)
-            for state in _tensors(result):  # a head on the last state feeds on the same units
+            for state in tensors_in(result):  # a head on the last state feeds on the same units
                 if origin is not None and state is not output:
                     self._remember(state, _Origin(None, origin.activations))
         elif call.calls_activation and _is_activation(module):
@@ -278,17 +279,6 @@ def _channel_dim(func: Function, output: Tensor, origins: list[tuple[Tensor, _Or
         if dim is not None and output.ndim == tensor.ndim and output.shape[dim] == tensor.shape[dim]:
             return dim
     return None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _in_backward() -> bool:

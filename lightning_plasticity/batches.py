@@ -31,13 +31,7 @@ def first_samples(batch: Any, samples: int) -> Any:
         >>> x.shape, y.shape, scale.shape
         (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
     """
-    size = batch_size(batch)
-
-    def take(tensor: Tensor) -> Tensor:
-        shortened = tensor[:samples] if tensor.dim() and tensor.shape[0] == size else tensor
-        return shortened.detach().clone()
-
-    return apply_to_collection(batch, Tensor, take)
+    return samples_between(batch, 0, samples)
 
 
 def samples_between(batch: Any, first: int, end: int) -> Any:
@@ -90,6 +84,18 @@ def moved(batch: Any, like: Any) -> Any:
     """The batch on the device of another one."""
     device = next((tensor.device for tensor in _tensors(like)), torch.device("cpu"))
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, such as what a function took or returned."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
 
 
 def _by_sample(tensor: Tensor, size: int | None) -> bool:
