@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternate
 from lightning_plasticity.interventions import ReDo, ReGraMa, describe_units
-from lightning_plasticity.interventions.base import apply
+from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.optimizer_state import clear
 from lightning_plasticity.interventions.recycling import recycling
 from tests.unit_models import ResNet

@@ -18,7 +18,7 @@ from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.interventions import Intervention, RepairReport
+from lightning_plasticity.interventions import Intervention, Repair, RepairReport
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
@@ -328,13 +328,16 @@ class SpectralCollapseCallback(Callback):
 
     def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""
-        for intervention in self.interventions:
+        for intervention in self._repairs():
             module = isolated_copy(pl_module, trainer, share_uncopyable=self._loss_fn is not None)
             intervention.repair(module, generator=torch.Generator().manual_seed(0))
 
+    def _repairs(self) -> list[Repair]:
+        return [intervention for intervention in self.interventions if isinstance(intervention, Repair)]
+
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> list[RepairReport]:
         repairs = []
-        for number, intervention in enumerate(self.interventions):
+        for number, intervention in enumerate(self._repairs()):
             generator = torch.Generator().manual_seed(1000 * len(self.history) + number)
             try:
                 repairs.append(intervention.repair(pl_module, optimizers=trainer.optimizers, generator=generator))

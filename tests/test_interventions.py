@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions import Intervention, RepairReport, Reset, ShrinkPerturb
+from lightning_plasticity.interventions import Repair, RepairReport, Reset, ShrinkPerturb
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -111,7 +111,7 @@ def test_tied_weights_stay_tied() -> None:
 
 
 @pytest.mark.parametrize("intervention", [Reset(), ShrinkPerturb()], ids=lambda one: type(one).__name__)
-def test_repairs_are_deterministic_and_leave_the_global_generator_alone(intervention: Intervention) -> None:
+def test_repairs_are_deterministic_and_leave_the_global_generator_alone(intervention: Repair) -> None:
     models = [network() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     state = torch.get_rng_state()
@@ -130,7 +130,7 @@ class Bare(nn.Module):
 
 
 @pytest.mark.parametrize("intervention", [Reset(), ShrinkPerturb()], ids=lambda one: type(one).__name__)
-def test_repair_is_all_or_nothing(intervention: Intervention) -> None:
+def test_repair_is_all_or_nothing(intervention: Repair) -> None:
     model = nn.Sequential(nn.Linear(3, 3), Bare())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model[0], optimizer, torch.ones(2, 3))

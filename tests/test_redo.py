@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions import Intervention, ReDo, ReGraMa, Reset
-from lightning_plasticity.interventions.base import Request, apply
+from lightning_plasticity.interventions import ReDo, ReGraMa, Repair, Reset
+from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.optimizer_state import clear
 
 
@@ -261,11 +262,11 @@ def test_a_unit_is_as_active_as_for_the_layer_that_hears_it_most() -> None:
     assert repair(model, x) == {"first": [2]}
 
 
-INTERVENTIONS: list[Intervention] = [ReDo(), ReGraMa(0.5)]
+INTERVENTIONS: list[Repair] = [ReDo(), ReGraMa(0.5)]
 BOTH = pytest.mark.parametrize("intervention", INTERVENTIONS, ids=lambda one: type(one).__name__)
 
 
-def run(intervention: Intervention, model: nn.Module, x: Tensor, *optimizers: Any, seed: int = 0) -> Any:
+def run(intervention: Repair, model: nn.Module, x: Tensor, *optimizers: Any, seed: int = 0) -> Any:
     return intervention.repair(
         model,
         optimizers=optimizers,
@@ -277,7 +278,7 @@ def run(intervention: Intervention, model: nn.Module, x: Tensor, *optimizers: An
 
 @BOTH
 def test_repairs_are_deterministic_and_touch_no_gradients_or_global_generators(
-    intervention: Intervention,
+    intervention: Repair,
 ) -> None:
     models = [with_dead_units()[0] for _ in range(2)]
     x = torch.rand(16, 4)
@@ -515,7 +516,7 @@ def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
                     raise RuntimeError("injected")
                 return original(tensor, *args)
 
-            planned = ReDo().changes(model, Request(lambda model: model(x), None, generator()))
+            planned = ReDo().changes(model, Request(lambda model: model(x), generator=generator()))
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, method, failing)
                 try:

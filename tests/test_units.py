@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, Units, describe_units
-from lightning_plasticity.interventions.base import apply
+from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.recycling import recycling
 from tests.unit_models import MODELS, Encoder, Model, ResNet
 

@@ -1,6 +1,7 @@
 """What is done about lost plasticity: remedies for a module and its optimizers, without Lightning."""
 
-from lightning_plasticity.interventions.base import Intervention, RepairReport
+from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
+from lightning_plasticity.interventions.changes import RepairReport
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
@@ -10,8 +11,11 @@ __all__ = [
     "Intervention",
     "ReDo",
     "ReGraMa",
+    "Regularizer",
+    "Repair",
     "RepairReport",
     "Reset",
+    "RunningRemedy",
     "ShrinkPerturb",
     "Site",
     "Units",

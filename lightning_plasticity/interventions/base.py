@@ -1,70 +1,92 @@
-"""What every intervention is: something that changes the weights of a model, all of it or nothing, and reports it."""
+"""What interventions are, in three kinds: repairs at once, remedies that run along, and terms added to the loss."""
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.optimizer_state import clear, remembered
+from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
 
-
-@dataclass(eq=False)
-class RepairReport:
-    """What one repair did.
-
-    Args:
-        name: Name of the intervention.
-        units: The units that were re-initialised, by layer name; empty for interventions that do not work by units.
-        num_parameters_changed: Number of entries of parameters with a new value.
-    """
-
-    name: str
-    units: dict[str, Tensor] = field(default_factory=dict)
-    num_parameters_changed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python and tensors, for checkpoints."""
-        return {"name": self.name, "units": dict(self.units), "num_parameters_changed": self.num_parameters_changed}
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> RepairReport:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**state)
+When = str | int
+"""When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
+optimizer steps."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an intervention has to go by; see :meth:`Intervention.repair`."""
+    """What a repair has to go by; see :meth:`Repair.repair`."""
 
-    forward: Callable[[nn.Module], object] | None
-    loss: Callable[[nn.Module], Tensor] | None
-    generator: torch.Generator | None
+    forward: Callable[[nn.Module], object] | None = None
+    loss: Callable[[nn.Module], Tensor] | None = None
+    generator: torch.Generator | None = None
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What an intervention wants to do to a model.
+class Intervention:
+    """A remedy for lost plasticity: a :class:`Repair`, a :class:`RunningRemedy` or a :class:`Regularizer`."""
+
+    @property
+    def name(self) -> str:
+        """Its name in reports, logs and messages."""
+        return type(self).__name__
+
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Gets ready: remembers initial weights, finds units, attaches hooks.
+
+        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model:
+        what is remembered already stays.
+
+        Args:
+            model: The model. It is not changed.
+            forward: Runs one representative forward pass and returns the outputs, for remedies that work by units.
+            make_copy: As in :meth:`Repair.repair`.
+        """
+
+    def stop(self) -> None:
+        """Takes the hooks away, if any. What is remembered stays."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as plain Python and tensors, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class Repair(Intervention, ABC):
+    """An intervention that acts at once. Those to come implement :meth:`changes`.
 
     Args:
-        values: New value of each parameter and buffer, same shape, by the old tensor.
-        renewed: Which entries of a parameter are new, and nothing should be remembered of; a parameter that is not
-            here is new as a whole, if any of its entries differs.
-        units: For the report.
+        when: When the callback does it: ``"collapse"``, when it announces one; ``"task"``, at the start of every task
+            but the first; or a number ``n``, every ``n`` optimizer steps. Without effect on :meth:`repair`.
+
+    Raises:
+        ValueError: If ``when`` is something else, or makes no sense for this repair.
     """
 
-    values: dict[Tensor, Tensor]
-    renewed: dict[Tensor, Tensor] = field(default_factory=dict)
-    units: dict[str, Tensor] = field(default_factory=dict)
+    occasions: ClassVar[tuple[str, ...]] = ("collapse", "task", "steps")
+    """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
 
-
-class Intervention(ABC):
-    """A remedy for lost plasticity. Those to come implement :meth:`changes`."""
+    def __init__(self, when: When = "collapse") -> None:
+        is_number = isinstance(when, int) and not isinstance(when, bool)
+        if (when not in self.occasions or when == "steps") and not (
+            is_number and "steps" in self.occasions and int(when) > 0
+        ):
+            choices = [
+                "a number of optimizer steps, at least 1" if kind == "steps" else repr(kind) for kind in self.occasions
+            ]
+            raise ValueError(f"{self.name}(when={when!r}) must be {' or '.join(choices)}")
+        self.when = when
 
     def repair(
         self,
@@ -74,6 +96,7 @@ class Intervention(ABC):
         forward: Callable[[nn.Module], object] | None = None,
         loss: Callable[[nn.Module], Tensor] | None = None,
         generator: torch.Generator | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
     ) -> RepairReport:
         """Changes the model in place, all of it or nothing, and clears what the optimizers remember of the old weights.
 
@@ -85,52 +108,75 @@ class Intervention(ABC):
             forward: Runs one representative forward pass and returns the outputs, for remedies that need activations.
             loss: Returns a loss with a graph, for remedies that need gradients.
             generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
+            make_copy: Makes a copy of the model to run ``forward`` and ``loss`` on, where running the model itself
+                would leave traces, such as counters or logged values. By default the model is run.
         """
-        changes = self.changes(model, Request(forward, loss, generator))
-        return apply(type(self).__name__, changes, optimizers)
+        stage = model if make_copy is None else make_copy()
+        changes = self.changes(stage, Request(forward, loss, generator))
+        return apply(self.name, changes if stage is model else changes.on(model, stage), optimizers)
 
     @abstractmethod
     def changes(self, model: nn.Module, request: Request) -> Changes:
         """Says what to change, and changes nothing."""
 
 
-def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
-    """Gives parameters and buffers new values in place, and clears the optimizers' state for what is new.
+class RunningRemedy(Intervention, ABC):
+    """An intervention that acts after every optimizer step. Those to come implement :meth:`after_step`.
 
-    If anything fails on the way, everything is put back as it was.
+    In a plain loop::
+
+        remedy.start(model, forward=lambda model: model(inputs))
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            loss_fn(model(inputs), targets).backward()
+            optimizer.step()
+            remedy.after_step(model, optimizers=[optimizer], forward=lambda model: model(inputs))
+        remedy.stop()
+    """
+
+    @abstractmethod
+    def after_step(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> RepairReport | None:
+        """Acts, after an optimizer step that was really taken.
+
+        Args:
+            model: The model that was trained.
+            optimizers: The optimizers that hold its parameters.
+            forward: Runs the model on the batch of the step, for remedies that need more of it than hooks see.
+            make_copy: As in :meth:`Repair.repair`.
+
+        Returns:
+            What was re-initialised; ``None`` if nothing was.
+        """
+
+
+class Regularizer(Intervention, ABC):
+    """A term that is added to the loss. Those to come implement :meth:`penalty`.
+
+    In a plain loop::
+
+        regularizer.start(model)
+        for inputs, targets in batches:
+            (loss_fn(model(inputs), targets) + regularizer.penalty(model)).backward()
 
     Args:
-        name: Name of the intervention, for the report.
-        changes: What to do.
-        optimizers: The optimizers that may hold state for the parameters.
+        coefficient: Factor of the term.
+
+    Raises:
+        ValueError: If ``coefficient`` is negative or not finite.
     """
-    new_values = {old: new.to(old) for old, new in changes.values.items()}
-    different = {old: new for old, new in new_values.items() if not torch.equal(new, old)}
-    renewed: dict[nn.Parameter, Tensor | None] = {
-        old: mask.to(old.device) if (mask := changes.renewed.get(old)) is not None else None
-        for old in new_values
-        if isinstance(old, nn.Parameter) and (old in different or old in changes.renewed)
-    }
-    count = sum(int((new != old).sum()) for old, new in different.items() if isinstance(old, nn.Parameter))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_restored_on_error(list(different)))
-        for optimizer in optimizers:
-            stack.enter_context(remembered(optimizer, renewed))
-        with torch.no_grad():
-            for old, new in different.items():
-                old.copy_(new)
-        for optimizer in optimizers:
-            clear(optimizer, renewed)
-    return RepairReport(name, changes.units, count)
 
+    def __init__(self, coefficient: float) -> None:
+        if not 0 <= coefficient < float("inf"):
+            raise ValueError(f"{self.name}(coefficient={coefficient}) must be a finite number, at least 0")
+        self.coefficient = coefficient
 
-@contextlib.contextmanager
-def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        raise
+    @abstractmethod
+    def penalty(self, model: nn.Module) -> Tensor:
+        """The term, coefficient included: a scalar with a graph."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.base import Changes
+from lightning_plasticity.interventions.changes import Changes, tensors_of
 from lightning_plasticity.interventions.initialization import fresh_values, resampled_values
 from lightning_plasticity.interventions.units import Units, entries
 
@@ -41,7 +41,7 @@ def recycling(
         if len(some) and not 0 <= int(some.min()) <= int(some.max()) < size:
             raise ValueError(f"units {some.tolist()} of {layer!r} must be in 0 ... {size - 1}")
     chosen = {layer: some.cpu() for layer, some in chosen.items() if len(some)}
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     chosen_sites = [(units.sites[layer], some) for layer, some in chosen.items()]
     incoming = [(name, owner, some) for site, some in chosen_sites for name, owner in site.incoming.items()]
     outgoing = [(name, owner, some) for site, some in chosen_sites for name, owner in site.outgoing.items()]

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Changes, Intervention, Request
+from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity.interventions.changes import Changes
+from lightning_plasticity.interventions.processes import mean_over_processes
 from lightning_plasticity.interventions.recycling import recycling
 from lightning_plasticity.interventions.tracing import recorded_inputs
 from lightning_plasticity.interventions.units import Site, Units, channel_dim, describe_units
 from lightning_plasticity.isolation import probing
 
 
-class _Recycling(Intervention):
+class _Recycling(Repair):
     """Recycles the units whose score is at most ``threshold`` times the mean score of their layer."""
 
-    def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None, when: When) -> None:
+        super().__init__(when)
         if not threshold >= 0:
-            raise ValueError(f"{type(self).__name__}(threshold={threshold}) must be at least 0: a share of the mean")
+            raise ValueError(f"{self.name}(threshold={threshold}) must be at least 0: a share of the mean")
         self.threshold = threshold
         # A state_dict() shares its tensors with the model, which is going to be trained.
         self.initial = (
@@ -33,10 +36,11 @@ class _Recycling(Intervention):
     def changes(self, model: nn.Module, request: Request) -> Changes:
         if request.forward is None:
             raise ValueError(
-                f"{type(self).__name__} needs to see the model run: repair(model, forward=lambda model: model(inputs))"
+                f"{self.name} needs to see the model run: repair(model, forward=lambda model: model(inputs))"
             )
         units = describe_units(model, request.forward)
-        chosen = {layer: self._dormant(layer, score) for layer, score in self.scores(model, units, request).items()}
+        scores = {layer: mean_over_processes(s) for layer, s in self.scores(model, units, request).items()}
+        chosen = {layer: self._dormant(layer, score) for layer, score in scores.items()}
         return recycling(model, units, chosen, request.generator, self.initial)
 
     @abstractmethod
@@ -45,9 +49,9 @@ class _Recycling(Intervention):
 
     def _dormant(self, layer: str, score: Tensor) -> Tensor:
         if not bool(torch.isfinite(score).all()):
-            raise ValueError(f"{type(self).__name__}: the units of {layer!r} give values that are not finite")
+            raise ValueError(f"{self.name}: the units of {layer!r} give values that are not finite")
         if not bool(score.any()):
-            warnings.warn(f"{type(self).__name__}: all units of {layer!r} are dormant", stacklevel=2)
+            warnings.warn(f"{self.name}: all units of {layer!r} are dormant", stacklevel=2)
         return (score <= self.threshold * score.mean()).nonzero().flatten()
 
 
@@ -68,6 +72,7 @@ class ReDo(_Recycling):
         initial: ``state_dict()`` of the model before training: incoming weights are drawn from the distribution of the
             initial weights of the same tensor. By default from the layer's ``reset_parameters``, which knows nothing of
             an initialisation applied by hand.
+        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``forward`` is not given or activations are not
@@ -85,8 +90,10 @@ class ReDo(_Recycling):
         {'0': tensor([1])}
     """
 
-    def __init__(self, threshold: float = 0.025, initial: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(threshold, initial)
+    def __init__(
+        self, threshold: float = 0.025, initial: Mapping[str, Tensor] | None = None, when: When = "collapse"
+    ) -> None:
+        super().__init__(threshold, initial, when)
 
     @override
     def scores(self, model: nn.Module, units: Units, request: Request) -> dict[str, Tensor]:
@@ -109,6 +116,7 @@ class ReGraMa(_Recycling):
     Args:
         threshold: :math:`\tau`, as a share of the layer's mean.
         initial: As for :class:`ReDo`.
+        when: As for :class:`ReDo`.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``loss`` is not given or gradients are not finite.
@@ -126,8 +134,10 @@ class ReGraMa(_Recycling):
         {'0': tensor([1])}
     """
 
-    def __init__(self, threshold: float = 0.01, initial: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(threshold, initial)
+    def __init__(
+        self, threshold: float = 0.01, initial: Mapping[str, Tensor] | None = None, when: When = "collapse"
+    ) -> None:
+        super().__init__(threshold, initial, when)
 
     @override
     def changes(self, model: nn.Module, request: Request) -> Changes:

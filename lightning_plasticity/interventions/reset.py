@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Changes, Intervention, Request
+from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.initialization import fresh_values
 
 
-class Reset(Intervention):
+class Reset(Repair):
     """Draws the weights anew by each layer's own ``reset_parameters``: of the whole network, or of named layers.
 
     Norm layers go back to gain 1 and shift 0, running statistics to mean 0 and variance 1. Frozen parameters are left
@@ -21,6 +22,7 @@ class Reset(Intervention):
     Args:
         layers: Names of modules, with ``*`` and ``?`` as wildcards; what lies inside a named module is reset with it.
             ``None`` resets the whole network.
+        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``layers`` is empty, or at the repair if a name matches nothing.
@@ -34,7 +36,8 @@ class Reset(Intervention):
         8
     """
 
-    def __init__(self, layers: Sequence[str] | None = None) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, when: When = "collapse") -> None:
+        super().__init__(when)
         if isinstance(layers, str) or (layers is not None and not layers):
             raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")
         self.layers = layers

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Changes, Intervention, Request
+from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
 
 
-class ShrinkPerturb(Intervention):
+class ShrinkPerturb(Repair):
     r"""Shrink and perturb: :math:`\theta \leftarrow (1 - s)\,\theta + s\,\theta_{\mathrm{fresh}}`.
 
     :math:`\theta_{\mathrm{fresh}}` is drawn by each layer's own ``reset_parameters``, so that the noise has the scale
@@ -18,6 +19,7 @@ class ShrinkPerturb(Intervention):
 
     Args:
         s: How far to go, in (0, 1]; 1 is a reset.
+        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``s`` is outside (0, 1].
@@ -31,7 +33,8 @@ class ShrinkPerturb(Intervention):
         10
     """
 
-    def __init__(self, s: float = 0.8) -> None:
+    def __init__(self, s: float = 0.8, when: When = "collapse") -> None:
+        super().__init__(when)
         if not 0 < s <= 1:
             raise ValueError(f"ShrinkPerturb(s={s}) must be in (0, 1]: the share of the way to fresh weights")
         self.s = s

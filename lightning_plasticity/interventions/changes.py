@@ -1,0 +1,111 @@
+"""What an intervention wants to do to a model, and how it is done: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.interventions.optimizer_state import clear, remembered
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(eq=False)
+class RepairReport:
+    """What one repair did.
+
+    Args:
+        name: Name of the intervention.
+        units: The units that were re-initialised, by layer name; empty for interventions that do not work by units.
+        num_parameters_changed: Number of entries of parameters with a new value.
+    """
+
+    name: str
+    units: dict[str, Tensor] = field(default_factory=dict)
+    num_parameters_changed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python and tensors, for checkpoints."""
+        return {"name": self.name, "units": dict(self.units), "num_parameters_changed": self.num_parameters_changed}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> RepairReport:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**state)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an intervention wants to do to a model.
+
+    Args:
+        values: New value of each parameter and buffer, same shape, by the old tensor.
+        renewed: Which entries of a parameter are new, and nothing should be remembered of; a parameter that is not
+            here is new as a whole, if any of its entries differs.
+        units: For the report.
+    """
+
+    values: dict[Tensor, Tensor]
+    renewed: dict[Tensor, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
+
+    def on(self, model: nn.Module, copy: nn.Module) -> Changes:
+        """The same for a model, of changes that were worked out on a copy of it."""
+        twins = dict(zip(tensors_of(copy).values(), tensors_of(model).values(), strict=True))
+
+        def moved(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
+            return {twins[tensor]: value for tensor, value in by_tensor.items()}
+
+        return Changes(moved(self.values), moved(self.renewed), self.units)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
+    """Gives parameters and buffers new values in place, and clears the optimizers' state for what is new.
+
+    If anything fails on the way, everything is put back as it was.
+
+    Args:
+        name: Name of the intervention, for the report.
+        changes: What to do.
+        optimizers: The optimizers that may hold state for the parameters.
+    """
+    new_values = {old: new.to(old) for old, new in changes.values.items()}
+    different = {old: new for old, new in new_values.items() if not torch.equal(new, old)}
+    renewed: dict[nn.Parameter, Tensor | None] = {
+        old: mask.to(old.device) if (mask := changes.renewed.get(old)) is not None else None
+        for old in new_values
+        if isinstance(old, nn.Parameter) and (old in different or old in changes.renewed)
+    }
+    count = sum(int((new != old).sum()) for old, new in different.items() if isinstance(old, nn.Parameter))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_restored_on_error(list(different)))
+        for optimizer in optimizers:
+            stack.enter_context(remembered(optimizer, renewed))
+        with torch.no_grad():
+            for old, new in different.items():
+                old.copy_(new)
+        for optimizer in optimizers:
+            clear(optimizer, renewed)
+    return RepairReport(name, changes.units, count)
+
+
+@contextlib.contextmanager
+def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        raise
