@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -19,6 +20,8 @@ __all__ = [
     "SingleDeviceStrategy",
     "compiled_methods",
     "fit_datamodule",
+    "gradient_scale",
+    "is_logging_step",
     "is_restoring_for_finder",
     "training_description",
 ]
@@ -33,9 +36,26 @@ def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
     return source if isinstance(source, LightningDataModule) else None
 
 
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the step at hand is one that ``log_every_n_steps`` has logged."""
+    return trainer._logger_connector.should_update_logs
+
+
 def is_restoring_for_finder(trainer: Trainer) -> bool:
     """Whether the checkpoint being loaded is the one by which a learning rate or batch size finder undoes its run."""
     return Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_"))
+
+
+def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By what gradients are still multiplied in ``on_before_optimizer_step``.
+
+    Fused optimizers undo the scaling of a GradScaler themselves, in their step; for all others it was undone before.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scale: float = scaler.get_scale()
+    return scale
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

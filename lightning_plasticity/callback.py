@@ -13,20 +13,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity._compat import SingleDeviceStrategy, is_restoring_for_finder
+from lightning_plasticity._compat import SingleDeviceStrategy, is_logging_step, is_restoring_for_finder
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.interventions import Intervention, Repair, RepairReport
+from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe
 from lightning_plasticity.progress import shown_progress
+from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId
-from lightning_plasticity.training_loss import LossFunction, isolated_copy, training_loss, untouched_schedules
+from lightning_plasticity.training_loss import BatchInFlight, LossFunction, training_loss, untouched_schedules
 
 _STATE_VERSION = 1
 
@@ -102,13 +103,6 @@ class SpectralCollapseCallback(Callback):
         monitor: bool | PlasticityMonitor = True,
         monitor_every_n_steps: int | None = None,
     ) -> None:
-        if isinstance(interventions, Intervention):
-            raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
-        for intervention in interventions:
-            if not isinstance(intervention, Intervention):
-                raise TypeError(
-                    f"interventions=[{intervention!r}] must hold instances of Intervention, such as ShrinkPerturb()"
-                )
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
         if probe is not None and not isinstance(probe, Probe):
@@ -123,6 +117,7 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps)
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
+        self._remedies = Remedies(interventions)
         self.interventions = list(interventions)
         self.history: list[TaskReport] = []
         self._tasks = task_detector if task_detector is not None else TaskDetector()
@@ -133,6 +128,7 @@ class SpectralCollapseCallback(Callback):
         self._resumed = False
         self._keep_state = False
         self._checked = False
+        self._remedies_started = False
 
     def new_task(self, task_id: TaskId = None) -> None:
         """The next training batch is the first of a new task.
@@ -170,12 +166,19 @@ class SpectralCollapseCallback(Callback):
         self._tasks.on_fit(resumed=self._resumed and bool(self.history))
         self._resumed = self._checked = False
         self._steps_before_fit = self._steps - trainer.global_step
+        self._remedies.begin_fit(trainer)
+        self._remedies_started = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
-        if self._tasks.new_task(trainer, pl_module):
-            self._start_task(trainer, pl_module, batch)
+        at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
+        is_new_task = self._tasks.new_task(trainer, pl_module)
+        if is_new_task:
+            self._start_task(at)
+        if is_new_task or not self._remedies_started:
+            self._remedies.start(at)
+            self._remedies_started = True
         try:
             self._step_monitor.begin(pl_module, self._steps)
         except RuntimeError as error:
@@ -186,7 +189,23 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         log_step(trainer.loggers, self._step_monitor.end(), self._steps)
-        self._steps = self._steps_before_fit + trainer.global_step
+        step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
+        at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
+        repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
+        self.history[-1].repairs += repairs
+        log_step(trainer.loggers, numbers, self._steps)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remedies.after_backward()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        terms = self._remedies.add_gradients(trainer, pl_module, optimizer)
+        if terms and is_logging_step(trainer):
+            log_step(trainer.loggers, {name: term.item() for name, term in terms.items()}, self._steps)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,10 +214,12 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._step_monitor.abandon()
+        self._remedies.end_fit()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_monitor.abandon()
+        self._remedies.end_fit()
         log_summary(trainer.loggers, self.history)
 
     @override
@@ -219,6 +240,7 @@ class SpectralCollapseCallback(Callback):
             "initial": self._initial,
             "steps": self._steps,
             "tasks": self._tasks.state_dict(),
+            "interventions": self._remedies.state_dict(),
         }
 
     @override
@@ -236,26 +258,26 @@ class SpectralCollapseCallback(Callback):
         self._initial = dict(state_dict["initial"])
         self._steps = state_dict["steps"]
         self._tasks.load_state_dict(state_dict["tasks"])
+        self._remedies.load_state_dict(state_dict["interventions"])
 
-    def _start_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self._remember_initial(pl_module)
+    def _start_task(self, at: BatchInFlight) -> None:
+        self._remember_initial(at.module)
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
         first = all(earlier.spectrum is None for earlier in self.history)
         try:
-            with untouched_schedules(trainer):
-                message = self._probe_task(report, trainer, pl_module, batch)
+            with untouched_schedules(at.trainer):
+                message = self._probe_task(report, at)
             if first:
-                self._rehearse_repairs(trainer, pl_module)
+                self._remedies.rehearse(at)
         except Exception as error:
             if first:
                 raise
             message = f"task {report.task}: plasticity could not be measured, training goes on: {error}"
         if message is not None:
             rank_zero_warn(message, category=PlasticityWarning)
-        if report.collapsed:
-            report.repairs = self._repair(trainer, pl_module)
+        report.repairs = self._remedies.at_task(at, report.task, report.step, collapsed=report.collapsed)
         self.history.append(report)
-        log_task(trainer.loggers, report)
+        log_task(at.trainer.loggers, report)
 
     def _remember_initial(self, pl_module: LightningModule) -> None:
         """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""
@@ -263,12 +285,9 @@ class SpectralCollapseCallback(Callback):
             if name not in self._initial or self._initial[name].shape != tensor.shape:
                 self._initial[name] = tensor.detach().cpu().clone()
 
-    def _probe_task(self, report: TaskReport, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str | None:
+    def _probe_task(self, report: TaskReport, at: BatchInFlight) -> str | None:
         """Fills the report; returns what to warn of."""
-        loss_fn = self._loss_fn or training_loss
-
-        def make_copy() -> LightningModule:
-            return isolated_copy(pl_module, trainer, share_uncopyable=self._loss_fn is not None)
+        batch, loss_fn, make_copy = at.batch, self._loss_fn or training_loss, at.copy
 
         def make_initial_copy() -> LightningModule:
             module = make_copy()
@@ -282,9 +301,9 @@ class SpectralCollapseCallback(Callback):
             if warning is not None:
                 rank_zero_warn(warning, category=PlasticityWarning)
             self._checked = True
-        with shown_progress(trainer, "probing curvature") as progress:
+        with shown_progress(at.trainer, "probing curvature") as progress:
             now = self.probe.measure(make_copy, batch, loss_fn, progress)
-        with shown_progress(trainer, "probing curvature of the initial weights") as progress:
+        with shown_progress(at.trainer, "probing curvature of the initial weights") as progress:
             initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
         features = self._monitored(make_copy, batch, loss_fn)
         initial_features = self._monitored(make_initial_copy, batch, loss_fn) if features else {}
@@ -325,29 +344,6 @@ class SpectralCollapseCallback(Callback):
                 category=PlasticityWarning,
             )
             return {}
-
-    def _rehearse_repairs(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tries the interventions on a copy: one that cannot work on this module is an error now, not at a collapse."""
-        for intervention in self._repairs():
-            module = isolated_copy(pl_module, trainer, share_uncopyable=self._loss_fn is not None)
-            intervention.repair(module, generator=torch.Generator().manual_seed(0))
-
-    def _repairs(self) -> list[Repair]:
-        return [intervention for intervention in self.interventions if isinstance(intervention, Repair)]
-
-    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> list[RepairReport]:
-        repairs = []
-        for number, intervention in enumerate(self._repairs()):
-            generator = torch.Generator().manual_seed(1000 * len(self.history) + number)
-            try:
-                repairs.append(intervention.repair(pl_module, optimizers=trainer.optimizers, generator=generator))
-            except Exception as error:
-                rank_zero_warn(
-                    f"task {len(self.history)}: {type(intervention).__name__} failed and changed nothing, "
-                    f"training goes on: {error}",
-                    category=PlasticityWarning,
-                )
-        return repairs
 
 
 def _named_tensors(module: LightningModule) -> list[tuple[str, Tensor]]:

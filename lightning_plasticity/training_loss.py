@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -98,6 +99,31 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
             part._trainer = quiet
             part.log = part.log_dict = _nothing  # type: ignore[method-assign]
     return result
+
+
+@dataclass(frozen=True)
+class BatchInFlight:
+    """A batch that is being trained on, and what it takes to look at it without the run noticing.
+
+    Args:
+        trainer: The Trainer.
+        module: The module that it trains.
+        batch: The batch, on the module's device.
+        loss_fn: The loss of a module on a batch; ``None``: what ``training_step`` returns.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    batch: Any
+    loss_fn: LossFunction | None = None
+
+    def copy(self) -> LightningModule:
+        """A copy of the module that may be used up; see :func:`isolated_copy`."""
+        return isolated_copy(self.module, self.trainer, share_uncopyable=self.loss_fn is not None)
+
+    def loss(self, module: Any) -> Tensor:
+        """The loss of such a copy on the batch."""
+        return (self.loss_fn or training_loss)(module, self.batch)
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,26 @@ class LoggingByItself(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
         return super().training_step(batch, batch_idx)
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is given (CSVLogger forgets what it has written)."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append({**metrics, "step": -1 if step is None else step})
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def values(self, name: str) -> dict[int, float]:
+        """The values of one name by step."""
+        return {round(row["step"]): row[name] for row in self.rows if name in row}
 
 
 def loader(batches: int = 3, size: int = 4, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:

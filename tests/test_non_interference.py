@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plasticity import Collapse, HessianProbe, PyHessianProbe, SpectralCollapseCallback
-from tests.modules import trainer
+from tests.modules import MemoryLogger, trainer
 
 
 def convolutional() -> nn.Module:
@@ -91,15 +89,13 @@ class InTheMiddle(Callback):
             self.callback.new_task()
 
 
-def run(
-    path: Path, *callbacks: Callback, make_net: Callable[[], nn.Module] = convolutional, **options: Any
-) -> dict[str, Any]:
+def run(*callbacks: Callback, make_net: Callable[[], nn.Module] = convolutional, **options: Any) -> dict[str, Any]:
     """Three fits; returns everything that training leaves behind."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     module = Busy(make_net())
-    logger = CSVLogger(path, flush_logs_every_n_steps=10_000)
+    logger = MemoryLogger()
     one = trainer(*callbacks, logger=logger, max_epochs=0, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -108,7 +104,7 @@ def run(
         )
         one.fit_loop.max_epochs += 2
         one.fit(module, DataLoader(data, batch_size=8, shuffle=True))
-    rows = [row for row in logger.experiment.metrics if not any("plasticity" in key for key in row)]
+    rows = [row for row in logger.rows if not any("plasticity" in key for key in row)]
     return {
         "weights and buffers": module.state_dict(),
         "gradients": [parameter.grad for parameter in module.parameters()],
@@ -116,7 +112,7 @@ def run(
         "losses": [loss.item() for loss in module.outputs],
         "steps": (module.steps_seen, one.extra, one.global_step),
         "noise": module.noise,
-        "logged": [{key: value for key, value in row.items() if key != "created_at"} for row in rows],
+        "logged": rows,
         "metrics": {name: value.item() for name, value in one.callback_metrics.items()},
         "metric state": {name: getattr(module.accuracy, name).clone() for name in module.accuracy._defaults},
         "random numbers": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
@@ -143,9 +139,9 @@ def run(
     [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
     ids=["plain", "accumulation", "clipping", "bf16"],
 )
-def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_training_is_bit_identical_with_and_without_the_callback(options: dict[str, Any]) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9))
-    without, with_callback = run(tmp_path / "a", **options), run(tmp_path / "b", callback, **options)
+    without, with_callback = run(**options), run(callback, **options)
     assert len(callback.history) == 3
     check_identical(with_callback, without, callback)
 
@@ -164,39 +160,38 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path,
 )
 @pytest.mark.parametrize("kind", [HessianProbe, PyHessianProbe])
 def test_so_is_training_with_a_probe_of_the_hessian(
-    tmp_path: Path, kind: type[HessianProbe], make_net: Callable[[], nn.Module], options: dict[str, Any]
+    kind: type[HessianProbe], make_net: Callable[[], nn.Module], options: dict[str, Any]
 ) -> None:
     callback = SpectralCollapseCallback(kind(num_probes=2, num_steps=3), collapse=Collapse(below=1e-9))
-    without = run(tmp_path / "a", make_net=make_net, **options)
-    with_callback = run(tmp_path / "b", callback, InTheMiddle(callback), make_net=make_net, **options)
+    without = run(make_net=make_net, **options)
+    with_callback = run(callback, InTheMiddle(callback), make_net=make_net, **options)
     assert len(callback.history) == 9
     check_identical(with_callback, without, callback)
 
 
 def check_identical(with_callback: dict[str, Any], without: dict[str, Any], callback: SpectralCollapseCallback) -> None:
     assert all(report.spectrum is not None for report in callback.history)
+    assert without["logged"], "an empty list is like any other"
     for key, value in without.items():
         torch.testing.assert_close(with_callback[key], value, rtol=0, atol=0, msg=f"{key} differs", equal_nan=True)
 
 
-def test_the_comparison_would_notice_a_disturbance(tmp_path: Path) -> None:
+def test_the_comparison_would_notice_a_disturbance() -> None:
     class Disturbing(SpectralCollapseCallback):
         def on_train_start(self, *arguments: Any) -> None:
             super().on_train_start(*arguments)
             torch.rand(1)
 
     disturbing = Disturbing(collapse=Collapse(below=1e-9))
-    without, disturbed = run(tmp_path / "a"), run(tmp_path / "b", disturbing)
+    without, disturbed = run(), run(disturbing)
     assert without["losses"] != disturbed["losses"]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("make_net", [mlp, convolutional, transformer, gru])
-def test_training_is_bit_identical_while_it_is_monitored(
-    make_net: Callable[[], nn.Module], precision: str, tmp_path: Path
-) -> None:
+def test_training_is_bit_identical_while_it_is_monitored(make_net: Callable[[], nn.Module], precision: str) -> None:
     options: dict[str, Any] = {"make_net": make_net, "precision": precision, "accumulate_grad_batches": 2}
     monitored = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
-    expected, actual = run(tmp_path / "a", **options), run(tmp_path / "b", monitored, **options)
+    expected, actual = run(**options), run(monitored, **options)
     assert "dormant_fraction" in monitored.history[0].metrics
     check_identical(actual, expected, monitored)

@@ -23,15 +23,17 @@ class RepairReport:
         name: Name of the intervention.
         units: The units that were re-initialised, by layer name; empty for interventions that do not work by units.
         num_parameters_changed: Number of entries of parameters with a new value.
+        step: Optimizer steps taken before it, over all fits; ``None`` outside of the callback.
     """
 
     name: str
     units: dict[str, Tensor] = field(default_factory=dict)
     num_parameters_changed: int = 0
+    step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python and tensors, for checkpoints."""
-        return {"name": self.name, "units": dict(self.units), "num_parameters_changed": self.num_parameters_changed}
+        return {**vars(self), "units": dict(self.units)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> RepairReport:

@@ -1,0 +1,204 @@
+"""What is done about it, and when? Each intervention at its time: at a collapse, at a task, or while training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_plasticity._compat import gradient_scale
+from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
+from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
+
+
+class Remedies:
+    """Conducts interventions in the training loop.
+
+    One that cannot work on the module is an error before any weight has changed. From then on one that fails changes
+    nothing, is warned of, and training goes on.
+
+    Args:
+        interventions: What to do, in this order.
+
+    Raises:
+        TypeError: If it is no list of interventions.
+    """
+
+    def __init__(self, interventions: Sequence[Intervention]) -> None:
+        if isinstance(interventions, Intervention):
+            raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
+        for intervention in interventions:
+            if not isinstance(intervention, Repair | RunningRemedy | Regularizer):
+                raise TypeError(
+                    f"interventions=[{intervention!r}] must hold instances of Repair, RunningRemedy or Regularizer, "
+                    "such as ShrinkPerturb()"
+                )
+        self._repairs = [i for i in interventions if isinstance(i, Repair)]
+        self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
+        self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
+        self._all = list(interventions)
+        self._steps_taken = 0
+        self._handles: list[Any] = []
+        self._backward_passes = 0
+        self._backward_passes_seen: Counter[int] = Counter()
+        self._have_worked = False
+
+    def begin_fit(self, trainer: Trainer) -> None:
+        """A fit begins."""
+        self.end_fit()
+        self._backward_passes, self._steps_taken = 0, 0
+        self._backward_passes_seen.clear()
+        for optimizer in trainer.optimizers if self._running else []:
+            self._handles.append(optimizer.register_step_post_hook(self._count_step))
+
+    def end_fit(self) -> None:
+        """Leaves nothing in the module and the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for intervention in self._all:
+            intervention.stop()
+
+    def rehearse(self, at: BatchInFlight) -> None:
+        """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
+        with untouched_schedules(at.trainer):
+            for repair in self._repairs:
+                repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=torch.Generator().manual_seed(0))
+
+    def start(self, at: BatchInFlight) -> None:
+        """Gets what runs along ready: before the first batch of every fit and of every task."""
+        for intervention in (*self._running, *self._regularizers):
+            with untouched_schedules(at.trainer):
+                intervention.start(at.module, forward=at.loss, make_copy=at.copy)
+
+    def at_task(self, at: BatchInFlight, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
+        """The repairs that are due at the start of a task."""
+        due = [
+            number
+            for number, repair in enumerate(self._repairs)
+            if (repair.when == "collapse" and collapsed) or (repair.when == "task" and task > 0)
+        ]
+        return self._repair(at, due, step, seed=1000 * task)
+
+    def after_backward(self) -> None:
+        """Gradients were added to."""
+        self._backward_passes += 1
+
+    def add_gradients(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """Adds the regularizers' gradients to those of one optimizer's parameters, before its step.
+
+        As if the terms stood in ``training_step``: of a window of gradient accumulation of which only some batches had
+        a loss, they get that share; they are clipped with the rest, where the Trainer clips.
+
+        Returns:
+            The value of each term.
+        """
+        passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
+        self._backward_passes_seen[id(optimizer)] = self._backward_passes
+        if not self._regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
+            return {}
+        share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        try:
+            with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
+                terms = [regularizer.penalty(module) for regularizer in self._regularizers]
+                total = torch.stack(terms).sum()
+                gradients: Sequence[Tensor | None] = torch.autograd.grad(total, parameters, allow_unused=True)
+            if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
+                raise ValueError("a gradient is not finite")
+        except Exception as error:
+            if not self._have_worked:
+                raise
+            _warn(f"the regularizers failed and were left out of this step, training goes on: {error}")
+            return {}
+        self._have_worked = True
+        factor = share * gradient_scale(trainer, optimizer)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = (factor * gradient.detach()).to(parameter.dtype)
+            else:
+                parameter.grad.add_(gradient.detach(), alpha=factor)
+        return {f"{r.name}/penalty": term.detach() for r, term in zip(self._regularizers, terms, strict=True)}
+
+    def after_batch(
+        self, at: BatchInFlight, step_before: int, step: int
+    ) -> tuple[list[RepairReport], dict[str, float]]:
+        """What is due after the optimizer steps of a batch.
+
+        Args:
+            at: The batch.
+            step_before: The number of optimizer steps, over all fits, before the batch.
+            step: The number after it.
+
+        Returns:
+            The repairs that were done, and numbers to log of what runs along.
+        """
+        numbers: dict[str, float] = {}
+        if self._steps_taken:
+            self._steps_taken = 0
+            for remedy in self._running:
+                act = partial(remedy.after_step, at.module, at.trainer.optimizers)
+                report = _survived(remedy, at, act)
+                if report is not None and report.units:
+                    numbers[f"{remedy.name}/units"] = float(sum(len(units) for units in report.units.values()))
+        due = [
+            number
+            for number, repair in enumerate(self._repairs)
+            if isinstance(repair.when, int) and step // repair.when > step_before // repair.when
+        ]
+        return self._repair(at, due, step, seed=2**32 + 1000 * step), numbers
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What a checkpoint must hold."""
+        return [{"name": intervention.name, "state": intervention.state_dict()} for intervention in self._all]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        if [state["name"] for state in states] != [intervention.name for intervention in self._all]:
+            _warn(
+                f"the checkpoint was written with interventions {[state['name'] for state in states]}, now they are "
+                f"{[intervention.name for intervention in self._all]}: they begin anew"
+            )
+            return
+        for intervention, state in zip(self._all, states, strict=True):
+            intervention.load_state_dict(state["state"])
+
+    def _repair(self, at: BatchInFlight, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
+        reports = []
+        for number in due:
+            repair, generator = self._repairs[number], torch.Generator().manual_seed(seed + number)
+            act = partial(repair.repair, at.module, optimizers=at.trainer.optimizers, loss=at.loss, generator=generator)
+            report = _survived(repair, at, act)
+            if report is not None:
+                reports.append(dataclasses.replace(report, step=step))
+        return reports
+
+    def _count_step(self, *_: object) -> None:
+        self._steps_taken += 1
+
+
+def _survived(
+    intervention: Intervention, at: BatchInFlight, act: Callable[..., RepairReport | None]
+) -> RepairReport | None:
+    try:
+        with untouched_schedules(at.trainer):
+            return act(forward=at.loss, make_copy=at.copy)
+    except Exception as error:
+        _warn(f"{intervention.name} failed and changed nothing, training goes on: {error}")
+        return None
+
+
+def _warn(message: str) -> None:
+    rank_zero_warn(message, category=PlasticityWarning)

@@ -1,0 +1,363 @@
+"""Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.interventions import (
+    Intervention,
+    ReDo,
+    ReGraMa,
+    Regularizer,
+    Repair,
+    RepairReport,
+    Reset,
+    RunningRemedy,
+    ShrinkPerturb,
+)
+from tests.modules import Classifier, MemoryLogger, loader, trainer, weights
+
+NEVER = Collapse(below=1e-9)
+
+
+class Quartic(Regularizer):
+    """A term whose gradient depends on where it is taken."""
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        return self.coefficient * torch.stack([p.float().pow(4).sum() for p in model.parameters()]).sum()
+
+
+class Regularized(Classifier):
+    """The same term in training_step."""
+
+    term: Regularizer | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3:
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.term is None else loss + self.term.penalty(self)
+
+
+class BySGD(Regularized):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class ByFusedAdam(Regularized):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2, fused=True)
+
+
+class ByLBFGS(Regularized):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, 0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class ByHand(Regularized):
+    """Two optimizers in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            loss = super().training_step(batch, 0)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.net[0].parameters(), 1e-2), torch.optim.SGD(self.net[2].parameters(), 0.1)]
+
+
+def half_precision() -> dict[str, Any]:
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
+
+
+def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
+@pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(BySGD, {}, id="plain"),
+        pytest.param(BySGD, {"accumulate_grad_batches": 3}, id="accumulation with a short last window"),
+        pytest.param(BySGD, {"gradient_clip_val": 0.1}, id="clipping"),
+        pytest.param(BySGD, {"precision": "bf16-mixed"}, id="bf16"),
+        pytest.param(BySGD, "scaler", id="fp16"),
+        pytest.param(ByFusedAdam, "scaler", id="fp16 and a fused optimizer"),
+        pytest.param(ByLBFGS, {}, id="LBFGS"),
+        pytest.param(ByHand, {}, id="two optimizers by hand"),
+    ],
+)
+def test_a_regularizer_equals_the_same_term_in_training_step(kind: type[Regularized], options: Any) -> None:
+    ends = []
+    for by_callback in (False, True):
+        torch.manual_seed(0)
+        module = kind()
+        if not by_callback:
+            module.term = Quartic(0.1)
+        callback = SpectralCollapseCallback(
+            collapse=NEVER, interventions=[Quartic(0.1)] if by_callback else [], loss_fn=cross_entropy
+        )
+        fitted = half_precision() if options == "scaler" else options
+        trainer(callback, max_epochs=2, **fitted).fit(module, loader(batches=5))
+        ends.append(weights(module))
+    torch.manual_seed(0)
+    plain = kind()
+    trainer(max_epochs=2, **(half_precision() if options == "scaler" else options)).fit(plain, loader(batches=5))
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6
+    assert (ends[0] - weights(plain)).abs().max() > 1e-3, "without the term it is another training"
+
+
+def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path: Path) -> None:
+    logger = MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1)])
+    module = Classifier()
+    first = Quartic(0.1).penalty(module).item()
+    trainer(callback, logger=logger, log_every_n_steps=2).fit(module, loader(batches=6))
+    penalties = logger.values("plasticity_training/Quartic/penalty")
+    assert list(penalties) == [1, 3, 5]
+    assert 0 < penalties[1] != first
+
+
+class NotFinite(Regularizer):
+    """Fails at some of its calls."""
+
+    def __init__(self, fails: Sequence[int]) -> None:
+        super().__init__(1.0)
+        self.calls, self.fails = -1, fails
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        self.calls += 1
+        return weights_term(model) * (float("nan") if self.calls in self.fails else 0.0)
+
+
+def weights_term(model: nn.Module) -> Tensor:
+    return torch.stack([p.square().sum() for p in model.parameters()]).sum()
+
+
+def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> None:
+    module = Classifier()
+    before = weights(module)
+    with pytest.raises(ValueError, match="a gradient is not finite"):
+        trainer(SpectralCollapseCallback(interventions=[NotFinite([0])])).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+    ends = []
+    for interventions in ([], [NotFinite([1])]):
+        torch.manual_seed(0)
+        module = Classifier()
+        fitted = trainer(SpectralCollapseCallback(interventions=interventions))
+        if interventions:
+            with pytest.warns(PlasticityWarning, match="left out of this step, training goes on: a gradient is not"):
+                fitted.fit(module, loader())
+        else:
+            fitted.fit(module, loader())
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+class Counting(RunningRemedy):
+    """Counts what it is asked, and fails at some steps."""
+
+    def __init__(self, fails: Sequence[int] = ()) -> None:
+        self.events: list[str] = []
+        self.steps, self.fails = 0, fails
+        self.handle: Any = None
+
+    def start(self, model: nn.Module, **_: Any) -> None:
+        self.stop()
+        self.events.append("start")
+        self.handle = model.register_forward_pre_hook(lambda *_: None)
+
+    def after_step(self, model: nn.Module, optimizers: Any = (), **_: Any) -> RepairReport | None:
+        self.steps += 1
+        if self.steps in self.fails:
+            raise ValueError("no luck")
+        return RepairReport(self.name, {"net.0": torch.arange(self.steps)})
+
+    def stop(self) -> None:
+        if self.handle is not None:
+            self.events.append("stop")
+            self.handle.remove()
+            self.handle = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def test_a_running_remedy_starts_before_the_first_step_and_acts_after_each(tmp_path: Path) -> None:
+    remedy, module, logger = Counting(), Classifier(), MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    trainer(callback, logger=logger).fit(module, loader(batches=4))
+    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"], 4, 0)
+    assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3, 4: 4}
+    trainer(callback, accumulate_grad_batches=3).fit(module, loader(batches=4))
+    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"] * 2, 6, 0)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
+    class Overflowing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 1 and not self.trainer.sanity_checking else loss
+
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
+    assert remedy.steps == 3
+
+
+def test_a_running_remedy_that_fails_is_warned_of_and_training_goes_on() -> None:
+    remedy, module = Counting(fails=[2]), Classifier()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    with pytest.warns(PlasticityWarning, match="Counting failed and changed nothing, training goes on: no luck"):
+        trainer(callback).fit(module, loader(batches=4))
+    assert remedy.steps == 4
+
+
+def test_nothing_is_left_in_the_module_when_training_fails() -> None:
+    class Failing(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("out of luck")
+
+    remedy, module = Counting(), Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(SpectralCollapseCallback(interventions=[remedy])).fit(module, loader())
+    assert (remedy.events, hooks(module)) == (["start", "stop"], 0)
+    assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+class Noting(Repair):
+    """Notes when it is called, and changes one weight."""
+
+    def __init__(self, when: Any, fails: bool = False) -> None:
+        super().__init__(when)
+        self.fails = fails
+
+    def changes(self, model: nn.Module, request: Any) -> Any:
+        return Reset(["net.2"]).changes(model, request)
+
+
+@pytest.mark.parametrize(
+    ("when", "by_task"),
+    [("task", [[], [8], [16]]), (5, [[5], [10, 15], [20]]), (8, [[8], [16], [24]]), ("collapse", [[], [], []])],
+)
+def test_repairs_are_done_when_they_are_asked_for(when: Any, by_task: list[list[int]]) -> None:
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[Noting(when)]), Classifier()
+    for _ in range(3):
+        trainer(callback, max_epochs=2).fit(module, loader(batches=4))
+    assert [[repair.step for repair in report.repairs] for report in callback.history] == by_task
+
+
+@pytest.mark.parametrize("when", ["never", "steps", 0, -3, 1.5, True, None])
+def test_other_times_are_refused(when: Any) -> None:
+    with pytest.raises(ValueError, match=rf"ReDo\(when={when!r}\) must be 'collapse' or 'task' or a number"):
+        ReDo(when=when)
+
+
+class Busy(Classifier):
+    """A training_step that leaves traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("batches", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        self.batches += 1
+        self.log("calls", float(self.calls))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("intervention", [ReDo(), ReGraMa(0.1)], ids=lambda i: i.name)
+def test_units_are_recycled_at_a_collapse_as_by_hand_and_training_step_leaves_no_traces(
+    intervention: ReDo | ReGraMa, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, logger = Busy(), MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1, relative_to=None), interventions=[intervention])
+    with torch.no_grad():
+        module.net[0].bias[::2] = -100
+    by_hand, first = Busy(), next(iter(loader(batches=1)))
+    by_hand.load_state_dict(module.state_dict())
+    expected = intervention.repair(
+        by_hand,
+        forward=lambda model: model.net(first[0]),
+        loss=lambda model: F.cross_entropy(model.net(first[0]), first[1]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    with pytest.warns(PlasticityWarning):
+        trainer(callback, max_steps=1, logger=logger).fit(module, DataLoader(TensorDataset(*first), batch_size=4))
+    report = callback.history[0].repairs[0]
+    assert report.units.keys() == {"net.0"}
+    assert torch.equal(report.units["net.0"], expected.units["net.0"])
+    assert report.num_parameters_changed == expected.num_parameters_changed
+    assert (module.calls, module.batches) == (1, 1)
+    assert logger.values("calls") == {0: 1}
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
+    F.cross_entropy(by_hand.net(first[0]), first[1]).backward()
+    optimizer.step()
+    assert torch.equal(weights(module), weights(by_hand))
+
+
+def test_units_are_recycled_every_so_many_steps() -> None:
+    torch.manual_seed(0)
+    module = Busy()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ReDo(threshold=0.5, when=2)])
+    trainer(callback).fit(module, loader(batches=5))
+    repairs = callback.history[0].repairs
+    assert [repair.step for repair in repairs] == [2, 4]
+    assert repairs[0].units["net.0"].numel() > 0
+    assert module.calls == 5
+
+
+def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path) -> None:
+    def callback(*interventions: Intervention) -> SpectralCollapseCallback:
+        return SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
+
+    torch.manual_seed(0)
+    fitted = trainer(callback(Counting(), ShrinkPerturb()), enable_checkpointing=False)
+    fitted.fit(Classifier(), loader())
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+
+    again = Counting()
+    resumed = trainer(callback(again, ShrinkPerturb()), max_epochs=2)
+    resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.steps == 6
+
+    other = Counting()
+    with pytest.warns(PlasticityWarning, match=r"interventions \['Counting', 'ShrinkPerturb'\], now they are"):
+        trainer(callback(other), max_epochs=2).fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert other.steps == 3
+
+
+def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="must hold instances of Repair, RunningRemedy or Regularizer"):
+        SpectralCollapseCallback(interventions=[Intervention()])
