@@ -3,9 +3,9 @@
 The rooms, in the order in which a batch passes through them: ``tasks`` (is this a new task?), ``training_loss`` (what
 is the loss here, without touching the run?), ``probe`` (how is its curvature measured?), ``curvature`` (what does the
 loss surface look like?), ``functional`` and ``metrics`` (are units and features alive?), ``diagnostics`` (which numbers
-say so?), ``collapse`` (is this a collapse?), ``interventions`` (what is done about it?), ``loggers`` and ``plots``
-(where do people see it?). ``callback`` conducts; ``curvature``, ``functional``, ``metrics`` and ``interventions`` work
-without Lightning.
+say so?), ``collapse`` (is this a collapse?), ``interventions`` and ``remedies`` (what is done about it, and when?),
+``loggers`` and ``plots`` (where do people see it?). ``callback`` conducts; ``curvature``, ``functional``, ``metrics``
+and ``interventions`` work without Lightning.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_plasticity.probe import HessianProbe as HessianProbe
     from lightning_plasticity.probe import PyHessianProbe as PyHessianProbe
     from lightning_plasticity.reports import TaskReport as TaskReport
+    from lightning_plasticity.tasks import TaskDetector as TaskDetector
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "PlasticityWarning": "collapse",
     "PyHessianProbe": "probe",
     "SpectralCollapseCallback": "callback",
+    "TaskDetector": "tasks",
     "TaskReport": "reports",
 }
 

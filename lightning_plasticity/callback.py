@@ -173,7 +173,7 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
-        is_new_task = self._tasks.new_task(trainer, pl_module)
+        is_new_task = self._tasks.new_task(trainer, pl_module, batch)
         if is_new_task:
             self._start_task(at)
         if is_new_task or not self._remedies_started:
@@ -189,6 +189,7 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         log_step(trainer.loggers, self._step_monitor.end(), self._steps)
+        self._tasks.on_batch_end(outputs)
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
         at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
         repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)

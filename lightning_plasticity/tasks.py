@@ -2,33 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
+from lightning_plasticity.curvature.problem import check_counts
 
 TaskId: TypeAlias = "int | str | None"
 
 _ATTRIBUTES = ("task_id", "current_task")
 
 
+class DriftDetector(Protocol):
+    """What watches a stream of numbers for a change of its distribution, such as ``river.drift.ADWIN()``."""
+
+    def update(self, x: float) -> object:
+        """Takes the next number."""
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the last number gave a change away."""
+
+
 class TaskDetector:
     """Recognises new tasks, by the first of these that applies.
 
     1. :meth:`announce` was called: the next training batch starts a task.
-    2. The data module of the fit, or else the module, has an attribute ``task_id`` or ``current_task`` that is not
-       ``None``: a task starts when its value changes.
-    3. Otherwise every fit is a task, except one that resumes from a checkpoint.
+    2. ``batch_label`` is given: a task starts with the first batch with a label that none before it had.
+    3. ``task_key`` is given, or the data module of the fit, or else the module, has an attribute ``task_id`` or
+       ``current_task`` that is not ``None``: a task starts when that value changes.
+    4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
+       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
+
+    With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift.
+
+    Args:
+        task_key: ``task_key(trainer, module)`` returns the name of the current task, an int or a string, or ``None``:
+            not known. In a configuration file, its import path.
+        batch_label: Where a batch holds the task label of its samples: an index, as 2 for batches ``(x, y, t)``, or a
+            key.
+        every_n_epochs: Length of a task in epochs.
+        every_n_steps: Length of a task in optimizer steps.
+        drift_detector: Watches the training loss of every batch for shifts that nobody announces: an object with
+            ``update(x)`` and ``drift_detected``, as all of ``river.drift`` (the extra ``drift``). What it has seen is
+            not kept in checkpoints.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If a length is not a whole number, at least 1, or both are given.
+
+    Example:
+        >>> from lightning_plasticity import SpectralCollapseCallback, TaskDetector
+        >>> callback = SpectralCollapseCallback(task_detector=TaskDetector(every_n_epochs=10))
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        task_key: Callable[[Trainer, LightningModule], TaskId] | None = None,
+        batch_label: int | str | None = None,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        drift_detector: DriftDetector | None = None,
+    ) -> None:
+        if task_key is not None and not callable(task_key):
+            raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
+        if batch_label is not None and (isinstance(batch_label, bool) or not isinstance(batch_label, int | str)):
+            raise TypeError(f"batch_label={batch_label!r} must be an index or a key of the batch")
+        check_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        if every_n_epochs is not None and every_n_steps is not None:
+            raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them")
+        if drift_detector is not None and not callable(getattr(drift_detector, "update", None)):
+            raise TypeError(f"drift_detector={drift_detector!r} must have update(x) and drift_detected")
+        self._task_key = task_key if task_key is not None else attribute_key
+        self._batch_label = batch_label
+        self._every_n_epochs = every_n_epochs
+        self._every_n_steps = every_n_steps
+        self._drift_detector = drift_detector
         self._fit_began = False
         self._announced = False
         self._announced_id: TaskId = None
         self._key: TaskId = None
+        self._period = 0
+        self._labels: set[int | str] = set()
         self.task_id: TaskId = None
         """Name of the task that :meth:`new_task` last saw begin."""
 
@@ -40,26 +99,62 @@ class TaskDetector:
         """A fit is about to train; ``resumed`` if it goes on from a checkpoint."""
         self._fit_began = not resumed
 
-    def new_task(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the training batch at hand is the first of a new task. To be asked once a batch."""
-        key = task_key(trainer, pl_module)
-        is_new = self._announced or (self._fit_began if key is None else key != self._key)
-        if is_new:
-            self.task_id = self._announced_id if self._announced and self._announced_id is not None else key
+    def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
+        """Whether the training batch at hand is the first of a new task. To be asked once a batch.
+
+        Raises:
+            TypeError: If the name of the task is no int and no string.
+            ValueError: If the batch holds no label where one was promised.
+        """
+        period = self._period_of(trainer)
+        if self._batch_label is not None:
+            new_labels = sorted(_labels(batch, self._batch_label) - self._labels, key=str)
+            self._labels.update(new_labels)
+            key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
+        else:
+            key = _checked(self._task_key(trainer, pl_module), getattr(self._task_key, "__name__", "task_key"))
+            is_new = (self._fit_began or period != self._period) if key is None else key != self._key
+        if self._announced and self._announced_id is not None:
+            self.task_id = self._announced_id
+        elif self._announced or is_new:
+            self.task_id = key
+        is_new |= self._announced
         self._fit_began = self._announced = False
-        self._key = key
+        self._key, self._period = key, period
         return is_new
+
+    def on_batch_end(self, outputs: Any) -> None:
+        """A batch was trained on; ``outputs`` as in ``on_train_batch_end``."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self._drift_detector is None or not isinstance(loss, Tensor):
+            return
+        self._drift_detector.update(loss.item())
+        if self._drift_detector.drift_detected:
+            self.announce()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {"announced": self._announced, "announced_id": self._announced_id, "key": self._key}
+        return {
+            "announced": self._announced,
+            "announced_id": self._announced_id,
+            "key": self._key,
+            "period": self._period,
+            "labels": sorted(self._labels, key=str),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._announced, self._announced_id, self._key = state["announced"], state["announced_id"], state["key"]
+        self._period, self._labels = state["period"], set(state["labels"])
+
+    def _period_of(self, trainer: Trainer) -> int:
+        """Which stretch of the fit this is."""
+        if self._every_n_epochs is not None:
+            return trainer.current_epoch // self._every_n_epochs
+        return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
 
 
-def task_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
+def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
     """The name of the task that the data module of the fit, or else the module, carries; ``None`` if neither does.
 
     Raises:
@@ -68,16 +163,32 @@ def task_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
     for owner in (fit_datamodule(trainer), pl_module):
         for name in _ATTRIBUTES:
             value = getattr(owner, name, None)
-            if isinstance(value, torch.Tensor) and value.numel() == 1:
-                value = value.item()
-            if value is None or callable(value):
-                continue
-            if isinstance(value, Integral):
-                return int(value)
-            if isinstance(value, str):
-                return value
-            raise TypeError(
-                f"{type(owner).__name__}.{name} is {value!r}; the name of a task must be an int or a str (or None). "
-                "Rename the attribute if it means something else, or call callback.new_task()"
-            )
+            if value is not None and not callable(value):
+                return _checked(value, f"{type(owner).__name__}.{name}")
     return None
+
+
+def _checked(value: Any, source: str) -> TaskId:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    raise TypeError(
+        f"{source} is {value!r}; the name of a task must be an int or a str (or None). Rename the attribute if it "
+        "means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
+    )
+
+
+def _labels(batch: Any, where: int | str) -> set[int | str]:
+    try:
+        labels = batch[where]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"batch_label={where!r}, but a batch is a {type(batch).__name__} without it: name the index or key that "
+            "holds the task labels"
+        ) from error
+    items = labels.flatten().tolist() if isinstance(labels, Tensor) else labels
+    items = items if isinstance(items, list | tuple) else [items]
+    return {label for item in items if (label := _checked(item, f"a label in batch[{where!r}]")) is not None}

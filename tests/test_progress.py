@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, 
 from lightning_plasticity import HessianProbe, SpectralCollapseCallback, progress
 from lightning_plasticity._compat import training_description
 from lightning_plasticity.progress import shown_progress
+from lightning_plasticity.training_loss import BatchInFlight
 from tests.modules import Classifier, loader, trainer
 
 PROBE = HessianProbe(num_probes=2, num_steps=4)
@@ -24,10 +25,10 @@ class Watching(SpectralCollapseCallback):
         self.read = read
         self.around: list[str] = []
 
-    def _start_task(self, trainer: Trainer, *arguments: Any) -> None:
-        self.around.append(self.read(trainer))
-        super()._start_task(trainer, *arguments)
-        self.around.append(self.read(trainer))
+    def _start_task(self, at: BatchInFlight) -> None:
+        self.around.append(self.read(at.trainer))
+        super()._start_task(at)
+        self.around.append(self.read(at.trainer))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """New tasks are recognised, and nothing else is."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_plasticity import Collapse, SpectralCollapseCallback
+from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
 from tests.modules import Classifier, loader, tasks_seen, trainer
 
 
-def watcher() -> SpectralCollapseCallback:
+def watcher(**options: Any) -> SpectralCollapseCallback:
     """One that only counts tasks: it takes a lot to alarm it."""
-    return SpectralCollapseCallback(collapse=Collapse(below=1e-9))
+    detector = TaskDetector(**options) if options else None
+    return SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
 
 
 class Data(LightningDataModule):
@@ -167,3 +169,125 @@ def test_task_ids_may_be_numpy_numbers() -> None:
     trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, 3, 0)]
     assert type(callback.history[0].task_id) is int
+
+
+def test_a_function_names_the_task() -> None:
+    callback = watcher(task_key=lambda trainer, module: "early" if trainer.global_step < 4 else "late")
+    trainer(callback, max_epochs=3).fit(Classifier(), loader())
+    trainer(callback).fit(Classifier(), loader())
+    assert tasks_seen(callback) == [(0, "early", 0), (1, "late", 4), (2, "early", 9)]
+
+
+def test_a_function_that_knows_of_no_task_leaves_it_to_the_fits() -> None:
+    callback, module = watcher(task_key=lambda trainer, module: None), Classifier()
+    module.task_id = 3
+    for _ in range(2):
+        trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, None, 0), (1, None, 3)]
+
+
+def labelled(labels: list[list[int]]) -> DataLoader[Any]:
+    """One batch for each list of labels."""
+    data = loader(batches=len(labels)).dataset
+    return DataLoader(
+        [(*data[i], label) for i, label in enumerate(itertools.chain(*labels))], batch_size=len(labels[0])
+    )
+
+
+def test_a_label_in_the_batch_begins_a_task_when_it_is_new() -> None:
+    stream = [[0, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 2, 0]]  # old ones are replayed
+    callback, module = watcher(batch_label=2), Classifier()
+    for _ in range(2):
+        trainer(callback).fit(module, labelled(stream))
+    assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 2), (2, 2, 5)]
+
+
+def test_labels_under_a_key_may_be_words() -> None:
+    class Dicts(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    data = [{"x": x, "y": y, "task": "cats" if i < 8 else "dogs"} for i, (x, y) in enumerate(loader().dataset)]
+    callback = watcher(batch_label="task")
+    trainer(callback).fit(Dicts(), DataLoader(data, batch_size=4))
+    assert tasks_seen(callback) == [(0, "cats", 0), (1, "dogs", 2)]
+
+
+def test_a_batch_without_the_label_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"batch_label=2, but a batch is a list without it"):
+        trainer(watcher(batch_label=2)).fit(Classifier(), loader())
+
+
+def test_every_n_epochs_of_a_fit() -> None:
+    callback, module = watcher(every_n_epochs=2), Classifier()
+    trainer(callback, max_epochs=5).fit(module, loader())
+    trainer(callback, max_epochs=1).fit(module, loader())
+    assert [step for _, _, step in tasks_seen(callback)] == [0, 6, 12, 15]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_n_steps_of_a_fit(accumulate: int) -> None:
+    callback, module = watcher(every_n_steps=4), Classifier()
+    trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader(batches=10 * accumulate))
+    trainer(callback).fit(module, loader(batches=3))
+    assert [step for _, _, step in tasks_seen(callback)] == [0, 4, 8, 10]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("options", [{"every_n_epochs": 2}, {"every_n_steps": 4}, {"batch_label": 2}])
+@pytest.mark.parametrize("saved_at", [3, 5, 6])
+def test_resuming_begins_no_task_and_misses_none(tmp_path: Path, options: dict[str, Any], saved_at: int) -> None:
+    def data() -> Any:
+        return labelled([[0, 0]] * 2 + [[1, 1]] if "batch_label" in options else [[0, 0]] * 3)
+
+    whole = watcher(**options)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    trainer(whole, saver, max_epochs=4, enable_checkpointing=True).fit(Classifier(), data())
+    resumed = watcher(**options)
+    (path,) = tmp_path.glob(f"*step={saved_at}.ckpt")
+    again = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    fitted = trainer(resumed, again, max_epochs=4, enable_checkpointing=True)
+    fitted.fit(Classifier(), data(), ckpt_path=path)
+    if fitted.global_step > 12:
+        pytest.skip("old Lightning trains the rest of a resumed epoch anew")
+    assert tasks_seen(resumed) == tasks_seen(whole)
+
+
+class Shifted(Classifier):
+    """The loss of half of the batches is much larger."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 5 * (batch_idx >= 60)
+
+
+def test_a_shift_of_the_loss_that_nobody_announced() -> None:
+    drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
+    seen = {}
+    for kind in (drift.ADWIN, drift.PageHinkley):
+        for module in (Classifier, Shifted):
+            torch.manual_seed(0)
+            callback = watcher(drift_detector=kind())
+            trainer(callback).fit(module(lr=1e-3), loader(batches=120))
+            seen[kind.__name__, module.__name__] = [step for _, _, step in tasks_seen(callback)]
+    assert seen["ADWIN", "Classifier"] == seen["PageHinkley", "Classifier"] == [0]
+    for kind in ("ADWIN", "PageHinkley"):
+        _, when = seen[kind, "Shifted"]
+        assert 60 < when < 110
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"task_key": "task"}, TypeError, r"task_key='task' must be a function"),
+        ({"batch_label": 1.5}, TypeError, r"batch_label=1.5 must be an index or a key"),
+        ({"batch_label": True}, TypeError, r"batch_label=True must be an index or a key"),
+        ({"every_n_epochs": 0}, ValueError, r"every_n_epochs=0"),
+        ({"every_n_steps": 2.5}, ValueError, r"every_n_steps=2.5"),
+        ({"every_n_steps": 2, "every_n_epochs": 3}, ValueError, r"give one of them"),
+        ({"drift_detector": "ADWIN"}, TypeError, r"drift_detector='ADWIN' must have update"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TaskDetector(**options)
