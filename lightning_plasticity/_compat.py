@@ -12,17 +12,17 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
 from torch import nn
 
 __all__ = [
     "DummyLogger",
-    "SingleDeviceStrategy",
     "compiled_methods",
     "fit_datamodule",
     "gradient_scale",
     "is_logging_step",
     "is_restoring_for_finder",
+    "is_supported",
     "training_description",
 ]
 
@@ -56,6 +56,12 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
         return 1.0
     scale: float = scaler.get_scale()
     return scale
+
+
+def is_supported(strategy: object) -> bool:
+    """Whether the weights are whole on every device, and gradients what they are called."""
+    sharded = isinstance(strategy, DeepSpeedStrategy | SingleDeviceXLAStrategy)
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not sharded
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

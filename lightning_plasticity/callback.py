@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity._compat import SingleDeviceStrategy, is_logging_step, is_restoring_for_finder
+from lightning_plasticity._compat import is_logging_step, is_restoring_for_finder, is_supported
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
@@ -142,10 +142,10 @@ class SpectralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        if not is_supported(trainer.strategy):
             raise MisconfigurationException(
-                f"SpectralCollapseCallback works on a single device today, not with {type(trainer.strategy).__name__}: "
-                "use Trainer(devices=1)"
+                "SpectralCollapseCallback works where every device holds all weights: on a single device and with DDP, "
+                f"not with {type(trainer.strategy).__name__}: use Trainer(devices=1) or Trainer(strategy='ddp')"
             )
         sources: list[Source] = [*self.probe.matrices]
         measures = [] if self.monitor is None else self.monitor.measures
@@ -174,9 +174,10 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
         is_new_task = self._tasks.new_task(trainer, pl_module, batch)
-        if is_new_task:
-            self._start_task(at)
         if is_new_task or not self._remedies_started:
+            at = at.joined(self.probe.samples)
+            if is_new_task:
+                self._start_task(at)
             self._remedies.start(at)
             self._remedies_started = True
         try:
@@ -274,6 +275,9 @@ class SpectralCollapseCallback(Callback):
             if first:
                 raise
             message = f"task {report.task}: plasticity could not be measured, training goes on: {error}"
+        # What rank 0 saw counts for all: rounding may differ from device to device, decisions must not.
+        state, message = at.trainer.strategy.broadcast((report.to_dict(), message))
+        report = TaskReport.from_dict(state)
         if message is not None:
             rank_zero_warn(message, category=PlasticityWarning)
         report.repairs = self._remedies.at_task(at, report.task, report.step, collapsed=report.collapsed)

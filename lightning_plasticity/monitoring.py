@@ -30,6 +30,7 @@ def monitored_copy(
     """
     monitor = copy.deepcopy(monitor)
     monitor.reset()
+    monitor.sync_on_compute = False  # all processes have the same samples
     monitor.compiled = "eager"  # as everything is in a probe
     monitor.to(module.device)
     with probing(module), monitor.attach(module):

@@ -240,6 +240,7 @@ class HessianProbe(Probe):
             seed=self.seed,
             backend=self._backend,
             progress=progress,
+            distributed=False,  # all processes have the same samples
         )
         return ProbeResult({"hessian": spectrum, **beside}, loss)
 

@@ -18,6 +18,9 @@ from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
+_SAMPLES = 256
+"""How many samples repairs between tasks see at most, of all processes together."""
+
 
 class Remedies:
     """Conducts interventions in the training loop.
@@ -158,6 +161,8 @@ class Remedies:
             for number, repair in enumerate(self._repairs)
             if isinstance(repair.when, int) and step // repair.when > step_before // repair.when
         ]
+        if due:
+            at = at.joined(_SAMPLES)
         return self._repair(at, due, step, seed=2**32 + 1000 * step), numbers
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -166,11 +171,10 @@ class Remedies:
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """The inverse of :meth:`state_dict`."""
-        if [state["name"] for state in states] != [intervention.name for intervention in self._all]:
-            _warn(
-                f"the checkpoint was written with interventions {[state['name'] for state in states]}, now they are "
-                f"{[intervention.name for intervention in self._all]}: they begin anew"
-            )
+        before, now = [state["name"] for state in states], [intervention.name for intervention in self._all]
+        if before != now:
+            if any(state["state"] for state in states):
+                _warn(f"the checkpoint was written with interventions {before}, now they are {now}: they begin anew")
             return
         for intervention, state in zip(self._all, states, strict=True):
             intervention.load_state_dict(state["state"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods
+from lightning_plasticity.batches import first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
+from lightning_plasticity.curvature.shards import gathered, is_distributed
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 """``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
@@ -116,6 +119,20 @@ class BatchInFlight:
     module: LightningModule
     batch: Any
     loss_fn: LossFunction | None = None
+
+    def joined(self, samples: int) -> BatchInFlight:
+        """The first samples of all processes that train together, the same in each of them; of one process: itself.
+
+        To be asked for by all processes at the same point.
+        """
+        if not is_distributed():
+            return self
+        share = -(-samples // torch.distributed.get_world_size())
+        try:
+            batch = gathered(first_samples(self.batch, share))
+        except (RuntimeError, ValueError):  # not to be joined, such as sequences of different lengths: rank 0 shall do
+            batch = moved(self.trainer.strategy.broadcast(first_samples(self.batch, samples)), like=self.batch)
+        return replace(self, batch=batch)
 
     def copy(self) -> LightningModule:
         """A copy of the module that may be used up; see :func:`isolated_copy`."""
