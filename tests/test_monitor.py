@@ -179,6 +179,60 @@ def test_an_activation_on_the_way_to_the_loss_is_no_hidden_layer() -> None:
     assert list(monitor.layers) == ["relu"]
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda z, t: z * t,  # a learned temperature
+        lambda z, t: F.normalize(z) @ F.normalize(z).T / t,  # similarities of embeddings
+        lambda z, t: torch.einsum("nd,md->nm", z, z - t),
+        lambda z, t: F.layer_norm(z, z.shape[1:], t.expand(z.shape[1:]), None),
+        lambda z, t: torch.cat([t.expand(1, z.shape[1]), z]),
+    ],
+)
+def test_a_parameter_in_the_output_makes_no_hidden_layer_of_what_is_before_it(
+    head: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.t = mlp(8), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return head(torch.tanh(self.body(x)), self.t)
+
+    assert seen(Embedding(), X) == ["body.1"]
+
+
+def test_a_product_with_weights_makes_a_hidden_layer_of_what_is_before_it_in_every_form() -> None:
+    weight = nn.Parameter(torch.randn(3, 8))
+    for head in (
+        lambda z: z @ weight.t(),
+        lambda z: z @ (weight * 2).T,  # masked weights, or those of functional_call
+        lambda z: torch.addmm(torch.zeros(3), z, weight.T),
+        lambda z: torch.einsum("nd,kd->nk", z, weight),
+        lambda z: torch.cdist(z, weight),
+        lambda z: z.pow(2) @ torch.randn(8, 3),
+    ):
+        assert seen(chained(nn.Linear(4, 8), nn.Tanh(), head), X) == ["1"]
+
+
+def test_the_variance_of_a_variational_autoencoder_counts_as_the_decoder_reads_it() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.variance, self.decoder = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 4)
+            self.reads = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance = self.mean(x), F.softplus(self.variance(x))
+            return self.decoder(mean + variance * torch.randn(3)) if self.reads else (mean / variance).square().sum()
+
+    model = Autoencoder()
+    assert seen(model, X) == ["softplus"]
+    model.reads = False  # on the way to the loss alone
+    assert seen(model, X) == []
+
+
 def test_activations_of_parameters_are_no_layer() -> None:
     class Positive(nn.Module):
         def __init__(self) -> None:
@@ -252,15 +306,15 @@ def test_transformers_are_seen_in_training_and_evaluation(training: bool, activa
 def test_units_are_those_of_the_layer_that_made_them(
     layer: nn.Module, shape: tuple[int, ...], units: int, samples: int
 ) -> None:
-    class Scale(nn.Module):
+    class Similarity(nn.Module):  # tells nothing about dimensions
         def __init__(self) -> None:
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            self.prototype = nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.scale * x
+            return F.cosine_similarity(x, self.prototype, dim=-1)
 
-    model = nn.Sequential(layer, nn.ReLU(), Scale())
+    model = nn.Sequential(layer, nn.ReLU(), Similarity())
     monitor = PlasticityMonitor(model)
     with monitor:
         model(torch.randn(shape))
@@ -268,7 +322,209 @@ def test_units_are_those_of_the_layer_that_made_them(
     assert (layer_seen.units, layer_seen.samples) == (units, samples)
 
 
-def test_units_are_followed_no_further_than_a_rearrangement_of_dimensions() -> None:
+class Around(nn.Module):
+    """An activation, and what comes before and after it."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.relu(self.before(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.hidden(x))
+
+
+def chained(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """One after the other; modules become part of the network."""
+    chain = nn.Sequential()
+    for step in steps:
+        chain.append(step if isinstance(step, nn.Module) else Step(step))
+    return chain
+
+
+class Step(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, 3, -1).transpose(1, 2).reshape(x.shape)
+
+
+def read_in_channels() -> nn.Module:
+    return nn.Conv1d(6, 2, 1)
+
+
+def read_in_last() -> nn.Module:
+    return nn.Linear(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dim"),
+    [
+        # told by what came before
+        (nn.Conv1d(6, 6, 1), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), turned), same, 2),
+        (chained(nn.Linear(6, 6), turned), same, 1),
+        (chained(nn.Linear(6, 6), lambda x: x.permute(0, 2, 1).contiguous()), same, 1),
+        (chained(nn.Linear(6, 6), lambda x: x.mT), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x.chunk(2, 1)[1]), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x[:, 3:9]), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x.narrow(1, 2, 6)), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), nn.GLU(dim=1)), same, 1),
+        (chained(nn.Conv1d(6, 3, 1), lambda x: torch.cat([x, -x], 1)), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), shuffled), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), lambda x: x.roll(1, 2) * torch.arange(5.0)[:, None, None]), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), nn.MaxPool1d(1), nn.Dropout(0.0)), same, 1),
+        (
+            chained(lambda x: x[:, None], nn.Conv2d(1, 6, (1, 6)), lambda x: x[..., 0], lambda x: F.pad(x, (0, 0))),
+            same,
+            1,
+        ),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, (6, 1)), lambda x: x.squeeze(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, (6, 1)), lambda x: x.mean(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, 1), lambda x: x.flatten(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, 1), lambda x: x.flatten(2).transpose(1, 2)), same, 2),
+        (nn.BatchNorm1d(6), same, 1),
+        (nn.LayerNorm(6), same, 2),
+        (chained(nn.LayerNorm(6), turned), same, 1),
+        # told by what comes after
+        (same, read_in_channels(), 1),
+        (same, read_in_last(), 2),
+        (lambda x: torch.eye(6) @ x, read_in_channels(), 1),
+        (chained(nn.Linear(6, 6), lambda x: torch.eye(6) @ x), same, 2),
+        (same, chained(turned, read_in_channels()), 2),
+        (same, chained(turned, read_in_last()), 1),
+        (same, chained(nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(36, 2)), 1),
+        (same, chained(nn.MaxPool1d(2), nn.Flatten(), nn.Linear(18, 2)), 1),
+        (same, chained(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2)), 1),
+        (same, chained(lambda x: x.mean(-1), nn.Linear(6, 2)), 1),
+        (same, chained(lambda x: x.mean(1), nn.Linear(6, 2)), 2),
+        (same, chained(lambda x: x[:, -1], nn.Linear(6, 2)), 2),
+        (same, chained(lambda x: x[:, :, -1], nn.Linear(6, 2)), 1),
+        (same, chained(shuffled, read_in_channels()), 1),
+        (same, chained(lambda x: torch.cat([x, x], 1).chunk(2, 1)[0], read_in_channels()), 1),
+        (same, chained(nn.GLU(dim=2), lambda x: x + x.roll(1, 0), read_in_channels()), 1),
+        (chained(nn.Linear(6, 36), lambda x: x[:, 0].view(-1, 6, 6)), read_in_channels(), 1),
+        (chained(nn.Linear(6, 36), lambda x: x[:, 0].unflatten(1, (6, 6))), read_in_last(), 2),
+    ],
+)
+def test_units_of_three_dimensions_are_told_by_the_layers_before_and_behind(
+    before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor], dim: int
+) -> None:
+    torch.manual_seed(0)
+    prototype = nn.Parameter(torch.ones(1, 1, 1))
+    if after is same:  # a layer that tells nothing
+        after = Step(lambda x: F.cosine_similarity(x, prototype))
+    model, x = Around(before, after), torch.randn(5, 6, 6)
+    with PlasticityMonitor(model, dormant_threshold=0.9) as monitor:
+        model(x)
+    f = model.hidden(x).detach().movedim(dim, -1).double().numpy()
+    f = f.reshape(-1, f.shape[-1])
+    assert monitor.layers["relu"].units == f.shape[-1]
+    assert not monitor.layers["relu"].units_are_assumed
+    values = monitor.compute()
+    assert values["effective_rank/relu"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
+    assert values["dormant_fraction/relu"].item() == pytest.approx(numpy_dormant(f, 0.9))
+
+
+def test_where_nothing_tells_which_dimension_counts_units_it_is_said_once() -> None:
+    class Untold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = Functional(torch.relu), nn.Linear(30, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(x).flatten(1))
+
+    model, x = Untold(), torch.randn(4, 5, 6)
+    monitor = PlasticityMonitor(model, measures=["feature_norm"])
+    monitor.attach()
+    model(x)
+    assert monitor.layers["tanh"].units_are_assumed  # known before it is detached
+    with pytest.warns(UserWarning, match="no layer before or behind tanh tells which dimension counts units"):
+        monitor.detach()
+    expected = torch.tanh(x).norm(dim=2).mean().item()
+    assert monitor.compute()["feature_norm/tanh"].item() == pytest.approx(expected, rel=1e-6)
+    with monitor:  # said once
+        model(x)
+    assert monitor.layers["tanh"].samples == 2 * 4 * 5
+    with PlasticityMonitor(model, channel_dim=1, measures=["feature_norm"]) as told:
+        model(x)
+    assert (told.layers["tanh"].units, told.layers["tanh"].units_are_assumed) == (5, False)
+    assert told.compute()["feature_norm/tanh"].item() == pytest.approx(torch.tanh(x).norm(dim=1).mean().item())
+
+
+def test_channels_last_images_are_told_by_the_layer_behind() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(6, 2))
+    with PlasticityMonitor(model) as monitor:
+        model(torch.randn(2, 3, 4, 6))
+    assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 24)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_sequences_of_changing_length_do_not_end_a_forward_pass(told: bool) -> None:
+    reader = nn.Conv1d(6, 2, 1) if told else nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.ReLU(), reader)
+    monitor = PlasticityMonitor(model, measures=["dead_fraction"])
+    monitor.attach()
+    lengths = (6, 9, 4)
+    for length in lengths:
+        model(torch.randn(5, 6, length))
+    if told:
+        monitor.detach()
+        assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * sum(lengths))
+    else:
+        with (
+            pytest.warns(UserWarning, match="no layer before or behind 0 tells"),
+            pytest.warns(UserWarning, match="left out: layer '0' had 6 units and has 4 now: "),
+        ):
+            monitor.detach()
+        assert monitor.layers["0"].samples == 5 * 6, "what does not fit is left out"
+
+
+def test_matrix_products_and_einsum_with_weights_tell_their_dimension() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(7, 2))
+            self.product = self.einsum
+
+        def einsum(self, x: Tensor) -> Tensor:
+            return torch.einsum("nct,cd->ndt", F.relu(torch.einsum("nct,cd->ndt", x, self.one)), self.two)
+
+        def before(self, x: Tensor) -> Tensor:
+            return self.two.T @ F.relu(self.one.t() @ x)
+
+        def behind(self, x: Tensor) -> Tensor:
+            return F.relu(x.mT @ self.one) @ self.two
+
+        def only_read(self, x: Tensor) -> Tensor:
+            return torch.einsum("nct,cd->ndt", F.relu(x), self.one)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.product(x)
+
+    model, x = Products(), torch.randn(4, 6, 5)
+    for product, units in (("einsum", 7), ("before", 7), ("behind", 7), ("only_read", 6)):
+        model.product = getattr(model, product)
+        with PlasticityMonitor(model) as monitor:
+            model(x)
+        assert (monitor.layers["relu"].units, monitor.layers["relu"].samples) == (units, 20), product
+
+
+def test_units_are_followed_through_a_transposition() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -52,12 +52,15 @@ class MonitoredLayer:
         samples: Number of samples; every position or token is one.
         ranked_samples: How many of them the ranks are taken of, 0 if no rank is measured. A rank cannot exceed it.
         ranks_are_estimates: Whether the ranks are those of a part of the samples, or of random sums of units.
+        units_are_assumed: Whether the dimension that counts units is but the usual one for the shape: neither the
+            layers before nor those behind have told.
     """
 
     units: int
     samples: int
     ranked_samples: int
     ranks_are_estimates: bool
+    units_are_assumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class PlasticityMonitor(PlasticityMetric):
         measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
             ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
         channel_dim: The dimension that counts units, in all layers. By default it is followed from the last layer that
-            made the activations, else taken from the shape as by
-            :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
+            made the activations, else from the first that reads them. Where neither tells, a warning does: it is taken
+            from the shape then, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
         compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
             run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
@@ -164,7 +167,11 @@ class PlasticityMonitor(PlasticityMetric):
         self.errors: list[str] = []
         self._network = [] if module is None else [module]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
+        self._watch: Watch | None = None
         self._offered: set[str] = set()
+        self._assumed: set[str] = set()
+        self._unfit: dict[str, str] = {}
+        self._told: set[str] = set()
 
     def attach(self, module: nn.Module | None = None) -> Self:
         """Begins to watch the network; also as ``with monitor.attach(module): ...``.
@@ -201,7 +208,7 @@ class PlasticityMonitor(PlasticityMetric):
             stack.callback(self._look_back, watch)
             stack.callback(watch.stop)
             watch.start()
-            self._attachment = stack.pop_all()
+            self._attachment, self._watch = stack.pop_all(), watch
         return self
 
     @property
@@ -215,7 +222,7 @@ class PlasticityMonitor(PlasticityMetric):
         Warns:
             UserWarning: If activations were missed in compiled code, or a pattern has matched none.
         """
-        attachment, self._attachment = self._attachment, None
+        attachment, self._attachment, self._watch = self._attachment, None, None
         if attachment is not None:
             attachment.close()
 
@@ -240,6 +247,7 @@ class PlasticityMonitor(PlasticityMetric):
                 samples=samples,
                 ranked_samples=kept if self._ranks else 0,
                 ranks_are_estimates=self._ranks and (kept < samples or (rows is not None and units > self.max_units)),
+                units_are_assumed=layer in self._assumed,
             )
         return found
 
@@ -311,9 +319,22 @@ class PlasticityMonitor(PlasticityMetric):
             self.errors.append(str(error))
         return self.forgiving
 
-    def report(self, name: str, observed: _Statistics) -> None:
-        """Adds the statistics of a layer."""
-        self.update({name: observed})
+    def report(self, name: str, observed: _Statistics, *, assumed: bool) -> None:
+        """Adds the statistics of a layer. What is but assumed of it does not end the forward pass."""
+        if assumed:
+            self._assumed.add(name)
+        try:
+            self.update({name: observed})
+        except ValueError as error:
+            if name not in self._assumed:
+                raise
+            self._unfit[name] = str(error)
+
+    @override
+    def reset(self) -> None:
+        """Forgets what was seen."""
+        super().reset()
+        self._assumed.clear()
 
     @property
     def _ranks(self) -> bool:
@@ -332,6 +353,8 @@ class PlasticityMonitor(PlasticityMetric):
             self.add_state(f"{layer}|rows", [], dist_reduce_fx="cat")
 
     def _seen(self) -> list[str]:
+        if self._watch is not None:
+            self._watch.decide()
         layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
         return [layer for layer in layers if self._state(layer, "magnitude_sum").ndim]
 
@@ -398,6 +421,18 @@ class PlasticityMonitor(PlasticityMetric):
                 category=UserWarning,
             )
 
+        for error in self._unfit.values():
+            rank_zero_warn(f"some activations were left out: {error}", category=UserWarning)
+        self._unfit.clear()
+        unclear = sorted(self._assumed - self._told)
+        self._told.update(unclear)
+        if unclear:
+            rank_zero_warn(
+                f"no layer before or behind {', '.join(unclear)} tells which dimension counts units: it is taken to be "
+                "the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
+                category=UserWarning,
+            )
+
     @override
     def _agree_on_shapes(self, group: Any | None) -> None:
         mine = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
@@ -412,7 +447,7 @@ class PlasticityMonitor(PlasticityMetric):
         self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_network": [], "_attachment": None}
+        return {**super().__getstate__(), "_network": [], "_attachment": None, "_watch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
