@@ -118,12 +118,96 @@ def test_values_are_those_of_the_hidden_activations() -> None:
         (torch.tanh, "tanh"),
         (Tensor.sigmoid, "sigmoid"),
         (F.glu, "glu"),
+        (lambda x: x.clamp(min=0), "clamp"),
+        (lambda x: torch.clamp(x, 0, 6), "clamp"),
+        (lambda x: x.clone().clamp_min_(0.0), "clamp"),
+        (lambda x: torch.clip(input=x, min=0), "clamp"),
         (lambda x: F.dropout(F.relu(x), 0.5), "relu"),
         (lambda x: F.layer_norm(F.elu(x), (8,)), "elu"),
     ],
 )
 def test_activation_functions_are_seen_in_every_form(activation: Callable[[Tensor], Tensor], name: str) -> None:
     assert seen(Functional(activation), X) == [name]
+
+
+def test_a_clamp_is_an_activation_only_at_zero_and_after_a_layer() -> None:
+    model = mlp(8)
+    model.append(Step(lambda x: x.norm(dim=1, keepdim=True).clamp(min=1e-6)))
+    model.append(nn.Linear(1, 1))
+    assert seen(model, X) == ["1"]
+    assert seen(nn.Sequential(Step(lambda x: x.clamp(0, 1)), *mlp(8)), X) == ["2"]  # images, say
+
+
+@pytest.mark.parametrize(
+    "unrecognised",
+    [
+        lambda x: torch.maximum(x, torch.zeros(())),
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: x * (x > 0),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+    ],
+)
+def test_a_network_in_which_nothing_is_recognised_says_so(unrecognised: Callable[[Tensor], Tensor]) -> None:
+    model = Functional(unrecognised)
+    monitor = PlasticityMonitor(model)
+    monitor.attach()
+    model(X)
+    with pytest.warns(UserWarning, match=r"no hidden layer, .*name the modules that return them, .*layers=\[...\]"):
+        monitor.detach()
+    assert monitor.layers == {}
+    with PlasticityMonitor(nn.Linear(4, 2)) as monitor:  # it has none
+        monitor._network[0](X)
+    model = nn.Sequential(nn.Linear(4, 8), Step(unrecognised), nn.Linear(8, 2))
+    assert seen(model, X, layers=["1"]) == ["1"]
+
+
+class Gated(nn.Module):
+    def __init__(self, gate: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.gate = gate
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.gate(self.a(x), self.b(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x))
+
+
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [
+        (lambda a, b: a * torch.sigmoid(a), "sigmoid"),
+        (lambda a, b: F.silu(a) * b, "silu"),
+        (lambda a, b: b.mul_(F.silu(a)), "silu"),
+        (lambda a, b: nn.SiLU()(a) * b, "silu"),
+        (lambda a, b: a * torch.sigmoid(a) * b, "sigmoid"),
+        (lambda a, b: F.relu(a) * torch.tanh(b), "relu"),
+        (lambda a, b: (h := F.relu(a)) * h, "relu"),
+        (lambda a, b: F.dropout(F.gelu(a) * b, 0.0), "gelu"),
+    ],
+)
+def test_of_gates_the_product_counts(gate: Callable[[Tensor, Tensor], Tensor], name: str) -> None:
+    model = Gated(gate)
+    nn.init.zeros_(model.b.weight[:3])
+    nn.init.zeros_(model.b.bias[:3])
+    with PlasticityMonitor(model) as monitor:
+        model(X)
+    f = model.hidden(X).detach().double().numpy()
+    assert list(monitor.layers) == [name]
+    values = monitor.compute()
+    assert values[f"dead_fraction/{name}"].item() == numpy_dead(f)
+    assert values[f"effective_rank/{name}"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
+
+
+def test_what_is_multiplied_by_something_else_is_no_gate() -> None:
+    mask = torch.zeros(8)
+    for scale in (lambda a: F.relu(a) * mask, lambda a: F.relu(a) * 0.0, lambda a: F.relu(a) * mask.expand(32, 8)):
+        model = Gated(lambda a, b, scale=scale: scale(a))
+        with PlasticityMonitor(model) as monitor:
+            model(X)
+        f = F.relu(model.a(X)).detach().double().numpy()
+        assert monitor.compute()["dead_fraction/relu"].item() == numpy_dead(f) < 1
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.PReLU(), nn.RReLU(), nn.GELU(), nn.Tanh()])
@@ -230,7 +314,8 @@ def test_the_variance_of_a_variational_autoencoder_counts_as_the_decoder_reads_i
     model = Autoencoder()
     assert seen(model, X) == ["softplus"]
     model.reads = False  # on the way to the loss alone
-    assert seen(model, X) == []
+    with pytest.warns(UserWarning, match="has seen no hidden layer"):
+        assert seen(model, X) == []
 
 
 def test_activations_of_parameters_are_no_layer() -> None:
@@ -981,7 +1066,10 @@ def test_networks_within_metrics_are_not_part_of_the_network() -> None:
             self.metric.update(x)
             return self.net(x)
 
-    assert seen(Model(), X) == ["net.1"]
+    model = Model()
+    assert seen(model, X) == ["net.1"]
+    model.net = nn.Linear(4, 2)  # what is in the metric is not missed either
+    assert seen(model, X) == []
 
 
 def test_arguments_and_misuse_are_told() -> None:

@@ -76,8 +76,11 @@ class PlasticityMonitor(PlasticityMetric):
     """The state of every hidden layer of a network, measured while it runs: dormant units, ranks, feature norms.
 
     Hidden layers are found by what runs: the results of activation functions, called as modules or as functions
-    (``F.relu`` and the like, also recurrent layers), that flow into a further layer. So the output layer does not
-    count, whatever its activation. Only while it is attached does anything in the network know of the monitor:
+    (``F.relu`` and the like, ``clamp(min=0)``, also recurrent layers), that flow into a further layer with weights. So
+    the output layer does not count, whatever its activation, nor what is on the way to the loss. Of gates, written as
+    ``h * sigmoid(h)`` or ``silu(a) * b``, the product counts, which is what the next layer reads. Activations written
+    as ``where``, ``maximum`` or ``x * (x > 0)`` are not recognised: name the module that returns them. Only while it is
+    attached does anything in the network know of the monitor:
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> monitor = PlasticityMonitor(model, measures=["dormant_fraction"])
@@ -220,7 +223,8 @@ class PlasticityMonitor(PlasticityMetric):
         """Ends it; nothing is left in the network. Without effect if it is not attached.
 
         Warns:
-            UserWarning: If activations were missed in compiled code, or a pattern has matched none.
+            UserWarning: If activations were missed in compiled code, a pattern has matched none, no hidden layer was
+                seen although several layers ran, or nothing has told which dimension of a layer counts units.
         """
         attachment, self._attachment, self._watch = self._attachment, None, None
         if attachment is not None:
@@ -420,7 +424,15 @@ class PlasticityMonitor(PlasticityMetric):
                 f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
                 category=UserWarning,
             )
-
+        elif len(watch.layers_with_weights) > 1 and not (
+            watch.saw_hidden_layer or watch.saw_compiled_code or self.errors
+        ):
+            rank_zero_warn(
+                "PlasticityMonitor has seen no hidden layer, although several layers with weights have run. Activations "
+                "written as where, maximum or a product with a mask are not recognised, nor is attention: name the "
+                "modules that return them, PlasticityMonitor(layers=[...])",
+                category=UserWarning,
+            )
         for error in self._unfit.values():
             rank_zero_warn(f"some activations were left out: {error}", category=UserWarning)
         self._unfit.clear()

@@ -43,13 +43,20 @@ ACTIVATIONS = functions(
 _LAYERS = {*CONVOLUTIONS, F.linear, F.bilinear, F.multi_head_attention_forward}
 """Functions that feed on activations, whether or not their weights are parameters."""
 
+_CLAMPS = functions("clamp clamp_ clamp_min clamp_min_ clip clip_")
+"""Functions whose results are activations if they cut off what is below zero."""
+
+_MULTIPLICATIONS = functions("mul mul_ __mul__ __rmul__ __imul__ multiply multiply_")
+
 _PASSING_ON = {
     *ACTIVATIONS,
+    *_CLAMPS,
+    *_MULTIPLICATIONS,
     *NORMS,
     *functions(
-        "add add_ __radd__ __iadd__ sub sub_ __rsub__ __isub__ rsub mul mul_ __rmul__ __imul__ multiply div div_ "
+        "add add_ __radd__ __iadd__ sub sub_ __rsub__ __isub__ rsub div div_ "
         "__rdiv__ __rtruediv__ __itruediv__ divide true_divide pow pow_ __rpow__ __pow__ addcmul addcdiv lerp "
-        "clamp clamp_ clip maximum minimum where cat concat stack expand_as"
+        "maximum minimum where cat concat stack expand_as"
     ),
 }
 """Functions that are no layer even if a parameter takes part: a learned temperature, shift or token."""
@@ -111,10 +118,14 @@ class _Activations:
 
 @dataclass
 class _Origin:
-    """What is known of a tensor: what its dimensions stand for, and its activations that no layer has seen yet."""
+    """What is known of a tensor: what its dimensions stand for, and its activations that no layer has seen yet.
+
+    ``result`` are those of them that the tensor itself is.
+    """
 
     axes: Sequence[Axes] = ()
     activations: tuple[_Activations, ...] = ()
+    result: _Activations | None = None
 
 
 class Watch(TorchFunctionMode):
@@ -122,7 +133,8 @@ class Watch(TorchFunctionMode):
 
     Activations belong to a hidden layer if they flow into a further layer with weights: a linear one, a convolution, a
     product with a matrix that comes from elsewhere, or any function of a parameter but arithmetic and normalisation.
-    Those of the output layer do not, nor do those on the way to the loss.
+    Those of the output layer do not, nor do those on the way to the loss. Of a gate, ``h * sigmoid(h)``, the product is
+    what counts: the next layer reads it.
 
     Activations are called by the path of their module, those of functions by the path of the module that calls it and
     the name of the function; what has the same name in one call of a module is numbered.
@@ -136,6 +148,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, root: nn.Module, observer: Observer, chosen: Collection[str]) -> None:
         super().__init__()
         self.saw_activations = False
+        self.saw_hidden_layer = False
+        self.layers_with_weights: set[int] = set()
         self.saw_compiled_code = False
         self._observer = observer
         self._chosen = chosen
@@ -186,6 +200,8 @@ class Watch(TorchFunctionMode):
         origins = [(tensor, origin) for tensor in inputs if (origin := self._origin(tensor)) is not None]
         axes = [(tensor, origin.axes) for tensor, origin in origins if len(origin.axes) == tensor.ndim]
         settle(func, args, kwargs, inputs, axes)
+        if func in _LAYERS and not self._calls[-1].of_a_metric:
+            self.layers_with_weights.update(id(tensor) for tensor in inputs[1:2])
         activations = tuple(dict.fromkeys(a for _, origin in origins for a in origin.activations if not a.reported))
         if activations and _is_layer(func, inputs, {id(tensor) for tensor, _ in origins}):
             for activation in activations:
@@ -195,12 +211,27 @@ class Watch(TorchFunctionMode):
             after = axes_after(func, args, kwargs, inputs, output, axes)
             if activations or after:
                 self._remember(output, _Origin(after, activations))
-        if func in ACTIVATIONS and outputs and not isinstance(inputs[0], nn.Parameter):
+        if not outputs:
+            return
+        if func in _MULTIPLICATIONS:
+            self._join_gates(origins, outputs[0])
+        of_clamp = func in _CLAMPS and len(origins) > 0 and _cuts_at_zero(args, kwargs)
+        if of_clamp or (func in ACTIVATIONS and not isinstance(inputs[0], nn.Parameter)):
             call = self._calls[-1]
             call.calls_activation = True
             if not _is_activation(call.module):
-                name = getattr(func, "__name__", "activation").rstrip("_")
+                name = "clamp" if of_clamp else getattr(func, "__name__", "activation").rstrip("_")
                 self._observe(call, f"{call.path}.{name}" if call.path else name, outputs[0])
+
+    def _join_gates(self, origins: list[tuple[Tensor, _Origin]], product: Tensor) -> None:
+        """Puts a product in the place of the activations that are its factors."""
+        factors = [origin.result for tensor, origin in origins if tensor.shape == product.shape]
+        gates = [gate for gate in factors if gate is not None and not gate.reported]
+        if len(factors) == 2 and gates:
+            for gate in gates:
+                gate.reported = True
+                gate.observed.clear()
+            self._keep(gates[0].name, product)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         caller = self._calls[-1]
@@ -218,7 +249,7 @@ class Watch(TorchFunctionMode):
         caller = self._calls[-1]
         if call.path in self._chosen:
             name = caller.number(call.path) if _is_activation(module) else call.path
-            activations = self._look(name, output)
+            activations = self._keep(name, output)
             if activations is not None:
                 self._report(activations)
         elif isinstance(module, _RECURRENT):
@@ -237,10 +268,14 @@ class Watch(TorchFunctionMode):
         name = caller.number(base) if numbered else base
         if caller.of_a_metric or not self._observer.wants(name):
             return
+        self._keep(name, output)
+
+    def _keep(self, name: str, output: Tensor) -> _Activations | None:
         activations = self._look(name, output)
         if activations is not None:
             earlier = origin.activations if (origin := self._origin(output)) else ()
-            self._remember(output, _Origin(activations.axes, (*earlier, activations)))
+            self._remember(output, _Origin(activations.axes, (*earlier, activations), activations))
+        return activations
 
     def _look(self, name: str, output: Tensor) -> _Activations | None:
         if torch._C._functorch.is_functorch_wrapped_tensor(output):  # inside torch.func: one sample, or a tangent
@@ -279,6 +314,7 @@ class Watch(TorchFunctionMode):
         observed, decided = activations.observed, counting_units(activations.axes)
         assumed = len(observed) > 1 and decided is None
         statistics = observed.get(decided, next(iter(observed.values())))
+        self.saw_hidden_layer = True
         with torch._C.DisableTorchFunction():
             try:
                 self._observer.report(activations.name, statistics, assumed=assumed)
@@ -311,6 +347,12 @@ def _is_activation(module: nn.Module) -> bool:
     """Whether a module that calls an activation function is one itself: then its own result is what counts."""
     own = type(module).__module__ == nn.ReLU.__module__
     return not module._modules and (own or next(module.parameters(), None) is None)
+
+
+def _cuts_at_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether these are the arguments of a clamp at zero from below."""
+    low = kwargs.get("min", args[1] if len(args) > 1 else None)
+    return isinstance(low, int | float) and low == 0
 
 
 def _is_layer(func: Function, inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
