@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from lightning_plasticity import PlasticityMonitor
+from lightning_plasticity import functional as P
+from lightning_plasticity.functional.ranks import leading_count, singular_values_of_moments
+from lightning_plasticity.metrics import EffectiveRank
 from tests.modules import loader, trainer
 from tests.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
 
@@ -713,13 +716,30 @@ def test_layers_are_chosen_by_pattern_or_by_the_path_of_any_module() -> None:
 
 
 def test_a_pattern_that_matches_nothing_says_what_there_is() -> None:
-    monitor, model = PlasticityMonitor(layers=["encoder.*"]), mlp(8, 6)
+    monitor, model = PlasticityMonitor(layers=["*.relu"]), mlp(8, 6)
     with monitor.attach(model):
         pass  # nothing was seen: nothing can be said
     monitor.attach(model)
     model(X)
-    with pytest.warns(UserWarning, match=r"layers=\['encoder.\*'\] match none of the activations seen: \['1', '3'\]"):
+    with pytest.warns(UserWarning, match=r"layers=\['\*.relu'\] match none of the activations seen: \['1', '3'\]"):
         monitor.detach()
+
+
+@pytest.mark.parametrize("name", ["1", "net.5", "body.*", "net.1.relu-", "net.nonsense", "relu.1"])
+def test_a_name_that_can_match_nothing_is_refused_at_once(name: str) -> None:
+    model = LightningModule()
+    model.net = mlp(8)
+    monitor = PlasticityMonitor(model.net, layers=["net.1", name])
+    with pytest.raises(ValueError, match=r"can match nothing in LightningModule, which is made of \['net'\]: names"):
+        monitor.attach(model)
+    assert hooks(model) == modes() == 0
+    assert not monitor.attached
+
+
+def test_names_of_functions_of_numbered_layers_and_of_the_network_itself_are_not_refused() -> None:
+    model = nn.Sequential(Block(4), nn.ModuleDict({"act": nn.ReLU()}), nn.Linear(4, 2))
+    for name in ("0.relu", "0.relu-2", "re*", "relu", "*", "0.re?u-[12]", "1.act", "1.a*", "0.act", "", "2"):
+        PlasticityMonitor(layers=[name]).attach(model).detach()
 
 
 # Over time
@@ -1088,6 +1108,129 @@ def test_arguments_and_misuse_are_told() -> None:
     with monitor, pytest.raises(RuntimeError, match=r"attached already: detach\(\) it first"):
         monitor.attach()
     monitor.detach()  # without effect
+
+
+def test_what_was_seen_can_be_saved_and_loaded_by_a_fresh_monitor() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(8, 20)
+            self.monitor = PlasticityMonitor(self.net, max_samples=16)
+            self.monitor.persistent(True)  # before anything was seen
+
+    old, new = Owner(), Owner()
+    with old.monitor:
+        old.net(X)
+    saved = old.state_dict()
+    with new.monitor:  # is replaced
+        new.net[:-1](X)
+        nn.Sequential(nn.Tanh(), nn.Linear(4, 1))(X)
+    for _ in range(2):
+        assert new.load_state_dict(saved) == ([], [])
+        assert new.monitor.layers == old.monitor.layers
+        with pytest.warns(UserWarning, match="are estimates"):
+            assert new.monitor.compute() == old.monitor.compute()
+        with new.monitor:  # goes on
+            new.net(X)
+        assert new.monitor.layers["1"].samples == 2 * len(X)
+    other = PlasticityMonitor(measures=["dormant_fraction"])
+    mine = {name.removeprefix("monitor."): state for name, state in saved.items() if name.startswith("monitor")}
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # it measures something else
+        other.load_state_dict(mine)
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\|norm_sum"):
+        PlasticityMonitor(max_samples=16).load_state_dict({k: v for k, v in mine.items() if "norm_sum" not in k})
+
+
+def test_copies_of_a_network_made_while_it_is_watched_are_not_watched() -> None:
+    model = mlp(8)
+    with PlasticityMonitor(model) as monitor:
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        model(X)
+    seen_so_far = monitor.compute()
+    for other in copies:
+        assert torch.equal(other(X), model(X))
+        hooks_left = [*other[0]._forward_hooks.values(), *other[0]._forward_pre_hooks.values()]
+        assert not any(vars(hook) for hook in hooks_left), "they know of no monitor"
+        assert seen(other, X) == ["1"]
+    assert monitor.compute() == seen_so_far
+    assert len(pickle.dumps(copies[0])) < 2 * len(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("compiled", ["raise", "eager"])
+def test_monitors_may_be_detached_in_any_order(compiled: Any) -> None:
+    model, stance = mlp(8), torch._dynamo.eval_frame._stance.stance
+    first, second, third = (PlasticityMonitor(model, compiled=compiled) for _ in range(3))
+    for monitor in (first, second, third):
+        monitor.attach()
+    model(X)
+    first.detach()
+    model(X)
+    third.detach()
+    model(X)
+    with torch.device("cpu"):  # a mode of somebody else's
+        second.detach()
+        model(X)
+        assert modes() == 1
+    samples = [monitor.layers["1"].samples for monitor in (first, second, third)]
+    assert samples == [len(X), 3 * len(X), 2 * len(X)]
+    assert hooks(model) == modes() == 0
+    assert torch._dynamo.eval_frame._stance.stance == stance == "default"
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.set_dtype(torch.float16),
+        lambda m: nn.ModuleList([m]).half(),
+    ],
+)
+def test_sums_stay_in_double_precision_whatever_the_metric_is_converted_to(
+    convert: Callable[[PlasticityMonitor], nn.Module],
+) -> None:
+    model = mlp(8)
+    with PlasticityMonitor(model) as monitor:
+        model(X)
+    before = monitor.compute()
+    convert(monitor)
+    monitor._computed = None
+    assert monitor.compute() == before
+    with monitor:
+        model(X)
+    assert all(getattr(monitor, state).dtype == torch.float64 for state in monitor._defaults)
+    assert monitor.compute()["effective_rank/1"].item() == pytest.approx(before["effective_rank/1"].item(), rel=1e-9)
+
+
+def test_the_meta_device_is_refused() -> None:
+    model = mlp(8).to("meta")
+    with pytest.raises(RuntimeError, match="the network is on the meta device, where there are no numbers"):
+        PlasticityMonitor(model).attach()
+    with pytest.raises(ValueError, match=r"a tensor of shape \(32, 4\) on the meta device holds no numbers to measure"):
+        PlasticityMonitor().update({"a": X.to("meta")})
+    with pytest.raises(ValueError, match="on the meta device"):
+        EffectiveRank().update(X.to("meta"))
+
+
+@pytest.mark.parametrize("max_samples", [512, 16])
+def test_rounding_is_no_rank(max_samples: int) -> None:
+    basis = torch.randn(3, 100, dtype=torch.float64)
+    monitor = PlasticityMonitor(max_samples=max_samples)
+    total = []
+    for _ in range(20):
+        h = torch.randn(300, 3, dtype=torch.float64) @ basis
+        monitor.update({"a": h})
+        total.append(h)
+    moments = monitor._moments("a")
+    assert (torch.linalg.eigvalsh(moments).abs() > 0).sum() > 3, "there is rounding"
+    sigma = singular_values_of_moments(moments)
+    assert (sigma > 0).sum() == leading_count(sigma, 0.0) == 3
+    assert P.srank(torch.cat(total), 0.0) == 3
+    if max_samples == 512:
+        exact = np.linalg.svd(torch.cat(total).numpy(), compute_uv=False)[:3]
+        share = exact / exact.sum()
+        expected = np.exp(-(share * np.log(share)).sum())
+        assert monitor.compute()["effective_rank"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_ddp_wrappers_are_looked_through() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
@@ -39,6 +39,9 @@ ACTIVATIONS = functions(
     "softshrink tanhshrink threshold threshold_"
 )
 """Functions whose results are activations."""
+
+ACTIVATION_NAMES = {function.__name__.rstrip("_") for function in ACTIVATIONS} | {"clamp"}
+"""What they are called."""
 
 _LAYERS = {*CONVOLUTIONS, F.linear, F.bilinear, F.multi_head_attention_forward}
 """Functions that feed on activations, whether or not their weights are parameters."""
@@ -85,6 +88,26 @@ class Observer(Protocol):
 
     def forgives(self, error: Exception) -> bool:
         """Whether the network goes on although one of these has failed."""
+
+
+class _Hook:
+    """A hook that does nothing any more in a copy of the network, or when it was pickled."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        self._act(*args)
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What is left of it there."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
 
 
 @dataclass
@@ -167,18 +190,27 @@ class Watch(TorchFunctionMode):
     def start(self) -> None:
         """Begins to watch."""
         for module in self._modules:
-            self._hooks.append(module.register_forward_pre_hook(self._enter_module))
-            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module)))
+            self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
         TorchFunctionMode.__enter__(self)
 
     def stop(self) -> None:
         """Ends it: nothing is left in the network."""
-        TorchFunctionMode.__exit__(self, None, None, None)
+        self._leave_stack()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._origins.clear()
         self.decide()
+
+    def _leave_stack(self) -> None:
+        """Ends to be told of functions, also if others have begun to be told later and have not ended it yet."""
+        later: list[TorchFunctionMode] = []
+        if self in _get_current_function_mode_stack():
+            while (mode := _pop_mode()) is not self:
+                later.append(mode)
+        for mode in reversed(later):
+            _push_mode(mode)
 
     def decide(self) -> None:
         """Reports the layers of which nothing has told yet which dimension counts units."""
