@@ -176,10 +176,7 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         if self._tasks.new_task(trainer, pl_module):
             self._start_task(trainer, pl_module, batch)
-        try:
-            self._step_monitor.begin(pl_module, self._steps)
-        except RuntimeError as error:
-            raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
+        self._step_monitor.begin(pl_module, self._steps)
 
     @override
     def on_train_batch_end(

@@ -27,8 +27,8 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
 
     Raises:
         TypeError: If ``tensor`` is not a tensor of floating-point numbers.
-        ValueError: If it has fewer than two dimensions, no samples or no units, or is on the meta device; if ``channel_dim``
-            is not one of them.
+        ValueError: If it has fewer than two dimensions, no samples or no units, or is on the meta device, or if
+            ``channel_dim`` is not one of its dimensions.
 
     Example:
         >>> channel_dim_of(torch.zeros(8, 3, 32, 32)), channel_dim_of(torch.zeros(8, 20, 64))
