@@ -1374,3 +1374,56 @@ def test_functional_transforms_go_on_while_a_network_is_watched() -> None:
         assert torch.equal(torch.func.jvp(net, (x,), (x,))[1], expected[1])
         net(x)
     assert monitor.layers["1"].samples == 4
+
+
+def test_nested_and_sparse_tensors_do_not_end_a_forward_pass() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.two(torch.relu(adjacency).t() @ torch.tanh(self.one(x)))
+
+    model = Graph()
+    with PlasticityMonitor(model) as monitor:
+        model(X, torch.eye(len(X)).to_sparse())
+    assert {name: layer.units for name, layer in monitor.layers.items()} == {"tanh": 6}
+    sequences = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    monitor = PlasticityMonitor(mlp(8)).attach()
+    monitor._network[0](sequences)
+    with pytest.warns(UserWarning, match="has seen no hidden layer"):
+        monitor.detach()
+
+
+def test_functional_transforms_and_checkpoints_follow_dimensions_too() -> None:
+    model = chained(nn.Linear(4, 6), lambda x: x.unflatten(-1, (2, 3)).mT.flatten(-2), nn.ReLU(), nn.Linear(6, 2))
+    expected = torch.func.vmap(model)(X), torch.func.jacrev(model)(X[0])
+    with PlasticityMonitor(model) as monitor:
+        assert torch.equal(torch.func.vmap(model)(X), expected[0])
+        assert torch.equal(torch.func.jacrev(model)(X[0]), expected[1])
+        checkpoint(model, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    assert (monitor.layers["2"].units, monitor.layers["2"].samples) == (6, len(X))
+
+
+def test_a_module_named_by_its_path_is_told_its_dimension_by_what_reads_it() -> None:
+    model = nn.Sequential(Step(lambda x: torch.fft.fft(x).real), nn.Conv1d(6, 2, 1))
+    x = torch.randn(5, 6, 7)
+    with PlasticityMonitor(model, layers=["0"], measures=["feature_norm"]) as monitor:
+        model(x)
+    assert monitor.layers["0"].units == 6
+    expected = torch.fft.fft(x).real.norm(dim=1).mean().item()
+    assert monitor.compute()["feature_norm/0"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_memory_is_bounded_while_nothing_tells_which_dimension_counts_units() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(30, 2))
+    monitor = PlasticityMonitor(model).attach()
+    for _ in range(5):
+        model(torch.randn(4, 5, 6))
+        assert monitor._watch is not None
+        assert len(monitor._watch._undecided) == 1
+        assert not monitor._watch._origins
+    with pytest.warns(UserWarning, match="no layer before or behind 0 tells"):
+        monitor.detach()
+    assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * 20)

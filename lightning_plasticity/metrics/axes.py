@@ -124,6 +124,8 @@ def axes_after(
     known: Sequence[tuple[Tensor, Sequence[Axes]]],
 ) -> Sequence[Axes]:
     """What the dimensions of a result stand for, by the function and by those of its inputs; empty if unknown."""
+    if output.layout is not torch.strided or output.is_nested:  # its dimensions are not what they seem
+        return ()
     if func in MAKERS:
         dim = _units_of_layer(func, args, kwargs, inputs)[2]
         if dim is not None and -dim <= output.ndim:
@@ -263,8 +265,10 @@ def _units_of_einsum(equation: Any, factors: Sequence[Tensor]) -> tuple[Tensor |
 
     Dimensions are counted from the end, and ``None`` if there is no such, or more than one.
     """
-    terms, _, result = equation.replace(" ", "").replace("...", ".").partition("->")
-    terms = terms.split(",")
+    if not isinstance(equation, str):  # torch has another way to write it
+        return None, None, None
+    left, _, result = equation.replace(" ", "").replace("...", ".").partition("->")
+    terms = left.split(",")
     weights = [is_weight(factor) for factor in factors]
     if len(terms) != len(factors) or sum(weights) != len(weights) - 1 or not result:
         return None, None, None

@@ -312,6 +312,8 @@ class Watch(TorchFunctionMode):
     def _look(self, name: str, output: Tensor) -> _Activations | None:
         if torch._C._functorch.is_functorch_wrapped_tensor(output):  # inside torch.func: one sample, or a tangent
             return None
+        if output.layout is not torch.strided or output.is_nested:
+            return None
         axes = origin.axes if (origin := self._origin(output)) else ()
         with torch.no_grad(), torch._C.DisableTorchFunction():  # what the observer does is no part of the network
             tensor = output.detach()
