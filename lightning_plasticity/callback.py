@@ -180,10 +180,7 @@ class SpectralCollapseCallback(Callback):
                 self._start_task(at)
             self._remedies.start(at)
             self._remedies_started = True
-        try:
-            self._step_monitor.begin(pl_module, self._steps)
-        except RuntimeError as error:
-            raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
+        self._step_monitor.begin(pl_module, self._steps)
 
     @override
     def on_train_batch_end(

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.isolation import probing
@@ -65,12 +66,16 @@ class StepMonitor:
         self._monitor.forgiving = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
         self._last: int | None = None
+        self._has_succeeded = False
 
     def begin(self, module: LightningModule, step: int) -> None:
         """Begins to watch, if it is time.
 
         Raises:
-            RuntimeError: If the module cannot be looked into.
+            MisconfigurationException: If the module cannot be looked into, and never could.
+
+        Warns:
+            PlasticityWarning: If it could be before.
         """
         if self._every_n_steps is None:
             return
@@ -79,7 +84,12 @@ class StepMonitor:
         self._last = step
         self._monitor.reset()
         self._monitor.to(module.device)
-        self._monitor.attach(module)
+        try:
+            self._monitor.attach(module)
+        except Exception as error:
+            if not self._has_succeeded:
+                raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
+            _warn_of(error)
 
     def end(self) -> dict[str, float]:
         """What was seen, if anything was watched."""
@@ -87,14 +97,22 @@ class StepMonitor:
             return {}
         self._monitor.detach()
         if self._monitor.errors:
-            warnings.warn(
-                f"some activations could not be monitored, training goes on: {self._monitor.errors[0]}",
-                PlasticityWarning,
-                stacklevel=2,
-            )
+            _warn_of(self._monitor.errors[0])
             self._monitor.errors.clear()
-        return values_of(self._monitor)
+        try:
+            values = values_of(self._monitor)
+        except Exception as error:
+            _warn_of(error)
+            return {}
+        self._has_succeeded = True
+        return values
 
     def abandon(self) -> None:
         """Leaves nothing in the module."""
         self._monitor.detach()
+
+
+def _warn_of(error: Exception | str) -> None:
+    warnings.warn(
+        f"some activations could not be monitored, training goes on: {error}", PlasticityWarning, stacklevel=3
+    )

@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from lightning_plasticity import PlasticityMonitor
+from lightning_plasticity import functional as P
+from lightning_plasticity.functional.ranks import leading_count, singular_values_of_moments
+from lightning_plasticity.metrics import EffectiveRank
 from tests.modules import loader, trainer
 from tests.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
 
@@ -118,12 +121,96 @@ def test_values_are_those_of_the_hidden_activations() -> None:
         (torch.tanh, "tanh"),
         (Tensor.sigmoid, "sigmoid"),
         (F.glu, "glu"),
+        (lambda x: x.clamp(min=0), "clamp"),
+        (lambda x: torch.clamp(x, 0, 6), "clamp"),
+        (lambda x: x.clone().clamp_min_(0.0), "clamp"),
+        (lambda x: torch.clip(input=x, min=0), "clamp"),
         (lambda x: F.dropout(F.relu(x), 0.5), "relu"),
         (lambda x: F.layer_norm(F.elu(x), (8,)), "elu"),
     ],
 )
 def test_activation_functions_are_seen_in_every_form(activation: Callable[[Tensor], Tensor], name: str) -> None:
     assert seen(Functional(activation), X) == [name]
+
+
+def test_a_clamp_is_an_activation_only_at_zero_and_after_a_layer() -> None:
+    model = mlp(8)
+    model.append(Step(lambda x: x.norm(dim=1, keepdim=True).clamp(min=1e-6)))
+    model.append(nn.Linear(1, 1))
+    assert seen(model, X) == ["1"]
+    assert seen(nn.Sequential(Step(lambda x: x.clamp(0, 1)), *mlp(8)), X) == ["2"]  # images, say
+
+
+@pytest.mark.parametrize(
+    "unrecognised",
+    [
+        lambda x: torch.maximum(x, torch.zeros(())),
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: x * (x > 0),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+    ],
+)
+def test_a_network_in_which_nothing_is_recognised_says_so(unrecognised: Callable[[Tensor], Tensor]) -> None:
+    model = Functional(unrecognised)
+    monitor = PlasticityMonitor(model)
+    monitor.attach()
+    model(X)
+    with pytest.warns(UserWarning, match=r"no hidden layer, .*name the modules that return them, .*layers=\[...\]"):
+        monitor.detach()
+    assert monitor.layers == {}
+    with PlasticityMonitor(nn.Linear(4, 2)) as monitor:  # it has none
+        monitor._network[0](X)
+    model = nn.Sequential(nn.Linear(4, 8), Step(unrecognised), nn.Linear(8, 2))
+    assert seen(model, X, layers=["1"]) == ["1"]
+
+
+class Gated(nn.Module):
+    def __init__(self, gate: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.gate = gate
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.gate(self.a(x), self.b(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x))
+
+
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [
+        (lambda a, b: a * torch.sigmoid(a), "sigmoid"),
+        (lambda a, b: F.silu(a) * b, "silu"),
+        (lambda a, b: b.mul_(F.silu(a)), "silu"),
+        (lambda a, b: nn.SiLU()(a) * b, "silu"),
+        (lambda a, b: a * torch.sigmoid(a) * b, "sigmoid"),
+        (lambda a, b: F.relu(a) * torch.tanh(b), "relu"),
+        (lambda a, b: (h := F.relu(a)) * h, "relu"),
+        (lambda a, b: F.dropout(F.gelu(a) * b, 0.0), "gelu"),
+    ],
+)
+def test_of_gates_the_product_counts(gate: Callable[[Tensor, Tensor], Tensor], name: str) -> None:
+    model = Gated(gate)
+    nn.init.zeros_(model.b.weight[:3])
+    nn.init.zeros_(model.b.bias[:3])
+    with PlasticityMonitor(model) as monitor:
+        model(X)
+    f = model.hidden(X).detach().double().numpy()
+    assert list(monitor.layers) == [name]
+    values = monitor.compute()
+    assert values[f"dead_fraction/{name}"].item() == numpy_dead(f)
+    assert values[f"effective_rank/{name}"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
+
+
+def test_what_is_multiplied_by_something_else_is_no_gate() -> None:
+    mask = torch.zeros(8)
+    for scale in (lambda a: F.relu(a) * mask, lambda a: F.relu(a) * 0.0, lambda a: F.relu(a) * mask.expand(32, 8)):
+        model = Gated(lambda a, b, scale=scale: scale(a))
+        with PlasticityMonitor(model) as monitor:
+            model(X)
+        f = F.relu(model.a(X)).detach().double().numpy()
+        assert monitor.compute()["dead_fraction/relu"].item() == numpy_dead(f) < 1
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.PReLU(), nn.RReLU(), nn.GELU(), nn.Tanh()])
@@ -177,6 +264,61 @@ def test_an_activation_on_the_way_to_the_loss_is_no_hidden_layer() -> None:
     with monitor:
         model.training_step(X, 0).backward()
     assert list(monitor.layers) == ["relu"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda z, t: z * t,  # a learned temperature
+        lambda z, t: F.normalize(z) @ F.normalize(z).T / t,  # similarities of embeddings
+        lambda z, t: torch.einsum("nd,md->nm", z, z - t),
+        lambda z, t: F.layer_norm(z, z.shape[1:], t.expand(z.shape[1:]), None),
+        lambda z, t: torch.cat([t.expand(1, z.shape[1]), z]),
+    ],
+)
+def test_a_parameter_in_the_output_makes_no_hidden_layer_of_what_is_before_it(
+    head: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.t = mlp(8), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return head(torch.tanh(self.body(x)), self.t)
+
+    assert seen(Embedding(), X) == ["body.1"]
+
+
+def test_a_product_with_weights_makes_a_hidden_layer_of_what_is_before_it_in_every_form() -> None:
+    weight = nn.Parameter(torch.randn(3, 8))
+    for head in (
+        lambda z: z @ weight.t(),
+        lambda z: z @ (weight * 2).T,  # masked weights, or those of functional_call
+        lambda z: torch.addmm(torch.zeros(3), z, weight.T),
+        lambda z: torch.einsum("nd,kd->nk", z, weight),
+        lambda z: torch.cdist(z, weight),
+        lambda z: z.pow(2) @ torch.randn(8, 3),
+    ):
+        assert seen(chained(nn.Linear(4, 8), nn.Tanh(), head), X) == ["1"]
+
+
+def test_the_variance_of_a_variational_autoencoder_counts_as_the_decoder_reads_it() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.variance, self.decoder = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 4)
+            self.reads = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance = self.mean(x), F.softplus(self.variance(x))
+            return self.decoder(mean + variance * torch.randn(3)) if self.reads else (mean / variance).square().sum()
+
+    model = Autoencoder()
+    assert seen(model, X) == ["softplus"]
+    model.reads = False  # on the way to the loss alone
+    with pytest.warns(UserWarning, match="has seen no hidden layer"):
+        assert seen(model, X) == []
 
 
 def test_activations_of_parameters_are_no_layer() -> None:
@@ -252,15 +394,15 @@ def test_transformers_are_seen_in_training_and_evaluation(training: bool, activa
 def test_units_are_those_of_the_layer_that_made_them(
     layer: nn.Module, shape: tuple[int, ...], units: int, samples: int
 ) -> None:
-    class Scale(nn.Module):
+    class Similarity(nn.Module):  # tells nothing about dimensions
         def __init__(self) -> None:
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            self.prototype = nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.scale * x
+            return F.cosine_similarity(x, self.prototype, dim=-1)
 
-    model = nn.Sequential(layer, nn.ReLU(), Scale())
+    model = nn.Sequential(layer, nn.ReLU(), Similarity())
     monitor = PlasticityMonitor(model)
     with monitor:
         model(torch.randn(shape))
@@ -268,7 +410,209 @@ def test_units_are_those_of_the_layer_that_made_them(
     assert (layer_seen.units, layer_seen.samples) == (units, samples)
 
 
-def test_units_are_followed_no_further_than_a_rearrangement_of_dimensions() -> None:
+class Around(nn.Module):
+    """An activation, and what comes before and after it."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.relu(self.before(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.hidden(x))
+
+
+def chained(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """One after the other; modules become part of the network."""
+    chain = nn.Sequential()
+    for step in steps:
+        chain.append(step if isinstance(step, nn.Module) else Step(step))
+    return chain
+
+
+class Step(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, 3, -1).transpose(1, 2).reshape(x.shape)
+
+
+def read_in_channels() -> nn.Module:
+    return nn.Conv1d(6, 2, 1)
+
+
+def read_in_last() -> nn.Module:
+    return nn.Linear(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dim"),
+    [
+        # told by what came before
+        (nn.Conv1d(6, 6, 1), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), turned), same, 2),
+        (chained(nn.Linear(6, 6), turned), same, 1),
+        (chained(nn.Linear(6, 6), lambda x: x.permute(0, 2, 1).contiguous()), same, 1),
+        (chained(nn.Linear(6, 6), lambda x: x.mT), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x.chunk(2, 1)[1]), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x[:, 3:9]), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), lambda x: x.narrow(1, 2, 6)), same, 1),
+        (chained(nn.Conv1d(6, 12, 1), nn.GLU(dim=1)), same, 1),
+        (chained(nn.Conv1d(6, 3, 1), lambda x: torch.cat([x, -x], 1)), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), shuffled), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), lambda x: x.roll(1, 2) * torch.arange(5.0)[:, None, None]), same, 1),
+        (chained(nn.Conv1d(6, 6, 1), nn.MaxPool1d(1), nn.Dropout(0.0)), same, 1),
+        (
+            chained(lambda x: x[:, None], nn.Conv2d(1, 6, (1, 6)), lambda x: x[..., 0], lambda x: F.pad(x, (0, 0))),
+            same,
+            1,
+        ),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, (6, 1)), lambda x: x.squeeze(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, (6, 1)), lambda x: x.mean(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, 1), lambda x: x.flatten(2)), same, 1),
+        (chained(lambda x: x[:, None], nn.Conv2d(1, 6, 1), lambda x: x.flatten(2).transpose(1, 2)), same, 2),
+        (nn.BatchNorm1d(6), same, 1),
+        (nn.LayerNorm(6), same, 2),
+        (chained(nn.LayerNorm(6), turned), same, 1),
+        # told by what comes after
+        (same, read_in_channels(), 1),
+        (same, read_in_last(), 2),
+        (lambda x: torch.eye(6) @ x, read_in_channels(), 1),
+        (chained(nn.Linear(6, 6), lambda x: torch.eye(6) @ x), same, 2),
+        (same, chained(turned, read_in_channels()), 2),
+        (same, chained(turned, read_in_last()), 1),
+        (same, chained(nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(36, 2)), 1),
+        (same, chained(nn.MaxPool1d(2), nn.Flatten(), nn.Linear(18, 2)), 1),
+        (same, chained(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2)), 1),
+        (same, chained(lambda x: x.mean(-1), nn.Linear(6, 2)), 1),
+        (same, chained(lambda x: x.mean(1), nn.Linear(6, 2)), 2),
+        (same, chained(lambda x: x[:, -1], nn.Linear(6, 2)), 2),
+        (same, chained(lambda x: x[:, :, -1], nn.Linear(6, 2)), 1),
+        (same, chained(shuffled, read_in_channels()), 1),
+        (same, chained(lambda x: torch.cat([x, x], 1).chunk(2, 1)[0], read_in_channels()), 1),
+        (same, chained(nn.GLU(dim=2), lambda x: x + x.roll(1, 0), read_in_channels()), 1),
+        (chained(nn.Linear(6, 36), lambda x: x[:, 0].view(-1, 6, 6)), read_in_channels(), 1),
+        (chained(nn.Linear(6, 36), lambda x: x[:, 0].unflatten(1, (6, 6))), read_in_last(), 2),
+    ],
+)
+def test_units_of_three_dimensions_are_told_by_the_layers_before_and_behind(
+    before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor], dim: int
+) -> None:
+    torch.manual_seed(0)
+    prototype = nn.Parameter(torch.ones(1, 1, 1))
+    if after is same:  # a layer that tells nothing
+        after = Step(lambda x: F.cosine_similarity(x, prototype))
+    model, x = Around(before, after), torch.randn(5, 6, 6)
+    with PlasticityMonitor(model, dormant_threshold=0.9) as monitor:
+        model(x)
+    f = model.hidden(x).detach().movedim(dim, -1).double().numpy()
+    f = f.reshape(-1, f.shape[-1])
+    assert monitor.layers["relu"].units == f.shape[-1]
+    assert not monitor.layers["relu"].units_are_assumed
+    values = monitor.compute()
+    assert values["effective_rank/relu"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
+    assert values["dormant_fraction/relu"].item() == pytest.approx(numpy_dormant(f, 0.9))
+
+
+def test_where_nothing_tells_which_dimension_counts_units_it_is_said_once() -> None:
+    class Untold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = Functional(torch.relu), nn.Linear(30, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(x).flatten(1))
+
+    model, x = Untold(), torch.randn(4, 5, 6)
+    monitor = PlasticityMonitor(model, measures=["feature_norm"])
+    monitor.attach()
+    model(x)
+    assert monitor.layers["tanh"].units_are_assumed  # known before it is detached
+    with pytest.warns(UserWarning, match="no layer before or behind tanh tells which dimension counts units"):
+        monitor.detach()
+    expected = torch.tanh(x).norm(dim=2).mean().item()
+    assert monitor.compute()["feature_norm/tanh"].item() == pytest.approx(expected, rel=1e-6)
+    with monitor:  # said once
+        model(x)
+    assert monitor.layers["tanh"].samples == 2 * 4 * 5
+    with PlasticityMonitor(model, channel_dim=1, measures=["feature_norm"]) as told:
+        model(x)
+    assert (told.layers["tanh"].units, told.layers["tanh"].units_are_assumed) == (5, False)
+    assert told.compute()["feature_norm/tanh"].item() == pytest.approx(torch.tanh(x).norm(dim=1).mean().item())
+
+
+def test_channels_last_images_are_told_by_the_layer_behind() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(6, 2))
+    with PlasticityMonitor(model) as monitor:
+        model(torch.randn(2, 3, 4, 6))
+    assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 24)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_sequences_of_changing_length_do_not_end_a_forward_pass(told: bool) -> None:
+    reader = nn.Conv1d(6, 2, 1) if told else nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.ReLU(), reader)
+    monitor = PlasticityMonitor(model, measures=["dead_fraction"])
+    monitor.attach()
+    lengths = (6, 9, 4)
+    for length in lengths:
+        model(torch.randn(5, 6, length))
+    if told:
+        monitor.detach()
+        assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * sum(lengths))
+    else:
+        with (
+            pytest.warns(UserWarning, match="no layer before or behind 0 tells"),
+            pytest.warns(UserWarning, match="left out: layer '0' had 6 units and has 4 now: "),
+        ):
+            monitor.detach()
+        assert monitor.layers["0"].samples == 5 * 6, "what does not fit is left out"
+
+
+def test_matrix_products_and_einsum_with_weights_tell_their_dimension() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(7, 2))
+            self.product = self.einsum
+
+        def einsum(self, x: Tensor) -> Tensor:
+            return torch.einsum("nct,cd->ndt", F.relu(torch.einsum("nct,cd->ndt", x, self.one)), self.two)
+
+        def before(self, x: Tensor) -> Tensor:
+            return self.two.T @ F.relu(self.one.t() @ x)
+
+        def behind(self, x: Tensor) -> Tensor:
+            return F.relu(x.mT @ self.one) @ self.two
+
+        def only_read(self, x: Tensor) -> Tensor:
+            return torch.einsum("nct,cd->ndt", F.relu(x), self.one)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.product(x)
+
+    model, x = Products(), torch.randn(4, 6, 5)
+    for product, units in (("einsum", 7), ("before", 7), ("behind", 7), ("only_read", 6)):
+        model.product = getattr(model, product)
+        with PlasticityMonitor(model) as monitor:
+            model(x)
+        assert (monitor.layers["relu"].units, monitor.layers["relu"].samples) == (units, 20), product
+
+
+def test_units_are_followed_through_a_transposition() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -372,13 +716,30 @@ def test_layers_are_chosen_by_pattern_or_by_the_path_of_any_module() -> None:
 
 
 def test_a_pattern_that_matches_nothing_says_what_there_is() -> None:
-    monitor, model = PlasticityMonitor(layers=["encoder.*"]), mlp(8, 6)
+    monitor, model = PlasticityMonitor(layers=["*.relu"]), mlp(8, 6)
     with monitor.attach(model):
         pass  # nothing was seen: nothing can be said
     monitor.attach(model)
     model(X)
-    with pytest.warns(UserWarning, match=r"layers=\['encoder.\*'\] match none of the activations seen: \['1', '3'\]"):
+    with pytest.warns(UserWarning, match=r"layers=\['\*.relu'\] match none of the activations seen: \['1', '3'\]"):
         monitor.detach()
+
+
+@pytest.mark.parametrize("name", ["1", "net.5", "body.*", "net.1.relu-", "net.nonsense", "relu.1"])
+def test_a_name_that_can_match_nothing_is_refused_at_once(name: str) -> None:
+    model = LightningModule()
+    model.net = mlp(8)
+    monitor = PlasticityMonitor(model.net, layers=["net.1", name])
+    with pytest.raises(ValueError, match=r"can match nothing in LightningModule, which is made of \['net'\]: names"):
+        monitor.attach(model)
+    assert hooks(model) == modes() == 0
+    assert not monitor.attached
+
+
+def test_names_of_functions_of_numbered_layers_and_of_the_network_itself_are_not_refused() -> None:
+    model = nn.Sequential(Block(4), nn.ModuleDict({"act": nn.ReLU()}), nn.Linear(4, 2))
+    for name in ("0.relu", "0.relu-2", "re*", "relu", "*", "0.re?u-[12]", "1.act", "1.a*", "0.act", "", "2"):
+        PlasticityMonitor(layers=[name]).attach(model).detach()
 
 
 # Over time
@@ -725,7 +1086,10 @@ def test_networks_within_metrics_are_not_part_of_the_network() -> None:
             self.metric.update(x)
             return self.net(x)
 
-    assert seen(Model(), X) == ["net.1"]
+    model = Model()
+    assert seen(model, X) == ["net.1"]
+    model.net = nn.Linear(4, 2)  # what is in the metric is not missed either
+    assert seen(model, X) == []
 
 
 def test_arguments_and_misuse_are_told() -> None:
@@ -744,6 +1108,129 @@ def test_arguments_and_misuse_are_told() -> None:
     with monitor, pytest.raises(RuntimeError, match=r"attached already: detach\(\) it first"):
         monitor.attach()
     monitor.detach()  # without effect
+
+
+def test_what_was_seen_can_be_saved_and_loaded_by_a_fresh_monitor() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(8, 20)
+            self.monitor = PlasticityMonitor(self.net, max_samples=16)
+            self.monitor.persistent(True)  # before anything was seen
+
+    old, new = Owner(), Owner()
+    with old.monitor:
+        old.net(X)
+    saved = old.state_dict()
+    with new.monitor:  # is replaced
+        new.net[:-1](X)
+        nn.Sequential(nn.Tanh(), nn.Linear(4, 1))(X)
+    for _ in range(2):
+        assert new.load_state_dict(saved) == ([], [])
+        assert new.monitor.layers == old.monitor.layers
+        with pytest.warns(UserWarning, match="are estimates"):
+            assert new.monitor.compute() == old.monitor.compute()
+        with new.monitor:  # goes on
+            new.net(X)
+        assert new.monitor.layers["1"].samples == 2 * len(X)
+    other = PlasticityMonitor(measures=["dormant_fraction"])
+    mine = {name.removeprefix("monitor."): state for name, state in saved.items() if name.startswith("monitor")}
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # it measures something else
+        other.load_state_dict(mine)
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\|norm_sum"):
+        PlasticityMonitor(max_samples=16).load_state_dict({k: v for k, v in mine.items() if "norm_sum" not in k})
+
+
+def test_copies_of_a_network_made_while_it_is_watched_are_not_watched() -> None:
+    model = mlp(8)
+    with PlasticityMonitor(model) as monitor:
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        model(X)
+    seen_so_far = monitor.compute()
+    for other in copies:
+        assert torch.equal(other(X), model(X))
+        hooks_left = [*other[0]._forward_hooks.values(), *other[0]._forward_pre_hooks.values()]
+        assert not any(vars(hook) for hook in hooks_left), "they know of no monitor"
+        assert seen(other, X) == ["1"]
+    assert monitor.compute() == seen_so_far
+    assert len(pickle.dumps(copies[0])) < 2 * len(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("compiled", ["raise", "eager"])
+def test_monitors_may_be_detached_in_any_order(compiled: Any) -> None:
+    model, stance = mlp(8), torch._dynamo.eval_frame._stance.stance
+    first, second, third = (PlasticityMonitor(model, compiled=compiled) for _ in range(3))
+    for monitor in (first, second, third):
+        monitor.attach()
+    model(X)
+    first.detach()
+    model(X)
+    third.detach()
+    model(X)
+    with torch.device("cpu"):  # a mode of somebody else's
+        second.detach()
+        model(X)
+        assert modes() == 1
+    samples = [monitor.layers["1"].samples for monitor in (first, second, third)]
+    assert samples == [len(X), 3 * len(X), 2 * len(X)]
+    assert hooks(model) == modes() == 0
+    assert torch._dynamo.eval_frame._stance.stance == stance == "default"
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.set_dtype(torch.float16),
+        lambda m: nn.ModuleList([m]).half(),
+    ],
+)
+def test_sums_stay_in_double_precision_whatever_the_metric_is_converted_to(
+    convert: Callable[[PlasticityMonitor], nn.Module],
+) -> None:
+    model = mlp(8)
+    with PlasticityMonitor(model) as monitor:
+        model(X)
+    before = monitor.compute()
+    convert(monitor)
+    monitor._computed = None
+    assert monitor.compute() == before
+    with monitor:
+        model(X)
+    assert all(getattr(monitor, state).dtype == torch.float64 for state in monitor._defaults)
+    assert monitor.compute()["effective_rank/1"].item() == pytest.approx(before["effective_rank/1"].item(), rel=1e-9)
+
+
+def test_the_meta_device_is_refused() -> None:
+    model = mlp(8).to("meta")
+    with pytest.raises(RuntimeError, match="the network is on the meta device, where there are no numbers"):
+        PlasticityMonitor(model).attach()
+    with pytest.raises(ValueError, match=r"a tensor of shape \(32, 4\) on the meta device holds no numbers to measure"):
+        PlasticityMonitor().update({"a": X.to("meta")})
+    with pytest.raises(ValueError, match="on the meta device"):
+        EffectiveRank().update(X.to("meta"))
+
+
+@pytest.mark.parametrize("max_samples", [512, 16])
+def test_rounding_is_no_rank(max_samples: int) -> None:
+    basis = torch.randn(3, 100, dtype=torch.float64)
+    monitor = PlasticityMonitor(max_samples=max_samples)
+    total = []
+    for _ in range(20):
+        h = torch.randn(300, 3, dtype=torch.float64) @ basis
+        monitor.update({"a": h})
+        total.append(h)
+    moments = monitor._moments("a")
+    assert (torch.linalg.eigvalsh(moments).abs() > 0).sum() > 3, "there is rounding"
+    sigma = singular_values_of_moments(moments)
+    assert (sigma > 0).sum() == leading_count(sigma, 0.0) == 3
+    assert P.srank(torch.cat(total), 0.0) == 3
+    if max_samples == 512:
+        exact = np.linalg.svd(torch.cat(total).numpy(), compute_uv=False)[:3]
+        share = exact / exact.sum()
+        expected = np.exp(-(share * np.log(share)).sum())
+        assert monitor.compute()["effective_rank"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_ddp_wrappers_are_looked_through() -> None:
@@ -887,3 +1374,56 @@ def test_functional_transforms_go_on_while_a_network_is_watched() -> None:
         assert torch.equal(torch.func.jvp(net, (x,), (x,))[1], expected[1])
         net(x)
     assert monitor.layers["1"].samples == 4
+
+
+def test_nested_and_sparse_tensors_do_not_end_a_forward_pass() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.two(torch.relu(adjacency).t() @ torch.tanh(self.one(x)))
+
+    model = Graph()
+    with PlasticityMonitor(model) as monitor:
+        model(X, torch.eye(len(X)).to_sparse())
+    assert {name: layer.units for name, layer in monitor.layers.items()} == {"tanh": 6}
+    sequences = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    monitor = PlasticityMonitor(mlp(8)).attach()
+    monitor._network[0](sequences)
+    with pytest.warns(UserWarning, match="has seen no hidden layer"):
+        monitor.detach()
+
+
+def test_functional_transforms_and_checkpoints_follow_dimensions_too() -> None:
+    model = chained(nn.Linear(4, 6), lambda x: x.unflatten(-1, (2, 3)).mT.flatten(-2), nn.ReLU(), nn.Linear(6, 2))
+    expected = torch.func.vmap(model)(X), torch.func.jacrev(model)(X[0])
+    with PlasticityMonitor(model) as monitor:
+        assert torch.equal(torch.func.vmap(model)(X), expected[0])
+        assert torch.equal(torch.func.jacrev(model)(X[0]), expected[1])
+        checkpoint(model, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    assert (monitor.layers["2"].units, monitor.layers["2"].samples) == (6, len(X))
+
+
+def test_a_module_named_by_its_path_is_told_its_dimension_by_what_reads_it() -> None:
+    model = nn.Sequential(Step(lambda x: torch.fft.fft(x).real), nn.Conv1d(6, 2, 1))
+    x = torch.randn(5, 6, 7)
+    with PlasticityMonitor(model, layers=["0"], measures=["feature_norm"]) as monitor:
+        model(x)
+    assert monitor.layers["0"].units == 6
+    expected = torch.fft.fft(x).real.norm(dim=1).mean().item()
+    assert monitor.compute()["feature_norm/0"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_memory_is_bounded_while_nothing_tells_which_dimension_counts_units() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(30, 2))
+    monitor = PlasticityMonitor(model).attach()
+    for _ in range(5):
+        model(torch.randn(4, 5, 6))
+        assert monitor._watch is not None
+        assert len(monitor._watch._undecided) == 1
+        assert not monitor._watch._origins
+    with pytest.warns(UserWarning, match="no layer before or behind 0 tells"):
+        monitor.detach()
+    assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * 20)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity._compat import DummyLogger
 from lightning_plasticity.metrics.monitor import MEASURES
+from lightning_plasticity.monitoring import StepMonitor
 from tests.modules import Classifier, loader, trainer
 
 
@@ -281,3 +282,42 @@ def test_an_epoch_that_is_ended_early_leaves_no_hook_behind() -> None:
     module = Stopping()
     trainer(SpectralCollapseCallback(monitor_every_n_steps=1)).fit(module, loader())
     assert module.left == 0
+
+
+def test_a_monitor_that_fails_after_it_has_worked_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    attach, compute = PlasticityMonitor.attach, PlasticityMonitor.compute
+    calls = {"attach": 0, "compute": 0}
+
+    def failing_attach(self: PlasticityMonitor, module: nn.Module) -> PlasticityMonitor:
+        calls["attach"] += self.forgiving
+        if calls["attach"] == 2:
+            raise RuntimeError("compiled meanwhile")
+        return attach(self, module)
+
+    def failing_compute(self: PlasticityMonitor) -> dict[str, Tensor]:
+        calls["compute"] += self.forgiving
+        if calls["compute"] == 2:
+            raise ArithmeticError("no convergence")
+        return compute(self)
+
+    monkeypatch.setattr(PlasticityMonitor, "attach", failing_attach)
+    monkeypatch.setattr(PlasticityMonitor, "compute", failing_compute)
+    module, logger = Classifier(), Memory()
+    with (
+        pytest.warns(PlasticityWarning, match="could not be monitored, training goes on: compiled meanwhile"),
+        pytest.warns(PlasticityWarning, match="could not be monitored, training goes on: no convergence"),
+    ):
+        trainer(SpectralCollapseCallback(monitor_every_n_steps=1), logger=logger).fit(module, loader(batches=5))
+    assert list(logger.of("plasticity_training/srank")) == [0, 3, 4]
+    assert hooks(module) == 0
+
+
+def test_names_that_can_match_nothing_end_a_run_at_once() -> None:
+    module = Classifier()
+    monitor = PlasticityMonitor(module.net, layers=["1"])  # "net.1" in what the callback watches
+    with pytest.raises(ValueError, match=r"layers=\['1'\] can match nothing in Classifier, .*\['net'\]"):
+        trainer(SpectralCollapseCallback(monitor=monitor)).fit(module, loader())
+    step_monitor = StepMonitor(monitor, 1)
+    with pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: layers=\['1'\] can match nothing"):
+        step_monitor.begin(module, 0)
+    assert hooks(module) == 0

@@ -27,7 +27,8 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
 
     Raises:
         TypeError: If ``tensor`` is not a tensor of floating-point numbers.
-        ValueError: If it has fewer than two dimensions, no samples or no units, or ``channel_dim`` is not one of them.
+        ValueError: If it has fewer than two dimensions, no samples or no units, or is on the meta device, or if
+            ``channel_dim`` is not one of its dimensions.
 
     Example:
         >>> channel_dim_of(torch.zeros(8, 3, 32, 32)), channel_dim_of(torch.zeros(8, 20, 64))
@@ -43,6 +44,8 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
         )
     if tensor.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} holds no samples or no units")
+    if tensor.is_meta:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on the meta device holds no numbers to measure")
     if channel_dim is None:
         return tensor.ndim - 1 if tensor.ndim <= 3 else 1
     if not -tensor.ndim <= channel_dim < tensor.ndim:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import override
+from typing_extensions import Self, override
 
 
 class PlasticityMetric(Metric):
@@ -18,6 +18,7 @@ class PlasticityMetric(Metric):
 
     A state starts as a zero without dimensions and takes the shape of what is first added to it, so that nobody has to
     say how many units there are. Before devices are summed they agree on the shapes: one without any data takes part.
+    Sums stay in float64 whatever a network they are part of is converted to, ``set_dtype`` included.
 
     Args:
         kwargs: What every metric of torchmetrics takes.
@@ -35,6 +36,10 @@ class PlasticityMetric(Metric):
 
     def _accumulate(self, **addends: Tensor | float) -> None:
         device = next(addend.device for addend in addends.values() if isinstance(addend, Tensor))
+        if device.type == "meta":
+            raise RuntimeError(
+                f"{type(self).__name__} got data on the meta device, where there are no numbers to measure"
+            )
         for name, addend in addends.items():
             state, value = getattr(self, name), torch.as_tensor(addend, dtype=torch.float64, device=device)
             if state.ndim and state.shape != value.shape:
@@ -70,6 +75,15 @@ class PlasticityMetric(Metric):
                 )
             for shape in shapes:
                 setattr(self, name, state.expand(shape).clone())
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        def moved(state: Tensor) -> Tensor:  # to another device, and never to fewer digits
+            there = fn(state)
+            return there if there.dtype == state.dtype else state.to(there.device)
+
+        super()._apply(moved, *args, **kwargs)
+        return self
 
     @override
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any | None = None) -> Any:

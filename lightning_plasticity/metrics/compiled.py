@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -34,6 +36,25 @@ def compiled_modules(network: nn.Module) -> list[str]:
 def compiler_is_loaded() -> bool:
     """Whether anything can have been compiled; to ask the compiler itself would import it."""
     return "torch._dynamo" in sys.modules
+
+
+_uncompiled = contextlib.ExitStack()
+_users = 0
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs compiled code uncompiled, until the last of all who want it has left: in any order."""
+    global _users
+    if not _users:
+        _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))  # acts when it is built
+    _users += 1
+    try:
+        yield
+    finally:
+        _users -= 1
+        if not _users:
+            _uncompiled.close()
 
 
 def _optimized_module() -> tuple[type, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -34,8 +35,8 @@ from lightning_plasticity.functional.units import (
     valid_threshold,
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
-from lightning_plasticity.metrics.compiled import compiled_modules, compiler_is_loaded, without_wrappers
-from lightning_plasticity.metrics.watching import Watch
+from lightning_plasticity.metrics.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
+from lightning_plasticity.metrics.watching import ACTIVATION_NAMES, Watch
 
 SHARES_OF_UNITS = ("dormant_fraction", "dead_fraction")
 RANKS = ("effective_rank", "stable_rank", "srank")
@@ -52,12 +53,15 @@ class MonitoredLayer:
         samples: Number of samples; every position or token is one.
         ranked_samples: How many of them the ranks are taken of, 0 if no rank is measured. A rank cannot exceed it.
         ranks_are_estimates: Whether the ranks are those of a part of the samples, or of random sums of units.
+        units_are_assumed: Whether the dimension that counts units is but the usual one for the shape: neither the
+            layers before nor those behind have told.
     """
 
     units: int
     samples: int
     ranked_samples: int
     ranks_are_estimates: bool
+    units_are_assumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class PlasticityMonitor(PlasticityMetric):
     """The state of every hidden layer of a network, measured while it runs: dormant units, ranks, feature norms.
 
     Hidden layers are found by what runs: the results of activation functions, called as modules or as functions
-    (``F.relu`` and the like, also recurrent layers), that flow into a further layer. So the output layer does not
-    count, whatever its activation. Only while it is attached does anything in the network know of the monitor:
+    (``F.relu`` and the like, ``clamp(min=0)``, also recurrent layers), that flow into a further layer with weights. So
+    the output layer does not count, whatever its activation, nor what is on the way to the loss. Of gates, written as
+    ``h * sigmoid(h)`` or ``silu(a) * b``, the product counts, which is what the next layer reads. Activations written
+    as ``where``, ``maximum`` or ``x * (x > 0)`` are not recognised: name the module that returns them. Only while it is
+    attached does anything in the network know of the monitor:
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> monitor = PlasticityMonitor(model, measures=["dormant_fraction"])
@@ -101,8 +108,8 @@ class PlasticityMonitor(PlasticityMetric):
         measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
             ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
         channel_dim: The dimension that counts units, in all layers. By default it is followed from the last layer that
-            made the activations, else taken from the shape as by
-            :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
+            made the activations, else from the first that reads them. Where neither tells, a warning does: it is taken
+            from the shape then, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
         compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
             run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
@@ -112,8 +119,10 @@ class PlasticityMonitor(PlasticityMetric):
         kwargs: What every metric of torchmetrics takes.
 
     Raises:
-        ValueError: If an argument is out of range; if a layer has another number of units than before.
-        RuntimeError: When it is attached to a compiled module and ``compiled="raise"``, or to a scripted one.
+        ValueError: If an argument is out of range; if a layer has another number of units than before; when it is
+            attached to a network in which one of ``layers`` can match nothing.
+        RuntimeError: When it is attached to a compiled module and ``compiled="raise"``, to a scripted one, or to one
+            on the meta device.
 
     Shape:
         ``compute()`` returns a dictionary of float64 numbers: ``<measure>`` over all layers (dormant and dead units as
@@ -164,18 +173,25 @@ class PlasticityMonitor(PlasticityMetric):
         self.errors: list[str] = []
         self._network = [] if module is None else [module]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
+        self._watch: Watch | None = None
+        self._is_persistent = False
         self._offered: set[str] = set()
+        self._assumed: set[str] = set()
+        self._unfit: dict[str, str] = {}
+        self._told: set[str] = set()
 
     def attach(self, module: nn.Module | None = None) -> Self:
         """Begins to watch the network; also as ``with monitor.attach(module): ...``.
 
-        Attaching and detaching nest like ``with`` blocks.
+        Several monitors may be attached at a time and detached in any order. Copies made of the network meanwhile, and
+        what is pickled of it, are not watched.
 
         Args:
             module: The network; by default the one that the monitor was made for.
 
         Raises:
             RuntimeError: If it is attached already, has no network, or cannot look into it.
+            ValueError: If one of ``layers`` can match nothing in the network.
         """
         if self._attachment is not None:
             raise RuntimeError("the monitor is attached already: detach() it first")
@@ -191,17 +207,25 @@ class PlasticityMonitor(PlasticityMetric):
                 "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
                 "by rounding; or attach it to an uncompiled copy"
             )
+        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
         paths = {without_wrappers(path) for path, _ in network.named_modules()}
+        impossible = [pattern for pattern in self.patterns or () if not _may_match(pattern, paths)]
+        if impossible:
+            raise ValueError(
+                f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
+                f"{[name for name, _ in network.named_children()]}: names are paths within the network that is watched"
+            )
         chosen = paths.intersection(self.patterns or ())
         self._offered = set(chosen)
         watch = Watch(network, self, chosen)
         with ExitStack() as stack:
             if self.compiled == "eager" and compiler_is_loaded():
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(uncompiled())
             stack.callback(self._look_back, watch)
             stack.callback(watch.stop)
             watch.start()
-            self._attachment = stack.pop_all()
+            self._attachment, self._watch = stack.pop_all(), watch
         return self
 
     @property
@@ -213,9 +237,10 @@ class PlasticityMonitor(PlasticityMetric):
         """Ends it; nothing is left in the network. Without effect if it is not attached.
 
         Warns:
-            UserWarning: If activations were missed in compiled code, or a pattern has matched none.
+            UserWarning: If activations were missed in compiled code, a pattern has matched none, no hidden layer was
+                seen although several layers ran, or nothing has told which dimension of a layer counts units.
         """
-        attachment, self._attachment = self._attachment, None
+        attachment, self._attachment, self._watch = self._attachment, None, None
         if attachment is not None:
             attachment.close()
 
@@ -240,6 +265,7 @@ class PlasticityMonitor(PlasticityMetric):
                 samples=samples,
                 ranked_samples=kept if self._ranks else 0,
                 ranks_are_estimates=self._ranks and (kept < samples or (rows is not None and units > self.max_units)),
+                units_are_assumed=layer in self._assumed,
             )
         return found
 
@@ -311,9 +337,28 @@ class PlasticityMonitor(PlasticityMetric):
             self.errors.append(str(error))
         return self.forgiving
 
-    def report(self, name: str, observed: _Statistics) -> None:
-        """Adds the statistics of a layer."""
-        self.update({name: observed})
+    def report(self, name: str, observed: _Statistics, *, assumed: bool) -> None:
+        """Adds the statistics of a layer. What is but assumed of it does not end the forward pass."""
+        if assumed:
+            self._assumed.add(name)
+        try:
+            self.update({name: observed})
+        except ValueError as error:
+            if name not in self._assumed:
+                raise
+            self._unfit[name] = str(error)
+
+    @override
+    def persistent(self, mode: bool = False) -> None:
+        """Whether what was seen is saved in the ``state_dict``; also of layers that are yet to be seen."""
+        self._is_persistent = mode
+        super().persistent(mode)
+
+    @override
+    def reset(self) -> None:
+        """Forgets what was seen."""
+        super().reset()
+        self._assumed.clear()
 
     @property
     def _ranks(self) -> bool:
@@ -330,8 +375,11 @@ class PlasticityMonitor(PlasticityMetric):
         self._add_sums(*(name for name in (f"{layer}|{sum_}" for sum_ in sums) if name not in self._defaults))
         if self._ranks and units > self.max_samples and f"{layer}|rows" not in self._defaults:
             self.add_state(f"{layer}|rows", [], dist_reduce_fx="cat")
+        self._persistent = dict.fromkeys(self._persistent, self._is_persistent)
 
     def _seen(self) -> list[str]:
+        if self._watch is not None:
+            self._watch.decide()
         layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
         return [layer for layer in layers if self._state(layer, "magnitude_sum").ndim]
 
@@ -397,6 +445,26 @@ class PlasticityMonitor(PlasticityMetric):
                 f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
                 category=UserWarning,
             )
+        elif len(watch.layers_with_weights) > 1 and not (
+            watch.saw_hidden_layer or watch.saw_compiled_code or self.errors
+        ):
+            rank_zero_warn(
+                "PlasticityMonitor has seen no hidden layer, although several layers with weights ran: activations "
+                "written as where, maximum or a product with a mask are not recognised, nor is attention: name the "
+                "modules that return them, PlasticityMonitor(layers=[...])",
+                category=UserWarning,
+            )
+        for error in self._unfit.values():
+            rank_zero_warn(f"some activations were left out: {error}", category=UserWarning)
+        self._unfit.clear()
+        unclear = sorted(self._assumed - self._told)
+        self._told.update(unclear)
+        if unclear:
+            rank_zero_warn(
+                f"no layer before or behind {', '.join(unclear)} tells which dimension counts units: it is taken to be "
+                "the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
+                category=UserWarning,
+            )
 
     @override
     def _agree_on_shapes(self, group: Any | None) -> None:
@@ -411,8 +479,36 @@ class PlasticityMonitor(PlasticityMetric):
         super()._agree_on_shapes(group)
         self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
 
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes what was saved in the place of what was seen; the states are those of the layers saved."""
+        start, end = prefix, "|magnitude_sum"
+        saved = [name for name in state_dict if name.startswith(start) and name.endswith(end)]
+        if saved:
+            self.reset()
+            self._update_count = 1  # compute() would warn that there is nothing
+        for name in saved:
+            layer = name[len(start) : -len(end)]
+            if state_dict[name].ndim:
+                self._prepare(layer, len(state_dict[name]))
+            own = [prefix + key for key in self._defaults if key.rpartition("|")[0] == layer]
+            missing_keys += [key for key in own if key not in state_dict]
+            state_dict.update({key: list(value) for key in own if isinstance(value := state_dict.get(key), list)})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_network": [], "_attachment": None}
+        return {**super().__getstate__(), "_network": [], "_attachment": None, "_watch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
@@ -420,3 +516,15 @@ class PlasticityMonitor(PlasticityMetric):
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         other._network = [memo.get(id(module), module) for module in self._network]  # the copy, if it is copied too
         return other
+
+
+def _may_match(pattern: str, paths: Collection[str]) -> bool:
+    """Whether there may be a layer of this name: a module, or an activation function called in one."""
+    # A shared activation module takes its name along to where it is called.
+    own = {name for path in paths if not (name := path.rpartition(".")[2]).isdigit()}
+    start = re.split(r"[*?[]", pattern)[0]
+    caller, _, function = re.sub(r"-\d+$", "", start).rpartition(".")
+    if start == pattern:
+        return f"{caller}.{function}".lstrip(".") in paths or (caller in paths and function in ACTIVATION_NAMES | own)
+    known = any(path.startswith(start) for path in paths)
+    return known or (caller in paths and any(name.startswith(function) for name in ACTIVATION_NAMES | own))

@@ -124,7 +124,8 @@ class SRank(EffectiveRank):
     r"""Number of singular values that make up 1 - δ of their sum (:func:`~lightning_plasticity.functional.srank`).
 
     Args:
-        delta: δ in [0, 1).
+        delta: δ in [0, 1). With 0 every singular value counts that is above rounding
+            (:func:`~lightning_plasticity.functional.ranks.singular_values_of_moments`).
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
         kwargs: What every metric of torchmetrics takes.
 

@@ -4,45 +4,68 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from lightning_plasticity.batches import tensors_in
+from lightning_plasticity.metrics.axes import (
+    CONVOLUTIONS,
+    MAKERS,
+    NORMS,
+    PRODUCTS,
+    Axes,
+    Function,
+    axes_after,
+    counting_units,
+    functions,
+    is_weight,
+    last_counts_units,
+    settle,
+    undecided,
+)
 from lightning_plasticity.metrics.compiled import without_wrappers
 
-Function = Callable[..., Any]
-
-
-def _functions(names: str) -> set[Function]:
-    """Every form in which torch has them: ``F.relu``, ``torch.relu``, ``Tensor.relu``."""
-    return {getattr(place, name) for name in names.split() for place in (F, torch, Tensor) if hasattr(place, name)}
-
-
-ACTIVATIONS = _functions(
+ACTIVATIONS = functions(
     "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ celu celu_ selu selu_ gelu silu silu_ "
     "mish mish_ glu softplus softsign tanh tanh_ sigmoid sigmoid_ hardtanh hardtanh_ hardswish hardsigmoid hardshrink "
     "softshrink tanhshrink threshold threshold_"
 )
 """Functions whose results are activations."""
 
-_CONVOLUTIONS = {getattr(F, f"{kind}{dims}d"): dims for kind in ("conv", "conv_transpose") for dims in (1, 2, 3)}
-_MATRIX_PRODUCTS = _functions("linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm einsum")
-_LAYERS = {*_CONVOLUTIONS, *_MATRIX_PRODUCTS, F.bilinear, F.multi_head_attention_forward}
+ACTIVATION_NAMES = {function.__name__.rstrip("_") for function in ACTIVATIONS} | {"clamp"}
+"""What they are called."""
+
+_LAYERS = {*CONVOLUTIONS, F.linear, F.bilinear, F.multi_head_attention_forward}
 """Functions that feed on activations, whether or not their weights are parameters."""
 
-_STARTING = {*ACTIVATIONS, *_CONVOLUTIONS, *_MATRIX_PRODUCTS}
-"""Functions whose results have something to be remembered, whatever goes in."""
+_CLAMPS = functions("clamp clamp_ clamp_min clamp_min_ clip clip_")
+"""Functions whose results are activations if they cut off what is below zero."""
 
-_REARRANGING = _functions("transpose permute movedim moveaxis swapaxes swapdims t view reshape unflatten")
-"""Functions after which units may be counted by another dimension."""
+_MULTIPLICATIONS = functions("mul mul_ __mul__ __rmul__ __imul__ multiply multiply_")
+
+_PASSING_ON = {
+    *ACTIVATIONS,
+    *_CLAMPS,
+    *_MULTIPLICATIONS,
+    *NORMS,
+    *functions(
+        "add add_ __radd__ __iadd__ sub sub_ __rsub__ __isub__ rsub div div_ "
+        "__rdiv__ __rtruediv__ __itruediv__ divide true_divide pow pow_ __rpow__ __pow__ addcmul addcdiv lerp "
+        "maximum minimum where cat concat stack expand_as"
+    ),
+}
+"""Functions that are no layer even if a parameter takes part: a learned temperature, shift or token."""
+
+_STARTING = {*ACTIVATIONS, *MAKERS}
+"""Functions whose results have something to be remembered, whatever goes in."""
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 """Modules that return activations and call their activation functions where nobody sees it."""
@@ -51,17 +74,40 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 class Observer(Protocol):
     """Who is told of the activations."""
 
+    channel_dim: int | None
+    """The dimension that counts units, if somebody has said so."""
+
     def wants(self, name: str) -> bool:
         """Whether the activations of this name are of interest."""
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> Any:
         """What is to be known of them, taken before anyone can change them in place."""
 
-    def report(self, name: str, observed: Any) -> None:
-        """They belong to a hidden layer."""
+    def report(self, name: str, observed: Any, *, assumed: bool) -> None:
+        """They belong to a hidden layer; whether the dimension that counts its units is but assumed."""
 
     def forgives(self, error: Exception) -> bool:
         """Whether the network goes on although one of these has failed."""
+
+
+class _Hook:
+    """A hook that does nothing any more in a copy of the network, or when it was pickled."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        self._act(*args)
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What is left of it there."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
 
 
 @dataclass
@@ -80,28 +126,38 @@ class _Call:
         return base if self.times[base] == 1 else f"{base}-{self.times[base]}"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Activations:
-    """What was observed of one result of an activation function, until it is known to belong to a hidden layer."""
+    """What was observed of one result of an activation function, until it is known to belong to a hidden layer.
+
+    ``observed`` is by the dimension that may count units: the first is the one that is assumed.
+    """
 
     name: str
-    observed: Any
+    axes: Sequence[Axes]
+    observed: dict[int | None, Any]
     reported: bool = False
 
 
 @dataclass
 class _Origin:
-    """What is known of a tensor: which dimension counts units, and the activations in it that no layer has seen yet."""
+    """What is known of a tensor: what its dimensions stand for, and its activations that no layer has seen yet.
 
-    channel_dim: int | None = None
+    ``result`` are those of them that the tensor itself is.
+    """
+
+    axes: Sequence[Axes] = ()
     activations: tuple[_Activations, ...] = ()
+    result: _Activations | None = None
 
 
 class Watch(TorchFunctionMode):
     """While started, reports what the activation functions of a network return.
 
-    Activations belong to a hidden layer if they flow into a further layer: a matrix product, a convolution, or any
-    function of a parameter. Those of the output layer do not, nor do those on the way to the loss.
+    Activations belong to a hidden layer if they flow into a further layer with weights: a linear one, a convolution, a
+    product with a matrix that comes from elsewhere, or any function of a parameter but arithmetic and normalisation.
+    Those of the output layer do not, nor do those on the way to the loss. Of a gate, ``h * sigmoid(h)``, the product is
+    what counts: the next layer reads it.
 
     Activations are called by the path of their module, those of functions by the path of the module that calls it and
     the name of the function; what has the same name in one call of a module is numbered.
@@ -115,10 +171,13 @@ class Watch(TorchFunctionMode):
     def __init__(self, root: nn.Module, observer: Observer, chosen: Collection[str]) -> None:
         super().__init__()
         self.saw_activations = False
+        self.saw_hidden_layer = False
+        self.layers_with_weights: set[int] = set()
         self.saw_compiled_code = False
         self._observer = observer
         self._chosen = chosen
         self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
+        self._undecided: dict[str, _Activations] = {}
         self._calls = [_Call(root, "")]
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
@@ -131,17 +190,32 @@ class Watch(TorchFunctionMode):
     def start(self) -> None:
         """Begins to watch."""
         for module in self._modules:
-            self._hooks.append(module.register_forward_pre_hook(self._enter_module))
-            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module)))
+            self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
         TorchFunctionMode.__enter__(self)
 
     def stop(self) -> None:
         """Ends it: nothing is left in the network."""
-        TorchFunctionMode.__exit__(self, None, None, None)
+        self._leave_stack()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._origins.clear()
+        self.decide()
+
+    def _leave_stack(self) -> None:
+        """Ends to be told of functions, also if others have begun to be told later and have not ended it yet."""
+        later: list[TorchFunctionMode] = []
+        if self in _get_current_function_mode_stack():
+            while (mode := _pop_mode()) is not self:
+                later.append(mode)
+        for mode in reversed(later):
+            _push_mode(mode)
+
+    def decide(self) -> None:
+        """Reports the layers of which nothing has told yet which dimension counts units."""
+        while self._undecided:
+            self._tell(self._undecided.popitem()[1])
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -150,26 +224,46 @@ class Watch(TorchFunctionMode):
         if torch.compiler.is_compiling():  # nothing of what follows can be compiled
             self.saw_compiled_code = True
         elif isinstance(result, Tensor | tuple | list) and (self._origins or func in _STARTING) and not _in_backward():
-            self._follow(func, [*tensors_in((args, kwargs))], [*tensors_in(result)])
+            self._follow(func, args, kwargs or {}, [*tensors_in(result)])
         return result
 
-    def _follow(self, func: Function, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _follow(self, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: list[Tensor]) -> None:
+        inputs = [*tensors_in((args, kwargs))]
         origins = [(tensor, origin) for tensor in inputs if (origin := self._origin(tensor)) is not None]
-        activations = tuple(activation for _, origin in origins for activation in origin.activations)
-        if activations and (func in _LAYERS or any(isinstance(tensor, nn.Parameter) for tensor in inputs)):
+        axes = [(tensor, origin.axes) for tensor, origin in origins if len(origin.axes) == tensor.ndim]
+        settle(func, args, kwargs, inputs, axes)
+        if func in _LAYERS and not self._calls[-1].of_a_metric:
+            self.layers_with_weights.update(id(tensor) for tensor in inputs[1:2])
+        activations = tuple(dict.fromkeys(a for _, origin in origins for a in origin.activations if not a.reported))
+        if activations and _is_layer(func, inputs, {id(tensor) for tensor, _ in origins}):
             for activation in activations:
                 self._report(activation)
             activations = ()
         for output in outputs:
-            channel_dim = _channel_dim(func, output, origins)
-            if activations or channel_dim is not None:
-                self._remember(output, _Origin(channel_dim, activations))
-        if func in ACTIVATIONS and outputs and not isinstance(inputs[0], nn.Parameter):
+            after = axes_after(func, args, kwargs, inputs, output, axes)
+            if activations or after:
+                self._remember(output, _Origin(after, activations))
+        if not outputs:
+            return
+        if func in _MULTIPLICATIONS:
+            self._join_gates(origins, outputs[0])
+        of_clamp = func in _CLAMPS and len(origins) > 0 and _cuts_at_zero(args, kwargs)
+        if of_clamp or (func in ACTIVATIONS and not isinstance(inputs[0], nn.Parameter)):
             call = self._calls[-1]
             call.calls_activation = True
             if not _is_activation(call.module):
-                name = getattr(func, "__name__", "activation").rstrip("_")
+                name = "clamp" if of_clamp else getattr(func, "__name__", "activation").rstrip("_")
                 self._observe(call, f"{call.path}.{name}" if call.path else name, outputs[0])
+
+    def _join_gates(self, origins: list[tuple[Tensor, _Origin]], product: Tensor) -> None:
+        """Puts a product in the place of the activations that are its factors."""
+        factors = [origin.result for tensor, origin in origins if tensor.shape == product.shape]
+        gates = [gate for gate in factors if gate is not None and not gate.reported]
+        if len(factors) == 2 and gates:
+            for gate in gates:
+                gate.reported = True
+                gate.observed.clear()
+            self._keep(gates[0].name, product)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         caller = self._calls[-1]
@@ -187,15 +281,16 @@ class Watch(TorchFunctionMode):
         caller = self._calls[-1]
         if call.path in self._chosen:
             name = caller.number(call.path) if _is_activation(module) else call.path
-            activations = self._look(name, output)
+            activations = self._keep(name, output)
             if activations is not None:
                 self._report(activations)
         elif isinstance(module, _RECURRENT):
+            self._remember(output, _Origin(last_counts_units(output.ndim)))
             self._observe(caller, call.path, output, numbered=False)
             origin = self._origin(output)
             for state in tensors_in(result):  # a head on the last state feeds on the same units
                 if origin is not None and state is not output:
-                    self._remember(state, _Origin(None, origin.activations))
+                    self._remember(state, _Origin(last_counts_units(state.ndim), origin.activations))
         elif call.calls_activation and _is_activation(module):
             self._observe(caller, call.path, output)
 
@@ -205,24 +300,34 @@ class Watch(TorchFunctionMode):
         name = caller.number(base) if numbered else base
         if caller.of_a_metric or not self._observer.wants(name):
             return
+        self._keep(name, output)
+
+    def _keep(self, name: str, output: Tensor) -> _Activations | None:
         activations = self._look(name, output)
         if activations is not None:
-            origin = self._origin(output) or _Origin()
-            self._remember(output, _Origin(origin.channel_dim, (*origin.activations, activations)))
+            earlier = origin.activations if (origin := self._origin(output)) else ()
+            self._remember(output, _Origin(activations.axes, (*earlier, activations), activations))
+        return activations
 
     def _look(self, name: str, output: Tensor) -> _Activations | None:
         if torch._C._functorch.is_functorch_wrapped_tensor(output):  # inside torch.func: one sample, or a tangent
             return None
-        origin = self._origin(output)
-        channel_dim = origin.channel_dim if origin else None
+        if output.layout is not torch.strided or output.is_nested:
+            return None
+        axes = origin.axes if (origin := self._origin(output)) else ()
         with torch.no_grad(), torch._C.DisableTorchFunction():  # what the observer does is no part of the network
             tensor = output.detach()
-            if tensor.ndim == 1 and channel_dim == 0:  # one sample without a batch
-                tensor, channel_dim = tensor[None], 1
+            known = counting_units(axes) if self._observer.channel_dim is None else self._observer.channel_dim
+            if tensor.ndim == 1 and known == 0:  # one sample without a batch
+                tensor, known = tensor[None], 1
             if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
                 return None
+            dims: Sequence[int | None] = [known]
+            if known is None and tensor.ndim > 2:
+                dims = [None, 1 if tensor.ndim == 3 else tensor.ndim - 1]
+                axes = undecided(axes, (1, tensor.ndim - 1), tensor.ndim)
             try:
-                return _Activations(name, self._observer.observe(tensor, channel_dim))
+                return _Activations(name, axes, {dim: self._observer.observe(tensor, dim) for dim in dims})
             except Exception as error:
                 if not self._observer.forgives(error):
                     raise
@@ -231,13 +336,26 @@ class Watch(TorchFunctionMode):
     def _report(self, activations: _Activations) -> None:
         if not activations.reported:
             activations.reported = True
-            with torch._C.DisableTorchFunction():
-                try:
-                    self._observer.report(activations.name, activations.observed)
-                except Exception as error:
-                    if not self._observer.forgives(error):
-                        raise
-            activations.observed = None  # the tensor may live on
+            earlier = self._undecided.pop(activations.name, None)
+            if earlier is not None:  # nobody will decide about it any more
+                self._tell(earlier)
+            if len(activations.observed) > 1 and counting_units(activations.axes) is None:
+                self._undecided[activations.name] = activations
+            else:
+                self._tell(activations)
+
+    def _tell(self, activations: _Activations) -> None:
+        observed, decided = activations.observed, counting_units(activations.axes)
+        assumed = len(observed) > 1 and decided is None
+        statistics = observed.get(decided, next(iter(observed.values())))
+        self.saw_hidden_layer = True
+        with torch._C.DisableTorchFunction():
+            try:
+                self._observer.report(activations.name, statistics, assumed=assumed)
+            except Exception as error:
+                if not self._observer.forgives(error):
+                    raise
+        observed.clear()  # the tensor may live on
 
     def _origin(self, tensor: Tensor) -> _Origin | None:
         reference, origin = self._origins.get(id(tensor), (None, None))
@@ -265,20 +383,17 @@ def _is_activation(module: nn.Module) -> bool:
     return not module._modules and (own or next(module.parameters(), None) is None)
 
 
-def _channel_dim(func: Function, output: Tensor, origins: list[tuple[Tensor, _Origin]]) -> int | None:
-    """The dimension that counts units, where it is known and not the one that the shape suggests."""
-    if func in _CONVOLUTIONS:
-        unbatched = output.ndim == _CONVOLUTIONS[func] + 1
-        return 0 if unbatched else 1 if output.ndim == 3 else None
-    if func in _MATRIX_PRODUCTS:
-        return output.ndim - 1 if output.ndim not in (2, 3) else None
-    if func in _REARRANGING or getattr(func, "__name__", None) == "__get__":  # the latter: x.T and the like
-        return None
-    for tensor, origin in origins:
-        dim = origin.channel_dim
-        if dim is not None and output.ndim == tensor.ndim and output.shape[dim] == tensor.shape[dim]:
-            return dim
-    return None
+def _cuts_at_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether these are the arguments of a clamp at zero from below."""
+    low = kwargs.get("min", args[1] if len(args) > 1 else None)
+    return isinstance(low, int | float) and low == 0
+
+
+def _is_layer(func: Function, inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
+    """Whether a function is a layer with weights; a matrix product is one if they do not come from its input too."""
+    if func in PRODUCTS:
+        return any(is_weight(tensor) or id(tensor) not in followed for tensor in inputs)
+    return func in _LAYERS or (func not in _PASSING_ON and any(is_weight(tensor) for tensor in inputs))
 
 
 def _in_backward() -> bool:
