@@ -80,13 +80,14 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
         optimizers: The optimizers that may hold state for the parameters.
     """
     new_values = {old: new.to(old) for old, new in changes.values.items()}
-    different = {old: new for old, new in new_values.items() if not torch.equal(new, old)}
+    counts = {old: int((new != old).count_nonzero()) for old, new in new_values.items()}
+    different = {old: new for old, new in new_values.items() if counts[old]}
     renewed: dict[nn.Parameter, Tensor | None] = {
         old: mask.to(old.device) if (mask := changes.renewed.get(old)) is not None else None
         for old in new_values
         if isinstance(old, nn.Parameter) and (old in different or old in changes.renewed)
     }
-    count = sum(int((new != old).sum()) for old, new in different.items() if isinstance(old, nn.Parameter))
+    count = sum(counts[old] for old in different if isinstance(old, nn.Parameter))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored_on_error(list(different)))
         for optimizer in optimizers:

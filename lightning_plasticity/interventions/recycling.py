@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ def recycling(
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Changes:
-    """What it takes to recycle units: first all incoming entries are drawn anew, then all outgoing ones become zero.
-
-    In that order, so that the zeros win where the columns of one unit cross the row of another.
+    """What it takes to recycle units, with incoming values drawn now: see :func:`recycled`.
 
     Args:
         model: The model.
@@ -29,6 +27,44 @@ def recycling(
         chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
         generator: A CPU generator; by default one seeded from torch's global one.
         initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
+
+    Raises:
+        ValueError: If a layer has no site, or a unit is not there.
+    """
+    layers = [layer for layer, some in chosen.items() if layer in units.sites and len(some)]
+    return recycled(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
+
+
+def fresh_incoming(
+    model: nn.Module,
+    units: Units,
+    layers: Iterable[str],
+    generator: torch.Generator | None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Draws what units are made of, by name of the tensor: whole tensors, for all units of some layers."""
+    tensors = tensors_of(model)
+    names = dict.fromkeys(name for layer in layers for name in units.sites[layer].incoming)
+    if not names:
+        return {}
+    if initial is not None:
+        drawn = resampled_values({name: tensors[name] for name in names}, initial, generator)
+    else:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+        drawn = fresh_values(model, {name: model.get_submodule(name) for name in modules}, generator)
+    return {name: drawn[tensors[name]] for name in names}
+
+
+def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Changes:
+    """What it takes to recycle units: first all incoming entries become new, then all outgoing ones become zero.
+
+    In that order, so that the zeros win where the columns of one unit cross the row of another.
+
+    Args:
+        model: The model.
+        units: Its units.
+        chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
+        fresh: Values of the incoming tensors to take the new entries from, by name.
 
     Raises:
         ValueError: If a layer has no site, or a unit is not there.
@@ -45,29 +81,27 @@ def recycling(
     chosen_sites = [(units.sites[layer], some) for layer, some in chosen.items()]
     incoming = [(name, owner, some) for site, some in chosen_sites for name, owner in site.incoming.items()]
     outgoing = [(name, owner, some) for site, some in chosen_sites for name, owner in site.outgoing.items()]
-    fresh = _drawn(model, {name: tensors[name] for name, _, _ in incoming}, generator, initial)
     values: dict[Tensor, Tensor] = {}
     renewed: dict[Tensor, Tensor] = {}
     for kind in (incoming, outgoing):
         for name, owner, some in kind:
             old = tensors[name]
             mask = entries(owner, some, old.shape)
-            now = values.get(old, old.detach())
-            new = fresh[old].to(now) if kind is incoming else torch.zeros_like(now)
-            values[old] = torch.where(mask.to(now.device), new, now)
             renewed[old] = mask | renewed[old] if old in renewed else mask
+            now = values.setdefault(old, old.detach().clone())
+            new = fresh[name] if kind is incoming else None
+            _set(now, owner, some, mask, new)
     return Changes(values, renewed, chosen)
 
 
-def _drawn(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    generator: torch.Generator | None,
-    initial: Mapping[str, Tensor] | None,
-) -> dict[Tensor, Tensor]:
-    if not tensors:
-        return {}
-    if initial is not None:
-        return resampled_values(tensors, initial, generator)
-    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return fresh_values(model, {name: model.get_submodule(name) for name in names}, generator)
+def _set(tensor: Tensor, owner: Tensor, units: Tensor, mask: Tensor, new: Tensor | None) -> None:
+    """Gives the entries of some units the values they have in a new tensor, by default zero."""
+    if owner.numel() == 1 or owner.numel() not in owner.shape:  # one unit that owns all, or a grouped convolution
+        tensor.copy_(torch.where(mask.to(tensor.device), 0.0 if new is None else new.to(tensor), tensor))
+        return
+    dim = owner.shape.index(owner.numel())
+    rows = torch.isin(owner.flatten(), units).nonzero().flatten()
+    if new is None:
+        tensor.index_fill_(dim, rows.to(tensor.device), 0)
+    else:
+        tensor.index_copy_(dim, rows.to(tensor.device), new.index_select(dim, rows).to(tensor))
