@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.changes import Changes, tensors_of
+from lightning_plasticity.interventions.changes import Changes, Part, tensors_of
 from lightning_plasticity.interventions.initialization import fresh_values, resampled_values
-from lightning_plasticity.interventions.units import Units, entries
+from lightning_plasticity.interventions.units import Units, entries, positions
 
 
 def recycling(
@@ -78,30 +78,22 @@ def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh
             raise ValueError(f"units {some.tolist()} of {layer!r} must be in 0 ... {size - 1}")
     chosen = {layer: some.cpu() for layer, some in chosen.items() if len(some)}
     tensors = tensors_of(model)
-    chosen_sites = [(units.sites[layer], some) for layer, some in chosen.items()]
-    incoming = [(name, owner, some) for site, some in chosen_sites for name, owner in site.incoming.items()]
-    outgoing = [(name, owner, some) for site, some in chosen_sites for name, owner in site.outgoing.items()]
-    values: dict[Tensor, Tensor] = {}
-    renewed: dict[Tensor, Tensor] = {}
-    for kind in (incoming, outgoing):
-        for name, owner, some in kind:
-            old = tensors[name]
-            mask = entries(owner, some, old.shape)
-            renewed[old] = mask | renewed[old] if old in renewed else mask
-            now = values.setdefault(old, old.detach().clone())
-            new = fresh[name] if kind is incoming else None
-            _set(now, owner, some, mask, new)
-    return Changes(values, renewed, chosen)
-
-
-def _set(tensor: Tensor, owner: Tensor, units: Tensor, mask: Tensor, new: Tensor | None) -> None:
-    """Gives the entries of some units the values they have in a new tensor, by default zero."""
-    if owner.numel() == 1 or owner.numel() not in owner.shape:  # one unit that owns all, or a grouped convolution
-        tensor.copy_(torch.where(mask.to(tensor.device), 0.0 if new is None else new.to(tensor), tensor))
-        return
-    dim = owner.shape.index(owner.numel())
-    rows = torch.isin(owner.flatten(), units).nonzero().flatten()
-    if new is None:
-        tensor.index_fill_(dim, rows.to(tensor.device), 0)
-    else:
-        tensor.index_copy_(dim, rows.to(tensor.device), new.index_select(dim, rows).to(tensor))
+    incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for layer, some in chosen.items():
+        for name, owner in units.sites[layer].incoming.items():
+            incoming.setdefault(name, []).append((owner, some))
+        for name, owner in units.sites[layer].outgoing.items():
+            outgoing.setdefault(name, []).append((owner, some))
+    parts: dict[Tensor, Part] = {}
+    for name in {**incoming, **outgoing}:
+        shape = tensors[name].shape
+        drawn, zeroed = (
+            torch.cat([torch.tensor([], dtype=torch.long), *(positions(owner, some, shape) for owner, some in pairs)])
+            for pairs in (incoming.get(name, []), outgoing.get(name, []))
+        )
+        for owner, some in outgoing.get(name, []):
+            drawn = drawn[~entries(owner, some, shape)[torch.unravel_index(drawn, shape)]]
+        new = fresh[name][torch.unravel_index(drawn, shape)] if len(drawn) else torch.zeros(0)
+        parts[tensors[name]] = Part(torch.cat([drawn, zeroed]), torch.cat([new, new.new_zeros(len(zeroed))]))
+    return Changes({}, units=chosen, parts=parts)
