@@ -15,6 +15,7 @@ from lightning_plasticity.interventions.unit_replacement import Record, UnitRepl
 from lightning_plasticity.interventions.units import Site, Units
 
 _ROWS = 100
+"""Rows of a weight at a time: 400 kB where there are 1000 columns. Measured: 20 to 250 differ little."""
 
 
 class ContinualBackprop(UnitReplacement):
@@ -221,8 +222,9 @@ def _response(consumer: nn.Module, inputs: Tensor) -> Tensor:
     """What a linear or convolution layer adds to its bias, on average, at inputs of this mean; margins left aside."""
     assert isinstance(consumer.weight, Tensor)
     groups: int = getattr(consumer, "groups", 1)
-    weight: Tensor = consumer.weight.detach().cpu().double().unflatten(0, (groups, -1))
-    weight = weight.reshape(*weight.shape[:3], -1).sum(-1)
+    dtype = torch.promote_types(consumer.weight.dtype, torch.float32)
+    weight: Tensor = consumer.weight.detach().to(dtype).unflatten(0, (groups, -1))
+    weight = weight.reshape(*weight.shape[:3], -1).sum(-1) if weight.ndim > 3 else weight
     if isinstance(consumer, nn.modules.conv._ConvTransposeNd):
         weight = weight.transpose(1, 2) / math.prod(consumer.stride)
-    return (weight @ inputs.view(groups, -1, 1)).flatten()
+    return (weight @ inputs.to(weight).view(groups, -1, 1)).flatten().cpu().double()
