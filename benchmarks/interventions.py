@@ -5,6 +5,9 @@ Times are process CPU time with one thread, contenders alternated, medians.
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -12,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate
-from lightning_plasticity.interventions import ReDo, ReGraMa, describe_units
+from lightning_plasticity.interventions import (
+    ContinualBackprop,
+    ReDo,
+    ReGraMa,
+    RunningRemedy,
+    SelfNormalizedReset,
+    describe_units,
+)
 from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.optimizer_state import clear
 from lightning_plasticity.interventions.recycling import recycling
@@ -62,11 +72,12 @@ def step_sizes(
     units = describe_units(model, lambda model: model(torch.randn(8, 64)))
     changes = recycling(model, units, {"2": torch.arange(16)}, torch.Generator().manual_seed(0))
     apply("benchmark", changes, [])
-    masks = {parameter: changes.renewed[parameter] for parameter in (model[2].weight, model[4].weight)}
-    clear(
-        optimizer,
-        {parameter: mask for parameter, mask in changes.renewed.items() if isinstance(parameter, nn.Parameter)},
-    )
+    positions = {p: part.positions for p, part in changes.parts.items() if isinstance(p, nn.Parameter)}
+    clear(optimizer, positions)
+    masks = {}
+    for parameter in (model[2].weight, model[4].weight):
+        flat = torch.zeros(parameter.numel(), dtype=torch.bool)
+        masks[parameter] = flat.index_fill_(0, positions[parameter], True).view_as(parameter)
     for parameter, mask in masks.items():
         state = optimizer.state[parameter]
         for key in ("exp_avg_sq", "square_avg"):
@@ -147,7 +158,62 @@ def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
         print(f"  {name:<30}{1e3 * seconds:9.0f} ms {seconds / medians['training step']:8.1f} steps")
 
 
+def running_costs() -> None:
+    """What remedies that run along add to every training step, replacements included."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(
+        *(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU()),
+        *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
+    )
+    cases = {
+        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 300),
+        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 3),
+    }
+    for name, (model, x, rounds) in cases.items():
+        print(f"{name}; ratio to a plain training step (median step, mean step)")
+        for remedy, ratios in cost_of_running(model, x, rounds).items():
+            print(f"  {remedy:<44}{ratios[0]:6.3f}{ratios[1]:8.3f}")
+
+
+def cost_of_running(model: nn.Module, x: Tensor, rounds: int) -> dict[str, tuple[float, float]]:
+    """Ratio of the median and of the mean training step with a remedy to those of a plain one, Adam.
+
+    Units are mature after 20 steps in place of 100, so that replacements come early and at their full rate.
+    """
+    remedies: dict[str, RunningRemedy | None] = {
+        "plain": None,
+        "ContinualBackprop": ContinualBackprop(maturity_threshold=20),
+        "ContinualBackprop(transfer_bias=True)": ContinualBackprop(maturity_threshold=20, transfer_bias=True),
+        "SelfNormalizedReset": SelfNormalizedReset(),
+    }
+    y = torch.randint(10, (len(x),))
+    seconds: dict[str, list[float]] = {name: [] for name in remedies}
+
+    def step_with(name: str, remedy: RunningRemedy | None) -> Callable[[], None]:
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(own.parameters(), lr=1e-4)
+        if remedy is not None:
+            remedy.start(own, forward=lambda model: model(x[:2]))
+
+        def step() -> None:
+            start = time.process_time()
+            optimizer.zero_grad()
+            F.cross_entropy(own(x), y).backward()
+            optimizer.step()
+            if remedy is not None:
+                remedy.after_step(own, [optimizer])
+            seconds[name].append(time.process_time() - start)
+
+        return step
+
+    warmup = 25 if rounds > 25 else 1
+    medians = alternate({name: step_with(name, one) for name, one in remedies.items()}, rounds=rounds, warmup=warmup)
+    means = {name: statistics.mean(times[warmup:]) for name, times in seconds.items()}
+    return {name: (medians[name] / medians["plain"], means[name] / means["plain"]) for name in remedies}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     first_steps()
     cost()
+    running_costs()

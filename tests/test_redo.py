@@ -531,5 +531,5 @@ def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
         model.load_state_dict(weights)
         optimizer.load_state_dict(copy.deepcopy(state))
         objects = [(parameter, id(optimizer.state.get(parameter))) for parameter in model.parameters()]
-    assert failures["copy_"] == 5, "three weights and two biases"
-    assert (failures["__setitem__"] >= 5) == remembers
+    assert failures["copy_"] == 0, "no tensor is new as a whole"
+    assert failures["__setitem__"] >= (10 if remembers else 5), "three weights and two biases"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_plasticity.interventions import ReDo, Units, describe_units
 from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.recycling import recycling
+from lightning_plasticity.interventions.units import entries, positions
 from tests.unit_models import MODELS, Encoder, Model, ResNet
 
 EVERY = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
@@ -307,3 +308,15 @@ def one_thread() -> Iterator[None]:
 def test_a_resnet_of_full_width_has_its_eight_sites() -> None:
     model, x = ResNet(64, classes=10), torch.randn(2, 3, 16, 16)
     assert list(describe_units(model, lambda model: model(x)).sites) == [f"layers.{i}.conv1" for i in range(8)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_positions_are_those_of_the_entries(model: Model) -> None:
+    module = model.build()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for site in describe_units(module, lambda module: module(torch.rand(model.shape))).sites.values():
+        for some in (torch.tensor([0]), torch.arange(site.num_units), torch.tensor([], dtype=torch.long)):
+            for name, owner in {**site.incoming, **site.outgoing}.items():
+                shape = tensors[name].shape
+                expected = entries(owner, some, shape).flatten().nonzero().flatten()
+                assert torch.equal(positions(owner, some, shape).sort().values, expected)

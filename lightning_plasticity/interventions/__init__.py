@@ -2,12 +2,15 @@
 
 from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
 from lightning_plasticity.interventions.changes import RepairReport
+from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
+from lightning_plasticity.interventions.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 
 __all__ = [
+    "ContinualBackprop",
     "Intervention",
     "ReDo",
     "ReGraMa",
@@ -16,6 +19,7 @@ __all__ = [
     "RepairReport",
     "Reset",
     "RunningRemedy",
+    "SelfNormalizedReset",
     "ShrinkPerturb",
     "Site",
     "Units",

@@ -41,6 +41,21 @@ class RepairReport:
         return cls(**state)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """New values of some entries of a tensor.
+
+    Args:
+        positions: Where they are in the flattened tensor.
+        values: The new values, one for each position.
+        renewed: Whether nothing should be remembered of the old ones; by default all.
+    """
+
+    positions: Tensor
+    values: Tensor
+    renewed: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Changes:
     """What an intervention wants to do to a model.
@@ -50,11 +65,14 @@ class Changes:
         renewed: Which entries of a parameter are new, and nothing should be remembered of; a parameter that is not
             here is new as a whole, if any of its entries differs.
         units: For the report.
+        parts: New values of few entries of a tensor that is not in ``values``; the work is in proportion to their
+            number.
     """
 
     values: dict[Tensor, Tensor]
     renewed: dict[Tensor, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[Tensor, Part] = field(default_factory=dict)
 
     def on(self, model: nn.Module, copy: nn.Module) -> Changes:
         """The same for a model, of changes that were worked out on a copy of it."""
@@ -63,7 +81,7 @@ class Changes:
         def moved(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
             return {twins[tensor]: value for tensor, value in by_tensor.items()}
 
-        return Changes(moved(self.values), moved(self.renewed), self.units)
+        return Changes(moved(self.values), moved(self.renewed), self.units, moved(self.parts))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -82,32 +100,46 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
         optimizers: The optimizers that may hold state for the parameters.
     """
     new_values = {old: new.to(old) for old, new in changes.values.items()}
-    different = {old: new for old, new in new_values.items() if not torch.equal(new, old)}
+    counts = {old: int((new != old).count_nonzero()) for old, new in new_values.items()}
+    different = {old: new for old, new in new_values.items() if counts[old]}
+    where = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in changes.parts.items()}
+    for old, part in changes.parts.items():
+        counts[old] = int((old.detach()[where[old]] != part.values.to(old)).count_nonzero())
     renewed: dict[nn.Parameter, Tensor | None] = {
         old: mask.to(old.device) if (mask := changes.renewed.get(old)) is not None else None
         for old in new_values
         if isinstance(old, nn.Parameter) and (old in different or old in changes.renewed)
     }
-    count = sum(int((new != old).sum()) for old, new in different.items() if isinstance(old, nn.Parameter))
+    for old, part in changes.parts.items():
+        if isinstance(old, nn.Parameter):
+            new_positions = part.positions if part.renewed is None else part.positions[part.renewed]
+            renewed[old] = new_positions.to(old.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_restored_on_error(list(different)))
+        stack.enter_context(_restored_on_error({**dict.fromkeys(different), **where}))
         for optimizer in optimizers:
             stack.enter_context(remembered(optimizer, renewed))
         with torch.no_grad():
             for old, new in different.items():
                 old.copy_(new)
+            for old, part in changes.parts.items():
+                old[where[old]] = part.values.to(old)
         for optimizer in optimizers:
             clear(optimizer, renewed)
+    count = sum(number for old, number in counts.items() if isinstance(old, nn.Parameter))
     return RepairReport(name, changes.units, count)
 
 
 @contextlib.contextmanager
-def _restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    values = [tensor.detach().clone() for tensor in tensors]
+def _restored_on_error(where: Mapping[Tensor, tuple[Tensor, ...] | None]) -> Iterator[None]:
+    """Puts tensors back as they were, as a whole or at the given indices."""
+    values = [tensor.detach().clone() if index is None else tensor.detach()[index] for tensor, index in where.items()]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+            for (tensor, index), value in zip(where.items(), values, strict=True):
+                if index is None:
+                    tensor.copy_(value)
+                else:
+                    tensor[index] = value
         raise

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 Renewed = Mapping[nn.Parameter, Tensor | None]
-"""Which entries of each parameter are new: a boolean tensor of its shape, on its device; ``None`` means all."""
+"""Which entries of each parameter are new: a boolean tensor of its shape, or their positions in the flattened
+parameter, on its device; ``None`` means all."""
+
+_Index = Tensor | tuple[Tensor, ...]
 
 _SUMMARIES = ("row_var", "col_var")
 """State of torch's Adafactor that has one entry for many weights."""
@@ -57,7 +60,7 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
         if affected:
             optimizer.state.clear()
         return
-    partly = {p: mask for p, mask in affected.items() if mask is not None and not bool(mask.all())}
+    partly = {p: entries for p, entries in affected.items() if entries is not None and not _is_all(p, entries)}
     whole = [parameter for parameter in affected if parameter not in partly]
     if isinstance(optimizer, torch.optim.Adagrad):  # makes its state when it is built, and never again
         for parameter in whole:
@@ -68,7 +71,7 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
     else:
         for parameter in whole:
             del optimizer.state[parameter]  # made anew at the next step
-    stayed = {key for parameter, mask in partly.items() for key in _clear_entries(optimizer, parameter, mask)}
+    stayed = {key for parameter, entries in partly.items() for key in _clear_entries(optimizer, parameter, entries)}
     if stayed:
         warnings.warn(
             f"{type(optimizer).__name__} is not known here: its state {sorted(stayed)} stayed as it was, though it may "
@@ -83,16 +86,25 @@ def remembered(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[N
     optimizer = _unwrapped(optimizer)
     everything = dict(optimizer.state)
     before = []
-    for state in (everything[parameter] for parameter in _affected(optimizer, renewed) if parameter in everything):
-        before.append((state, dict(state), {key: v.clone() for key, v in state.items() if isinstance(v, Tensor)}))
+    for parameter in _affected(optimizer, renewed):
+        if parameter in everything:
+            state, index = everything[parameter], _index(parameter, renewed[parameter])
+            tensors = [value for value in state.values() if isinstance(value, Tensor)]
+            # A large parameter may be new in a few entries: then only these are kept aside.
+            partial = [index is not None and value.shape == parameter.shape for value in tensors]
+            kept = [value[index] if part else value.clone() for value, part in zip(tensors, partial, strict=True)]
+            before.append((state, dict(state), index, list(zip(tensors, partial, kept, strict=True))))
     try:
         yield
     except BaseException:
-        for state, items, values in before:
+        for state, items, index, values in before:
             state.clear()
             state.update(items)
-            for key, value in values.items():
-                items[key].copy_(value)
+            for value, part, kept_value in values:
+                if part:
+                    value[index] = kept_value
+                else:
+                    value.copy_(kept_value)
         optimizer.state.clear()
         optimizer.state.update(everything)
         raise
@@ -117,7 +129,25 @@ def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
     return any(f"{ancestor.__module__}.".startswith("torch.optim.") for ancestor in before)
 
 
-def _clear_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask: Tensor) -> list[str]:
+def _is_all(parameter: nn.Parameter, entries: Tensor) -> bool:
+    return bool(entries.all()) if entries.dtype == torch.bool else len(entries) == parameter.numel()
+
+
+def _index(parameter: nn.Parameter, entries: Tensor | None) -> _Index | None:
+    """What picks the entries of a tensor of the parameter's shape, however it lies in memory."""
+    if entries is None or entries.dtype == torch.bool:
+        return entries
+    return torch.unravel_index(entries, parameter.shape)
+
+
+def _mask(parameter: nn.Parameter, entries: Tensor) -> Tensor:
+    if entries.dtype == torch.bool:
+        return entries
+    flat = torch.zeros(parameter.numel(), dtype=torch.bool, device=entries.device)
+    return flat.index_fill_(0, entries, True).view(parameter.shape)
+
+
+def _clear_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, entries: Tensor) -> list[str]:
     """Clears the state of some entries of a parameter; returns the names of what is not known and stayed."""
     own = _is_torchs_own(optimizer)
     stayed = []
@@ -126,12 +156,15 @@ def _clear_entries(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, ma
             if not own and key != "step":
                 stayed.append(key)
             continue
-        entries = _entries_of_summary(mask, value.shape)
-        known = value.shape == parameter.shape or (own and key in _SUMMARIES)
-        if entries is None or not value.is_floating_point() or not known:
+        same_shape = value.shape == parameter.shape
+        index = (
+            _index(parameter, entries) if same_shape else _entries_of_summary(_mask(parameter, entries), value.shape)
+        )
+        known = same_shape or (own and key in _SUMMARIES)
+        if index is None or not value.is_floating_point() or not known:
             stayed.append(key)
             continue
-        value[entries] = _at_first(optimizer, parameter, key, entries)
+        value[index] = _at_first(optimizer, parameter, key, index)
     return stayed
 
 
@@ -145,7 +178,7 @@ def _entries_of_summary(mask: Tensor, shape: torch.Size) -> Tensor | None:
     return mask
 
 
-def _at_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, entries: Tensor) -> Tensor | float:
+def _at_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, index: _Index) -> Tensor | float:
     """What entries of a state are before the first step."""
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(optimizer.defaults["initial_accumulator_value"])
@@ -153,7 +186,7 @@ def _at_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: st
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         return float(group["lr"])
     if isinstance(optimizer, torch.optim.ASGD) and key == "ax":
-        return parameter.detach()[entries]
+        return parameter.detach()[index]
     return 0.0
 
 

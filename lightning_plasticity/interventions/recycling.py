@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.changes import Changes, tensors_of
+from lightning_plasticity.interventions.changes import Changes, Part, tensors_of
 from lightning_plasticity.interventions.initialization import fresh_values, resampled_values
-from lightning_plasticity.interventions.units import Units, entries
+from lightning_plasticity.interventions.units import Units, entries, positions
 
 
 def recycling(
@@ -19,9 +19,7 @@ def recycling(
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Changes:
-    """What it takes to recycle units: first all incoming entries are drawn anew, then all outgoing ones become zero.
-
-    In that order, so that the zeros win where the columns of one unit cross the row of another.
+    """What it takes to recycle units, with incoming values drawn now: see :func:`recycled`.
 
     Args:
         model: The model.
@@ -29,6 +27,44 @@ def recycling(
         chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
         generator: A CPU generator; by default one seeded from torch's global one.
         initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
+
+    Raises:
+        ValueError: If a layer has no site, or a unit is not there.
+    """
+    layers = [layer for layer, some in chosen.items() if layer in units.sites and len(some)]
+    return recycled(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
+
+
+def fresh_incoming(
+    model: nn.Module,
+    units: Units,
+    layers: Iterable[str],
+    generator: torch.Generator | None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Draws what units are made of, by name of the tensor: whole tensors, for all units of some layers."""
+    tensors = tensors_of(model)
+    names = dict.fromkeys(name for layer in layers for name in units.sites[layer].incoming)
+    if not names:
+        return {}
+    if initial is not None:
+        drawn = resampled_values({name: tensors[name] for name in names}, initial, generator)
+    else:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+        drawn = fresh_values(model, {name: model.get_submodule(name) for name in modules}, generator)
+    return {name: drawn[tensors[name]] for name in names}
+
+
+def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Changes:
+    """What it takes to recycle units: first all incoming entries become new, then all outgoing ones become zero.
+
+    In that order, so that the zeros win where the columns of one unit cross the row of another.
+
+    Args:
+        model: The model.
+        units: Its units.
+        chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
+        fresh: Values of the incoming tensors to take the new entries from, by name.
 
     Raises:
         ValueError: If a layer has no site, or a unit is not there.
@@ -42,32 +78,22 @@ def recycling(
             raise ValueError(f"units {some.tolist()} of {layer!r} must be in 0 ... {size - 1}")
     chosen = {layer: some.cpu() for layer, some in chosen.items() if len(some)}
     tensors = tensors_of(model)
-    chosen_sites = [(units.sites[layer], some) for layer, some in chosen.items()]
-    incoming = [(name, owner, some) for site, some in chosen_sites for name, owner in site.incoming.items()]
-    outgoing = [(name, owner, some) for site, some in chosen_sites for name, owner in site.outgoing.items()]
-    fresh = _drawn(model, {name: tensors[name] for name, _, _ in incoming}, generator, initial)
-    values: dict[Tensor, Tensor] = {}
-    renewed: dict[Tensor, Tensor] = {}
-    for kind in (incoming, outgoing):
-        for name, owner, some in kind:
-            old = tensors[name]
-            mask = entries(owner, some, old.shape)
-            now = values.get(old, old.detach())
-            new = fresh[old].to(now) if kind is incoming else torch.zeros_like(now)
-            values[old] = torch.where(mask.to(now.device), new, now)
-            renewed[old] = mask | renewed[old] if old in renewed else mask
-    return Changes(values, renewed, chosen)
-
-
-def _drawn(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    generator: torch.Generator | None,
-    initial: Mapping[str, Tensor] | None,
-) -> dict[Tensor, Tensor]:
-    if not tensors:
-        return {}
-    if initial is not None:
-        return resampled_values(tensors, initial, generator)
-    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return fresh_values(model, {name: model.get_submodule(name) for name in names}, generator)
+    incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for layer, some in chosen.items():
+        for name, owner in units.sites[layer].incoming.items():
+            incoming.setdefault(name, []).append((owner, some))
+        for name, owner in units.sites[layer].outgoing.items():
+            outgoing.setdefault(name, []).append((owner, some))
+    parts: dict[Tensor, Part] = {}
+    for name in {**incoming, **outgoing}:
+        shape = tensors[name].shape
+        drawn, zeroed = (
+            torch.cat([torch.tensor([], dtype=torch.long), *(positions(owner, some, shape) for owner, some in pairs)])
+            for pairs in (incoming.get(name, []), outgoing.get(name, []))
+        )
+        for owner, some in outgoing.get(name, []):
+            drawn = drawn[~entries(owner, some, shape)[torch.unravel_index(drawn, shape)]]
+        new = fresh[name][torch.unravel_index(drawn, shape)] if len(drawn) else torch.zeros(0)
+        parts[tensors[name]] = Part(torch.cat([drawn, zeroed]), torch.cat([new, new.new_zeros(len(zeroed))]))
+    return Changes({}, units=chosen, parts=parts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.interventions.activity import by_unit
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.processes import mean_over_processes
@@ -169,8 +170,7 @@ def _activity(model: nn.Module, site: Site, inputs: Mapping[str, Tensor]) -> Ten
     for name, owner in site.consumers.items():
         dim = channel_dim(model.get_submodule(name))
         x = inputs[name].detach().double().abs().movedim(dim, 0).flatten(1).mean(1).cpu()
-        total = torch.zeros(site.num_units, dtype=torch.float64).index_add_(0, owner[owner >= 0], x[owner >= 0])
-        heard.append(total / owner[owner >= 0].bincount(minlength=site.num_units))
+        heard.append(by_unit(x, owner, site.num_units) / owner[owner >= 0].bincount(minlength=site.num_units))
     return torch.stack(heard).amax(0)
 
 

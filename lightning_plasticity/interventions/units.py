@@ -40,6 +40,16 @@ def entries(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
     return torch.isin(owner, units).expand(shape)
 
 
+def positions(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
+    """The same as positions in the flattened tensor, without a look at all the others."""
+    strides = [shape[d + 1 :].numel() for d in range(len(shape))]
+    flat = (torch.isin(owner, units).nonzero() * torch.tensor(strides)).sum(1)
+    for size, own, stride in zip(shape, owner.shape, strides, strict=True):
+        if own == 1:
+            flat = (flat[:, None] + stride * torch.arange(size)).flatten()
+    return flat
+
+
 def channel_dim(consumer: nn.Module) -> int:
     """The dimension of a consumer's input that its channels lie along, from the end."""
     return -1 if isinstance(consumer, nn.Linear) else 1 - next(consumer.parameters()).ndim  # a kernel has one dim more
