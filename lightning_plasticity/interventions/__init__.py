@@ -2,12 +2,15 @@
 
 from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
 from lightning_plasticity.interventions.changes import RepairReport
+from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 
 __all__ = [
+    "L2ER",
+    "EffectiveRankRegularizer",
     "Intervention",
     "ReDo",
     "ReGraMa",
