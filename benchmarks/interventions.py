@@ -1,4 +1,4 @@
-"""What recycling costs, and how large the first steps of new weights are. Run: python -m benchmarks.interventions.
+"""What interventions cost, and how large the first steps of new weights are. Run: python -m benchmarks.interventions.
 
 Times are process CPU time with one thread, contenders alternated, medians.
 """
@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate
-from lightning_plasticity.interventions import ReDo, ReGraMa, describe_units
+from lightning_plasticity.interventions import (
+    L2ER,
+    EffectiveRankRegularizer,
+    L2Init,
+    Parseval,
+    ReDo,
+    ReGraMa,
+    Regularizer,
+    SpectralRegularizer,
+    WassersteinInit,
+    describe_units,
+)
 from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.optimizer_state import clear
 from lightning_plasticity.interventions.recycling import recycling
@@ -147,7 +158,58 @@ def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
         print(f"  {name:<30}{1e3 * seconds:9.0f} ms {seconds / medians['training step']:8.1f} steps")
 
 
+def cost_of_regularizers() -> None:
+    """A training step with each regularizer in the loss, in plain steps; the steps of effective rank by themselves."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(
+        *(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU()),
+        *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
+    )
+    cases = {
+        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 31),
+        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 5),
+    }
+    for name, (model, x, rounds) in cases.items():
+        print(name)
+        contenders = {
+            "training step": _regularized(model, x, None),
+            "SpectralRegularizer": _regularized(model, x, SpectralRegularizer()),
+            "SpectralRegularizer(exact=True)": _regularized(model, x, SpectralRegularizer(exact=True)),
+            "L2Init": _regularized(model, x, L2Init()),
+            "L2ER, the L2 part": _regularized(model, x, L2ER()),
+            "Parseval": _regularized(model, x, Parseval()),
+            "WassersteinInit": _regularized(model, x, WassersteinInit()),
+        }
+        few = {key: contenders.pop(key) for key in ("SpectralRegularizer(exact=True)", "WassersteinInit")}
+        medians = alternate(contenders, rounds)
+        medians |= alternate(few, rounds=1, warmup=0)
+        medians |= alternate({"effective rank, one minibatch": _effective_rank_step(model, x)}, rounds=1)
+        for contender, seconds in medians.items():
+            print(f"  {contender:<32}{1e3 * seconds:9.1f} ms {seconds / medians['training step']:8.2f} steps")
+
+
+def _regularized(model: nn.Module, x: Tensor, regularizer: Regularizer | None) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    y = torch.randint(10, (len(x),))
+    if regularizer is not None:
+        regularizer.start(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        (loss if regularizer is None else loss + regularizer.penalty(model)).backward()
+        optimizer.step()
+
+    return step
+
+
+def _effective_rank_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    remedy = EffectiveRankRegularizer(learning_rate=1e-6, every_n_samples=len(x))
+    return lambda: remedy.after_step(model, forward=lambda model: model(x))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     first_steps()
     cost()
+    cost_of_regularizers()

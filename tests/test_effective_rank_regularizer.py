@@ -130,6 +130,26 @@ def test_features_are_those_of_all_minibatches_since_the_last_step_with_the_weig
             torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_functions_of_a_loop_variable_keep_the_inputs_of_their_turn(scope: str) -> None:
+    """All of them would see the last inputs, for they are called later."""
+    batches, results = [inputs(10, seed) for seed in range(3)], []
+    loop = "for x in batches:\n    remedy.after_step(model, forward=lambda model, *, factor=1: model(factor * x))\n"
+    local: dict[str, Any] = {}
+    exec("def run(batches, remedy, model):\n    " + loop.replace("\n", "\n    "), local)
+    for run in ("as written", "bound"):
+        model, remedy = mlp(), EffectiveRankRegularizer(0.1, 30)
+        if run == "bound":
+            for batch in batches:
+                remedy.after_step(model, forward=on(batch))
+        elif scope == "local":
+            local["run"](batches, remedy, model)
+        else:
+            exec(loop, {"batches": batches, "remedy": remedy, "model": model})
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_a_few_steps_raise_the_effective_rank() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class EffectiveRankRegularizer(RunningRemedy):
     In the paper this alone does about nothing, and much together with L2: see :class:`L2ER`.
 
     With several processes each one looks at its own minibatches, and the gradients are averaged. Minibatches that
-    wait for the next step are kept in memory, and are not in the state: after a checkpoint is loaded, the count begins
-    anew.
+    wait for the next step are kept in memory, by the functions that run them: ``lambda model: model(inputs)`` in a loop
+    keeps the inputs of its turn, which must not be changed in place. They are not in the state: after a checkpoint is
+    loaded, the count begins anew.
 
     Args:
         learning_rate: :math:`\eta`.
@@ -94,7 +96,7 @@ class EffectiveRankRegularizer(RunningRemedy):
             raise ValueError(
                 f"{self.name} needs to see the model run: after_step(model, forward=lambda model: model(inputs))"
             )
-        self._waiting.append(forward)
+        self._waiting.append(_as_of_now(forward))
         if self._samples_per_batch is None:
             stage = model if make_copy is None else make_copy()
             with probing(stage), torch.no_grad():
@@ -237,6 +239,23 @@ class _RankPart(EffectiveRankRegularizer):
     """Speaks in the name of the whole."""
 
     name = "L2ER"
+
+
+def _as_of_now(forward: Forward) -> Forward:
+    """The function with the variables it uses as they are now: it is called when a loop has gone on to other inputs."""
+    if not isinstance(forward, FunctionType):
+        return forward
+    cells = tuple(_copied(cell) for cell in forward.__closure__ or ())
+    bound = FunctionType(forward.__code__, {**forward.__globals__}, forward.__name__, forward.__defaults__, cells)
+    bound.__kwdefaults__ = forward.__kwdefaults__
+    return bound
+
+
+def _copied(cell: CellType) -> CellType:
+    try:
+        return CellType(cell.cell_contents)
+    except ValueError:  # not assigned yet
+        return cell
 
 
 def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, Tensor], int]:
