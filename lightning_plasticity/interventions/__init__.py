@@ -3,15 +3,24 @@
 from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
 from lightning_plasticity.interventions.changes import RepairReport
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
+from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
+from lightning_plasticity.interventions.l2_init import L2Init
+from lightning_plasticity.interventions.parseval import Parseval
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
+from lightning_plasticity.interventions.spectral import SpectralRegularizer
 from lightning_plasticity.interventions.units import Site, Units, describe_units
+from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 
 __all__ = [
+    "L2ER",
     "ContinualBackprop",
+    "EffectiveRankRegularizer",
     "Intervention",
+    "L2Init",
+    "Parseval",
     "ReDo",
     "ReGraMa",
     "Regularizer",
@@ -22,6 +31,8 @@ __all__ = [
     "SelfNormalizedReset",
     "ShrinkPerturb",
     "Site",
+    "SpectralRegularizer",
     "Units",
+    "WassersteinInit",
     "describe_units",
 ]

@@ -1,0 +1,54 @@
+"""L2 Init: weight decay toward the initial parameters instead of zero."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
+from lightning_plasticity.interventions.initialization import NORM_LAYERS
+
+
+class L2Init(InitialValueRegularizer):
+    r"""L2 Init, or regenerative regularization: pulls every parameter to its own initial value.
+
+    .. math:: R = \frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2
+
+    All trainable parameters count, apart from those of norm layers; of parametrized layers the parameters themselves,
+    not the weight that comes out. :math:`\theta_0` is what :meth:`start` sees, and is kept in the state. Parameters
+    that come later, or get another shape, need another :meth:`start`, which leaves the others' :math:`\theta_0` alone.
+
+    Args:
+        coefficient: :math:`\lambda`. The gradient is :math:`\lambda (\theta - \theta_0)`.
+
+    Raises:
+        ValueError: If ``coefficient`` is negative.
+        RuntimeError: At the call, if a parameter was not there at the last :meth:`start`.
+
+    References:
+        Kumar et al. 2023, arXiv 2308.11958.
+
+    Example:
+        >>> import torch
+        >>> model, regularizer = nn.Linear(3, 2), L2Init(coefficient=0.1)
+        >>> regularizer.start(model)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(1)
+        >>> round(regularizer.penalty(model).item(), 6)  # 0.1 / 2 · 6
+        0.3
+    """
+
+    def __init__(self, coefficient: float = 1e-2) -> None:
+        super().__init__(coefficient)
+
+    @override
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        norms = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
+        of_norms = {id(parameter) for module in norms for parameter in module.parameters()}
+        found = super().parameters(model)
+        return {name: parameter for name, parameter in found.items() if id(parameter) not in of_norms}
+
+    @override
+    def distance(self, parameter: Tensor, initial: Tensor) -> Tensor:
+        return 0.5 * F.mse_loss(parameter, initial, reduction="sum")  # one pass; the difference is not kept

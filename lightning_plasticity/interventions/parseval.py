@@ -1,0 +1,78 @@
+"""Parseval regularization: weight matrices are kept orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import Regularizer
+from lightning_plasticity.interventions.matrices import layers_of
+
+
+class Parseval(Regularizer):
+    r"""Parseval regularization: pulls all singular values of the hidden layers' weights to the same value.
+
+    .. math:: R = \lambda \sum_\ell \lVert W_\ell W_\ell^\top - s I \rVert_F^2, \qquad s = \mathrm{gain}^2
+
+    A matrix with more rows than columns cannot have orthogonal rows. The smaller one of :math:`W W^\top` and
+    :math:`W^\top W` is taken, which differs by a constant, :math:`s^2 (\mathrm{out} - \mathrm{in})`, and has the same
+    gradient: the term is zero where it is smallest. What counts as a matrix, and what is left out, is as for
+    :class:`~lightning_plasticity.interventions.SpectralRegularizer`; biases and norm layers are not touched.
+
+    Args:
+        coefficient: :math:`\lambda`. The paper's networks are 64 units wide; the term grows with the width.
+        gain: All singular values, at the minimum. The paper has √2, that of its initialisation.
+        exclude: Names of the layers to leave free, with all that is inside them. By default the last one that has a
+            matrix, in the order of registration: name the output layers where that is another one, or several.
+
+    Raises:
+        ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if a layer to exclude is
+            not there, or no other one has a trainable matrix.
+
+    References:
+        Chung et al. 2024, arXiv 2412.07224.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> Parseval(coefficient=1).penalty(model).item()  # (2² - 1)²
+        9.0
+    """
+
+    def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
+        super().__init__(coefficient)
+        if not 0 < gain < float("inf"):
+            raise ValueError(f"Parseval(gain={gain}) must be a positive number: the singular values to be kept")
+        if isinstance(exclude, str):
+            raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as [{exclude!r}]")
+        self.gain = gain
+        self.exclude = None if exclude is None else tuple(exclude)
+
+    @override
+    def penalty(self, model: nn.Module) -> Tensor:
+        layers = {name: layer.matrices for name, layer in layers_of(model).items() if layer.matrices}
+        excluded = (*layers,)[-1:] if self.exclude is None else self.exclude
+        missing = set(excluded) - {name for name, _ in model.named_modules()}
+        if missing:
+            raise ValueError(f"Parseval: there is no layer {sorted(missing)} in {type(model).__name__}")
+        terms = [
+            self._term(matrix)
+            for name, matrices in layers.items()
+            if not any(name == other or name.startswith(f"{other}.") for other in excluded)
+            for matrix in matrices.values()
+        ]
+        if not terms:
+            raise ValueError(f"Parseval: {type(model).__name__} has no trainable matrix apart from {list(excluded)}")
+        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def _term(self, matrix: Tensor) -> Tensor:
+        rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        with torch.autocast(matrix.device.type, enabled=False):
+            gram = rows @ rows.T
+        target = self.gain**2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return F.mse_loss(gram, target, reduction="sum")

@@ -1,0 +1,111 @@
+"""Spectral regularization: the largest singular value of every layer is kept near one."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import Regularizer
+from lightning_plasticity.interventions.matrices import layers_of
+
+_FIRST_ITERATIONS = 20
+"""For a matrix that is new: from a random vector, one is not enough."""
+
+
+class SpectralRegularizer(Regularizer):
+    r"""Spectral regularization: pulls the largest singular value of every weight matrix to one.
+
+    .. math:: R = \lambda \Big( \sum_\ell (\sigma_{\max}(W_\ell)^k - 1)^2 + \sum_\ell \lVert b_\ell \rVert^{2k}
+        + \sum_\ell \lVert \gamma_\ell - 1 \rVert^2 \Big)
+
+    :math:`b` are biases and the shifts of norm layers: all that is added is pulled to zero, by the same power
+    (:math:`(\lVert b \rVert^k - 0)^2`). :math:`\gamma` are the gains of norm layers, one by one. Kernels are flattened
+    to ``(out, in · kh · kw)``; queries, keys and values of attention and the gates of recurrent layers are a matrix
+    each; of parametrized layers it is the weight that comes out that counts. Embeddings, tokens, positions and frozen
+    parameters are left out; tied weights count once.
+
+    :math:`\sigma_{\max}` comes from one power iteration a call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
+    :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, where :math:`u` is that of the last call. The gradient
+    is :math:`u v^\top`. The estimate is never too large. A matrix that is new gets 20 iterations: of Gaussian ones the
+    estimate is then 0 % to 4 % too small, and it gets better with every step as long as the weights move little. Calls
+    without gradients do not move :math:`u`, so that the term can be looked at.
+
+    Args:
+        coefficient: :math:`\lambda`.
+        power: :math:`k`, at least 1.
+        exact: Use singular value decompositions instead: many times the work.
+
+    Raises:
+        ValueError: If ``coefficient`` or ``power`` is out of range; at the call, if the model has no trainable layer.
+
+    References:
+        Lewandowski et al. 2024, arXiv 2406.06811.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+        ...     _ = model.bias.copy_(torch.tensor([1.0, 1.0]))
+        >>> round(SpectralRegularizer(coefficient=1).penalty(model).item(), 4)  # (2² - 1)² + (1² + 1²)²
+        13.0
+    """
+
+    def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
+        super().__init__(coefficient)
+        if not 1 <= power < float("inf"):
+            raise ValueError(f"{self.name}(power={power}) must be a finite number, at least 1: it is 2 in the paper")
+        self.power = power
+        self.exact = exact
+        self._vectors: dict[str, Tensor] = {}
+
+    @override
+    def penalty(self, model: nn.Module) -> Tensor:
+        terms: list[Tensor] = []
+        for layer in layers_of(model).values():
+            norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
+            terms += [(norm.pow(self.power) - 1).square() for norm in norms]
+            terms += [shift.square().sum().pow(self.power) for shift in layer.shifts]
+            terms += [(gain - 1).square().sum() for gain in layer.gains]
+        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"vectors": {name: vector.cpu().clone() for name, vector in self._vectors.items()}}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._vectors = {name: vector.clone() for name, vector in state["vectors"].items()}
+
+    def _norm(self, name: str, matrix: Tensor) -> Tensor:
+        """The spectral norm."""
+        with torch.autocast(matrix.device.type, enabled=False):
+            if self.exact:
+                exact: Tensor = torch.linalg.svdvals(matrix)[0]
+                return exact
+            left = self._left(name, matrix.detach())
+            right = F.normalize(left @ matrix.detach(), dim=0)
+            product = matrix @ right
+            length = torch.linalg.vector_norm(product.detach())
+            usable = (length > 0) & torch.isfinite(length)
+            new = torch.where(usable, product.detach() / length, left)
+            if torch.is_grad_enabled():
+                self._vectors[name] = new
+            return torch.dot(new, product)
+
+    def _left(self, name: str, matrix: Tensor) -> Tensor:
+        """The left singular vector as far as it is known; a random one, iterated, for a matrix that is new."""
+        known = self._vectors.get(name)
+        if known is not None and len(known) == len(matrix):
+            return known.to(matrix)
+        # By its name, so that it is the same on every device and process, whatever other matrices there are.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        start = torch.randn(len(matrix), generator=generator, dtype=torch.float64).to(matrix)
+        vector = F.normalize(start, dim=0)
+        for _ in range(_FIRST_ITERATIONS - 1):
+            vector = F.normalize(matrix @ (vector @ matrix), dim=0)
+        return torch.where(torch.isfinite(vector).all() & vector.any(), vector, F.normalize(start, dim=0))
