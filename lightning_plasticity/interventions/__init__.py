@@ -2,12 +2,16 @@
 
 from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
 from lightning_plasticity.interventions.changes import RepairReport
+from lightning_plasticity.interventions.dash import DASH
+from lightning_plasticity.interventions.fire import FIRE
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 
 __all__ = [
+    "DASH",
+    "FIRE",
     "Intervention",
     "ReDo",
     "ReGraMa",
