@@ -1,4 +1,4 @@
-"""What recycling costs, and how large the first steps of new weights are. Run: python -m benchmarks.interventions.
+"""What interventions cost, and how large the first steps of new weights are. Run: python -m benchmarks.interventions.
 
 Times are process CPU time with one thread, contenders alternated, medians.
 """
@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate
-from lightning_plasticity.interventions import ReDo, ReGraMa, describe_units
+from lightning_plasticity.interventions import (
+    DASH,
+    FIRE,
+    HareTortoise,
+    NormalizeAndProject,
+    ReDo,
+    ReGraMa,
+    RunningRemedy,
+    SoftShrinkPerturb,
+    WeightClipping,
+    describe_units,
+)
+from lightning_plasticity.interventions.base import Request
 from lightning_plasticity.interventions.changes import apply
 from lightning_plasticity.interventions.optimizer_state import clear
 from lightning_plasticity.interventions.recycling import recycling
@@ -147,7 +159,62 @@ def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
         print(f"  {name:<30}{1e3 * seconds:9.0f} ms {seconds / medians['training step']:8.1f} steps")
 
 
+def cost_of_weight_remedies() -> None:
+    """A training step with each remedy that acts on all weights, and one repair of that kind, in plain steps."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(
+        *(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU()),
+        *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
+    )
+    cases = {
+        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 60),
+        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 5),
+    }
+    for name, (model, x, rounds) in cases.items():
+        print(name)
+        _cost_of_weight_remedies(model, x, rounds)
+
+
+def _cost_of_weight_remedies(model: nn.Module, x: Tensor, rounds: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    y = torch.randint(10, (len(x),))
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    def step_with(remedy: RunningRemedy) -> Callable[[], None]:
+        remedy.start(model)
+
+        def both() -> None:
+            step()
+            remedy.after_step(model, [optimizer])
+
+        return both
+
+    seconds = alternate(
+        {
+            "training step": step,
+            "with WeightClipping": step_with(WeightClipping()),
+            "with NormalizeAndProject": step_with(NormalizeAndProject()),
+            "with HareTortoise": step_with(HareTortoise()),
+            "with SoftShrinkPerturb": step_with(SoftShrinkPerturb()),
+            "FIRE": lambda: FIRE().changes(model, Request()),
+            "DASH, one mini-batch": lambda: DASH().changes(model, Request(losses=[loss])),
+        },
+        rounds=rounds,
+        warmup=max(1, rounds // 10),
+    )
+    for name, median in seconds.items():
+        print(f"  {name:<34}{1e3 * median:9.1f} ms {median / seconds['training step']:8.3f} steps")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     first_steps()
     cost()
+    cost_of_weight_remedies()

@@ -4,15 +4,21 @@ from lightning_plasticity.interventions.base import Intervention, Regularizer, R
 from lightning_plasticity.interventions.changes import RepairReport
 from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.fire import FIRE
+from lightning_plasticity.interventions.hare_tortoise import HareTortoise
+from lightning_plasticity.interventions.normalize_and_project import NormalizeAndProject
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
+from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.units import Site, Units, describe_units
+from lightning_plasticity.interventions.weight_clipping import WeightClipping
 
 __all__ = [
     "DASH",
     "FIRE",
+    "HareTortoise",
     "Intervention",
+    "NormalizeAndProject",
     "ReDo",
     "ReGraMa",
     "Regularizer",
@@ -22,6 +28,8 @@ __all__ = [
     "RunningRemedy",
     "ShrinkPerturb",
     "Site",
+    "SoftShrinkPerturb",
     "Units",
+    "WeightClipping",
     "describe_units",
 ]
