@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions import DASH, ReGraMa
-from lightning_plasticity.interventions.base import Loss
+from lightning_plasticity.interventions import DASH, Repair
+from lightning_plasticity.interventions.base import Loss, Request
+from lightning_plasticity.interventions.changes import Changes
 from tests.processes import in_two_processes
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -177,20 +174,25 @@ def test_gradients_modes_and_statistics_are_left_alone() -> None:
     torch.testing.assert_close(model[1].state_dict(), before, rtol=0, atol=0)
 
 
-def _dash_of_one_process(rank: int) -> Tensor:
+def _dash_towards(ranks: list[int]) -> Tensor:
+    """With what these processes see."""
     torch.manual_seed(0)
-    model, x = nn.Linear(3, 2), torch.randn(8, 3)
-    DASH().repair(model, loss=lambda model: model(x.chunk(2)[rank]).square().mean())
+    model = nn.Linear(3, 2, bias=False)
+    directions = [model.weight.detach() + 0.2 * torch.randn(2, 3) for _ in range(2)]
+    wanted = torch.stack([directions[rank] for rank in ranks]).mean(0)
+    DASH(shrinkage=0).repair(model, loss=lambda model: -(model.weight * wanted).sum())
     return model.weight.detach()
 
 
+def _dash_of_one_process(rank: int) -> Tensor:
+    return _dash_towards([rank])
+
+
 def test_processes_that_see_different_data_shrink_alike() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Linear(3, 2), torch.randn(8, 3)
-    DASH().repair(model, loss=lambda model: model(x).square().mean())
     weights = in_two_processes(_dash_of_one_process)
     assert torch.equal(*weights)
-    torch.testing.assert_close(weights[0], model.weight.detach())
+    torch.testing.assert_close(weights[0], _dash_towards([0, 1]))
+    assert not torch.allclose(weights[0], _dash_towards([0]))
 
 
 def test_without_a_loss_dash_says_what_it_needs() -> None:
@@ -207,14 +209,16 @@ def test_gradients_that_are_not_finite_are_an_error_and_change_nothing() -> None
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+class Spy(Repair):
+    def changes(self, model: nn.Module, request: Request) -> Changes:
+        assert request.loss is not None
+        self.loss, self.losses = request.loss(model).item(), [loss(model).item() for loss in request.losses]
+        return Changes({})
+
+
 def test_other_repairs_take_the_mean_of_several_losses() -> None:
-    x = torch.rand(8, 4)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
-    losses: list[Loss] = [lambda m, part=part: m(part).square().mean() for part in x.split(4)]  # type: ignore[misc]
-    reports = [
-        ReGraMa(0.9).repair(twin, loss=loss, forward=lambda m: m(x), generator=generator())
-        for twin, loss in ((whole, lambda m: m(x).square().mean()), (parts, losses))
-    ]
-    assert reports[0].units.keys() == reports[1].units.keys() != set()
-    torch.testing.assert_close(whole.state_dict(), parts.state_dict(), rtol=0, atol=0)
+    spy = Spy()
+    spy.repair(nn.Linear(1, 1), loss=[lambda model: torch.tensor(1.0), lambda model: torch.tensor(4.0)])
+    assert (spy.loss, spy.losses) == (2.5, [1.0, 4.0])
+    spy.repair(nn.Linear(1, 1), loss=lambda model: torch.tensor(3.0))
+    assert (spy.loss, spy.losses) == (3.0, [3.0])

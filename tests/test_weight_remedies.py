@@ -470,6 +470,7 @@ def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], RunningRemed
 def test_parametrized_layers_are_not_asked_for_their_weight(name: str) -> None:
     """Spectral normalisation takes a power iteration whenever somebody looks."""
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    torch.nn.init.normal_(model[0].parametrizations.weight.original)  # for which the vectors are not right yet
     remedy, before = REMEDIES[name](), copy.deepcopy(model.state_dict())
     remedy.start(model)
     remedy.after_step(model)
@@ -721,6 +722,11 @@ def test_attention_is_one_layer() -> None:
     last |= {"encoder.layers.1.linear1", "encoder.layers.1.norm1"}
     last |= {"encoder.layers.1.self_attn", "encoder.layers.1.self_attn.out_proj"}
     assert reset_last(model, 4, torch.rand(3, 5)) == last
+
+
+def test_a_layer_that_is_used_again_counts_where_it_is_used_last() -> None:
+    again = nn.Linear(4, 4)
+    assert reset_last(nn.Sequential(nn.Linear(4, 4), again, nn.Linear(4, 4), again), 1, torch.ones(1, 4)) == {"1", "3"}
 
 
 def test_asking_for_more_layers_than_there_are_is_an_error() -> None:
