@@ -48,8 +48,8 @@ class Intervention:
     ) -> None:
         """Gets ready: remembers initial weights, finds units, attaches hooks.
 
-        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model:
-        what is remembered already stays.
+        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model
+        or of how it runs, such as another head for the next task: what is remembered already stays.
 
         Args:
             model: The model. It is not changed.
@@ -83,13 +83,13 @@ class Repair(Intervention, ABC):
     """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
 
     def __init__(self, when: When = "collapse") -> None:
-        is_number = isinstance(when, int) and not isinstance(when, bool)
-        if (when not in self.occasions or when == "steps") and not (
-            is_number and "steps" in self.occasions and int(when) > 0
-        ):
-            choices = [
-                "a number of optimizer steps, at least 1" if kind == "steps" else repr(kind) for kind in self.occasions
-            ]
+        if isinstance(when, int) and not isinstance(when, bool):
+            makes_sense = "steps" in self.occasions and when > 0
+        else:
+            makes_sense = when in self.occasions and when != "steps"
+        if not makes_sense:
+            number = "a number of optimizer steps, at least 1"
+            choices = [number if occasion == "steps" else repr(occasion) for occasion in self.occasions]
             raise ValueError(f"{self.name}(when={when!r}) must be {' or '.join(choices)}")
         self.when = when
 
