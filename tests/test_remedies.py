@@ -399,10 +399,14 @@ EVERY_ONE: list[Callable[[], Intervention]] = [
 ]
 
 
-def test_every_intervention_is_tried_in_the_loop() -> None:
+def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
     kinds = [getattr(interventions, name) for name in interventions.__all__]
     concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | RunningRemedy | Regularizer)}
-    assert {type(make()) for make in EVERY_ONE} == concrete - {Repair, RunningRemedy, Regularizer}
+    concrete -= {Repair, RunningRemedy, Regularizer}
+    assert {type(make()) for make in EVERY_ONE} == concrete
+    table = (Path(__file__).parent.parent / "docs" / "interventions.md").read_text()
+    rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
+    assert rows[2:] == [kind.__name__ for kind in (type(make()) for make in EVERY_ONE)]
 
 
 class Deep(Busy):
