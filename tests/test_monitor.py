@@ -1511,3 +1511,22 @@ def test_memory_is_bounded_while_nothing_tells_which_dimension_counts_units() ->
     with pytest.warns(UserWarning, match="no layer before or behind 0 tells"):
         monitor.detach()
     assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * 20)
+
+
+def test_a_monitor_of_a_part_does_not_count_what_is_around_it() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.part = nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7))
+            self.after = nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(F.relu(self.part(F.relu(self.before(x)))))
+
+    model, x = Around(), torch.randn(8, 4)
+    monitor = PlasticityMonitor(model.part, measures=["dead_fraction"])
+    with monitor:
+        model(x)
+    assert list(monitor.layers) == ["1"]
+    hidden = model.part[:2](F.relu(model.before(x)))
+    assert monitor.compute()["dead_fraction"] == (hidden <= 0).all(0).double().mean()

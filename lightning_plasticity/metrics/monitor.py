@@ -98,8 +98,9 @@ class PlasticityMonitor(PlasticityMetric):
     ``"block.relu"`` for ``F.relu`` in the ``forward`` of ``block``. If a module is used, or a function called, several
     times in one call of the module around it, the further ones are numbered: ``"block.relu-2"``. A block with weights
     that runs twice in one pass is one layer with twice the samples. Functions called outside of all modules of the
-    network, as in a ``training_step``, count as its own, also those of models around it or beside it: attach it to all
-    that runs, or choose ``layers``. They are numbered on for as long as it is attached: attach it anew for every pass.
+    network belong to models around it or beside it, and are not seen; but those in the ``training_step`` of a
+    LightningModule count as its own. (Call a network, not its ``forward``.) These are numbered on for as long as it is
+    attached: attach it anew for every pass.
 
     Args:
         module: The network; can also be given to :meth:`attach`. It does not become a part of the metric, of its

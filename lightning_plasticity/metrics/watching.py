@@ -195,6 +195,7 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
         self._undecided: dict[str, _Activations] = {}
         self._calls = [_Call(root, "")]
+        self._trains_itself = hasattr(root, "training_step")  # which is no call of a module
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
         metrics = [module for module in self._modules if isinstance(module, Metric)]
@@ -281,7 +282,8 @@ class Watch(TorchFunctionMode):
         if of_clamp or (func in ACTIVATIONS and not isinstance(inputs[0], nn.Parameter)):
             call = self._calls[-1]
             call.calls_activation = True
-            if not _is_activation(call.module):
+            elsewhere = len(self._calls) == 1 and not self._trains_itself
+            if not elsewhere and not _is_activation(call.module):
                 name = "clamp" if of_clamp else getattr(func, "__name__", "activation").rstrip("_")
                 self._observe(call, f"{call.path}.{name}" if call.path else name, outputs[0])
 
