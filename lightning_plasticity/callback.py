@@ -238,6 +238,7 @@ class SpectralCollapseCallback(Callback):
             "history": [report.to_dict() for report in self.history],
             "initial": self._initial,
             "steps": self._steps,
+            "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
             "interventions": self._remedies.state_dict(),
         }
@@ -256,6 +257,7 @@ class SpectralCollapseCallback(Callback):
         self.history = [TaskReport.from_dict(report) for report in state_dict["history"]]
         self._initial = dict(state_dict["initial"])
         self._steps = state_dict["steps"]
+        self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
         self._remedies.load_state_dict(state_dict["interventions"])
 

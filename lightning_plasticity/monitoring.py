@@ -65,7 +65,8 @@ class StepMonitor:
         self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
         self._monitor.forgiving = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
-        self._last: int | None = None
+        self.last: int | None = None
+        """The optimizer step of the last look, for checkpoints."""
         self._has_succeeded = False
 
     def begin(self, module: LightningModule, step: int) -> None:
@@ -79,9 +80,9 @@ class StepMonitor:
         """
         if self._every_n_steps is None:
             return
-        if self._last is not None and step // self._every_n_steps == self._last // self._every_n_steps:
+        if self.last is not None and step // self._every_n_steps == self.last // self._every_n_steps:
             return
-        self._last = step
+        self.last = step
         self._monitor.reset()
         self._monitor.to(module.device)
         try:
