@@ -29,7 +29,8 @@ class UnitReplacement(RunningRemedy):
     One record a layer is kept, and updated once an optimizer step from all forward passes in training mode with
     gradients since the last one: the micro-batches of a step count as one batch, as do those of steps that were not
     taken (by a gradient scaler, say), and those of all processes. A layer that was not called since, or read values
-    that are not finite, stays as it is. Where several layers read a unit, those that were called count.
+    that are not finite, stays as it is. Where several layers read a unit, those that were called count. The records are
+    in the state; what was heard since the last step is not, as little as the gradients that came with it.
 
     Those to come implement :meth:`new_record`, :meth:`updated` and :meth:`restarted`.
 
