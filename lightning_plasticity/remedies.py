@@ -53,6 +53,8 @@ class Remedies:
         self._backward_passes = 0
         self._backward_passes_seen: Counter[int] = Counter()
         self._have_worked = False
+        self._have_started = False
+        self._without_start: list[Intervention] = []
 
     def begin_fit(self, trainer: Trainer) -> None:
         """A fit begins."""
@@ -78,9 +80,17 @@ class Remedies:
 
     def start(self, at: BatchInFlight) -> None:
         """Gets what runs along ready: before the first batch of every fit and of every task."""
+        self._without_start = []
         for intervention in (*self._running, *self._regularizers):
-            with untouched_schedules(at.trainer):
-                intervention.start(at.module, forward=at.loss, make_copy=at.copy)
+            try:
+                with untouched_schedules(at.trainer):
+                    intervention.start(at.module, forward=at.loss, make_copy=at.copy)
+            except Exception as error:
+                if not self._have_started:
+                    raise
+                self._without_start.append(intervention)
+                _warn(f"{intervention.name} cannot start and rests until the next task, training goes on: {error}")
+        self._have_started = True
 
     def at_task(self, at: BatchInFlight, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
         """The repairs that are due at the start of a task."""
@@ -108,13 +118,14 @@ class Remedies:
         """
         passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
         self._backward_passes_seen[id(optimizer)] = self._backward_passes
-        if not self._regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
+        regularizers = [regularizer for regularizer in self._regularizers if regularizer not in self._without_start]
+        if not regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         try:
             with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-                terms = [regularizer.penalty(module) for regularizer in self._regularizers]
+                terms = [regularizer.penalty(module) for regularizer in regularizers]
                 total = torch.stack(terms).sum()
                 gradients: Sequence[Tensor | None] = torch.autograd.grad(total, parameters, allow_unused=True)
             if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
@@ -133,7 +144,7 @@ class Remedies:
                 parameter.grad = (factor * gradient.detach()).to(parameter.dtype)
             else:
                 parameter.grad.add_(gradient.detach(), alpha=factor)
-        return {f"{r.name}/penalty": term.detach() for r, term in zip(self._regularizers, terms, strict=True)}
+        return {f"{r.name}/penalty": term.detach() for r, term in zip(regularizers, terms, strict=True)}
 
     def after_batch(
         self, at: BatchInFlight, step_before: int, step: int
@@ -152,6 +163,8 @@ class Remedies:
         if self._steps_taken:
             self._steps_taken = 0
             for remedy in self._running:
+                if remedy in self._without_start:
+                    continue
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = _survived(remedy, at, act)
                 if report is not None and report.units:
@@ -189,8 +202,11 @@ class Remedies:
                 reports.append(dataclasses.replace(report, step=step))
         return reports
 
-    def _count_step(self, *_: object) -> None:
-        self._steps_taken += 1
+    def _count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.
+        skipped: Any = getattr(optimizer, "found_inf", None)
+        if skipped is None or not bool(skipped):
+            self._steps_taken += 1
 
 
 def _survived(
