@@ -75,6 +75,8 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
 def probing(model: nn.Module) -> Iterator[None]:
     """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if device == "meta":
+        raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")
     with (
         isolated_rng(),
         evaluation_mode(model),

@@ -126,16 +126,17 @@ class Remedies:
         """
         passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
         self._backward_passes_seen[id(optimizer)] = self._backward_passes
-        if not self._regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
+        regularizers = [regularizer for regularizer in self._regularizers if regularizer in self._ready]
+        if not regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         try:
-            terms, gradients = _terms_and_gradients(self._regularizers, module, parameters)
+            terms, gradients = _terms_and_gradients(regularizers, module, parameters)
         except Exception as error:
             if not self._have_worked:
                 raise
-            who = " and ".join(regularizer.name for regularizer in self._regularizers)
+            who = " and ".join(regularizer.name for regularizer in regularizers)
             self._failures.add(who, "the regularizers failed and were left out of this step", error)
             return {}
         self._have_worked = True
@@ -147,7 +148,7 @@ class Remedies:
                 parameter.grad = (factor * gradient.detach()).to(parameter.dtype)
             else:
                 parameter.grad.add_(gradient.detach(), alpha=factor)
-        return {f"{r.name}/penalty": term.detach() for r, term in zip(self._regularizers, terms, strict=True)}
+        return {f"{r.name}/penalty": term.detach() for r, term in zip(regularizers, terms, strict=True)}
 
     def after_batch(
         self, at: BatchInFlight, step_before: int, step: int
@@ -217,8 +218,11 @@ class Remedies:
                 reports.append(dataclasses.replace(report, step=step))
         return reports
 
-    def _count_step(self, *_: object) -> None:
-        self._steps_taken += 1
+    def _count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.
+        skipped: Any = getattr(optimizer, "found_inf", None)
+        if skipped is None or not bool(skipped):
+            self._steps_taken += 1
 
     def _survived(
         self, intervention: Intervention, at: BatchInFlight, act: Callable[..., RepairReport | None]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import Collapse, GGNProbe, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, ShrinkPerturb
+from lightning_plasticity.interventions.processes import reachable
 from tests.modules import Classifier, trainer, weights
 from tests.processes import in_two_processes
 
@@ -167,3 +168,11 @@ def test_a_task_begins_in_both_when_one_sees_its_label(runs: dict[str, list[dict
     assert sorted(map(len, steps)) == [0, 2], "one of them sees it, in both epochs"
     begun = [(report["task_id"], report["step"]) for report in runs["labelled"][0]["history"]]
     assert begun == [(0, 0), (1, min(steps[0] + steps[1]))]
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "expected"),
+    [("cpu", "nccl", "cuda"), ("cuda:1", "nccl", "cuda:1"), ("cpu", "gloo", "cpu"), ("cuda:1", "gloo", "cuda:1")],
+)
+def test_what_is_on_the_cpu_is_sent_by_nccl_from_the_gpu(device: str, backend: str, expected: str) -> None:
+    assert reachable(torch.device(device), backend) == torch.device(expected)

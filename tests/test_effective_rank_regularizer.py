@@ -483,3 +483,13 @@ def test_a_failed_step_leaves_weights_and_hooks_as_they_were() -> None:
         EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(inputs() * torch.nan))
     assert all((old == new).all() for old, new in zip(before, arrays(model), strict=True))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_after_a_failed_step_it_goes_on_with_the_next_minibatches() -> None:
+    regularizer, expected = (EffectiveRankRegularizer(every_n_samples=1) for _ in range(2))
+    model, twin = mlp(), mlp()
+    with pytest.raises(ValueError, match="NaN"):
+        regularizer.after_step(model, forward=on(inputs() * torch.nan))
+    for either, network in ((regularizer, model), (expected, twin)):
+        either.after_step(network, forward=on(inputs()))
+    assert all((one == other).all() for one, other in zip(arrays(model), arrays(twin), strict=True))

@@ -127,6 +127,14 @@ def test_regrama_equals_its_rule_in_numpy(sizes: list[int], threshold: float, se
         np.testing.assert_array_equal(bias, expected_bias)
 
 
+def test_regrama_of_a_transposed_convolution_with_one_output_channel() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.ConvTranspose2d(3, 1, 2), nn.Tanh(), nn.Conv2d(1, 2, 2)]
+    model, x = nn.Sequential(*layers), torch.randn(4, 2, 5, 5)
+    report = ReGraMa(threshold=1).repair(model, loss=lambda model: model(x).square().mean())
+    assert report.units["2"].tolist() == [0], "it is the mean itself"
+
+
 def with_dead_units(seed: int = 0) -> tuple[nn.Sequential, Tensor]:
     """Units 1 and 3 of layer 0, and unit 2 of layer 2, never fire."""
     torch.manual_seed(seed)

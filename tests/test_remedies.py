@@ -247,6 +247,43 @@ def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
     assert remedy.steps == 3
 
 
+def test_steps_that_a_fused_optimizer_skips_are_none() -> None:
+    """It undoes the scaling itself: its ``step`` is called, and does nothing."""
+
+    class Overflowing(ByFusedAdam):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return Classifier.training_step(self, batch, 0) * (float("inf") if batch_idx == 1 else 1)
+
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
+    assert remedy.steps == 3
+
+
+@pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
+def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: Callable[[], Intervention]) -> None:
+    class Two(Classifier):
+        task = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Linear(4, 3)  # of no hidden units
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy((self.second if self.task else self.net)(batch[0]), batch[1])
+
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[make()], monitor=False), Two()
+    trainer(callback).fit(module, loader())
+    module.task = 1
+    with pytest.warns(
+        PlasticityWarning, match="could not get ready for this task and rests, training goes on: .* has no units"
+    ):
+        trainer(callback).fit(module, loader())
+    module.task = 0
+    trainer(callback).fit(module, loader())
+    assert (len(callback.history), hooks(module)) == (3, 0)
+
+
 def test_a_running_remedy_that_fails_is_warned_of_and_training_goes_on() -> None:
     remedy, module = Counting(fails=[2]), Classifier()
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])

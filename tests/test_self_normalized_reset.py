@@ -209,3 +209,16 @@ def test_arguments_out_of_range_are_named() -> None:
         SelfNormalizedReset(0)
     with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=0\) must be at least 1"):
         SelfNormalizedReset(cap=0)
+    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=20000.0\) must be at least 1"):
+        SelfNormalizedReset(cap=2e4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_no_silence(value: float) -> None:
+    model = echo(3)
+    remedy = started(model, SelfNormalizedReset(cap=2), (1, 3))
+    state = remedy.state_dict()
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="is passed over, values are not finite"):
+            assert step(model, remedy, torch.full((1, 3), value)) == {}
+    torch.testing.assert_close(remedy.state_dict(), state, rtol=0, atol=0)

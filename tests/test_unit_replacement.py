@@ -148,6 +148,60 @@ def test_starting_again_notices_that_another_head_is_in_use(make: Callable[..., 
         assert [len(head._forward_pre_hooks) for head in model.heads] == [task == 0, task == 1]
 
 
+class GrowingHeads(nn.Module):
+    """Each task has a head of its own with hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.task = nn.Linear(4, 6), 0
+        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(6, n), nn.ReLU(), nn.Linear(n, 2)) for n in (5, 7)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.task](self.trunk(x).relu())
+
+
+@EVERY
+@pytest.mark.parametrize("from_state", [False, True])
+def test_units_of_another_head_are_drawn_for_it_and_resumed_bit_for_bit(
+    make: Callable[..., UnitReplacement], from_state: bool
+) -> None:
+    def run(resume: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = GrowingHeads()
+        with torch.no_grad():
+            for head in model.heads:
+                head[0].bias[0] = -100
+        initial = copy.deepcopy(model.state_dict()) if from_state else None
+        remedy = make(initial=initial)
+        optimizer = torch.optim.Adam(model.parameters())
+        units = set()
+        for task in (0, 1):
+            model.task = task
+            if resume and task:
+                state, remedy = remedy.state_dict(), make(initial=initial)
+                remedy.load_state_dict(state)
+            started(remedy, model)
+            for number in range(30):
+                units |= set(replaced(model, remedy, optimizer, range(number, number + 1))[0])
+        assert {"heads.0.0", "heads.1.0"} <= units
+        return [parameter.detach() for parameter in model.parameters()]
+
+    same(run(resume=False), run(resume=True))
+
+
+@EVERY
+def test_units_of_a_layer_that_has_grown_are_drawn_for_it(make: Callable[..., UnitReplacement]) -> None:
+    model, remedy = mlp(), make()
+    for width in (12, 20):
+        model[0], model[2] = nn.Linear(4, width), nn.Linear(width, 10)
+        with torch.no_grad():
+            model[0].bias[-1] = -100
+        optimizer = torch.optim.SGD(model.parameters(), lr=0)
+        started(remedy, model)
+        found = replaced(model, remedy, optimizer, range(60))
+        assert any(width - 1 in units.get("0", []) for units in found)
+
+
 @EVERY
 def test_another_model_is_watched_instead(make: Callable[..., UnitReplacement]) -> None:
     model, other, remedy = mlp(), mlp(1), make()

@@ -272,6 +272,12 @@ def test_lazy_layers_are_refused() -> None:
         describe_units(nn.Sequential(nn.LazyLinear(2)), lambda model: model(torch.ones(1, 3)))
 
 
+def test_models_on_the_meta_device_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, device="meta"), nn.ReLU(), nn.Linear(4, 2, device="meta"))
+    with pytest.raises(ValueError, match="Sequential is on the meta device, where weights have no values"):
+        describe_units(model, lambda model: model(torch.ones(1, 3, device="meta")))
+
+
 def test_computed_weights_are_left_out() -> None:
     model = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
@@ -279,6 +285,22 @@ def test_computed_weights_are_left_out() -> None:
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
     assert list(units.sites) == ["2"]
     assert units.left_out["0"] == "its weight is computed from other parameters"
+
+
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_units_read_by_computed_weights_are_left_out(computed: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), computed(nn.Linear(5, 2)))
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    assert list(units.sites) == ["0"]
+    assert units.left_out["2"] == "the weight of '4', which belongs to its units, is computed from other parameters"
+
+
+def test_units_that_a_computed_depthwise_convolution_passes_on_are_left_out() -> None:
+    depthwise = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), depthwise, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    units = describe_units(model, lambda model: model(torch.randn(3, 2, 6, 6)))
+    assert not units.sites
+    assert units.left_out["0"] == "the weight of '1', which belongs to its units, is computed from other parameters"
 
 
 @pytest.mark.parametrize(

@@ -507,6 +507,33 @@ def test_a_model_that_has_grown_needs_another_start(name: str) -> None:
     remedy.after_step(model)
 
 
+def test_a_head_that_has_grown_gets_a_norm_of_its_own() -> None:
+    remedy, model = NormalizeAndProject(), mlp([3, 2])
+    remedy.start(model)
+    model[0] = nn.Linear(3, 50).double()
+    with pytest.raises(RuntimeError, match=r"nothing of \['0.weight'\]: call start"):
+        remedy.after_step(model)
+    before = model[0].weight.norm()
+    remedy.start(model)
+    again = NormalizeAndProject()
+    again.load_state_dict(remedy.state_dict())
+    with torch.no_grad():
+        model[0].weight *= 3
+    again.after_step(model)
+    torch.testing.assert_close(model[0].weight.norm(), before)
+
+
+def test_an_embedding_that_has_grown_gets_a_scale_of_its_own() -> None:
+    remedy = SoftShrinkPerturb(noise=0.1)
+    for size in (3, 5):
+        model = nn.Sequential(nn.Embedding(size, 4, padding_idx=0))
+        remedy.start(model)
+        before = model[0].weight.detach().clone()
+        remedy.after_step(model)
+        assert (model[0].weight[0] == 0).all()
+        assert ((model[0].weight - before)[1:].abs() > 1e-4).any(1).all()
+
+
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
 def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], RunningRemedy]) -> None:
     once, often = mlp([4, 3, 2]), mlp([4, 3, 2])

@@ -110,9 +110,9 @@ class EffectiveRankRegularizer(RunningRemedy):
             raise ValueError(
                 f"{self.name} needs to see the model run: after_step(model, forward=lambda model: model(inputs))"
             )
-        self._waiting.append(_as_of_now(forward))
         self.start(model, forward=forward, make_copy=make_copy)
         assert self._samples_per_batch is not None
+        self._waiting.append(_as_of_now(forward))
         if len(self._waiting) * self._samples_per_batch >= self.every_n_samples:
             self._step(model, model if make_copy is None else make_copy())
 
@@ -147,9 +147,9 @@ class EffectiveRankRegularizer(RunningRemedy):
     def _step(self, model: nn.Module, stage: nn.Module) -> None:
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         twins = dict(stage.named_parameters())
+        waiting, self._waiting = self._waiting, []  # also if it fails: a broken minibatch must not come again
         with probing(stage):
-            rank = _mean_rank(self._count(stage, self._waiting))
-            self._waiting = []
+            rank = _mean_rank(self._count(stage, waiting))
             if not rank.requires_grad:  # whatever leads to the features is frozen
                 return
             found = torch.autograd.grad(rank, [twins[name] for name in parameters], materialize_grads=True)

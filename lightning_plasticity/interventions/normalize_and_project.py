@@ -29,7 +29,8 @@ class NormalizeAndProject(RunningRemedy):
     Weights that start at zero have no norm to go back to, and stay free. A weight that is zero or not finite stays as
     it is. What the optimizer remembers stays as it is.
 
-    ``start(model)`` remembers the norms: call it before the first training step.
+    ``start(model)`` remembers the norms: call it before the first training step, and again when a weight is new or has
+    another shape.
 
     Raises:
         ValueError: At the start, if a weight is not finite.
@@ -50,6 +51,7 @@ class NormalizeAndProject(RunningRemedy):
 
     def __init__(self) -> None:
         self.norms: dict[str, float] = {}
+        self._shapes: dict[str, list[int]] = {}
 
     @override
     def start(
@@ -59,11 +61,13 @@ class NormalizeAndProject(RunningRemedy):
         forward: Callable[[nn.Module], object] | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> None:
-        norms = {name: _norm(w.parameter).item() for name, w in weights(model).items() if name not in self.norms}
+        new = {name: w.parameter for name, w in weights(model).items() if not self._fits(name, w.parameter)}
+        norms = {name: _norm(parameter).item() for name, parameter in new.items()}
         for name, norm in norms.items():
             if not math.isfinite(norm):
                 raise ValueError(f"{self.name}: {name!r} starts with values that are not finite")
         self.norms |= norms
+        self._shapes |= {name: list(parameter.shape) for name, parameter in new.items()}
 
     @override
     @torch.no_grad()
@@ -76,7 +80,7 @@ class NormalizeAndProject(RunningRemedy):
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> None:
         found = weights(model)
-        self._require_start(found, self.norms)
+        self._require_start(found, {name for name, weight in found.items() if self._fits(name, weight.parameter)})
         for name, weight in found.items():
             if self.norms[name] > 0:
                 norm = _norm(weight.parameter)
@@ -85,11 +89,14 @@ class NormalizeAndProject(RunningRemedy):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": dict(self.norms)}
+        return {"norms": dict(self.norms), "shapes": dict(self._shapes)}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.norms = dict(state["norms"])
+        self.norms, self._shapes = dict(state["norms"]), dict(state["shapes"])
+
+    def _fits(self, name: str, parameter: nn.Parameter) -> bool:
+        return name in self.norms and self._shapes[name] == list(parameter.shape)
 
 
 def _norm(parameter: nn.Parameter) -> Tensor:

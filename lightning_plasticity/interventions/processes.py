@@ -13,9 +13,14 @@ def sum_over_processes(value: Tensor) -> Tensor:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    total = value.clone()
+    total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
     torch.distributed.all_reduce(total)
-    return total
+    return total.to(value.device)
+
+
+def reachable(device: torch.device, backend: str) -> torch.device:
+    """Where a tensor of this device must be to be sent: NCCL knows nothing but what is on the GPU of the process."""
+    return torch.device("cuda") if backend == "nccl" and device.type != "cuda" else device
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_plasticity.interventions.activity import by_unit
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
+from lightning_plasticity.interventions.linear_layers import TRANSPOSED
 from lightning_plasticity.interventions.processes import mean_over_processes
 from lightning_plasticity.interventions.recycling import recycling
 from lightning_plasticity.interventions.tracing import recorded_inputs
@@ -158,10 +159,9 @@ class ReGraMa(_Recycling):
             return {}
         with probing(model):
             gradients = torch.autograd.grad(request.loss(model), list(weights.values()), materialize_grads=True)
-        owners = [site.incoming[f"{layer}.weight" if layer else "weight"] for layer, site in units.sites.items()]
         return {
-            layer: _by_unit(gradient, owner)
-            for layer, gradient, owner in zip(units.sites, gradients, owners, strict=True)
+            layer: _by_unit(gradient, dim=1 if isinstance(model.get_submodule(layer), TRANSPOSED) else 0)
+            for layer, gradient in zip(units.sites, gradients, strict=True)
         }
 
 
@@ -175,6 +175,6 @@ def _activity(model: nn.Module, site: Site, inputs: Mapping[str, Tensor]) -> Ten
     return torch.stack(heard).amax(0)
 
 
-def _by_unit(gradient: Tensor, owner: Tensor) -> Tensor:
-    """Mean absolute gradient of the incoming weights of each unit."""
-    return gradient.detach().double().abs().movedim(owner.shape.index(owner.numel()), 0).flatten(1).mean(1).cpu()
+def _by_unit(gradient: Tensor, dim: int) -> Tensor:
+    """Mean absolute gradient of the incoming weights of each unit; units lie along this dimension."""
+    return gradient.detach().double().abs().movedim(dim, 0).flatten(1).mean(1).cpu()

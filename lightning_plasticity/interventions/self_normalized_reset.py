@@ -84,8 +84,8 @@ class SelfNormalizedReset(UnitReplacement):
         super().__init__(_firings, seed, initial)
         if not 0 < rejection < 1:
             raise ValueError(f"{self.name}(rejection={rejection}) must be in (0, 1): a share of a unit's silences")
-        if not cap >= 1:
-            raise ValueError(f"{self.name}(cap={cap}) must be at least 1: a number of samples")
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+            raise ValueError(f"{self.name}(cap={cap}) must be at least 1, and whole: a number of samples")
         self.rejection = rejection
         self.cap = cap
         self._buckets = _buckets(cap)
@@ -126,7 +126,8 @@ class SelfNormalizedReset(UnitReplacement):
 
 
 def _firings(x: Tensor, dim: int) -> Tensor:
-    return (x.amax(other_dims(x, dim)) > 0).float()[None]
+    peaks = x.amax(other_dims(x, dim))
+    return torch.where(peaks.isfinite(), (peaks > 0).float(), torch.nan)[None]  # a broken unit is not a silent one
 
 
 def _buckets(cap: int) -> Tensor:

@@ -80,7 +80,8 @@ class SoftShrinkPerturb(RunningRemedy):
         forward: Callable[[nn.Module], object] | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> None:
-        new = {name: parameter for name, parameter in _perturbed(model).items() if name not in self.scales}
+        parameters = _perturbed(model)
+        new = {n: p for n, p in parameters.items() if n not in self.scales or self.scales[n].shape not in ((), p.shape)}
         if not new:
             return
         modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}

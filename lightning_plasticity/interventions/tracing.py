@@ -201,6 +201,10 @@ class _Trace:
             if kind == OPTYPE.PARAMETER:
                 raise _LeftOut(self._reason_of_parameter(target))
             name_of_target = self._name(target)
+            if kind in (*_LAYERS, *_ONE_ENTRY_A_UNIT) and "weight" not in target._parameters:
+                raise _LeftOut(
+                    f"the weight of {name_of_target!r}, which belongs to its units, is computed from other parameters"
+                )
             if kind not in _LAYERS and kind not in _ONE_ENTRY_A_UNIT:
                 raise _LeftOut(f"{type(target).__name__} {name_of_target!r} mixes its units")
             owner = torch.full((self.graph.get_in_channels(target) or 0,), -1)

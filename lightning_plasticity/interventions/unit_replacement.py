@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_plasticity.interventions.activity import Activity, Heard, Statistic
 from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
+from lightning_plasticity.interventions.changes import Changes, RepairReport, apply, tensors_of
 from lightning_plasticity.interventions.recycling import fresh_incoming, recycled
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 
@@ -229,7 +229,12 @@ class _FreshUnits:
 
     def take(self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values by name of the tensor, in which the chosen units are new."""
-        if not self._values:
+        tensors = tensors_of(model)
+        names = {name for layer in chosen for name in units.sites[layer].incoming}
+        if any(name not in self._values or self._values[name].shape != tensors[name].shape for name in names):
+            # The first time, after a checkpoint was loaded, or when a layer is new or has grown: those that were there
+            # before get the same values again.
+            self._generator.set_state(self._before)
             self._draw(model, units)
         none = torch.tensor([], dtype=torch.long)
         if any(bool(torch.isin(some, self._used.get(layer, none)).any()) for layer, some in chosen.items()):
@@ -251,4 +256,6 @@ class _FreshUnits:
         self._values = {}  # drawn again, the same, when needed
 
     def _draw(self, model: nn.Module, units: Units) -> None:
-        self._values = fresh_incoming(model, units, units.sites, self._generator, self._initial)
+        # One number for a draw, however much is drawn: which heads are in use must not show in the next draw.
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
+        self._values = fresh_incoming(model, units, units.sites, generator, self._initial)
