@@ -139,8 +139,27 @@ class BatchInFlight:
         return isolated_copy(self.module, self.trainer, share_uncopyable=self.loss_fn is not None)
 
     def loss(self, module: Any) -> Tensor:
-        """The loss of such a copy on the batch."""
-        return (self.loss_fn or training_loss)(module, self.batch)
+        """The loss of such a copy on the batch: the same however often it is asked for."""
+        return self.loss_on(module, self.batch)
+
+    def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
+        """The same on another batch."""
+        with _attributes_put_back(module):
+            return (self.loss_fn or training_loss)(module, batch)
+
+
+@contextlib.contextmanager
+def _attributes_put_back(module: LightningModule) -> Iterator[None]:
+    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one."""
+    parts = list(module.modules())
+    before = [dict(vars(part)) for part in parts]
+    try:
+        yield
+    finally:
+        for part, attributes in zip(parts, before, strict=True):
+            for name in vars(part).keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
 
 
 def _nothing(*_: object, **__: object) -> None:
