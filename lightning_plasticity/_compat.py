@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
@@ -25,9 +25,15 @@ __all__ = [
     "is_restoring_for_finder",
     "is_supported",
     "training_description",
+    "weight_averages",
 ]
 
 Kind = TypeVar("Kind")
+
+_WEIGHT_AVERAGES = {
+    "lightning.pytorch.callbacks.stochastic_weight_avg.StochasticWeightAveraging",
+    "lightning.pytorch.callbacks.weight_averaging.WeightAveraging",  # since 2.6; of which EMAWeightAveraging is a kind
+}
 
 
 def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
@@ -36,6 +42,13 @@ def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
     That package has the same code as ``lightning.pytorch``, and none of its classes is one of ``lightning.pytorch``.
     """
     return isinstance(value, kinds) or not _names(type(value)).isdisjoint(_name(kind) for kind in kinds)
+
+
+def weight_averages(trainer: Trainer) -> list[str]:
+    """The kinds of callbacks, among those of a Trainer, that average weights over training steps."""
+    callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = [type(callback) for callback in callbacks]
+    return [kind.__name__ for kind in kinds if not _names(kind).isdisjoint(_WEIGHT_AVERAGES)]
 
 
 def _names(kind: type) -> set[str]:

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_plasticity import Collapse, HessianProbe, SpectralCollapseCallback, progress
+from lightning_plasticity import Collapse, HessianProbe, PlasticityWarning, SpectralCollapseCallback, progress
 from lightning_plasticity._compat import is_lightning, is_supported
+from lightning_plasticity.interventions import ShrinkPerturb
 from tests.modules import loader
 
 standalone = pytest.importorskip("pytorch_lightning")
@@ -90,6 +91,13 @@ def test_its_progress_bar_says_that_a_probe_is_running(
     callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), Collapse(below=1e-9))
     run(tmp_path, callback, standalone.callbacks.TQDMProgressBar(), enable_progress_bar=True)
     assert "probing curvature 6/6" in capsys.readouterr().out
+
+
+def test_its_averages_are_warned_of(tmp_path: Path) -> None:
+    swa = standalone.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ShrinkPerturb()])
+    with pytest.warns(PlasticityWarning, match="StochasticWeightAveraging averages weights over training steps"):
+        run(tmp_path, callback, swa)
 
 
 def test_it_has_the_same_strategies() -> None:
