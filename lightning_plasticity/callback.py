@@ -18,6 +18,7 @@ from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
+from lightning_plasticity.failures import Failures, described
 from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
@@ -47,8 +48,9 @@ class SpectralCollapseCallback(Callback):
     or ``current_task`` on the data module or the module; otherwise every ``trainer.fit`` that does not resume from a
     checkpoint. Keep one instance for all tasks, also if each task has a new Trainer.
 
-    The first probe of a callback's life must succeed: a model or loss that cannot be probed is an error there, before
-    any weight has changed. From then on a failing probe is reported and logged, and training goes on.
+    The first probe of a callback's life must succeed: a model or loss that cannot be probed is an error there, and so
+    is an intervention that cannot work, before any weight has changed. From then on what fails is warned of, the reason
+    is kept in ``errors`` of the :class:`~lightning_plasticity.reports.TaskReport`, and training goes on.
 
     Args:
         probe: How the curvature is measured: by default :class:`~lightning_plasticity.probe.GGNProbe`, exactly;
@@ -114,10 +116,11 @@ class SpectralCollapseCallback(Callback):
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._monitor_is_wanted = monitor is not True  # what nobody asked for must not end a run
-        self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps)
+        self._failures = Failures()
+        self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps, self._failures)
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
-        self._remedies = Remedies(interventions)
+        self._remedies = Remedies(interventions, self._failures)
         self.interventions = list(interventions)
         self.history: list[TaskReport] = []
         self._tasks = task_detector if task_detector is not None else TaskDetector()
@@ -176,23 +179,26 @@ class SpectralCollapseCallback(Callback):
         is_new_task = self._tasks.new_task(trainer, pl_module, batch)
         if is_new_task or not self._remedies_started:
             at = at.joined(self.probe.samples)
-            if is_new_task:
-                self._start_task(at)
-            self._remedies.start(at)
+            report = self._report(at) if is_new_task else None
+            self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
             self._remedies_started = True
+            if report is not None:
+                self._start_task(at, report)
         self._step_monitor.begin(pl_module, self._steps)
+        self._keep_errors()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        log_step(trainer.loggers, self._step_monitor.end(), self._steps)
+        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._failures)
         self._tasks.on_batch_end(outputs)
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
         at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
         repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
         self.history[-1].repairs += repairs
-        log_step(trainer.loggers, numbers, self._steps)
+        log_step(trainer.loggers, numbers, self._steps, self._failures)
+        self._keep_errors()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,7 +210,8 @@ class SpectralCollapseCallback(Callback):
     ) -> None:
         terms = self._remedies.add_gradients(trainer, pl_module, optimizer)
         if terms and is_logging_step(trainer):
-            log_step(trainer.loggers, {name: term.item() for name, term in terms.items()}, self._steps)
+            values = {name: term.item() for name, term in terms.items()}
+            log_step(trainer.loggers, values, self._steps, self._failures)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,12 +221,14 @@ class SpectralCollapseCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._step_monitor.abandon()
         self._remedies.end_fit()
+        self._keep_errors()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_monitor.abandon()
         self._remedies.end_fit()
-        log_summary(trainer.loggers, self.history)
+        log_summary(trainer.loggers, self.history, self._failures)
+        self._keep_errors()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,6 +247,7 @@ class SpectralCollapseCallback(Callback):
             "history": [report.to_dict() for report in self.history],
             "initial": self._initial,
             "steps": self._steps,
+            "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
             "interventions": self._remedies.state_dict(),
         }
@@ -256,14 +266,16 @@ class SpectralCollapseCallback(Callback):
         self.history = [TaskReport.from_dict(report) for report in state_dict["history"]]
         self._initial = dict(state_dict["initial"])
         self._steps = state_dict["steps"]
+        self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
         self._remedies.load_state_dict(state_dict["interventions"])
 
-    def _start_task(self, at: BatchInFlight) -> None:
-        self._remember_initial(at.module)
+    def _report(self, at: BatchInFlight) -> TaskReport:
+        """What is seen of the network at the start of a task."""
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
         first = all(earlier.spectrum is None for earlier in self.history)
         try:
+            self._remember_initial(at.module)
             with untouched_schedules(at.trainer):
                 message = self._probe_task(report, at)
             if first:
@@ -271,15 +283,24 @@ class SpectralCollapseCallback(Callback):
         except Exception as error:
             if first:
                 raise
-            message = f"task {report.task}: plasticity could not be measured, training goes on: {error}"
+            report.errors["probe"] = described(error)
+            message = (
+                f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
+            )
         # What rank 0 saw counts for all: rounding may differ from device to device, decisions must not.
         state, message = at.trainer.strategy.broadcast((report.to_dict(), message))
-        report = TaskReport.from_dict(state)
         if message is not None:
             rank_zero_warn(message, category=PlasticityWarning)
-        report.repairs = self._remedies.at_task(at, report.task, report.step, collapsed=report.collapsed)
+        return TaskReport.from_dict(state)
+
+    def _start_task(self, at: BatchInFlight, report: TaskReport) -> None:
         self.history.append(report)
-        log_task(at.trainer.loggers, report)
+        report.repairs = self._remedies.at_task(at, report.task, report.step, collapsed=report.collapsed)
+        log_task(at.trainer.loggers, report, self._failures)
+
+    def _keep_errors(self) -> None:
+        if self.history:
+            self._failures.move_to(self.history[-1].errors)
 
     def _remember_initial(self, pl_module: LightningModule) -> None:
         """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""
@@ -340,11 +361,8 @@ class SpectralCollapseCallback(Callback):
         except Exception as error:
             if self._monitor_is_wanted or self.collapse.metric in self.monitor.measures:
                 raise
-            rank_zero_warn(
-                f"the activations could not be monitored, training goes on without: {error}; monitor=False stops "
-                "trying",
-                category=PlasticityWarning,
-            )
+            reason = f"{described(error)}; monitor=False stops trying"
+            self._failures.add("monitor", "the activations could not be monitored", reason)
             return {}
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_plasticity._compat import is_lightning
-from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.failures import Failures, described
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
 from lightning_plasticity.reports import TaskReport
 
@@ -28,14 +27,14 @@ IN_TRAINING = "plasticity_training/"
 """Prefix of names logged while training, at the number of optimizer steps over all fits."""
 
 
-def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int) -> None:
+def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, failures: Failures) -> None:
     """Logs what was seen of a batch in flight."""
     if numbers:
         named = {IN_TRAINING + name: value for name, value in numbers.items()}
-        _for_each(loggers, lambda logger: logger.log_metrics(named, step=step))
+        _for_each(loggers, lambda logger: logger.log_metrics(named, step=step), failures)
 
 
-def log_task(loggers: Iterable[Logger], report: TaskReport) -> None:
+def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) -> None:
     """Logs the numbers of one task, and to TensorBoard the spectrum as a histogram."""
     numbers = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
 
@@ -45,10 +44,10 @@ def log_task(loggers: Iterable[Logger], report: TaskReport) -> None:
         if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
             _log_histograms(logger, report, report.spectrum)
 
-    _for_each(loggers, log)
+    _for_each(loggers, log, failures)
 
 
-def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport]) -> None:
+def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], failures: Failures) -> None:
     """Logs a picture of the whole history to TensorBoard."""
 
     def log(logger: Logger) -> None:
@@ -57,18 +56,16 @@ def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport]) -> Non
             logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
 
     if any(report.spectrum is not None for report in history):
-        _for_each(loggers, log)
+        _for_each(loggers, log, failures)
 
 
-def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
+def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], failures: Failures) -> None:
     for logger in loggers:
         try:
             log(logger)
         except Exception as error:  # whatever is wrong with a logger must not end the run
-            rank_zero_warn(
-                f"{type(logger).__name__} could not log the plasticity of the network, training goes on: {error!r}",
-                category=PlasticityWarning,
-            )
+            name = type(logger).__name__
+            failures.add(name, f"{name} could not log the plasticity of the network", described(error))
 
 
 def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.failures import Failures
 from lightning_plasticity.isolation import probing
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.training_loss import LossFunction
@@ -59,13 +59,16 @@ class StepMonitor:
     Args:
         monitor: Says what is measured. It is not changed.
         every_n_steps: The number of optimizer steps from one look to the next; ``None``: never.
+        failures: Where it says what it could not see.
     """
 
-    def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None) -> None:
+    def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None, failures: Failures) -> None:
         self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
         self._monitor.forgiving = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
-        self._last: int | None = None
+        self._failures = failures
+        self.last: int | None = None
+        """The optimizer step of the last look, for checkpoints."""
         self._has_succeeded = False
 
     def begin(self, module: LightningModule, step: int) -> None:
@@ -79,9 +82,9 @@ class StepMonitor:
         """
         if self._every_n_steps is None:
             return
-        if self._last is not None and step // self._every_n_steps == self._last // self._every_n_steps:
+        if self.last is not None and step // self._every_n_steps == self.last // self._every_n_steps:
             return
-        self._last = step
+        self.last = step
         self._monitor.reset()
         self._monitor.to(module.device)
         try:
@@ -89,7 +92,7 @@ class StepMonitor:
         except Exception as error:
             if not self._has_succeeded:
                 raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
-            _warn_of(error)
+            self._failed(error)
 
     def end(self) -> dict[str, float]:
         """What was seen, if anything was watched."""
@@ -97,12 +100,12 @@ class StepMonitor:
             return {}
         self._monitor.detach()
         if self._monitor.errors:
-            _warn_of(self._monitor.errors[0])
+            self._failed(self._monitor.errors[0])
             self._monitor.errors.clear()
         try:
             values = values_of(self._monitor)
         except Exception as error:
-            _warn_of(error)
+            self._failed(error)
             return {}
         self._has_succeeded = True
         return values
@@ -111,8 +114,5 @@ class StepMonitor:
         """Leaves nothing in the module."""
         self._monitor.detach()
 
-
-def _warn_of(error: Exception | str) -> None:
-    warnings.warn(
-        f"some activations could not be monitored, training goes on: {error}", PlasticityWarning, stacklevel=3
-    )
+    def _failed(self, error: Exception | str) -> None:
+        self._failures.add("monitor", "some activations could not be monitored", error)

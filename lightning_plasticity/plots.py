@@ -51,7 +51,8 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
     Returns:
         A figure that belongs to nobody: not to pyplot's list of figures.
     """
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)  # an automatic layout draws twice
     ridges, curve = figure.subplots(1, 2)
     probed = [report for report in history if report.spectrum is not None]
     _draw_ridges(ridges, probed)

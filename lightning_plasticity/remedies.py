@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.failures import Failures
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
+from lightning_plasticity.isolation import isolated_rng
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
 _SAMPLES = 256
@@ -30,12 +33,13 @@ class Remedies:
 
     Args:
         interventions: What to do, in this order.
+        failures: Where those that fail are told of.
 
     Raises:
         TypeError: If it is no list of interventions.
     """
 
-    def __init__(self, interventions: Sequence[Intervention]) -> None:
+    def __init__(self, interventions: Sequence[Intervention], failures: Failures) -> None:
         if isinstance(interventions, Intervention):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
         for intervention in interventions:
@@ -48,6 +52,8 @@ class Remedies:
         self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
         self._all = list(interventions)
+        self._ready: list[Intervention] = []
+        self._failures = failures
         self._steps_taken = 0
         self._handles: list[Any] = []
         self._backward_passes = 0
@@ -64,10 +70,11 @@ class Remedies:
         replacing = [intervention.name for intervention in (*self._repairs, *self._running)]
         averages = weight_averages(trainer)
         if replacing and averages:
-            _warn(
+            rank_zero_warn(
                 f"{' and '.join(averages)} averages weights over training steps, and {' and '.join(replacing)} changes "
                 "weights between two of them: what is replaced while it averages keeps a share in the average, which "
-                "the module is given at the end of the fit. Leave out one of the two"
+                "the module is given at the end of the fit. Leave out one of the two",
+                category=PlasticityWarning,
             )
         self._backward_passes, self._steps_taken = 0, 0
         self._backward_passes_seen.clear()
@@ -90,9 +97,21 @@ class Remedies:
 
     def start(self, at: BatchInFlight) -> None:
         """Gets what runs along ready: before the first batch of every fit and of every task."""
-        for intervention in (*self._running, *self._regularizers):
-            with untouched_schedules(at.trainer):
-                intervention.start(at.module, forward=at.loss, make_copy=at.copy)
+        self._ready = []
+        for intervention in self._all:
+            if isinstance(intervention, Repair):
+                continue
+            try:
+                with untouched_schedules(at.trainer):
+                    intervention.start(at.module, forward=at.loss, make_copy=at.copy)
+                self._ready.append(intervention)
+            except Exception as error:
+                if not self._have_worked:
+                    raise
+                self._failures.add(
+                    intervention.name, f"{intervention.name} could not get ready for this task and rests", error
+                )
+        self._have_worked = self._have_worked or self._rehearse_regularizers(at)
 
     def at_task(self, at: BatchInFlight, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
         """The repairs that are due at the start of a task."""
@@ -125,16 +144,12 @@ class Remedies:
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         try:
-            with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-                terms = [regularizer.penalty(module) for regularizer in self._regularizers]
-                total = torch.stack(terms).sum()
-                gradients: Sequence[Tensor | None] = torch.autograd.grad(total, parameters, allow_unused=True)
-            if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
-                raise ValueError("a gradient is not finite")
+            terms, gradients = _terms_and_gradients(self._regularizers, module, parameters)
         except Exception as error:
             if not self._have_worked:
                 raise
-            _warn(f"the regularizers failed and were left out of this step, training goes on: {error}")
+            who = " and ".join(regularizer.name for regularizer in self._regularizers)
+            self._failures.add(who, "the regularizers failed and were left out of this step", error)
             return {}
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
@@ -163,9 +178,9 @@ class Remedies:
         numbers: dict[str, float] = {}
         if self._steps_taken:
             self._steps_taken = 0
-            for remedy in self._running:
+            for remedy in (remedy for remedy in self._running if remedy in self._ready):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
-                report = _survived(remedy, at, act)
+                report = self._survived(remedy, at, act)
                 if report is not None and report.units:
                     numbers[f"{remedy.name}/units"] = float(sum(len(units) for units in report.units.values()))
         due = [
@@ -186,17 +201,31 @@ class Remedies:
         before, now = [state["name"] for state in states], [intervention.name for intervention in self._all]
         if before != now:
             if any(state["state"] for state in states):
-                _warn(f"the checkpoint was written with interventions {before}, now they are {now}: they begin anew")
+                message = f"the checkpoint was written with interventions {before}, now they are {now}: they begin anew"
+                rank_zero_warn(message, category=PlasticityWarning)
             return
+        self._have_worked = True
         for intervention, state in zip(self._all, states, strict=True):
             intervention.load_state_dict(state["state"])
+
+    def _rehearse_regularizers(self, at: BatchInFlight) -> bool:
+        """Tries copies of the regularizers on a copy: returns whether it could be done, raises if they cannot work."""
+        try:
+            regularizers = copy.deepcopy(self._regularizers)
+        except Exception:  # it would remember the trial; the first step will tell
+            return False
+        if regularizers:
+            module = at.copy()
+            with isolated_rng():
+                _terms_and_gradients(regularizers, module, [p for p in module.parameters() if p.requires_grad])
+        return True
 
     def _repair(self, at: BatchInFlight, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
         reports = []
         for number in due:
             repair, generator = self._repairs[number], torch.Generator().manual_seed(seed + number)
             act = partial(repair.repair, at.module, optimizers=at.trainer.optimizers, loss=at.loss, generator=generator)
-            report = _survived(repair, at, act)
+            report = self._survived(repair, at, act)
             if report is not None:
                 reports.append(dataclasses.replace(report, step=step))
         return reports
@@ -204,17 +233,24 @@ class Remedies:
     def _count_step(self, *_: object) -> None:
         self._steps_taken += 1
 
+    def _survived(
+        self, intervention: Intervention, at: BatchInFlight, act: Callable[..., RepairReport | None]
+    ) -> RepairReport | None:
+        try:
+            with untouched_schedules(at.trainer):
+                return act(forward=at.loss, make_copy=at.copy)
+        except Exception as error:
+            self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
+            return None
 
-def _survived(
-    intervention: Intervention, at: BatchInFlight, act: Callable[..., RepairReport | None]
-) -> RepairReport | None:
-    try:
-        with untouched_schedules(at.trainer):
-            return act(forward=at.loss, make_copy=at.copy)
-    except Exception as error:
-        _warn(f"{intervention.name} failed and changed nothing, training goes on: {error}")
-        return None
 
-
-def _warn(message: str) -> None:
-    rank_zero_warn(message, category=PlasticityWarning)
+def _terms_and_gradients(
+    regularizers: Sequence[Regularizer], module: LightningModule, parameters: Sequence[Tensor]
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
+        terms = [regularizer.penalty(module) for regularizer in regularizers]
+        total = torch.stack(terms).sum()
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, parameters, allow_unused=True)
+    if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
+        raise ValueError("a gradient is not finite")
+    return terms, gradients

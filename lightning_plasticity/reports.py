@@ -26,6 +26,8 @@ class TaskReport:
         collapsed: Whether it was called a collapse.
         repairs: What the interventions did.
         matrix: What the spectrum is of: ``"ggn"`` or ``"hessian"``.
+        errors: What could not be done from the start of this task to that of the next, and why: the first error of
+            ``"probe"``, of ``"monitor"``, of each intervention by its name and of each logger by the name of its class.
     """
 
     task: int
@@ -36,6 +38,7 @@ class TaskReport:
     collapsed: bool = False
     repairs: list[RepairReport] = field(default_factory=list)
     matrix: Matrix = "ggn"
+    errors: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python and tensors, for checkpoints."""
@@ -48,6 +51,7 @@ class TaskReport:
             "collapsed": self.collapsed,
             "repairs": [repair.to_dict() for repair in self.repairs],
             "matrix": self.matrix,
+            "errors": dict(self.errors),
         }
 
     @classmethod

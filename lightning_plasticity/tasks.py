@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
@@ -132,7 +133,9 @@ class TaskDetector:
         if self._drift_detector is None or not isinstance(loss, Tensor):
             return
         losses: list[float] = _of_all_processes(loss.item())
-        self._drift_detector.update(sum(losses) / len(losses))
+        if not math.isfinite(mean := sum(losses) / len(losses)):
+            return  # after one NaN a detector would have no mean to compare with any more
+        self._drift_detector.update(mean)
         if self._drift_detector.drift_detected:
             self.announce()
 

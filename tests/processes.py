@@ -1,9 +1,12 @@
-"""Running a function in two processes that talk by gloo."""
+"""Running a function in another process, or in two that talk by gloo."""
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +31,28 @@ def _work(rank: int, function: Callable[[int], Any], folder: str) -> None:
         torch.save(function(rank), Path(folder) / str(rank))
     finally:
         dist.destroy_process_group()
+
+
+def fork_server() -> ForkServerContext:
+    """Makes processes that have imported everything already, which takes the time of a test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killed_run"])
+    return context
+
+
+def in_another_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a process of its own, with one thread."""
+    context = fork_server()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()  # the other process has its own: if it dies, nothing can come any more
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    sender.send(function(*arguments))

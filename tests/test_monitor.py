@@ -205,7 +205,14 @@ def test_of_gates_the_product_counts(gate: Callable[[Tensor, Tensor], Tensor], n
 
 def test_what_is_multiplied_by_something_else_is_no_gate() -> None:
     mask = torch.zeros(8)
-    for scale in (lambda a: F.relu(a) * mask, lambda a: F.relu(a) * 0.0, lambda a: F.relu(a) * mask.expand(32, 8)):
+    for scale in (
+        lambda a: F.relu(a) * mask,
+        lambda a: F.relu(a) * 0.0,
+        lambda a: F.relu(a) * mask.expand(32, 8),
+        lambda a: (h := F.relu(a)) * (torch.rand_like(h) > 2),  # dropout by hand
+        lambda a: (h := F.relu(a)) * torch.full_like(h, 0.0).bernoulli(),
+        lambda a: (h := F.relu(a)) * h.new_zeros(h.shape),
+    ):
         model = Gated(lambda a, b, scale=scale: scale(a))
         with PlasticityMonitor(model) as monitor:
             model(X)
@@ -274,6 +281,10 @@ def test_an_activation_on_the_way_to_the_loss_is_no_hidden_layer() -> None:
         lambda z, t: torch.einsum("nd,md->nm", z, z - t),
         lambda z, t: F.layer_norm(z, z.shape[1:], t.expand(z.shape[1:]), None),
         lambda z, t: torch.cat([t.expand(1, z.shape[1]), z]),
+        lambda z, t: torch.distributions.Normal(z, t).log_prob(z + 1),  # a learned spread
+        lambda z, t: torch.distributions.Normal(z, t.expand_as(z)).sample(),
+        lambda z, t: torch.einsum("nc,nc->n", z, torch.ones(z.shape)),  # the overlap with targets
+        lambda z, t: F.linear(torch.zeros_like(z), t.expand(2, 3)),  # of its shape
     ],
 )
 def test_a_parameter_in_the_output_makes_no_hidden_layer_of_what_is_before_it(
@@ -319,6 +330,24 @@ def test_the_variance_of_a_variational_autoencoder_counts_as_the_decoder_reads_i
     model.reads = False  # on the way to the loss alone
     with pytest.warns(UserWarning, match="has seen no hidden layer"):
         assert seen(model, X) == []
+
+
+def test_activations_written_into_a_tensor_are_followed() -> None:
+    def scattered(h: Tensor) -> Tensor:
+        padded = torch.zeros(40, 8)
+        padded[torch.arange(32) + 3] = h
+        return padded
+
+    def by_time(h: Tensor) -> Tensor:
+        sequence = torch.zeros(32, 2, 8)
+        sequence[:, 0], sequence[:, 1] = h, 2 * h
+        return sequence
+
+    for write in (scattered, by_time):
+        model = chained(nn.Linear(4, 8), nn.ReLU(), write, nn.Linear(8, 2))
+        with PlasticityMonitor(model) as monitor:
+            model(X)
+        assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {"1": (8, 32)}
 
 
 def test_activations_of_parameters_are_no_layer() -> None:
@@ -487,6 +516,8 @@ def read_in_last() -> nn.Module:
         (nn.BatchNorm1d(6), same, 1),
         (nn.LayerNorm(6), same, 2),
         (chained(nn.LayerNorm(6), turned), same, 1),
+        (chained(nn.Linear(6, 6), nn.BatchNorm1d(6)), same, 2),  # a norm over tokens
+        (chained(nn.Conv1d(6, 6, 1), nn.LayerNorm(6)), same, 1),  # and one over positions
         # told by what comes after
         (same, read_in_channels(), 1),
         (same, read_in_last(), 2),
@@ -552,6 +583,48 @@ def test_where_nothing_tells_which_dimension_counts_units_it_is_said_once() -> N
         model(x)
     assert (told.layers["tanh"].units, told.layers["tanh"].units_are_assumed) == (5, False)
     assert told.compute()["feature_norm/tanh"].item() == pytest.approx(torch.tanh(x).norm(dim=1).mean().item())
+
+
+def test_functions_that_make_other_dimensions_tell_nothing() -> None:
+    fold = chained(nn.Conv1d(6, 24, 1), lambda x: F.fold(x, (4, 6), 2, stride=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    with PlasticityMonitor(fold) as monitor:
+        fold(torch.randn(5, 6, 6))
+    assert (monitor.layers["2"].units, monitor.layers["2"].samples) == (6, 5 * 24)
+    real = chained(nn.Linear(6, 4), lambda x: torch.view_as_real(torch.fft.fft(x, dim=1)), nn.ReLU(), nn.Linear(2, 2))
+    with PlasticityMonitor(real) as monitor:
+        real(torch.randn(5, 3, 6))
+    assert (monitor.layers["2"].units, monitor.layers["2"].samples) == (2, 5 * 3 * 4)
+
+
+def test_units_of_four_dimensions_may_be_told_to_be_in_any_of_them() -> None:
+    model = chained(nn.ReLU(), lambda x: x[:, None] - 0.3, nn.ReLU(), lambda x: x.squeeze(1), nn.Conv1d(6, 2, 1))
+    with PlasticityMonitor(model, measures=["feature_norm"]) as monitor:
+        model(x := torch.randn(5, 6, 7))
+    assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {
+        "0": (6, 35),
+        "2": (6, 35),
+    }
+    expected = F.relu(F.relu(x) - 0.3).norm(dim=1).mean().item()
+    assert monitor.compute()["feature_norm/2"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_scores_between_changing_numbers_of_nodes_do_not_end_a_forward_pass() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.w(x)
+            return self.out(F.leaky_relu(self.a(h) + self.b(h).T).softmax(1) @ h)
+
+    model = Attention()
+    monitor = PlasticityMonitor(model).attach()
+    for nodes in (5, 8):
+        model(X[:nodes])
+    with pytest.warns(UserWarning, match="left out: layer 'leaky_relu' had 5 units and has 8 now: "):
+        monitor.detach()
+    assert monitor.layers["leaky_relu"].samples == 5
 
 
 def test_channels_last_images_are_told_by_the_layer_behind() -> None:
@@ -1416,6 +1489,17 @@ def test_a_module_named_by_its_path_is_told_its_dimension_by_what_reads_it() -> 
     assert monitor.compute()["feature_norm/0"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_memory_is_bounded_while_losses_are_added_up() -> None:
+    model = mlp(8, last=nn.Sigmoid())
+    total = torch.zeros(())
+    with PlasticityMonitor(model) as monitor:
+        for _ in range(5):
+            total = total + model(X).mean().detach()
+        assert monitor._watch is not None
+        assert not monitor._watch._origins
+    assert list(monitor.layers) == ["1"]
+
+
 def test_memory_is_bounded_while_nothing_tells_which_dimension_counts_units() -> None:
     model = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(30, 2))
     monitor = PlasticityMonitor(model).attach()
@@ -1427,3 +1511,22 @@ def test_memory_is_bounded_while_nothing_tells_which_dimension_counts_units() ->
     with pytest.warns(UserWarning, match="no layer before or behind 0 tells"):
         monitor.detach()
     assert (monitor.layers["0"].units, monitor.layers["0"].samples) == (6, 5 * 20)
+
+
+def test_a_monitor_of_a_part_does_not_count_what_is_around_it() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.part = nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7))
+            self.after = nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(F.relu(self.part(F.relu(self.before(x)))))
+
+    model, x = Around(), torch.randn(8, 4)
+    monitor = PlasticityMonitor(model.part, measures=["dead_fraction"])
+    with monitor:
+        model(x)
+    assert list(monitor.layers) == ["1"]
+    hidden = model.part[:2](F.relu(model.before(x)))
+    assert monitor.compute()["dead_fraction"] == (hidden <= 0).all(0).double().mean()

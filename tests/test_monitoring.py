@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity._compat import DummyLogger
+from lightning_plasticity.failures import Failures
 from lightning_plasticity.metrics.monitor import MEASURES
 from lightning_plasticity.monitoring import StepMonitor
 from tests.modules import Classifier, loader, trainer
@@ -317,7 +318,7 @@ def test_names_that_can_match_nothing_end_a_run_at_once() -> None:
     monitor = PlasticityMonitor(module.net, layers=["1"])  # "net.1" in what the callback watches
     with pytest.raises(ValueError, match=r"layers=\['1'\] can match nothing in Classifier, .*\['net'\]"):
         trainer(SpectralCollapseCallback(monitor=monitor)).fit(module, loader())
-    step_monitor = StepMonitor(monitor, 1)
+    step_monitor = StepMonitor(monitor, 1, Failures())
     with pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: layers=\['1'\] can match nothing"):
         step_monitor.begin(module, 0)
     assert hooks(module) == 0

@@ -1,6 +1,6 @@
 """Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector, interventions
 from lightning_plasticity.interventions import (
+    DASH,
+    FIRE,
+    L2ER,
+    ContinualBackprop,
+    EffectiveRankRegularizer,
+    HareTortoise,
     Intervention,
+    L2Init,
+    NormalizeAndProject,
+    Parseval,
     ReDo,
     ReGraMa,
     Regularizer,
@@ -21,7 +30,12 @@ from lightning_plasticity.interventions import (
     RepairReport,
     Reset,
     RunningRemedy,
+    SelfNormalizedReset,
     ShrinkPerturb,
+    SoftShrinkPerturb,
+    SpectralRegularizer,
+    WassersteinInit,
+    WeightClipping,
 )
 from tests.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.usages import Quartic, half_precision
@@ -120,11 +134,11 @@ def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> N
     assert torch.equal(weights(module), before)
 
     ends = []
-    for interventions in ([], [NotFinite([1])]):
+    for fails in ([], [1]):
         torch.manual_seed(0)
         module = Classifier()
-        fitted = trainer(SpectralCollapseCallback(interventions=interventions))
-        if interventions:
+        fitted = trainer(SpectralCollapseCallback(interventions=[NotFinite(fails)]))
+        if fails:
             with pytest.warns(PlasticityWarning, match="left out of this step, training goes on: a gradient is not"):
                 fitted.fit(module, loader())
         else:
@@ -307,7 +321,8 @@ def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path
 
     again = Counting()
     resumed = trainer(callback(again, ShrinkPerturb()), max_epochs=2)
-    resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.steps == 6
 
     other = Counting()
@@ -319,3 +334,76 @@ def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path
 def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
     with pytest.raises(TypeError, match="must hold instances of Repair, RunningRemedy or Regularizer"):
         SpectralCollapseCallback(interventions=[Intervention()])
+
+
+EVERY_ONE: list[Callable[[], Intervention]] = [
+    lambda: ReDo(threshold=0.5, when="task"),
+    lambda: ReGraMa(threshold=0.5, when=4),
+    lambda: Reset(last=1, when=4),
+    lambda: ShrinkPerturb(0.1, when=3),
+    lambda: FIRE(when="task"),
+    lambda: DASH(when="task"),
+    lambda: ContinualBackprop(replacement_rate=0.2, maturity_threshold=2),
+    lambda: SelfNormalizedReset(rejection=0.5),
+    lambda: WeightClipping(kappa=0.3),
+    NormalizeAndProject,
+    lambda: HareTortoise(every_n_steps=4),
+    SoftShrinkPerturb,
+    SpectralRegularizer,
+    Parseval,
+    L2Init,
+    WassersteinInit,
+    lambda: EffectiveRankRegularizer(every_n_samples=12),
+    lambda: L2ER(every_n_samples=12),  # an epoch: batches that wait are not kept in a checkpoint
+]
+
+
+def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
+    kinds = [getattr(interventions, name) for name in interventions.__all__]
+    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | RunningRemedy | Regularizer)}
+    concrete -= {Repair, RunningRemedy, Regularizer}
+    assert {type(make()) for make in EVERY_ONE} == concrete
+    table = (Path(__file__).parent.parent / "docs" / "interventions.md").read_text()
+    rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
+    assert rows[2:] == [kind.__name__ for kind in (type(make()) for make in EVERY_ONE)]
+
+
+class Deep(Busy):
+    """Some of its units are silent most of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        with torch.no_grad():
+            self.net[0].bias -= 0.8
+
+
+@pytest.mark.parametrize("make", EVERY_ONE, ids=lambda make: make().name)
+def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
+    make: Callable[[], Intervention], tmp_path: Path
+) -> None:
+    def fit(epochs: int, intervention: Intervention | None, path: Path | None = None) -> tuple[Deep, Any, Any]:
+        torch.manual_seed(0)
+        module = Deep()
+        callback = SpectralCollapseCallback(
+            collapse=NEVER,
+            interventions=[] if intervention is None else [intervention],
+            task_detector=TaskDetector(every_n_epochs=2),
+            monitor=False,
+        )
+        fitted = trainer(callback, max_epochs=epochs)
+        batches = DataLoader(loader(batches=3).dataset, batch_size=4)
+        fitted.fit(module, batches, ckpt_path=path)
+        fitted.save_checkpoint(tmp_path / "last.ckpt")
+        return module, callback, fitted
+
+    plain, _, _ = fit(6, None)
+    whole, first, _ = fit(6, make())
+    assert not torch.equal(weights(whole), weights(plain)), "it did nothing"
+    assert whole.calls == plain.calls
+    assert hooks(whole) == hooks(plain)
+    fit(3, make())
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed, second, _ = fit(6, make(), tmp_path / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])

@@ -114,20 +114,38 @@ def test_stop_takes_every_hook_away(make: Callable[..., UnitReplacement]) -> Non
 
 
 @EVERY
-def test_start_is_idempotent_and_traces_once(
-    make: Callable[..., UnitReplacement], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starting_again_keeps_the_records_and_the_hooks(make: Callable[..., UnitReplacement]) -> None:
     model, remedy = mlp(), make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     replaced(model, started(remedy, model), optimizer, range(10))
     state = remedy.state_dict()
-    monkeypatch.setattr("lightning_plasticity.interventions.unit_replacement.describe_units", None)
-    started(remedy, model)
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
-    remedy.stop()
-    started(remedy, model)
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
-    same(remedy.state_dict(), state)
+    for again in (
+        lambda: started(remedy, model),
+        lambda: remedy.start(model),
+        remedy.stop,
+        lambda: remedy.start(model),
+    ):
+        again()
+        listening = 0 if again == remedy.stop else 2
+        assert sum(len(module._forward_pre_hooks) for module in model.modules()) == listening
+        same(remedy.state_dict(), state)
+
+
+@EVERY
+def test_starting_again_notices_that_another_head_is_in_use(make: Callable[..., UnitReplacement]) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.heads, self.task = nn.Linear(3, 6), nn.ModuleList([nn.Linear(6, 2) for _ in range(2)]), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads[self.task](self.trunk(x).relu())
+
+    model, remedy, x = Heads(), make(), torch.randn(4, 3)
+    for task in (0, 1):
+        model.task = task
+        remedy.start(model, forward=lambda model: model(x))
+        assert [len(head._forward_pre_hooks) for head in model.heads] == [task == 0, task == 1]
 
 
 @EVERY

@@ -3,23 +3,33 @@
 from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
 from lightning_plasticity.interventions.changes import RepairReport
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
+from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
+from lightning_plasticity.interventions.fire import FIRE
+from lightning_plasticity.interventions.hare_tortoise import HareTortoise
 from lightning_plasticity.interventions.l2_init import L2Init
+from lightning_plasticity.interventions.normalize_and_project import NormalizeAndProject
 from lightning_plasticity.interventions.parseval import Parseval
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
 from lightning_plasticity.interventions.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
+from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
+from lightning_plasticity.interventions.weight_clipping import WeightClipping
 
 __all__ = [
+    "DASH",
+    "FIRE",
     "L2ER",
     "ContinualBackprop",
     "EffectiveRankRegularizer",
+    "HareTortoise",
     "Intervention",
     "L2Init",
+    "NormalizeAndProject",
     "Parseval",
     "ReDo",
     "ReGraMa",
@@ -31,8 +41,10 @@ __all__ = [
     "SelfNormalizedReset",
     "ShrinkPerturb",
     "Site",
+    "SoftShrinkPerturb",
     "SpectralRegularizer",
     "Units",
     "WassersteinInit",
+    "WeightClipping",
     "describe_units",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,13 +17,18 @@ When = str | int
 optimizer steps."""
 
 
+Loss = Callable[[nn.Module], Tensor]
+"""Returns a loss with a graph."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What a repair has to go by; see :meth:`Repair.repair`."""
+    """What a repair has to go by; see :meth:`Repair.repair`. ``loss`` is the mean of ``losses``."""
 
     forward: Callable[[nn.Module], object] | None = None
-    loss: Callable[[nn.Module], Tensor] | None = None
+    loss: Loss | None = None
     generator: torch.Generator | None = None
+    losses: Sequence[Loss] = ()
 
 
 class Intervention:
@@ -43,8 +48,8 @@ class Intervention:
     ) -> None:
         """Gets ready: remembers initial weights, finds units, attaches hooks.
 
-        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model:
-        what is remembered already stays.
+        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model
+        or of how it runs, such as another head for the next task: what is remembered already stays.
 
         Args:
             model: The model. It is not changed.
@@ -78,13 +83,13 @@ class Repair(Intervention, ABC):
     """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
 
     def __init__(self, when: When = "collapse") -> None:
-        is_number = isinstance(when, int) and not isinstance(when, bool)
-        if (when not in self.occasions or when == "steps") and not (
-            is_number and "steps" in self.occasions and int(when) > 0
-        ):
-            choices = [
-                "a number of optimizer steps, at least 1" if kind == "steps" else repr(kind) for kind in self.occasions
-            ]
+        if isinstance(when, int) and not isinstance(when, bool):
+            makes_sense = "steps" in self.occasions and when > 0
+        else:
+            makes_sense = when in self.occasions and when != "steps"
+        if not makes_sense:
+            number = "a number of optimizer steps, at least 1"
+            choices = [number if occasion == "steps" else repr(occasion) for occasion in self.occasions]
             raise ValueError(f"{self.name}(when={when!r}) must be {' or '.join(choices)}")
         self.when = when
 
@@ -94,7 +99,7 @@ class Repair(Intervention, ABC):
         *,
         optimizers: Sequence[torch.optim.Optimizer] = (),
         forward: Callable[[nn.Module], object] | None = None,
-        loss: Callable[[nn.Module], Tensor] | None = None,
+        loss: Loss | Sequence[Loss] | None = None,
         generator: torch.Generator | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> RepairReport:
@@ -106,18 +111,26 @@ class Repair(Intervention, ABC):
             model: The model to repair. Its parameters stay the same objects.
             optimizers: The optimizers that hold its parameters.
             forward: Runs one representative forward pass and returns the outputs, for remedies that need activations.
-            loss: Returns a loss with a graph, for remedies that need gradients.
+            loss: Returns a loss with a graph, for remedies that need gradients; or several, one for each mini-batch,
+                for those that look at mini-batches one by one. Others take the mean.
             generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
             make_copy: Makes a copy of the model to run ``forward`` and ``loss`` on, where running the model itself
                 would leave traces, such as counters or logged values. By default the model is run.
         """
         stage = model if make_copy is None else make_copy()
-        changes = self.changes(stage, Request(forward, loss, generator))
+        losses = [loss] if callable(loss) else list(loss or ())
+        changes = self.changes(stage, Request(forward, _mean(losses), generator, losses))
         return apply(self.name, changes if stage is model else changes.on(model, stage), optimizers)
 
     @abstractmethod
     def changes(self, model: nn.Module, request: Request) -> Changes:
         """Says what to change, and changes nothing."""
+
+
+def _mean(losses: Sequence[Loss]) -> Loss | None:
+    if len(losses) < 2:
+        return losses[0] if losses else None
+    return lambda model: torch.stack([loss(model) for loss in losses]).mean()
 
 
 class RunningRemedy(Intervention, ABC):
@@ -153,7 +166,18 @@ class RunningRemedy(Intervention, ABC):
 
         Returns:
             What was re-initialised; ``None`` if nothing was.
+
+        Raises:
+            RuntimeError: If something has to be remembered of the model, and :meth:`start` was not called.
         """
+
+    def _require_start(self, needed: Iterable[str], remembered: Container[str]) -> None:
+        missing = [name for name in needed if name not in remembered]
+        if missing:
+            raise RuntimeError(
+                f"{self.name} remembers nothing of {missing}: call start(model) before the first training step, and "
+                "again when the model has changed"
+            )
 
 
 class Regularizer(Intervention, ABC):

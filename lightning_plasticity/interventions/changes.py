@@ -63,7 +63,7 @@ class Changes:
     Args:
         values: New value of each parameter and buffer, same shape, by the old tensor.
         renewed: Which entries of a parameter are new, and nothing should be remembered of; a parameter that is not
-            here is new as a whole, if any of its entries differs.
+            here is new as a whole, if any of its entries differs. Where no entry is, everything is remembered.
         units: For the report.
         parts: New values of few entries of a tensor that is not in ``values``; the work is in proportion to their
             number.
@@ -82,6 +82,11 @@ class Changes:
             return {twins[tensor]: value for tensor, value in by_tensor.items()}
 
         return Changes(moved(self.values), moved(self.renewed), self.units, moved(self.parts))
+
+
+def nothing_renewed(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """For :attr:`Changes.renewed`: the optimizers go on remembering what they know of these parameters."""
+    return {tensor: torch.zeros(tensor.shape, dtype=torch.bool) for tensor in values}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -105,11 +110,11 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
     where = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in changes.parts.items()}
     for old, part in changes.parts.items():
         counts[old] = int((old.detach()[where[old]] != part.values.to(old)).count_nonzero())
-    renewed: dict[nn.Parameter, Tensor | None] = {
-        old: mask.to(old.device) if (mask := changes.renewed.get(old)) is not None else None
-        for old in new_values
-        if isinstance(old, nn.Parameter) and (old in different or old in changes.renewed)
-    }
+    renewed: dict[nn.Parameter, Tensor | None] = {}
+    for old in new_values:
+        mask = changes.renewed.get(old)
+        if isinstance(old, nn.Parameter) and (bool(mask.any()) if mask is not None else old in different):
+            renewed[old] = None if mask is None else mask.to(old.device)
     for old, part in changes.parts.items():
         if isinstance(old, nn.Parameter):
             new_positions = part.positions if part.renewed is None else part.positions[part.renewed]

@@ -83,6 +83,20 @@ class EffectiveRankRegularizer(RunningRemedy):
         self._samples_per_batch: float | None = None
 
     @override
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        forward: Forward | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Sees whether there are features, and how many samples a minibatch holds, if it can run the model."""
+        if forward is not None and self._samples_per_batch is None:
+            stage = model if make_copy is None else make_copy()
+            with probing(stage), torch.no_grad():
+                self._count(stage, [forward])
+
+    @override
     def after_step(
         self,
         model: nn.Module,
@@ -97,10 +111,7 @@ class EffectiveRankRegularizer(RunningRemedy):
                 f"{self.name} needs to see the model run: after_step(model, forward=lambda model: model(inputs))"
             )
         self._waiting.append(_as_of_now(forward))
-        if self._samples_per_batch is None:
-            stage = model if make_copy is None else make_copy()
-            with probing(stage), torch.no_grad():
-                self._count(stage, [forward])
+        self.start(model, forward=forward, make_copy=make_copy)
         assert self._samples_per_batch is not None
         if len(self._waiting) * self._samples_per_batch >= self.every_n_samples:
             self._step(model, model if make_copy is None else make_copy())
@@ -209,6 +220,16 @@ class L2ER(RunningRemedy, Regularizer):
         if not terms:
             raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")
         return 0.5 * self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @override
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        forward: Forward | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.rank_regularizer.start(model, forward=forward, make_copy=make_copy)
 
     @override
     def after_step(

@@ -61,7 +61,7 @@ class _Kept:
             # A copy: what comes next in the network may change the output in place.
             return rows_of(output, channel_dim).clone(), len(output)
 
-    def report(self, name: str, observed: tuple[Tensor, int], *, assumed: bool) -> None:
+    def report(self, name: str, observed: tuple[Tensor, int], *, assumed: bool, certain: bool) -> None:
         rows, samples = observed
         self.features.setdefault(name, []).append(rows)
         self.samples = self.samples or samples

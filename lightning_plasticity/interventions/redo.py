@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ class ReGraMa(_Recycling):
                 "ReGraMa needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets))"
             )
         forward = request.forward if request.forward is not None else request.loss
-        return super().changes(model, Request(forward, request.loss, request.generator))
+        return super().changes(model, replace(request, forward=forward))
 
     @override
     def scores(self, model: nn.Module, units: Units, request: Request) -> dict[str, Tensor]:

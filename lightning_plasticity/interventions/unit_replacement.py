@@ -29,7 +29,8 @@ class UnitReplacement(RunningRemedy):
     One record a layer is kept, and updated once an optimizer step from all forward passes in training mode with
     gradients since the last one: the micro-batches of a step count as one batch, as do those of steps that were not
     taken (by a gradient scaler, say), and those of all processes. A layer that was not called since, or read values
-    that are not finite, stays as it is. Where several layers read a unit, those that were called count.
+    that are not finite, stays as it is. Where several layers read a unit, those that were called count. The records are
+    in the state; what was heard since the last step is not, as little as the gradients that came with it.
 
     Those to come implement :meth:`new_record`, :meth:`updated` and :meth:`restarted`.
 
@@ -55,11 +56,11 @@ class UnitReplacement(RunningRemedy):
         forward: Callable[[nn.Module], object] | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> None:
-        if self._watch is not None and self._watch.model() is model and self._watch.shape == _shape(model):
-            self._adopt(self._watch.units)
+        units = self._units(model, forward, make_copy)
+        if self._watch is not None and self._watch.model() is model and self._watch.units is units:
+            self._adopt(units)
             return
         self.stop()
-        units = self._units(model, forward, make_copy)
         self._adopt(units)
         consumers = {name: len(owner) for site in units.sites.values() for name, owner in site.consumers.items()}
         activity = Activity(model, consumers, self._statistic)
@@ -165,11 +166,11 @@ class UnitReplacement(RunningRemedy):
         forward: Callable[[nn.Module], object] | None,
         make_copy: Callable[[], nn.Module] | None,
     ) -> Units:
-        """The units of the model: traced once, as long as it has the same parameters."""
-        traced = self._traced
-        if traced is not None and traced.model() is model and traced.shape == _shape(model):
-            return traced.units
+        """The units of the model: as last traced, if it has the same parameters and cannot be run."""
         if forward is None:
+            traced = self._traced
+            if traced is not None and traced.model() is model and traced.shape == _shape(model):
+                return traced.units
             raise ValueError(
                 f"{self.name} needs to see the model run: start(model, forward=lambda model: model(inputs))"
             )

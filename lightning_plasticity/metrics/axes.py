@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ _VIEWS = functions(
 )
 _RESHAPES = functions("view reshape view_as reshape_as flatten unflatten ravel")
 _REDUCTIONS = functions("sum mean amax amin max min median norm logsumexp prod nanmean var std mode quantile")
-_EINSUM = functions("einsum")
+EINSUM = functions("einsum")
 _REFLECTED = functions("__rmatmul__")
-_OF_ANOTHER_KIND = functions("stack hstack vstack dstack outer kron one_hot diag_embed cov corrcoef")
+_OF_ANOTHER_KIND = functions("stack hstack vstack dstack outer kron one_hot diag_embed cov corrcoef fold view_as_real")
 
 
 def undecided(axes: Sequence[Axes], dims: Iterable[int], ndim: int) -> tuple[Axes, ...]:
@@ -126,12 +126,14 @@ def axes_after(
     """What the dimensions of a result stand for, by the function and by those of its inputs; empty if unknown."""
     if output.layout is not torch.strided or output.is_nested:  # its dimensions are not what they seem
         return ()
+    if func in NORMS and known and counting_units(known[0][1]) is not None:
+        return known[0][1]  # a norm over positions or tokens does not make units of them
     if func in MAKERS:
         dim = _units_of_layer(func, args, kwargs, inputs)[2]
         if dim is not None and -dim <= output.ndim:
             return [UNITS if other - output.ndim == dim else NOTHING for other in range(output.ndim)]
         if func in PRODUCTS:
-            return _product(_factors(func, inputs), output, known) if func not in _EINSUM else ()
+            return _product(_factors(func, inputs), output, known) if func not in EINSUM else ()
         if func not in NORMS:
             return ()
     return _axes_of_result(func, args, kwargs, output, known) if known else ()
@@ -247,12 +249,24 @@ def _units_of_layer(
     if func in _LAST_NORMS:
         shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
         return (first, -1, -1) if len(shape) == 1 else (None, None, None)
-    if func in _EINSUM:
+    if func in EINSUM:
         return _units_of_einsum(args[0], inputs)
     left, right = _factors(func, inputs)
     if is_weight(right) and right.ndim > 1:
         return left, -1, -1
     return (right, -2, -2) if is_weight(left) and right.ndim > 1 else (None, None, None)
+
+
+def weighs_numbers(equation: Any, factors: Sequence[Tensor], followed: Collection[int]) -> bool:
+    """Whether an einsum is but a sum of numbers, each with a number of its own: that of a loss with its targets."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",") if isinstance(equation, str) else []
+    if len(terms) != len(factors):
+        return False
+    ours = {letter for term, factor in zip(terms, factors, strict=True) if id(factor) in followed for letter in term}
+    return all(
+        id(factor) in followed or (not is_weight(factor) and ours <= {*term})
+        for term, factor in zip(terms, factors, strict=True)
+    )
 
 
 def _factors(func: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -97,7 +97,10 @@ class PlasticityMonitor(PlasticityMetric):
     A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
     ``"block.relu"`` for ``F.relu`` in the ``forward`` of ``block``. If a module is used, or a function called, several
     times in one call of the module around it, the further ones are numbered: ``"block.relu-2"``. A block with weights
-    that runs twice in one pass is one layer with twice the samples.
+    that runs twice in one pass is one layer with twice the samples. Functions called outside of all modules of the
+    network belong to models around it or beside it, and are not seen; but those in the ``training_step`` of a
+    LightningModule count as its own. (Call a network, not its ``forward``.) These are numbered on for as long as it is
+    attached: attach it anew for every pass.
 
     Args:
         module: The network; can also be given to :meth:`attach`. It does not become a part of the metric, of its
@@ -337,14 +340,14 @@ class PlasticityMonitor(PlasticityMetric):
             self.errors.append(str(error))
         return self.forgiving
 
-    def report(self, name: str, observed: _Statistics, *, assumed: bool) -> None:
-        """Adds the statistics of a layer. What is but assumed of it does not end the forward pass."""
+    def report(self, name: str, observed: _Statistics, *, assumed: bool, certain: bool) -> None:
+        """Adds the statistics of a layer. What is not certain of it does not end the forward pass."""
         if assumed:
             self._assumed.add(name)
         try:
             self.update({name: observed})
         except ValueError as error:
-            if name not in self._assumed:
+            if certain and name not in self._assumed:
                 raise
             self._unfit[name] = str(error)
 

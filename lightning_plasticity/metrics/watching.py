@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from lightning_plasticity.batches import tensors_in
+from lightning_plasticity.functional.layouts import channel_dim_of
 from lightning_plasticity.metrics.axes import (
     CONVOLUTIONS,
+    EINSUM,
     MAKERS,
     NORMS,
     PRODUCTS,
@@ -30,6 +32,7 @@ from lightning_plasticity.metrics.axes import (
     last_counts_units,
     settle,
     undecided,
+    weighs_numbers,
 )
 from lightning_plasticity.metrics.compiled import without_wrappers
 
@@ -59,10 +62,17 @@ _PASSING_ON = {
     *functions(
         "add add_ __radd__ __iadd__ sub sub_ __rsub__ __isub__ rsub div div_ "
         "__rdiv__ __rtruediv__ __itruediv__ divide true_divide pow pow_ __rpow__ __pow__ addcmul addcdiv lerp "
-        "maximum minimum where cat concat stack expand_as"
+        "maximum minimum where cat concat stack expand_as broadcast_tensors masked_fill masked_fill_ normal "
+        "gt __gt__ ge __ge__ lt __lt__ le __le__ eq __eq__ ne __ne__"
     ),
 }
 """Functions that are no layer even if a parameter takes part: a learned temperature, shift or token."""
+
+_OF_THE_SHAPE_ALONE = functions(
+    "empty_like full_like ones_like zeros_like rand_like randn_like randint_like "
+    "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
+)
+"""Functions that take nothing from a tensor but its shape, dtype or device."""
 
 _STARTING = {*ACTIVATIONS, *MAKERS}
 """Functions whose results have something to be remembered, whatever goes in."""
@@ -83,8 +93,12 @@ class Observer(Protocol):
     def observe(self, activations: Tensor, channel_dim: int | None) -> Any:
         """What is to be known of them, taken before anyone can change them in place."""
 
-    def report(self, name: str, observed: Any, *, assumed: bool) -> None:
-        """They belong to a hidden layer; whether the dimension that counts its units is but assumed."""
+    def report(self, name: str, observed: Any, *, assumed: bool, certain: bool) -> None:
+        """They belong to a hidden layer.
+
+        Whether the dimension that counts its units is but one of several, and whether anything has told it: of two
+        dimensions the last one is no assumption, and still not certain.
+        """
 
     def forgives(self, error: Exception) -> bool:
         """Whether the network goes on although one of these has failed."""
@@ -130,12 +144,14 @@ class _Call:
 class _Activations:
     """What was observed of one result of an activation function, until it is known to belong to a hidden layer.
 
-    ``observed`` is by the dimension that may count units: the first is the one that is assumed.
+    ``observed`` is by the dimension that may count units: the first is the one that is assumed. ``certain`` is whether
+    it was known when they were observed.
     """
 
     name: str
     axes: Sequence[Axes]
-    observed: dict[int | None, Any]
+    observed: dict[int, Any]
+    certain: bool
     reported: bool = False
 
 
@@ -179,6 +195,7 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
         self._undecided: dict[str, _Activations] = {}
         self._calls = [_Call(root, "")]
+        self._trains_itself = hasattr(root, "training_step")  # which is no call of a module
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
         metrics = [module for module in self._modules if isinstance(module, Metric)]
@@ -223,9 +240,21 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():  # nothing of what follows can be compiled
             self.saw_compiled_code = True
-        elif isinstance(result, Tensor | tuple | list) and (self._origins or func in _STARTING) and not _in_backward():
+        elif not (self._origins or func in _STARTING) or func in _OF_THE_SHAPE_ALONE or _in_backward():
+            pass
+        elif isinstance(result, Tensor | tuple | list):
             self._follow(func, args, kwargs or {}, [*tensors_in(result)])
+        elif func is Tensor.__setitem__:
+            self._take_in(args[0], args[2])
         return result
+
+    def _take_in(self, tensor: Tensor, part: Any) -> None:
+        """What was written into a tensor is a part of it."""
+        written = self._origin(part) if isinstance(part, Tensor) else None
+        if written is not None and isinstance(tensor, Tensor):
+            before = self._origin(tensor) or _Origin(written.axes if part.ndim == tensor.ndim else ())
+            activations = tuple(dict.fromkeys((*before.activations, *written.activations)))
+            self._remember(tensor, _Origin(before.axes, activations))
 
     def _follow(self, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: list[Tensor]) -> None:
         inputs = [*tensors_in((args, kwargs))]
@@ -235,14 +264,16 @@ class Watch(TorchFunctionMode):
         if func in _LAYERS and not self._calls[-1].of_a_metric:
             self.layers_with_weights.update(id(tensor) for tensor in inputs[1:2])
         activations = tuple(dict.fromkeys(a for _, origin in origins for a in origin.activations if not a.reported))
-        if activations and _is_layer(func, inputs, {id(tensor) for tensor, _ in origins}):
+        if activations and _is_layer(func, args, inputs, {id(tensor) for tensor, _ in origins}):
             for activation in activations:
                 self._report(activation)
             activations = ()
         for output in outputs:
             after = axes_after(func, args, kwargs, inputs, output, axes)
-            if activations or after:
-                self._remember(output, _Origin(after, activations))
+            # A scalar is no activations any more, but a loss: added up over steps it would keep all there ever were.
+            passed_on = () if not output.ndim or is_weight(output) else activations
+            if passed_on or after:
+                self._remember(output, _Origin(after, passed_on))
         if not outputs:
             return
         if func in _MULTIPLICATIONS:
@@ -251,7 +282,8 @@ class Watch(TorchFunctionMode):
         if of_clamp or (func in ACTIVATIONS and not isinstance(inputs[0], nn.Parameter)):
             call = self._calls[-1]
             call.calls_activation = True
-            if not _is_activation(call.module):
+            elsewhere = len(self._calls) == 1 and not self._trains_itself
+            if not elsewhere and not _is_activation(call.module):
                 name = "clamp" if of_clamp else getattr(func, "__name__", "activation").rstrip("_")
                 self._observe(call, f"{call.path}.{name}" if call.path else name, outputs[0])
 
@@ -322,12 +354,13 @@ class Watch(TorchFunctionMode):
                 tensor, known = tensor[None], 1
             if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
                 return None
-            dims: Sequence[int | None] = [known]
+            dims = [channel_dim_of(tensor) if known is None else known]
             if known is None and tensor.ndim > 2:
-                dims = [None, 1 if tensor.ndim == 3 else tensor.ndim - 1]
                 axes = undecided(axes, (1, tensor.ndim - 1), tensor.ndim)
+                dims += [dim for dim, names in enumerate(axes) if names and dim != dims[0]]
             try:
-                return _Activations(name, axes, {dim: self._observer.observe(tensor, dim) for dim in dims})
+                observed = {dim: self._observer.observe(tensor, dim) for dim in dims}
+                return _Activations(name, axes, observed, certain=known is not None)
             except Exception as error:
                 if not self._observer.forgives(error):
                     raise
@@ -347,11 +380,12 @@ class Watch(TorchFunctionMode):
     def _tell(self, activations: _Activations) -> None:
         observed, decided = activations.observed, counting_units(activations.axes)
         assumed = len(observed) > 1 and decided is None
-        statistics = observed.get(decided, next(iter(observed.values())))
+        statistics = next(iter(observed.values())) if decided not in observed else observed[decided]
+        certain = activations.certain or decided is not None
         self.saw_hidden_layer = True
         with torch._C.DisableTorchFunction():
             try:
-                self._observer.report(activations.name, statistics, assumed=assumed)
+                self._observer.report(activations.name, statistics, assumed=assumed, certain=certain)
             except Exception as error:
                 if not self._observer.forgives(error):
                     raise
@@ -389,8 +423,10 @@ def _cuts_at_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return isinstance(low, int | float) and low == 0
 
 
-def _is_layer(func: Function, inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
+def _is_layer(func: Function, args: Sequence[Any], inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
     """Whether a function is a layer with weights; a matrix product is one if they do not come from its input too."""
+    if func in EINSUM and args and weighs_numbers(args[0], inputs, followed):
+        return False
     if func in PRODUCTS:
         return any(is_weight(tensor) or id(tensor) not in followed for tensor in inputs)
     return func in _LAYERS or (func not in _PASSING_ON and any(is_weight(tensor) for tensor in inputs))

@@ -1,0 +1,118 @@
+"""DASH: shrink the weights that the new data does not ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity.interventions.changes import Changes, nothing_renewed
+from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
+from lightning_plasticity.interventions.processes import mean_over_processes
+from lightning_plasticity.isolation import probing
+
+
+class DASH(Repair):
+    r"""Direction-aware shrinking: weights keep their direction, and the more of their length the better it fits.
+
+    .. math:: w \leftarrow \mathrm{clamp}(\cos(\bar g, w), \lambda, 1)\; w, \qquad
+        \bar g \leftarrow (1 - \alpha)\,\bar g - \alpha\,\nabla_w L_b
+
+    for each row :math:`w` of linear layers and of the projections of ``nn.MultiheadAttention``, for the kernel from
+    each input to each output channel of convolutions (of one tap: the cosine is a sign), and for each bias as a whole,
+    with mini-batches :math:`b` of the new data. A gradient of zero counts as a cosine of zero.
+
+    Norm layers, embeddings, recurrent layers, frozen parameters and layers that the loss does not use stay as they are.
+    Gradients are taken in evaluation mode and averaged over processes; ``.grad`` is not touched. As weights keep their
+    direction, optimizers go on remembering what they know of them, as in the authors' code.
+
+    ::
+
+        DASH().repair(model, loss=[lambda model, b=b: loss_fn(model(b[0]), b[1]) for b in batches])
+
+    Args:
+        alpha: :math:`\alpha`, the weight of the latest mini-batch, in (0, 1]. Without effect if there is one only.
+        shrinkage: :math:`\lambda`, the smallest factor, in [0, 1].
+        when: When the callback does it: on ``"collapse"`` or at every ``"task"``.
+
+    Raises:
+        ValueError: If an argument is outside its range; at the repair, if ``loss`` is not given or gradients are not
+            finite.
+
+    References:
+        Shin et al. 2024, arXiv 2410.23495.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[2.0, 0.0]]))
+        >>> towards = torch.tensor([[3.0, 4.0]])
+        >>> DASH().repair(model, loss=lambda model: -(model.weight * towards).sum()).num_parameters_changed
+        1
+        >>> model.weight.data  # the cosine is 3/5
+        tensor([[1.2000, 0.0000]])
+    """
+
+    occasions = ("collapse", "task")
+
+    def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
+        super().__init__(when)
+        if not 0 < alpha <= 1:
+            raise ValueError(f"DASH(alpha={alpha}) must be in (0, 1]: the weight of the latest mini-batch")
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"DASH(shrinkage={shrinkage}) must be in [0, 1]: the smallest factor")
+        self.alpha, self.shrinkage = alpha, shrinkage
+
+    @override
+    def changes(self, model: nn.Module, request: Request) -> Changes:
+        if not request.losses:
+            raise ValueError(
+                "DASH needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets)), or a list of "
+                "such functions, one for each mini-batch"
+            )
+        vectors: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}  # with the dimensions that make one vector
+        for name, part in linear_parameters(model).items():
+            if not isinstance(part.layer, RECURRENT):
+                first = 0 if part.is_bias else 2 if isinstance(part.layer, CONVOLUTIONS) else 1
+                vectors[name] = part.parameter, tuple(range(first, part.parameter.ndim))
+        wanted = self._wanted(model, request, [parameter for parameter, _ in vectors.values()])
+        values: dict[Tensor, Tensor] = {}
+        for name, (parameter, dims) in vectors.items():
+            if parameter in wanted:
+                if not bool(torch.isfinite(wanted[parameter]).all()):
+                    raise ValueError(f"DASH: the gradient of {name!r} is not finite")
+                old = parameter.detach()
+                factor = _cosine(wanted[parameter], old, dims).clamp(self.shrinkage, 1)
+                values[parameter] = (old.double() * factor).to(old)
+        return Changes(values, nothing_renewed(values))
+
+    def _wanted(self, model: nn.Module, request: Request, parameters: list[nn.Parameter]) -> dict[Tensor, Tensor]:
+        """The moving average of the negative gradients of each parameter that is used."""
+        averages: dict[Tensor, Tensor] = {}
+        if not parameters:
+            return averages
+        with probing(model):
+            for loss in request.losses:
+                gradients = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None and parameter not in averages:
+                        averages[parameter] = torch.zeros_like(
+                            gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)
+                        )
+                    if parameter in averages:
+                        averages[parameter].mul_(1 - self.alpha)
+                    if gradient is not None:
+                        averages[parameter].sub_(gradient, alpha=self.alpha)
+        return {parameter: mean_over_processes(average) for parameter, average in averages.items()}
+
+
+def _cosine(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The cosine of the angle between vectors that extend along these dimensions; 0 for zero vectors."""
+    a, b = (_scaled(x.double(), dims) for x in (a, b))
+    return (a * b).sum(dims, keepdim=True)
+
+
+def _scaled(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return x / torch.where(length > 0, length, 1)

@@ -1,0 +1,97 @@
+"""Normalize-and-project: keep the norm of every weight matrix, and with it the effective learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import RunningRemedy
+from lightning_plasticity.interventions.linear_layers import weights
+
+
+class NormalizeAndProject(RunningRemedy):
+    r"""Brings each weight matrix back to its initial norm after each optimizer step.
+
+    .. math:: W \leftarrow \frac{\|W_0\|_F}{\|W\|_F}\, W
+
+    for the weights of linear, convolution, attention and recurrent layers, the last layer's too. This is the *project*
+    of the paper's method. The *normalize* is up to the model: the paper puts a norm layer before every non-linearity,
+    which makes the output independent of the norm of the weights before it; without these the projection is a
+    constraint on what the network can say. Left to the user, too, is what the paper does with gains and shifts of norm
+    layers (leave them out, or pull them back to 1 and 0): here they, biases, embeddings and frozen parameters stay as
+    they are.
+
+    Weights that start at zero have no norm to go back to, and stay free. A weight that is zero or not finite stays as
+    it is. What the optimizer remembers stays as it is.
+
+    ``start(model)`` remembers the norms: call it before the first training step.
+
+    Raises:
+        ValueError: At the start, if a weight is not finite.
+
+    References:
+        Lyle et al. 2024, arXiv 2407.01800.
+
+    Example:
+        >>> model, remedy = nn.Linear(2, 1), NormalizeAndProject()
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[0.0, 5.0]]))
+        ...     remedy.start(model)
+        ...     _ = model.weight.copy_(torch.tensor([[6.0, 8.0]]))
+        >>> remedy.after_step(model)
+        >>> model.weight.data
+        tensor([[3., 4.]])
+    """
+
+    def __init__(self) -> None:
+        self.norms: dict[str, float] = {}
+
+    @override
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        norms = {name: _norm(w.parameter).item() for name, w in weights(model).items() if name not in self.norms}
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                raise ValueError(f"{self.name}: {name!r} starts with values that are not finite")
+        self.norms |= norms
+
+    @override
+    @torch.no_grad()
+    def after_step(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        found = weights(model)
+        self._require_start(found, self.norms)
+        for name, weight in found.items():
+            if self.norms[name] > 0:
+                norm = _norm(weight.parameter)
+                projectable = norm.isfinite() & (norm > 0)  # decided on its device: nobody waits for it
+                weight.parameter.mul_(torch.where(projectable, self.norms[name] / norm, 1))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": dict(self.norms)}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms = dict(state["norms"])
+
+
+def _norm(parameter: nn.Parameter) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    return norm

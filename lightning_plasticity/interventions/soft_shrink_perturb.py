@@ -1,0 +1,139 @@
+"""Soft shrink and perturb: a little of shrink and perturb after every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.interventions.base import RunningRemedy
+from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
+
+_DRAWS = 8
+"""Fresh weights that a scale is taken from: a bias has few entries."""
+
+
+class SoftShrinkPerturb(RunningRemedy):
+    r"""Shrinks all weights a little after each optimizer step, and adds a little noise.
+
+    .. math:: \theta \leftarrow \lambda\,\theta + \sigma\, s \odot \xi, \qquad \xi \sim \mathcal N(0, 1)
+
+    with :math:`s` the standard deviation of the tensor's own initialisation, measured at the start on what its layer's
+    ``reset_parameters`` draws: what starts as a constant, such as a zero bias, gets no noise. Without a gradient,
+    weights end with :math:`\sigma / \sqrt{1 - \lambda^2}` times their initial standard deviation: 0.0007 times with the
+    defaults, once with :math:`\sigma = \sqrt{1 - \lambda^2}`.
+
+    Normal numbers are dear: a step of a large linear network takes half as long again. With ``every_n_steps`` of
+    :math:`n`, what :math:`n` steps in a row would do is done at once, with :math:`\lambda^n` and
+    :math:`\sigma \sqrt{\sum_{i<n} \lambda^{2i}}`.
+
+    Norm layers, buffers and frozen parameters stay as they are, and so does what the optimizer remembers. The noise
+    comes from a generator of its own on the CPU, so that it is the same on every device and in every process. In half
+    precision, changes below the resolution are lost.
+
+    Args:
+        shrink: :math:`\lambda`, in [0, 1].
+        noise: :math:`\sigma`, at least 0.
+        every_n_steps: :math:`n`, at least 1.
+        seed: Seed of the noise.
+
+    Raises:
+        ValueError: If ``shrink``, ``noise`` or ``every_n_steps`` is out of range; at the start, if a module with
+            trainable parameters does not say how they are initialised.
+
+    References:
+        Juliani and Ash 2024, arXiv 2405.19153, with the defaults; noise after each step also in Dohare et al. 2024,
+        Nature 632:768. Shrink and perturb itself: Ash and Adams 2020, arXiv 1910.08475.
+
+    Example:
+        >>> model, remedy = nn.Linear(2, 1), SoftShrinkPerturb(shrink=0.5, noise=0)
+        >>> remedy.start(model)
+        >>> before = model.weight.detach().clone()
+        >>> remedy.after_step(model)
+        >>> bool((model.weight == 0.5 * before).all())
+        True
+    """
+
+    def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
+        if not 0 <= shrink <= 1:
+            raise ValueError(
+                f"SoftShrinkPerturb(shrink={shrink}) must be in [0, 1]: the share of the weights that stays"
+            )
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"SoftShrinkPerturb(noise={noise}) must be a finite number, at least 0")
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"SoftShrinkPerturb(every_n_steps={every_n_steps!r}) must be a whole number, at least 1")
+        self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
+        self.steps = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scales: dict[str, Tensor] = {}
+
+    @override
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        new = {name: parameter for name, parameter in _perturbed(model).items() if name not in self.scales}
+        if not new:
+            return
+        modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = [fresh_values(model, modules, generator) for _ in range(_DRAWS)]
+        self.scales |= {name: _scale(torch.stack([draw[p] for draw in draws])) for name, p in new.items()}
+
+    @override
+    @torch.no_grad()
+    def after_step(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        forward: Callable[[nn.Module], object] | None = None,
+        make_copy: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        parameters = _perturbed(model)
+        self._require_start(parameters, self.scales)
+        self.steps += 1
+        if self.steps % self.every_n_steps:
+            return
+        noise = self.noise * math.sqrt(sum(self.shrink ** (2 * i) for i in range(self.every_n_steps)))
+        for name, parameter in parameters.items():
+            parameter.mul_(self.shrink**self.every_n_steps)
+            if noise:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                draw = torch.randn(parameter.shape, generator=self.generator, dtype=dtype)
+                parameter.add_(draw.mul_(self.scales[name]).to(parameter.device), alpha=noise)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        scales = {name: scale.clone() for name, scale in self.scales.items()}
+        return {"steps": self.steps, "scales": scales, "generator": self.generator.get_state()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.scales = {name: scale.clone().cpu() for name, scale in state["scales"].items()}
+        self.generator.set_state(state["generator"].cpu())
+
+
+def _perturbed(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters of all but norm layers, by name."""
+    norms = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in norms}
+
+
+def _scale(draws: Tensor) -> Tensor:
+    """Standard deviation of fresh values, ``(draws, ...)``: one for all entries, zero where they are always alike."""
+    draws = draws.to(torch.promote_types(draws.dtype, torch.float32))
+    alike = (draws == draws[0]).all(0)
+    if bool(alike.all()):
+        return torch.zeros(())
+    std = draws[:, ~alike].std(correction=0)
+    return torch.where(alike, 0, std) if bool(alike.any()) else std

@@ -1,0 +1,133 @@
+"""A run that is killed and resumed from its last checkpoint ends as if nothing had happened, to the last bit."""
+
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_plasticity import SpectralCollapseCallback
+from tests.killed_run import run
+from tests.modules import Classifier, loader, tasks_seen, trainer
+from tests.processes import fork_server
+
+
+@pytest.fixture(scope="module")
+def in_a_process() -> Callable[..., int | None]:
+    """Calls a function in a new process, returns its exit code. What is imported is imported once for all of them."""
+    context = fork_server()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> int | None:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(in_a_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None], Any]:
+    """What came out of the run that nobody killed."""
+
+    @cache
+    def result(every_n_train_steps: int | None) -> Any:
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        assert in_a_process(run, folder, None, every_n_train_steps) == 0
+        return torch.load(folder / "result.pt", weights_only=True)
+
+    return result
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
+    """Equal to the last bit, whatever is nested in what."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(our, their, f"{where}[{number}]")
+    elif isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype, where
+        assert torch.equal(ours.nan_to_num(nan=1234.5), theirs.nan_to_num(nan=1234.5)), where
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs), f"{where}: {ours} is not {theirs}"
+
+
+def slow(*moment: Any) -> Any:
+    return pytest.param(*moment, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("moment", "every_n_train_steps", "saved_at"),
+    [
+        ("on_before_optimizer_step 21", None, 16),
+        ("probe 3", None, 16),  # task 1: the weights of now were probed, the initial ones were not
+        ("repair 24", None, 24),  # in the middle of a task
+        slow("on_train_batch_start 3", None, 0),  # before there is any checkpoint
+        slow("on_train_batch_start 17", None, 16),
+        slow("on_train_batch_end 40", None, 32),
+        slow("on_after_backward 48", None, 40),
+        slow("probe 6", None, 32),
+        slow("repair 40", None, 40),
+        slow("checkpoint 7", None, 24),
+        slow("on_train_batch_end 18", 5, 15),
+        slow("on_after_backward 28", 8, 24),  # the checkpoint holds the last batch of an epoch, but not its end
+        slow("probe 5", 3, 30),
+        slow("repair 30", 7, 28),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_end(
+    in_a_process: Any,
+    uninterrupted: Any,
+    tmp_path: Path,
+    moment: str,
+    every_n_train_steps: int | None,
+    saved_at: int,
+) -> None:
+    assert in_a_process(run, tmp_path, moment, every_n_train_steps) == -signal.SIGKILL
+    checkpoint = tmp_path / "last.ckpt"
+    assert (torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0) == saved_at
+    assert in_a_process(run, tmp_path, None, every_n_train_steps) == 0
+    resumed, expected = torch.load(tmp_path / "result.pt", weights_only=True), uninterrupted(every_n_train_steps)
+    assert resumed["logged"][0]["step"] == saved_at, "it did not begin anew"
+    logged = expected["logged"][-len(resumed["logged"]) :]
+    assert_same(resumed, {**expected, "logged": logged})
+
+
+def checkpoint_of_a_fit(path: Path) -> dict[str, Any]:
+    one = trainer(SpectralCollapseCallback())
+    one.fit(Classifier(), loader())
+    one.save_checkpoint(path)
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("version", [0, 99, None])
+def test_a_checkpoint_of_another_version_is_refused_before_anything_is_trained(tmp_path: Path, version: Any) -> None:
+    checkpoint = checkpoint_of_a_fit(tmp_path / "a.ckpt")
+    state = checkpoint["callbacks"]["SpectralCollapseCallback"]
+    state["version"] = version
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    callback, module = SpectralCollapseCallback(), Classifier()
+    with pytest.raises(MisconfigurationException, match=f"in version {version!r}, and this release reads version 1"):
+        trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert callback.history == []
+    assert module.trainer.global_step == 0
+
+
+def test_a_checkpoint_from_before_the_callback_begins_with_a_task(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of_a_fit(tmp_path / "a.ckpt")
+    del checkpoint["callbacks"]["SpectralCollapseCallback"]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    callback = SpectralCollapseCallback()
+    trainer(callback, max_epochs=2).fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert [task for task, _, _ in tasks_seen(callback)] == [0]
