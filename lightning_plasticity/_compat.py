@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
@@ -20,11 +20,46 @@ __all__ = [
     "compiled_methods",
     "fit_datamodule",
     "gradient_scale",
+    "is_lightning",
     "is_logging_step",
     "is_restoring_for_finder",
     "is_supported",
     "training_description",
+    "weight_averages",
 ]
+
+Kind = TypeVar("Kind")
+
+_WEIGHT_AVERAGES = {
+    "lightning.pytorch.callbacks.stochastic_weight_avg.StochasticWeightAveraging",
+    "lightning.pytorch.callbacks.weight_averaging.WeightAveraging",  # since 2.6; of which EMAWeightAveraging is a kind
+}
+
+
+def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """``isinstance``, also for what is of the same name in ``pytorch_lightning``.
+
+    That package has the same code as ``lightning.pytorch``, and none of its classes is one of ``lightning.pytorch``.
+    """
+    return isinstance(value, kinds) or not _names(type(value)).isdisjoint(_name(kind) for kind in kinds)
+
+
+def weight_averages(trainer: Trainer) -> list[str]:
+    """The kinds of callbacks, among those of a Trainer, that average weights over training steps."""
+    callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = [type(callback) for callback in callbacks]
+    return [kind.__name__ for kind in kinds if not _names(kind).isdisjoint(_WEIGHT_AVERAGES)]
+
+
+def _names(kind: type) -> set[str]:
+    return {_name(base) for base in kind.__mro__}
+
+
+def _name(kind: type) -> str:
+    module = kind.__module__
+    if module.startswith("pytorch_lightning."):
+        module = module.replace("pytorch_lightning", "lightning.pytorch", 1)
+    return f"{module}.{kind.__qualname__}"
 
 
 def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
@@ -33,7 +68,7 @@ def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
     ``trainer.datamodule`` keeps the data module of an earlier fit when the next one is given plain loaders.
     """
     source: Any = trainer.fit_loop._data_source.instance
-    return source if isinstance(source, LightningDataModule) else None
+    return source if is_lightning(source, LightningDataModule) else None
 
 
 def is_logging_step(trainer: Trainer) -> bool:
@@ -60,8 +95,8 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
 
 def is_supported(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
-    sharded = isinstance(strategy, DeepSpeedStrategy | SingleDeviceXLAStrategy)
-    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not sharded
+    sharded = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy)
+    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not sharded
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:
@@ -91,10 +126,10 @@ class Description:
 def training_description(trainer: Trainer) -> Description | None:
     """The text beside the training bar; ``None`` if there is none to be seen, or it is not one of Lightning's own."""
     bars: Any = trainer.progress_bar_callback
-    if isinstance(bars, TQDMProgressBar) and not bars.train_progress_bar.disable:
+    if is_lightning(bars, TQDMProgressBar) and not bars.train_progress_bar.disable:
         bar: Any = bars.train_progress_bar
         return Description(bar.set_description, partial(bar.set_description_str, bar.desc))  # which ends in a colon
-    if isinstance(bars, RichProgressBar) and bars.progress is not None and bars.train_progress_bar_id is not None:
+    if is_lightning(bars, RichProgressBar) and bars.progress is not None and bars.train_progress_bar_id is not None:
         update = partial(bars.progress.update, bars.train_progress_bar_id, refresh=True)
         before = bars.train_progress_bar.description
         return Description(lambda text: update(description=text), lambda: update(description=before))

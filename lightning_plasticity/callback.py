@@ -28,7 +28,7 @@ from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId
-from lightning_plasticity.training_loss import BatchInFlight, LossFunction, training_loss, untouched_schedules
+from lightning_plasticity.training_loss import BatchInFlight, LossFunction, untouched_schedules
 
 _STATE_VERSION = 1
 
@@ -310,7 +310,7 @@ class SpectralCollapseCallback(Callback):
 
     def _probe_task(self, report: TaskReport, at: BatchInFlight) -> str | None:
         """Fills the report; returns what to warn of."""
-        batch, loss_fn, make_copy = at.batch, self._loss_fn or training_loss, at.copy
+        batch, loss_fn, make_copy = at.batch, at.loss_on, at.copy
 
         def make_initial_copy() -> LightningModule:
             module = make_copy()

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.failures import Failures, described
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
@@ -40,7 +41,7 @@ def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) 
     def log(logger: Logger) -> None:
         logger.log_metrics({BY_STEP + name: value for name, value in numbers.items()}, step=report.step)
         logger.log_metrics({BY_TASK + name: value for name, value in numbers.items()}, step=report.task)
-        if isinstance(logger, TensorBoardLogger) and report.spectrum is not None:
+        if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
             _log_histograms(logger, report, report.spectrum)
 
     _for_each(loggers, log, failures)
@@ -50,7 +51,7 @@ def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], failur
     """Logs a picture of the whole history to TensorBoard."""
 
     def log(logger: Logger) -> None:
-        if isinstance(logger, TensorBoardLogger):
+        if is_lightning(logger, TensorBoardLogger):
             pixels = _pixels(plot_history(history))
             logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
 

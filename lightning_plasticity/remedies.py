@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_plasticity._compat import gradient_scale
+from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.failures import Failures
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
@@ -61,8 +61,21 @@ class Remedies:
         self._have_worked = False
 
     def begin_fit(self, trainer: Trainer) -> None:
-        """A fit begins."""
+        """A fit begins.
+
+        Warns:
+            PlasticityWarning: If an average over training steps will keep what is replaced.
+        """
         self.end_fit()
+        replacing = [intervention.name for intervention in (*self._repairs, *self._running)]
+        averages = weight_averages(trainer)
+        if replacing and averages:
+            rank_zero_warn(
+                f"{' and '.join(averages)} averages weights over training steps, and {' and '.join(replacing)} changes "
+                "weights between two of them: what is replaced while it averages keeps a share in the average, which "
+                "the module is given at the end of the fit. Leave out one of the two",
+                category=PlasticityWarning,
+            )
         self._backward_passes, self._steps_taken = 0, 0
         self._backward_passes_seen.clear()
         for optimizer in trainer.optimizers if self._running else []:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_plasticity._compat import DummyLogger, compiled_methods
+from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
 from lightning_plasticity.batches import first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.curvature.shards import gathered, is_distributed
@@ -82,9 +82,9 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
     def stand_in(value: Any) -> Any:
         if value is trainer:
             return quiet
-        if isinstance(value, Logger):
+        if is_lightning(value, Logger):  # type: ignore[type-abstract]
             return quiet.logger
-        if isinstance(value, _SHARED) or any(value is method for method in compiled):
+        if is_lightning(value, *_SHARED) or any(value is method for method in compiled):
             return value
         return None
 
@@ -96,7 +96,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
             "give it a __deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
         ) from error
     for part in result.modules():
-        if isinstance(part, LightningModule):
+        if is_lightning(part, LightningModule):
             for name in compiled_methods(part):
                 del part.__dict__[name]
             part._trainer = quiet
@@ -139,8 +139,27 @@ class BatchInFlight:
         return isolated_copy(self.module, self.trainer, share_uncopyable=self.loss_fn is not None)
 
     def loss(self, module: Any) -> Tensor:
-        """The loss of such a copy on the batch."""
-        return (self.loss_fn or training_loss)(module, self.batch)
+        """The loss of such a copy on the batch: the same however often it is asked for."""
+        return self.loss_on(module, self.batch)
+
+    def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
+        """The same on another batch."""
+        with _attributes_put_back(module):
+            return (self.loss_fn or training_loss)(module, batch)
+
+
+@contextlib.contextmanager
+def _attributes_put_back(module: LightningModule) -> Iterator[None]:
+    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one."""
+    parts = list(module.modules())
+    before = [dict(vars(part)) for part in parts]
+    try:
+        yield
+    finally:
+        for part, attributes in zip(parts, before, strict=True):
+            for name in vars(part).keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
 
 
 def _nothing(*_: object, **__: object) -> None:

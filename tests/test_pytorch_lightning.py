@@ -1,0 +1,116 @@
+"""Modules, Trainers, loggers and data modules of ``pytorch_lightning``, the other name of the same code, work alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_plasticity import Collapse, HessianProbe, PlasticityWarning, SpectralCollapseCallback, progress
+from lightning_plasticity._compat import is_lightning, is_supported
+from lightning_plasticity.interventions import ShrinkPerturb
+from tests.modules import loader
+
+standalone = pytest.importorskip("pytorch_lightning")
+
+
+class Standalone(standalone.LightningModule):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        self.logger.log_metrics({"calls": float(self.calls)}, step=self.global_step)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Tasks(standalone.LightningDataModule):  # type: ignore[misc, name-defined]
+    def __init__(self, task_id: int) -> None:
+        super().__init__()
+        self.task_id = task_id
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+def run(folder: Path, *callbacks: Any, **options: Any) -> tuple[dict[str, Any], EventAccumulator]:
+    torch.manual_seed(0)
+    module, logger = Standalone(), standalone.loggers.TensorBoardLogger(folder)
+    for task in range(2):
+        given = {"logger": logger, "enable_progress_bar": False, **options}
+        quiet = {"enable_checkpointing": False, "enable_model_summary": False}
+        trainer = standalone.Trainer(
+            callbacks=list(callbacks), max_epochs=1, accelerator="cpu", log_every_n_steps=1, **quiet, **given
+        )
+        trainer.fit(module, datamodule=Tasks(task))
+    events = EventAccumulator(logger.log_dir, {"histograms": 0, "scalars": 0})
+    events.Reload()
+    own = {name: events.Scalars(name) for name in events.Tags()["scalars"] if "plasticity" not in name}
+    result = {
+        "weights and buffers": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "logged": {name: [(event.step, event.value) for event in values] for name, values in own.items()},
+        "random numbers": torch.get_rng_state(),
+        "calls": module.calls,
+    }
+    return result, events
+
+
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
+    without, _ = run(tmp_path / "without")
+    with_callback, events = run(tmp_path / "with", callback)
+    assert without["logged"].keys() == {"loss", "calls", "epoch"}
+    for name, value in without.items():
+        torch.testing.assert_close(with_callback[name], value, rtol=0, atol=0, msg=f"{name} differs")
+    assert [(report.task_id, report.step, report.spectrum is not None) for report in callback.history] == [
+        (0, 0, True),
+        (1, 3, True),
+    ]
+    assert "plasticity_by_task/log10_ggn_eigenvalues" in events.Tags()["histograms"]
+    assert "plasticity_training/dormant_fraction" in events.Tags()["scalars"]
+
+
+def test_its_progress_bar_says_that_a_probe_is_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), Collapse(below=1e-9))
+    run(tmp_path, callback, standalone.callbacks.TQDMProgressBar(), enable_progress_bar=True)
+    assert "probing curvature 6/6" in capsys.readouterr().out
+
+
+def test_its_averages_are_warned_of(tmp_path: Path) -> None:
+    swa = standalone.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ShrinkPerturb()])
+    with pytest.warns(PlasticityWarning, match="StochasticWeightAveraging averages weights over training steps"):
+        run(tmp_path, callback, swa)
+
+
+def test_it_has_the_same_strategies() -> None:
+    strategies = standalone.strategies
+    assert is_supported(strategies.SingleDeviceStrategy())
+    assert is_supported(strategies.DDPStrategy())
+    assert not is_supported(strategies.FSDPStrategy())
+
+
+def test_classes_of_another_package_are_not_taken_for_lightnings() -> None:
+    class DDPStrategy:
+        pass
+
+    assert not is_supported(DDPStrategy())
+    assert is_lightning(TQDMProgressBar(), TQDMProgressBar)
+    assert not is_lightning(TQDMProgressBar(), Trainer)
