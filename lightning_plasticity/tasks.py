@@ -7,13 +7,12 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity.curvature.problem import check_counts
-from lightning_plasticity.curvature.shards import is_distributed
+from lightning_plasticity.processes import of_all_processes
 
 TaskId: TypeAlias = "int | str | None"
 
@@ -111,7 +110,7 @@ class TaskDetector:
         """
         period = self._period_of(trainer)
         if self._batch_label is not None:
-            everywhere: list[set[int | str]] = _of_all_processes(_labels(batch, self._batch_label))
+            everywhere: list[set[int | str]] = of_all_processes(_labels(batch, self._batch_label))
             new_labels = sorted(set().union(*everywhere) - self._labels, key=str)
             self._labels.update(new_labels)
             key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
@@ -132,7 +131,7 @@ class TaskDetector:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._drift_detector is None or not isinstance(loss, Tensor):
             return
-        losses: list[float] = _of_all_processes(loss.item())
+        losses: list[float] = of_all_processes(loss.item())
         if not math.isfinite(mean := sum(losses) / len(losses)):
             return  # after one NaN a detector would have no mean to compare with any more
         self._drift_detector.update(mean)
@@ -159,15 +158,6 @@ class TaskDetector:
         if self._every_n_epochs is not None:
             return trainer.current_epoch // self._every_n_epochs
         return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
-
-
-def _of_all_processes(value: Any) -> list[Any]:
-    """What each of the processes that train together has: tasks begin in all of them at once."""
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:

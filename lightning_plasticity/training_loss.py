@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
 from lightning_plasticity.batches import first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
-from lightning_plasticity.curvature.shards import gathered, is_distributed
+from lightning_plasticity.processes import gathered, is_distributed
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 """``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import Collapse, GGNProbe, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, ShrinkPerturb
-from lightning_plasticity.interventions.processes import reachable
+from lightning_plasticity.processes import reachable
 from tests.modules import Classifier, trainer, weights
 from tests.processes import in_two_processes
 

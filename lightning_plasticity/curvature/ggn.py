@@ -16,8 +16,9 @@ from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress
 from lightning_plasticity.curvature.products import CurvatureProduct, GaussNewtonProduct
 from lightning_plasticity.curvature.recording import Recording
 from lightning_plasticity.curvature.rows import JacobianTooLargeError
-from lightning_plasticity.curvature.shards import gathered, is_distributed, sharded
+from lightning_plasticity.curvature.shards import sharded
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.processes import gathered, is_distributed
 
 _AUTO_MAX_ROWS = 4096
 """Rows up to which the exact matrix is the cheaper way: its eigenvalues take as long as some hundred products."""

@@ -10,8 +10,9 @@ from lightning_plasticity.curvature.double_backward import second_derivatives, t
 from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.products import CurvatureProduct, HessianProduct
-from lightning_plasticity.curvature.shards import is_distributed, sharded
+from lightning_plasticity.curvature.shards import sharded
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.processes import is_distributed
 
 
 def hessian_spectrum(

@@ -17,22 +17,10 @@ from lightning_plasticity.curvature.problem import LossFunction, check_counts, c
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.isolation import probing
+from lightning_plasticity.processes import is_distributed
 
 _DISTANCE = 0.1
 """How far from the weights, relative to their size, the loss is looked at a second time."""
-
-
-def is_distributed() -> bool:
-    """Whether there is a process group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gathered(batch: Any) -> Any:
-    """The samples of all processes, in the order of their ranks."""
-    batches: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(batches, batch)
-    batches[dist.get_rank()] = batch
-    return concatenated(batches, like=batch)
 
 
 class MicroBatched(CurvatureProduct):

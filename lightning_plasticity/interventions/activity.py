@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.processes import sum_over_processes
 from lightning_plasticity.interventions.units import channel_dim
+from lightning_plasticity.processes import sum_over_processes
 
 Statistic = Callable[[Tensor, int], Tensor]
 """From the input of a layer and the dimension of its channels to sums over all other dimensions,

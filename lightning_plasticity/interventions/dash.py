@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes, nothing_renewed
 from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
-from lightning_plasticity.interventions.processes import mean_over_processes
 from lightning_plasticity.isolation import probing
+from lightning_plasticity.processes import mean_over_processes
 
 
 class DASH(Repair):

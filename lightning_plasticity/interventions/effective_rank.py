@@ -14,8 +14,8 @@ from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
 from lightning_plasticity.interventions.base import Regularizer, RunningRemedy
 from lightning_plasticity.interventions.matrices import widened
-from lightning_plasticity.interventions.processes import mean_over_processes
 from lightning_plasticity.isolation import probing
+from lightning_plasticity.processes import mean_over_processes
 
 Forward = Callable[[nn.Module], object]
 

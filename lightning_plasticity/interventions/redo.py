@@ -15,11 +15,11 @@ from lightning_plasticity.interventions.activity import by_unit
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.linear_layers import TRANSPOSED
-from lightning_plasticity.interventions.processes import mean_over_processes
 from lightning_plasticity.interventions.recycling import recycling
 from lightning_plasticity.interventions.tracing import recorded_inputs
 from lightning_plasticity.interventions.units import Site, Units, channel_dim, describe_units
 from lightning_plasticity.isolation import probing
+from lightning_plasticity.processes import mean_over_processes
 
 
 class _Recycling(Repair):

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_plasticity.batches import concatenated
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group of more than one process."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """What each of the processes that train together has, in the order of their ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    values[torch.distributed.get_rank()] = value
+    return values
+
+
+def gathered(batch: Any) -> Any:
+    """One batch of the samples of all processes."""
+    return concatenated(of_all_processes(batch), like=batch)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -11,7 +36,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
     Every process must ask at the same point. What is decided from it is then the same everywhere.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return value
     total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
     torch.distributed.all_reduce(total)
