@@ -126,7 +126,7 @@ class SpectralCollapseCallback(Callback):
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         self._loss_fn = loss_fn
         self._initial: dict[str, Tensor] = {}
-        self._steps_before_fit = 0
+        self._steps_before_fit = self._tasks_before_fit = 0
         self._steps = 0
         self._resumed = False
         self._keep_state = False
@@ -169,6 +169,7 @@ class SpectralCollapseCallback(Callback):
         self._tasks.on_fit(resumed=self._resumed and bool(self.history))
         self._resumed = self._checked = False
         self._steps_before_fit = self._steps - trainer.global_step
+        self._tasks_before_fit = len(self.history)
         self._remedies.begin_fit(trainer)
         self._remedies_started = False
 
@@ -227,7 +228,8 @@ class SpectralCollapseCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_monitor.abandon()
         self._remedies.end_fit()
-        log_summary(trainer.loggers, self.history, self._failures)
+        if len(self.history) > self._tasks_before_fit:
+            log_summary(trainer.loggers, self.history, self._failures)
         self._keep_errors()
 
     @override

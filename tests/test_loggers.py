@@ -157,3 +157,20 @@ def test_picture_of_a_history_whose_probe_was_changed() -> None:
         trainer(callback).fit(module, loader())
     ridges, _ = plot_history(callback.history).axes
     assert ridges.get_xlabel() == "log10 eigenvalue of the Gauss-Newton matrix or Hessian"
+
+
+def test_the_picture_is_not_drawn_again_for_a_fit_without_a_new_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def plot(history: Any) -> Any:
+        drawn.append(len(history))
+        return plot_history(history)
+
+    monkeypatch.setattr("lightning_plasticity.loggers.plot_history", plot)
+    callback, module = SpectralCollapseCallback(), Classifier()
+    for task_id in (0, 0, 1):
+        module.task_id = task_id
+        trainer(callback, logger=TensorBoardLogger(tmp_path)).fit(module, loader())
+    assert drawn == [1, 2]
