@@ -51,6 +51,7 @@ def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, se
 
 
 def test_shrink_perturb_leaves_norm_layers_buffers_and_frozen_parameters() -> None:
+    """peers 3.16."""
     model = network()
     with torch.no_grad():
         model[1].weight.fill_(3)

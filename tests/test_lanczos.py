@@ -638,3 +638,13 @@ def test_the_default_device_does_not_matter() -> None:
             hessian_spectrum(model, batch, case.loss_fn, num_probes=3, num_steps=5).eigenvalues, expected.eigenvalues
         )
         assert torch.equal(ggn_spectrum(model, batch, case.loss_fn, sketch=2).eigenvalues, sketch.eigenvalues)
+
+
+def test_an_epsilon_rank_counts_eigenvalues_and_not_what_a_smoothed_density_has_above_it() -> None:
+    """Public code integrates a density that is smeared over a grid (peers 3.13): here it would find most of the bulk."""
+    values = torch.tensor([1.0, 0.5, *[0.0099] * 98], dtype=torch.float64)
+    spectrum = Spectrum(values, torch.full((100,), 0.01, dtype=torch.float64), 100, exact=True)
+    grid = torch.linspace(0.01, 2, 4001, dtype=torch.float64)
+    smeared = 100 * torch.trapezoid(spectrum.density(grid, 0.01), grid).item()
+    assert spectrum.epsilon_rank(0.01) == 2
+    assert smeared > 40

@@ -208,6 +208,25 @@ def test_batch_norm_between_goes_back_to_that_of_a_new_network() -> None:
     assert model[1].num_batches_tracked == 9
 
 
+def test_the_consumer_is_who_reads_the_units_and_not_who_is_registered_next() -> None:
+    """peers 3.1."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.second, self.first = nn.Linear(3, 2), nn.Linear(5, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.second(self.first(x).relu()).relu())
+
+    x = torch.randn(6, 4)
+    units = describe_units(Backwards(), lambda model: model(x))
+    assert {layer: list(site.consumers) for layer, site in units.sites.items()} == {
+        "second": ["out"],
+        "first": ["second"],
+    }
+
+
 def test_zeros_win_where_the_units_of_adjacent_layers_cross() -> None:
     """Public code resets layer by layer, and rows overwrite the zeros of the layer before (peers 3.5)."""
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
