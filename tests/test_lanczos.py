@@ -641,7 +641,7 @@ def test_the_default_device_does_not_matter() -> None:
 
 
 def test_an_epsilon_rank_counts_eigenvalues_and_not_what_a_smoothed_density_has_above_it() -> None:
-    """Public code integrates a density that is smeared over a grid (peers 3.13): here it would find most of the bulk."""
+    """Public code integrates a density smeared over a grid (peers 3.13): here it would find most of the bulk."""
     values = torch.tensor([1.0, 0.5, *[0.0099] * 98], dtype=torch.float64)
     spectrum = Spectrum(values, torch.full((100,), 0.01, dtype=torch.float64), 100, exact=True)
     grid = torch.linspace(0.01, 2, 4001, dtype=torch.float64)
