@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lightning_plasticity import HessianProbe, SpectralCollapseCallback, progress
 from lightning_plasticity._compat import training_description
 from lightning_plasticity.progress import shown_progress
-from lightning_plasticity.training_loss import BatchInFlight
 from tests.modules import Classifier, loader, trainer
 
 PROBE = HessianProbe(num_probes=2, num_steps=4)
@@ -25,10 +24,11 @@ class Watching(SpectralCollapseCallback):
         self.read = read
         self.around: list[str] = []
 
-    def _start_task(self, at: BatchInFlight) -> None:
-        self.around.append(self.read(at.trainer))
-        super()._start_task(at)
-        self.around.append(self.read(at.trainer))
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        before = self.read(trainer)
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        if batch_idx == 0:
+            self.around += [before, self.read(trainer)]
 
 
 @pytest.fixture
