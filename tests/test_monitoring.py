@@ -15,11 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity._compat import DummyLogger
 from lightning_plasticity.failures import Failures
 from lightning_plasticity.metrics.monitor import MEASURES
 from lightning_plasticity.monitoring import StepMonitor
-from tests.modules import Classifier, loader, trainer
+from tests.modules import Classifier, MemoryLogger, loader, trainer
 
 
 def hooks(module: nn.Module) -> int:
@@ -32,20 +31,6 @@ class Seen(Classifier):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
-
-
-class Memory(DummyLogger):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
-        self.rows.append((step, metrics))
-
-    def of(self, name: str) -> dict[int, float]:
-        return {step: metrics[name] for step, metrics in self.rows if name in metrics}
 
 
 QUIET = Collapse(below=1e-9)
@@ -110,15 +95,15 @@ def test_batches_in_flight_are_watched_every_n_steps(every: int) -> None:
     class Recorded(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             hidden = self.net[:2](batch[0])
-            if isinstance(self.trainer.logger, Memory):  # not the probe's copies, which have no logger
+            if isinstance(self.trainer.logger, MemoryLogger):  # not the probe's copies, which have no logger
                 seen.append(hidden.detach())
             return F.cross_entropy(self.net[2](hidden), batch[1])
 
-    logger, callback = Memory(), SpectralCollapseCallback(collapse=QUIET, monitor_every_n_steps=every)
+    logger, callback = MemoryLogger(), SpectralCollapseCallback(collapse=QUIET, monitor_every_n_steps=every)
     module = Recorded()
     for fit in range(2):
         trainer(callback, logger=logger).fit(module, loader(seed=fit))
-    norms = logger.of("plasticity_training/feature_norm")
+    norms = logger.values("plasticity_training/feature_norm")
     assert list(norms) == [step for step in range(6) if step % every == 0]
     for step, norm in norms.items():
         assert norm == pytest.approx(seen[step].norm(dim=1).mean().item(), rel=1e-6)
@@ -127,9 +112,9 @@ def test_batches_in_flight_are_watched_every_n_steps(every: int) -> None:
 
 
 def test_of_an_accumulated_gradient_the_first_batch_is_watched() -> None:
-    logger, callback = Memory(), SpectralCollapseCallback(monitor_every_n_steps=1)
+    logger, callback = MemoryLogger(), SpectralCollapseCallback(monitor_every_n_steps=1)
     trainer(callback, logger=logger, accumulate_grad_batches=2).fit(Classifier(), loader(batches=5))
-    assert list(logger.of("plasticity_training/srank")) == [0, 1, 2]
+    assert list(logger.values("plasticity_training/srank")) == [0, 1, 2]
 
 
 def test_tensorboard_has_one_group_for_training(tmp_path: Path) -> None:
@@ -249,12 +234,12 @@ def test_batches_of_several_steps_are_watched_after_as_many() -> None:
                 self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
                 optimizer.step()
 
-    logger = Memory()
+    logger = MemoryLogger()
     callback = SpectralCollapseCallback(
         monitor_every_n_steps=2, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
     )
     trainer(callback, logger=logger).fit(Manual(), loader(batches=6))  # steps 0, 1, 3, 5, 7, 9 begin a batch
-    assert list(logger.of("plasticity_training/srank")) == [0, 3, 5, 7, 9]
+    assert list(logger.values("plasticity_training/srank")) == [0, 3, 5, 7, 9]
 
 
 def test_what_cannot_be_monitored_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,13 +288,13 @@ def test_a_monitor_that_fails_after_it_has_worked_does_not_end_a_run(monkeypatch
 
     monkeypatch.setattr(PlasticityMonitor, "attach", failing_attach)
     monkeypatch.setattr(PlasticityMonitor, "compute", failing_compute)
-    module, logger = Classifier(), Memory()
+    module, logger = Classifier(), MemoryLogger()
     with (
         pytest.warns(PlasticityWarning, match="could not be monitored, training goes on: compiled meanwhile"),
         pytest.warns(PlasticityWarning, match="could not be monitored, training goes on: no convergence"),
     ):
         trainer(SpectralCollapseCallback(monitor_every_n_steps=1), logger=logger).fit(module, loader(batches=5))
-    assert list(logger.of("plasticity_training/srank")) == [0, 3, 4]
+    assert list(logger.values("plasticity_training/srank")) == [0, 3, 4]
     assert hooks(module) == 0
 
 

@@ -39,6 +39,11 @@ class Intervention:
         """Its name in reports, logs and messages."""
         return type(self).__name__
 
+    def _check_count(self, **argument: int) -> None:
+        for name, value in argument.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{self.name}({name}={value!r}) must be a whole number, at least 1")
+
     def start(
         self,
         model: nn.Module,

@@ -72,8 +72,7 @@ class EffectiveRankRegularizer(RunningRemedy):
     def __init__(self, learning_rate: float = 1e-3, every_n_samples: int = 500, max_norm: float = 1000) -> None:
         if not 0 <= learning_rate < float("inf"):
             raise ValueError(f"{self.name}(learning_rate={learning_rate}) must be a finite number, at least 0")
-        if isinstance(every_n_samples, bool) or not isinstance(every_n_samples, int) or every_n_samples < 1:
-            raise ValueError(f"{self.name}(every_n_samples={every_n_samples!r}) must be a whole number, at least 1")
+        self._check_count(every_n_samples=every_n_samples)
         if not max_norm > 0:
             raise ValueError(f"{self.name}(max_norm={max_norm}) must be positive; float('inf') never clips")
         self.learning_rate = learning_rate

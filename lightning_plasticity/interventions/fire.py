@@ -61,8 +61,7 @@ class FIRE(Repair):
 
     def __init__(self, iterations: int = 10, when: When = "collapse") -> None:
         super().__init__(when)
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"FIRE(iterations={iterations!r}) must be a whole number, at least 1")
+        self._check_count(iterations=iterations)
         self.iterations = iterations
 
     @override

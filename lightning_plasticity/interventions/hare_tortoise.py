@@ -51,8 +51,7 @@ class HareTortoise(RunningRemedy):
     def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"HareTortoise(decay={decay}) must be in [0, 1): the share of the average that stays")
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"HareTortoise(every_n_steps={every_n_steps!r}) must be a whole number, at least 1")
+        self._check_count(every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
         self.steps = 0
         self.tortoise: dict[str, Tensor] = {}

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_plasticity.interventions.initialization import NORM_LAYERS
+from lightning_plasticity.interventions.linear_layers import EMBEDDINGS, RECURRENT, TRANSPOSED
 from lightning_plasticity.isolation import evaluation_mode
-
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED: type[nn.Module] = nn.modules.conv._ConvTransposeNd
 
 
 @dataclass(frozen=True)
@@ -93,9 +90,9 @@ def _kinds(module: nn.Module) -> list[str]:
         held += [str(name) for name in module.get_submodule("parametrizations")._modules]
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in held if name.startswith("in_proj") or name.endswith("_proj_weight")]
-    if isinstance(module, _RECURRENT):
+    if isinstance(module, RECURRENT):
         return [name for name in held if name.startswith(("weight_", "bias_"))]
-    if isinstance(module, _LOOKED_UP) or "weight" not in held:
+    if isinstance(module, EMBEDDINGS) or "weight" not in held:
         return []
     if not isinstance(module, NORM_LAYERS) and _ndim(module, "weight") < 2:
         return []
@@ -121,7 +118,7 @@ def _add(layer: Layer, module: nn.Module, path: str, name: str, tensor: Tensor) 
         layer.shifts.extend(blocks)
     else:
         for number, block in enumerate(blocks):
-            matrix = _by_output(module, block) if isinstance(module, _TRANSPOSED) else block
+            matrix = _by_output(module, block) if isinstance(module, TRANSPOSED) else block
             layer.matrices[path if len(blocks) == 1 else f"{path}[{number}]"] = matrix.flatten(1)
 
 
@@ -129,7 +126,7 @@ def _count(module: nn.Module, name: str, tensor: Tensor) -> int:
     """How many matrices are stacked in the tensor."""
     if isinstance(module, nn.MultiheadAttention) and name.startswith("in_proj"):
         return 3
-    if isinstance(module, _RECURRENT) and name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+    if isinstance(module, RECURRENT) and name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
         return len(tensor) // int(module.hidden_size)
     return 1
 

@@ -65,8 +65,7 @@ class SoftShrinkPerturb(RunningRemedy):
             )
         if not 0 <= noise < math.inf:
             raise ValueError(f"SoftShrinkPerturb(noise={noise}) must be a finite number, at least 0")
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"SoftShrinkPerturb(every_n_steps={every_n_steps!r}) must be a whole number, at least 1")
+        self._check_count(every_n_steps=every_n_steps)
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
         self.generator = torch.Generator().manual_seed(seed)

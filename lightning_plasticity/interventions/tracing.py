@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
 from lightning_plasticity.interventions.initialization import NORM_LAYERS
+from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, RECURRENT, TRANSPOSED
 from lightning_plasticity.interventions.units import Forward, Site, Units, channel_dim, entries
 from lightning_plasticity.isolation import probing
 
-_CONV: type[nn.Module] = nn.modules.conv._ConvNd
-_TRANSPOSED: type[nn.Module] = nn.modules.conv._ConvTransposeNd
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _LAYERS = (OPTYPE.LINEAR, OPTYPE.CONV)
 _ONE_ENTRY_A_UNIT = (OPTYPE.BN, OPTYPE.IN, OPTYPE.DEPTHWISE_CONV, OPTYPE.PRELU)
 _PASSES_UNITS_ON = (
@@ -49,7 +47,7 @@ def trace_units(model: nn.Module, forward: Forward) -> Units:
         attention = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
         for name, module in model.named_modules():
             matrices = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-            if isinstance(module, NORM_LAYERS) or not (matrices or isinstance(module, nn.Linear | _CONV)):
+            if isinstance(module, NORM_LAYERS) or not (matrices or isinstance(module, nn.Linear | CONVOLUTIONS)):
                 continue  # belongs to the units before it, or has none
             try:
                 if id(module) in attention:
@@ -156,16 +154,16 @@ class _Trace:
 
     def _candidate(self, name: str, module: nn.Module) -> Site:
         """What torch-pruning's graph says."""
-        if isinstance(module, _RECURRENT):
+        if isinstance(module, RECURRENT):
             raise _LeftOut("recurrent: its units feed themselves")
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise _LeftOut("embedding: its rows are tokens, not units")
-        if not isinstance(module, nn.Linear | _CONV):
+        if not isinstance(module, nn.Linear | CONVOLUTIONS):
             raise _LeftOut(f"{type(module).__name__}: only linear and convolution layers have units")
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             raise _LeftOut("its weight is computed from other parameters")
         self._check_parameter(f"{name}.weight" if name else "weight")
-        if isinstance(module, _TRANSPOSED) and module.groups != 1:
+        if isinstance(module, TRANSPOSED) and module.groups != 1:
             raise _LeftOut("transposed convolution in groups")
         if tp.ops.module2type(module) == OPTYPE.DEPTHWISE_CONV:
             raise _LeftOut("depthwise convolution: belongs to the units before it")
@@ -234,7 +232,7 @@ class _Trace:
             stack += node.outputs
             for source in [node, *node.inputs]:
                 owner = self._owner(source.module) if source.type == OPTYPE.PARAMETER else source.module
-                if isinstance(owner, _RECURRENT):
+                if isinstance(owner, RECURRENT):
                     return owner
         return None
 
@@ -248,7 +246,7 @@ class _Trace:
         owners = {}
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and tensor.ndim > 0:
-                dim = 1 if isinstance(module, _TRANSPOSED) and key == "weight" else 0
+                dim = 1 if isinstance(module, TRANSPOSED) and key == "weight" else 0
                 owners[f"{name}.{key}" if name else key] = owner.view(
                     [-1 if d == dim else 1 for d in range(tensor.ndim)]
                 )
@@ -329,7 +327,7 @@ class _Trace:
 def _columns(consumer: nn.Module, owner: Tensor) -> Tensor:
     """Owners of a consumer's weight, from those of its input channels."""
     weight: Any = consumer.weight
-    if isinstance(consumer, _TRANSPOSED):
+    if isinstance(consumer, TRANSPOSED):
         return owner.view(-1, *[1] * (weight.ndim - 1))
     groups: Any = getattr(consumer, "groups", 1)
     rows = owner.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0) if groups > 1 else owner[None]
