@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -41,7 +41,13 @@ def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
 
     That package has the same code as ``lightning.pytorch``, and none of its classes is one of ``lightning.pytorch``.
     """
-    return isinstance(value, kinds) or not _names(type(value)).isdisjoint(_name(kind) for kind in kinds)
+    kind: Any = type(value)
+    return isinstance(value, kinds) or _is_twin(kind, kinds)
+
+
+@lru_cache(maxsize=256)  # asked for every batch
+def _is_twin(kind: type, kinds: tuple[type, ...]) -> bool:
+    return not _names(kind).isdisjoint(_name(other) for other in kinds)
 
 
 def weight_averages(trainer: Trainer) -> list[str]:

@@ -176,17 +176,15 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
-        at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
         is_new_task = self._tasks.new_task(trainer, pl_module, batch)
         if is_new_task or not self._remedies_started:
-            at = at.joined(self.probe.samples)
+            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
             report = self._report(at) if is_new_task else None
             self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
             self._remedies_started = True
             if report is not None:
                 self._start_task(at, report)
         self._step_monitor.begin(pl_module, self._steps)
-        self._keep_errors()
 
     @override
     def on_train_batch_end(
@@ -195,10 +193,11 @@ class SpectralCollapseCallback(Callback):
         log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._failures)
         self._tasks.on_batch_end(outputs)
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
-        at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
-        repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
-        self.history[-1].repairs += repairs
-        log_step(trainer.loggers, numbers, self._steps, self._failures)
+        if self.interventions:
+            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
+            repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
+            self.history[-1].repairs += repairs
+            log_step(trainer.loggers, numbers, self._steps, self._failures)
         self._keep_errors()
 
     @override

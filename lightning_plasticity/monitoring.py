@@ -112,7 +112,8 @@ class StepMonitor:
 
     def abandon(self) -> None:
         """Leaves nothing in the module."""
-        self._monitor.detach()
+        if self._monitor.attached:
+            self._monitor.detach()
 
     def _failed(self, error: Exception | str) -> None:
         self._failures.add("monitor", "some activations could not be monitored", error)

@@ -17,6 +17,9 @@ from lightning_plasticity.reports import TaskReport
 LOG_EIGENVALUE_EDGES = torch.linspace(-8.0, 4.0, 61, dtype=torch.float64)
 """Bins of log10 of an eigenvalue; what lies outside is counted in the first or last bin."""
 
+_RIDGES = 50
+"""More could not be told apart, and would make the picture of a long history slow to draw."""
+
 
 def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """log10 of the sizes of eigenvalues, between the ends of the bins, and how many eigenvalues each stands for.
@@ -44,6 +47,7 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
     """The spectrum at the start of every task as a ridge plot, and a curve of what matters most beside it.
 
     Heights are numbers of eigenvalues; of an estimate, their logarithms, since nearly all eigenvalues are in the bulk.
+    Of a long history every so many tasks have a ridge, the last one among them.
 
     Args:
         history: The reports of a run, one a task.
@@ -55,7 +59,8 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)  # an automatic layout draws twice
     ridges, curve = figure.subplots(1, 2)
     probed = [report for report in history if report.spectrum is not None]
-    _draw_ridges(ridges, probed)
+    every = -(-len(probed) // _RIDGES) or 1
+    _draw_ridges(ridges, probed[::-every][::-1])
     _draw_curve(curve, probed)
     return figure
 
@@ -79,7 +84,8 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
             label = None
     axes.axvline(np.log10(EPSILON), color="black", linestyle=":", linewidth=0.8, label=f"ε = {EPSILON:g}")
     matrices = " or ".join(dict.fromkeys(MATRIX_TITLES[report.matrix] for report in probed))
-    axes.set(xlabel=f"log10 eigenvalue of the {matrices}", ylabel="task", title="spectrum at task start")
+    axes.set(xlabel=f"log10 eigenvalue of the {matrices}", ylabel="task")
+    axes.set_title("spectrum at task start", y=1.0)  # a place of its own: looking for a free one takes time
     axes.legend(loc="upper right")
 
 
@@ -105,5 +111,6 @@ def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
         axes.plot(tasks, relative, "--", color="gray", label="relative to its initial weights")
     alarms = [report.task for report in probed if report.collapsed]
     axes.plot(alarms, [values[task] for task in alarms], "rv", label="collapse")
-    axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, title="can it still learn?", ylim=(0, None))
+    axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, ylim=(0, None))
+    axes.set_title("can it still learn?", y=1.0)
     axes.legend(loc="lower left")

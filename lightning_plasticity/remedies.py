@@ -137,6 +137,8 @@ class Remedies:
         Returns:
             The value of each term.
         """
+        if not self._regularizers:
+            return {}
         passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
         self._backward_passes_seen[id(optimizer)] = self._backward_passes
         regularizers = [regularizer for regularizer in self._regularizers if regularizer in self._ready]

@@ -128,8 +128,10 @@ class TaskDetector:
 
     def on_batch_end(self, outputs: Any) -> None:
         """A batch was trained on; ``outputs`` as in ``on_train_batch_end``."""
+        if self._drift_detector is None:
+            return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._drift_detector is None or not isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor):
             return
         losses: list[float] = of_all_processes(loss.item())
         if not math.isfinite(mean := sum(losses) / len(losses)):
@@ -177,7 +179,7 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
 def _checked(value: Any, source: str) -> TaskId:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str) or type(value) is int:
         return value
     if isinstance(value, Integral):
         return int(value)

@@ -1,5 +1,6 @@
 """What people find in their loggers afterwards."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,15 @@ def test_picture_of_a_history_with_a_failed_probe() -> None:
     assert ridges.get_ylabel() == curve.get_xlabel() == "task"
     assert list(curve.lines[0].get_xdata()) == [0, 2]
     assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
+
+
+def test_picture_of_a_long_history_has_ridges_of_some_tasks_and_of_the_last() -> None:
+    report = three_tasks().history[0]
+    history = [dataclasses.replace(report, task=task) for task in range(120)]
+    ridges, curve = plot_history(history).axes
+    feet = [line.get_ydata().min() for line in ridges.lines if len(line.get_ydata()) > 2]
+    assert sorted(feet) == list(range(2, 120, 3))
+    assert list(curve.lines[0].get_xdata()) == list(range(120))
 
 
 @pytest.mark.parametrize("ggn", [GGNProbe(), None], ids=["beside", "alone"])

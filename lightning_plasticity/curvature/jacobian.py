@@ -216,8 +216,9 @@ def _closed_form_gram(
     wrong = []
     for number, (name, parameter) in enumerate(parameters.items()):
         part = parts[name]
-        wanted = torch.stack([or_zeros(gradients[number], parameter) for gradients in expected])
-        gap = (part.pulled_back.reshape(wanted.shape) - wanted).double().flatten(1).norm(dim=1)
+        wanted = [or_zeros(gradients[number], parameter) for gradients in expected]
+        gaps = [own.reshape(other.shape) - other for own, other in zip(part.pulled_back, wanted, strict=True)]
+        gap = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64) for each in gaps])
         if not bool((gap <= tolerance * _sizes(part.diagonal, roots) + floor).all()):
             wrong.append(name)
     return total, wrong
