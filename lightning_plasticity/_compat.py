@@ -12,7 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from torch import nn
 
 __all__ = [
@@ -95,8 +101,8 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
 
 def is_supported(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
-    sharded = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy)
-    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not sharded
+    derived = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not derived
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:
