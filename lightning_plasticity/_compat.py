@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "is_logging_step",
     "is_restoring_for_finder",
     "is_supported",
+    "schedulers",
+    "takes_batch_index",
     "training_description",
     "weight_averages",
 ]
@@ -85,6 +88,16 @@ def is_logging_step(trainer: Trainer) -> bool:
 def is_restoring_for_finder(trainer: Trainer) -> bool:
     """Whether the checkpoint being loaded is the one by which a learning rate or batch size finder undoes its run."""
     return Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_"))
+
+
+def takes_batch_index(training_step: Callable[..., Any]) -> bool:
+    """Whether the Trainer calls it with the index of the batch too."""
+    return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+
+
+def schedulers(trainer: Trainer) -> list[Any]:
+    """The learning rate schedulers of the running fit."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
