@@ -3,11 +3,14 @@
 PYTHON ?= python3
 # Python 3.10 where there is one that runs (a version manager's shim may be there and not run).
 PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo '$(PYTHON)')
+# Likewise Python 3.13.
+PYTHON_NEWEST ?= $(shell python3.13 -c '' 2>/dev/null && echo python3.13 || echo '$(PYTHON)')
 # Test processes, each with one thread.
 WORKERS ?= 2
 
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_NEWEST := .venv-newest
 VENV_BENCH := .venv-bench
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
@@ -17,20 +20,21 @@ PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo lint test test-all test-oldest bench clean
+.PHONY: help .venv demo lint test test-all test-oldest test-newest bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(VENV)/.installed ## create the environment (the other targets do so when needed)
 
-# $(call install,INTERPRETER,ENVIRONMENT,CONSTRAINTS,EXTRAS,VARIABLE). The stamp is written last: a failed install is tried again.
+# $(call install,INTERPRETER,ENVIRONMENT,CONSTRAINTS,EXTRAS,VARIABLE); no constraints: the newest releases.
+# The stamp is written last: a failed install is tried again.
 define install
 	@'$(1)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "$(1) does not run or is older than Python 3.10: name another with make $(5)=..." >&2; exit 1; }
-	@echo "Installing into $(2) with $$('$(1)' --version) and $(3); the first time takes minutes ..."
+	@echo "Installing into $(2) with $$('$(1)' --version) and $(or $(3),the newest releases); the first time takes minutes ..."
 	@'$(1)' -m venv $(2)
-	@$(2)/bin/python -m pip install $(PIP_FLAGS) -c $(3) -e ".[$(4)]"
+	@$(2)/bin/python -m pip install $(PIP_FLAGS) $(if $(3),-c $(3)) -e ".[$(4)]"
 	@touch $(2)/.installed
 endef
 
@@ -39,6 +43,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(PYTHON_OLDEST),$(VENV_OLDEST),constraints-oldest.txt,test$(comma)examples,PYTHON_OLDEST)
+
+$(VENV_NEWEST)/.installed: pyproject.toml
+	$(call install,$(PYTHON_NEWEST),$(VENV_NEWEST),,test$(comma)examples,PYTHON_NEWEST)
 
 demo: $(VENV)/.installed ## run the demonstration on handwritten digits
 	$(BIN)/python examples/random_label_digits.py
@@ -58,6 +65,10 @@ test-all: lint ## lint, then every test
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with the oldest supported dependencies (downloads gigabytes)
 	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W default
 
+# Newest when it was installed: remove .venv-newest to ask for newer ones.
+test-newest: $(VENV_NEWEST)/.installed ## the tests with the newest dependencies there are (downloads gigabytes)
+	$(PYTEST_ENV) $(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
 # An environment of its own: curvlinops brings torchvision, which breaks `import lightning` beside a CPU-only torch.
 $(VENV_BENCH)/.installed: constraints.txt
 	@echo "Installing into $(VENV_BENCH) ..."
@@ -70,5 +81,5 @@ bench: $(VENV_BENCH)/.installed ## curvature side by side with PyHessian and cur
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.curvature
 
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BENCH) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

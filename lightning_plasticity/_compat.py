@@ -12,7 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 __all__ = [
@@ -24,6 +31,8 @@ __all__ = [
     "is_logging_step",
     "is_restoring_for_finder",
     "is_supported",
+    "schedulers",
+    "takes_batch_index",
     "training_description",
     "weight_averages",
 ]
@@ -87,6 +96,16 @@ def is_restoring_for_finder(trainer: Trainer) -> bool:
     return Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
+def takes_batch_index(training_step: Callable[..., Any]) -> bool:
+    """Whether the Trainer calls it with the index of the batch too."""
+    return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
+
+
+def schedulers(trainer: Trainer) -> list[Any]:
+    """The learning rate schedulers of the running fit."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
 def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     """By what gradients are still multiplied in ``on_before_optimizer_step``.
 
@@ -101,8 +120,8 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
 
 def is_supported(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
-    sharded = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy)
-    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not sharded
+    derived = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not derived
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
+from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
 from lightning_plasticity.batches import first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.processes import gathered, is_distributed
@@ -34,7 +33,7 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
     Raises:
         MisconfigurationException: If it returns none.
     """
-    arguments = [batch, 0] if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else [batch]
+    arguments = [batch, 0] if takes_batch_index(module.training_step) else [batch]
     output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor):
@@ -99,7 +98,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
         if is_lightning(part, LightningModule):
             for name in compiled_methods(part):
                 del part.__dict__[name]
-            part._trainer = quiet
+            part.trainer = quiet
             part.log = part.log_dict = _nothing  # type: ignore[method-assign]
     return result
 
@@ -171,12 +170,12 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
     """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    stepped = schedulers(trainer)
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in stepped]
     try:
         yield
     finally:
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
-        for scheduler, state in zip(schedulers, states, strict=True):
+        for scheduler, state in zip(stepped, states, strict=True):
             scheduler.load_state_dict(state)

@@ -27,6 +27,9 @@ def in_two_processes(function: Callable[[int], Any]) -> list[Any]:
 def _work(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    # Before torch 2.8 a process group waits for its threads with the interpreter lock in hand, which they may need to
+    # end (pytorch #154976). Its backend does so without the lock: whose last reference is this one.
+    _backend = dist.group.WORLD._get_backend(torch.device("cpu"))
     try:
         torch.save(function(rank), Path(folder) / str(rank))
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import (
@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceXLAStrategy,
     Strategy,
+    XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -329,10 +330,14 @@ def test_manual_optimization_needs_a_loss_fn() -> None:
     assert len(callback.history) == 1
 
 
-@pytest.mark.parametrize("kind", [ModelParallelStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy])
-def test_strategies_that_shard_weights_or_gradients_are_refused(kind: type[Strategy]) -> None:
+@pytest.mark.parametrize(
+    "kind", [ModelParallelStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy, XLAStrategy]
+)
+def test_strategies_that_shard_weights_or_gradients_are_refused(
+    kind: type[Strategy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fitted = trainer()
-    fitted._accelerator_connector.strategy = kind.__new__(kind)  # not built: that takes its hardware or library
+    monkeypatch.setattr(Trainer, "strategy", kind.__new__(kind))  # not built: that takes its hardware or library
     with pytest.raises(MisconfigurationException, match=rf"not with {kind.__name__}: use Trainer\(devices=1\) or"):
         SpectralCollapseCallback().setup(fitted, Classifier(), "fit")
 

@@ -24,7 +24,7 @@ from lightning_plasticity import PlasticityMonitor
 from lightning_plasticity import functional as P
 from lightning_plasticity.functional.ranks import leading_count, singular_values_of_moments
 from lightning_plasticity.metrics import EffectiveRank
-from tests.modules import loader, trainer
+from tests.modules import Classifier, loader, trainer
 from tests.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
 
 
@@ -1327,6 +1327,23 @@ def compiled_in_place() -> nn.Module:
     return model
 
 
+def compiled_method() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    return model
+
+
+class WithForward(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def unwrapped_by_trainer() -> nn.Module:
+    module = WithForward()
+    trainer(max_epochs=0).fit(torch.compile(module, backend="eager"), loader())
+    return module
+
+
 def compiled_part() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), torch.compile(Block(4), backend="eager"), nn.Linear(4, 2))
 
@@ -1336,6 +1353,8 @@ def compiled_part() -> nn.Module:
     [
         (compiled_network, "the network itself", ["1"]),
         (compiled_in_place, "the network itself", ["1"]),
+        (compiled_method, "the network itself", ["1"]),
+        (unwrapped_by_trainer, "the network itself", ["net.1"]),
         (compiled_part, "'1'", ["1.relu", "1.relu-2"]),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,6 +19,9 @@ from lightning_plasticity.interventions import ShrinkPerturb
 from tests.modules import loader
 
 standalone = pytest.importorskip("pytorch_lightning")
+with_its_trainer = pytest.mark.skipif(
+    Version(standalone.__version__) < Version("2.6"), reason="before 2.6 its Trainer refuses callbacks but its own"
+)
 
 
 class Standalone(standalone.LightningModule):  # type: ignore[misc, name-defined]
@@ -69,6 +73,7 @@ def run(folder: Path, *callbacks: Any, **options: Any) -> tuple[dict[str, Any], 
     return result, events
 
 
+@with_its_trainer
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
     without, _ = run(tmp_path / "without")
@@ -84,6 +89,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
     assert "plasticity_training/dormant_fraction" in events.Tags()["scalars"]
 
 
+@with_its_trainer
 def test_its_progress_bar_says_that_a_probe_is_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +99,7 @@ def test_its_progress_bar_says_that_a_probe_is_running(
     assert "probing curvature 6/6" in capsys.readouterr().out
 
 
+@with_its_trainer
 def test_its_averages_are_warned_of(tmp_path: Path) -> None:
     swa = standalone.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ShrinkPerturb()])

@@ -120,8 +120,9 @@ def test_averages_that_would_keep_what_is_replaced_are_warned_of(
     intervention: Intervention, averages: Callable[[], list[Callback]], average: str
 ) -> None:
     expected = f"^{average} averages weights over training steps, and {intervention.name} changes weights between"
+    fitted = trainer(by_callback(PLAIN, L2Init(), intervention), *averages())
     with pytest.warns(PlasticityWarning, match=expected):
-        trainer(by_callback(PLAIN, L2Init(), intervention), *averages()).fit(Classifier(), loader())
+        fitted.fit(Classifier(), loader())
 
 
 @pytest.mark.parametrize("averages", [weight_averages, swa])
@@ -137,8 +138,9 @@ def test_averages_keep_what_is_replaced_as_the_warning_says() -> None:
     module = Classifier(lr=0)
     before = module.net[2].weight.detach().clone()
     callback = by_callback(PLAIN, Reset(["net.2"], when=3))
+    fitted = trainer(callback, *weight_averages())
     with pytest.warns(PlasticityWarning):
-        trainer(callback, *weight_averages()).fit(module, loader(batches=4))
+        fitted.fit(module, loader(batches=4))
     assert [repair.step for repair in callback.history[0].repairs] == [3]
     torch.manual_seed(0)
     alone = Classifier(lr=0)

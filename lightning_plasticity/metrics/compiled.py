@@ -26,9 +26,10 @@ def compiled_modules(network: nn.Module) -> list[str]:
         name = repr(without_wrappers(path)) if without_wrappers(path) else "the network itself"
         if isinstance(module, torch.jit.ScriptModule):
             raise RuntimeError(f"PlasticityMonitor cannot look into TorchScript ({name}): attach it before scripting")
-        by_trainer = module.__dict__.get("_compiler_ctx") is not None  # it unwraps what it is given
+        # Of a compiled LightningModule the Trainer keeps but the methods: torch marks them.
+        method = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if in_place or by_trainer or isinstance(module, _optimized_module()):
+        if in_place or method or isinstance(module, _optimized_module()):
             compiled[name] = None
     return list(compiled)
 
