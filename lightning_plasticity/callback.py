@@ -18,12 +18,13 @@ from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.failures import Failures, described
+from lightning_plasticity.failures import Failures, described, shared
 from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe
+from lightning_plasticity.processes import all_or_none, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
@@ -177,6 +178,8 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         is_new_task = self._tasks.new_task(trainer, pl_module, batch)
+        if is_new_task:
+            self._share_errors()
         if is_new_task or not self._remedies_started:
             at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
             report = self._report(at) if is_new_task else None
@@ -229,7 +232,7 @@ class SpectralCollapseCallback(Callback):
         self._remedies.end_fit()
         if len(self.history) > self._tasks_before_fit:
             log_summary(trainer.loggers, self.history, self._failures)
-        self._keep_errors()
+        self._share_errors()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -276,14 +279,16 @@ class SpectralCollapseCallback(Callback):
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
         first = all(earlier.spectrum is None for earlier in self.history)
         try:
-            self._remember_initial(at.module)
-            with untouched_schedules(at.trainer):
-                message = self._probe_task(report, at)
-            if first:
-                self._remedies.rehearse(at)
+            with all_or_none():
+                self._remember_initial(at.module)
+                with untouched_schedules(at.trainer):
+                    message = self._probe_task(report, at)
+                if first:
+                    self._remedies.rehearse(at)
         except Exception as error:
             if first:
-                raise
+                raise_own(error)
+            report = TaskReport(report.task, report.task_id, report.step)
             report.errors["probe"] = described(error)
             message = (
                 f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
@@ -302,6 +307,12 @@ class SpectralCollapseCallback(Callback):
     def _keep_errors(self) -> None:
         if self.history:
             self._failures.move_to(self.history[-1].errors)
+
+    def _share_errors(self) -> None:
+        """What has failed in one process alone, such as a logger, is known to all of them at the end of a task."""
+        self._keep_errors()
+        if self.history:
+            self.history[-1].errors = shared(self.history[-1].errors)
 
     def _remember_initial(self, pl_module: LightningModule) -> None:
         """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_plasticity.collapse import PlasticityWarning
+from lightning_plasticity.processes import described as described
+from lightning_plasticity.processes import of_all_processes
 
 
 class Failures:
@@ -31,10 +33,16 @@ class Failures:
         self._first.clear()
 
 
-def described(error: Exception | str) -> str:
-    """An error in words: also one without a message, such as a MemoryError, and with the cause that another hides."""
-    if isinstance(error, str):
-        return error
-    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    cause = error.__cause__
-    return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({described(cause)})"
+def shared(errors: dict[str, str]) -> dict[str, str]:
+    """The errors of all processes that train together, the same in each of them. To be asked for at the same point.
+
+    Warns:
+        PlasticityWarning: Of those that the first process, the one that is heard, has not had itself.
+    """
+    first, *others = of_all_processes(errors)
+    everywhere: dict[str, str] = dict(first)
+    for rank, theirs in enumerate(others, start=1):
+        for who in theirs.keys() - everywhere.keys():
+            everywhere[who] = f"in process {rank}: {theirs[who]}"
+            rank_zero_warn(f"{who} failed {everywhere[who]}", category=PlasticityWarning)
+    return everywhere

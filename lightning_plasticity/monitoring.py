@@ -6,12 +6,14 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_plasticity.failures import Failures
 from lightning_plasticity.isolation import probing
 from lightning_plasticity.metrics import PlasticityMonitor
+from lightning_plasticity.processes import all_or_none, sum_over_processes
 from lightning_plasticity.training_loss import LossFunction
 
 
@@ -31,21 +33,19 @@ def monitored_copy(
     """
     monitor = copy.deepcopy(monitor)
     monitor.reset()
-    monitor.sync_on_compute = False  # all processes have the same samples
+    monitor._to_sync = False  # all processes have the same samples; sync_on_compute is heard at the construction only
     monitor.compiled = "eager"  # as everything is in a probe
     monitor.to(module.device)
     with probing(module), monitor.attach(module):
         loss_fn(module, batch)
-    return values_of(monitor)
+    return values_of(monitor) if monitor.layers else {}
 
 
 def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
-    """The monitor's numbers as plain floats; none if it has seen no hidden layer.
+    """The monitor's numbers as plain floats.
 
     That ranks of wide layers are estimates is not warned of every time: its documentation says so.
     """
-    if not monitor.layers:
-        return {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the ranks of .* are estimates", UserWarning)
         return {name: value.item() for name, value in monitor.compute().items()}
@@ -85,11 +85,13 @@ class StepMonitor:
         if self.last is not None and step // self._every_n_steps == self.last // self._every_n_steps:
             return
         self.last = step
-        self._monitor.reset()
-        self._monitor.to(module.device)
         try:
-            self._monitor.attach(module)
+            with all_or_none():
+                self._monitor.reset()
+                self._monitor.to(module.device)
+                self._monitor.attach(module)
         except Exception as error:
+            self.abandon()
             if not self._has_succeeded:
                 raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
             self._failed(error)
@@ -98,12 +100,14 @@ class StepMonitor:
         """What was seen, if anything was watched."""
         if not self._monitor.attached:
             return {}
-        self._monitor.detach()
-        if self._monitor.errors:
-            self._failed(self._monitor.errors[0])
-            self._monitor.errors.clear()
         try:
-            values = values_of(self._monitor)
+            with all_or_none():
+                self._monitor.detach()
+                if self._monitor.errors:
+                    self._failed(self._monitor.errors[0])
+                    self._monitor.errors.clear()
+                seen = sum_over_processes(torch.tensor(float(len(self._monitor.layers))))
+                values = values_of(self._monitor) if seen else {}
         except Exception as error:
             self._failed(error)
             return {}

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lightning_plasticity.batches import concatenated
+
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+class FailedTogetherError(RuntimeError):
+    """What processes were doing together has failed in one of them; the cause is the error of this one, if it has any.
+
+    Processes that have this error have it at the same point, with the same words.
+    """
+
+
+class LostProcessesError(BaseException):
+    """Whether the others have failed is not known, so that weights may differ from here on: nothing to be survived."""
 
 
 def is_distributed() -> bool:
@@ -20,15 +36,86 @@ def of_all_processes(value: Any) -> list[Any]:
     """What each of the processes that train together has, in the order of their ranks."""
     if not is_distributed():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    values[torch.distributed.get_rank()] = value
-    return values
+    agree()
+    return _exchanged(value)
 
 
 def gathered(batch: Any) -> Any:
     """One batch of the samples of all processes."""
     return concatenated(of_all_processes(batch), like=batch)
+
+
+def first_of_all_processes(value: Any) -> Any:
+    """What the first of the processes that train together has."""
+    if not is_distributed():
+        return value
+    agree()
+    values = [value]
+    with _reaching_all():
+        torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What is done inside is done by all processes that train together, or fails in all of them.
+
+    An error in one is a :class:`FailedTogetherError` in each. The others have it where they next :func:`agree`: at a
+    sum over processes, which the one that has failed will not come to; before changes of the model become final; or at
+    the end. In a single process, errors are what they are.
+    """
+    if _together.get() or not is_distributed():
+        yield
+        return
+    token = _together.set(True)
+    try:
+        yield
+        agree()
+    except FailedTogetherError:
+        raise
+    except Exception as error:
+        agree(error)
+        raise
+    finally:
+        _together.reset(token)
+
+
+def agree(error: Exception | None = None) -> None:
+    """Inside of :func:`all_or_none`: all processes have come to the next point of agreement, or one to its end.
+
+    Args:
+        error: What has ended it in this process.
+
+    Raises:
+        FailedTogetherError: If it has ended in one of them; with the words of the first that it has.
+        LostProcessesError: If this cannot be known.
+    """
+    if not _together.get():
+        return
+    with _reaching_all():
+        device = reachable(torch.device("cpu"), torch.distributed.get_backend())
+        failed = torch.tensor(error is not None, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(failed)
+        if not failed.item():
+            return
+    errors = _exchanged(None if error is None else described(error))
+    rank, words = next((rank, words) for rank, words in enumerate(errors) if words is not None)
+    raise FailedTogetherError(f"in process {rank}: {words}" if rank else words) from error
+
+
+def raise_own(error: Exception) -> NoReturn:
+    """Raises the error of this process, where it has one of its own."""
+    own = error.__cause__ if isinstance(error, FailedTogetherError) else None
+    raise own or error
+
+
+def described(error: Exception | str) -> str:
+    """An error in words: also one without a message, such as a MemoryError, and with the cause that another hides."""
+    if isinstance(error, str | FailedTogetherError):
+        return str(error)
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    cause = error.__cause__
+    return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({described(cause)})"
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -39,13 +126,34 @@ def sum_over_processes(value: Tensor) -> Tensor:
     if not is_distributed():
         return value
     total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
-    torch.distributed.all_reduce(total)
+    agree()
+    with _reaching_all():
+        torch.distributed.all_reduce(total)
     return total.to(value.device)
 
 
 def reachable(device: torch.device, backend: str) -> torch.device:
     """Where a tensor of this device must be to be sent: NCCL knows nothing but what is on the GPU of the process."""
     return torch.device("cuda") if backend == "nccl" and device.type != "cuda" else device
+
+
+def _exchanged(value: Any) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    with _reaching_all():
+        torch.distributed.all_gather_object(values, value)
+    values[torch.distributed.get_rank()] = value
+    return values
+
+
+@contextlib.contextmanager
+def _reaching_all() -> Iterator[None]:
+    """Inside of :func:`all_or_none`, an error in what processes exchange is none that they could agree on."""
+    try:
+        yield
+    except Exception as error:
+        if not _together.get():
+            raise
+        raise LostProcessesError(f"processes that train together cannot reach each other: {error}") from error
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_plasticity._compat import gradient_scale, weight_averages
@@ -19,6 +20,7 @@ from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.failures import Failures
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
 from lightning_plasticity.isolation import isolated_rng
+from lightning_plasticity.processes import all_or_none, first_of_all_processes, is_distributed, raise_own
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
 _SAMPLES = 256
@@ -29,7 +31,7 @@ class Remedies:
     """Conducts interventions in the training loop.
 
     One that cannot work on the module is an error before any weight has changed. From then on one that fails changes
-    nothing, is warned of, and training goes on.
+    nothing, is warned of, and training goes on. Processes that train together do each thing all together or not at all.
 
     Args:
         interventions: What to do, in this order.
@@ -102,15 +104,16 @@ class Remedies:
             if isinstance(intervention, Repair):
                 continue
             try:
-                with untouched_schedules(at.trainer):
+                with all_or_none(), untouched_schedules(at.trainer):
                     intervention.start(at.module, forward=at.loss, make_copy=at.copy)
                 self._ready.append(intervention)
             except Exception as error:
                 if not self._have_worked:
-                    raise
+                    raise_own(error)
                 self._failures.add(
                     intervention.name, f"{intervention.name} could not get ready for this task and rests", error
                 )
+                _even_out([intervention])
         self._have_worked = self._have_worked or self._rehearse_regularizers(at)
 
     def at_task(self, at: BatchInFlight, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
@@ -147,12 +150,14 @@ class Remedies:
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         try:
-            terms, gradients = _terms_and_gradients(regularizers, module, parameters)
+            with all_or_none():
+                terms, gradients = _terms_and_gradients(regularizers, module, parameters)
         except Exception as error:
             if not self._have_worked:
-                raise
+                raise_own(error)
             who = " and ".join(regularizer.name for regularizer in regularizers)
             self._failures.add(who, "the regularizers failed and were left out of this step", error)
+            _even_out(regularizers)
             return {}
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
@@ -183,7 +188,7 @@ class Remedies:
             self._steps_taken = 0
             for remedy in (remedy for remedy in self._running if remedy in self._ready):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
-                report = self._survived(remedy, at, act)
+                report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
                 if report is not None and report.units:
                     numbers[f"{remedy.name}/units"] = float(sum(len(units) for units in report.units.values()))
         due = [
@@ -219,7 +224,7 @@ class Remedies:
             return False
         if regularizers:
             module = at.copy()
-            with isolated_rng():
+            with all_or_none(), isolated_rng():
                 _terms_and_gradients(regularizers, module, [p for p in module.parameters() if p.requires_grad])
         return True
 
@@ -240,14 +245,33 @@ class Remedies:
             self._steps_taken += 1
 
     def _survived(
-        self, intervention: Intervention, at: BatchInFlight, act: Callable[..., RepairReport | None]
+        self,
+        intervention: Intervention,
+        at: BatchInFlight,
+        act: Callable[..., RepairReport | None],
+        weights: Sequence[Tensor] = (),
     ) -> RepairReport | None:
         try:
-            with untouched_schedules(at.trainer):
+            with all_or_none(), untouched_schedules(at.trainer):
                 return act(forward=at.loss, make_copy=at.copy)
         except Exception as error:
             self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
+            _even_out([intervention], weights)
             return None
+
+
+def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
+    """After a failure, which one process may have had alone: all have what the first remembers, and its weights.
+
+    One that is half way may have changed its state, or, if it works in place, weights. What differs would grow apart.
+    """
+    if not is_distributed():
+        return
+    for intervention in interventions:
+        state = apply_to_collection(intervention.state_dict(), Tensor, Tensor.cpu)  # as in a checkpoint
+        intervention.load_state_dict(first_of_all_processes(state))
+    for tensor in weights:
+        torch.distributed.broadcast(tensor.detach(), 0)
 
 
 def _terms_and_gradients(

@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
 from lightning_plasticity.batches import first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
-from lightning_plasticity.processes import gathered, is_distributed
+from lightning_plasticity.processes import (
+    FailedTogetherError,
+    all_or_none,
+    first_of_all_processes,
+    gathered,
+    is_distributed,
+)
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 """``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
@@ -128,9 +134,11 @@ class BatchInFlight:
             return self
         share = -(-samples // torch.distributed.get_world_size())
         try:
-            batch = gathered(first_samples(self.batch, share))
-        except (RuntimeError, ValueError):  # not to be joined, such as sequences of different lengths: rank 0 shall do
-            batch = moved(self.trainer.strategy.broadcast(first_samples(self.batch, samples)), like=self.batch)
+            with all_or_none():
+                batch = gathered(first_samples(self.batch, share))
+        except FailedTogetherError:  # not to be joined, such as sequences of different lengths: rank 0 shall do
+            with all_or_none():
+                batch = moved(first_of_all_processes(first_samples(self.batch, samples)), like=self.batch)
         return replace(self, batch=batch)
 
     def copy(self) -> LightningModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -26,7 +27,8 @@ def in_two_processes(function: Callable[[int], Any]) -> list[Any]:
 
 def _work(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     # Before torch 2.8 a process group waits for its threads with the interpreter lock in hand, which they may need to
     # end (pytorch #154976). Its backend does so without the lock: whose last reference is this one.
     _backend = dist.group.WORLD._get_backend(torch.device("cpu"))

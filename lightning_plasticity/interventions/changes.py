@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions.optimizer_state import clear, remembered
+from lightning_plasticity.processes import agree
 
 _Value = TypeVar("_Value")
 
@@ -97,7 +98,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
     """Gives parameters and buffers new values in place, and clears the optimizers' state for what is new.
 
-    If anything fails on the way, everything is put back as it was.
+    If anything fails on the way, everything is put back as it was; inside of
+    :func:`~lightning_plasticity.processes.all_or_none` also if it fails in another process.
 
     Args:
         name: Name of the intervention, for the report.
@@ -130,6 +132,7 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
                 old[where[old]] = part.values.to(old)
         for optimizer in optimizers:
             clear(optimizer, renewed)
+        agree()
     count = sum(number for old, number in counts.items() if isinstance(old, nn.Parameter))
     return RepairReport(name, changes.units, count)
 

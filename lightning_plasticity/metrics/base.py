@@ -12,6 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self, override
 
+from lightning_plasticity.processes import agree
+
 
 class PlasticityMetric(Metric):
     """A metric whose states are sums over batches and devices.
@@ -58,6 +60,7 @@ class PlasticityMetric(Metric):
         distributed_available: Callable[[], bool] | None = None,
     ) -> None:
         if should_sync and not self._is_synced and dist.is_available() and dist.is_initialized():
+            agree()
             self._agree_on_shapes(process_group or self.process_group)
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 

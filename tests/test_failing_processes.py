@@ -1,0 +1,239 @@
+"""What fails in one of two processes alone is done in neither, told of by the first, and in the reports of both."""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_plasticity import (
+    Collapse,
+    GGNProbe,
+    PlasticityMonitor,
+    PlasticityWarning,
+    SpectralCollapseCallback,
+    monitoring,
+    processes,
+    remedies,
+    training_loss,
+)
+from lightning_plasticity.interventions import (
+    ContinualBackprop,
+    EffectiveRankRegularizer,
+    Intervention,
+    ReDo,
+    RunningRemedy,
+    ShrinkPerturb,
+    SpectralRegularizer,
+    changes,
+    effective_rank,
+)
+from lightning_plasticity.interventions.activity import Activity
+from tests.modules import Classifier, MemoryLogger, loader, trainer, weights
+from tests.processes import in_two_processes
+
+FITS, STEPS = 3, 4
+
+
+class InPlace(RunningRemedy):
+    """Changes one tensor after the other, and remembers how often it was asked."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def after_step(self, model: nn.Module, *_: Any, **__: Any) -> None:
+        for parameter in model.parameters():
+            self.shrink(parameter)
+        self.steps += 1
+
+    def shrink(self, parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter.mul_(0.9**self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+@contextmanager
+def failing(owner: Any, name: str, number: int, after: bool = False) -> Iterator[None]:
+    """In the second process, the ``number``-th call of a function fails: at its beginning or ``after`` its work."""
+    function, calls = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        fails = calls == number and os.environ["LOCAL_RANK"] == "1"
+        result = function(*args, **kwargs) if after or not fails else None
+        if fails:
+            raise MemoryError("no more")
+        return result
+
+    with patch.object(owner, name, wrapper):
+        yield
+
+
+def fit(*interventions: Intervention) -> dict[str, Any]:
+    """Some fits in one of two processes. The second process logs too."""
+    torch.manual_seed(0)
+    net, logger = Classifier(), MemoryLogger()
+    callback = SpectralCollapseCallback(
+        GGNProbe(samples=6), collapse=Collapse(below=1e-9), interventions=interventions, monitor_every_n_steps=2
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(FITS):
+            strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+            data = DataLoader(loader(batches=2 * STEPS, seed=number).dataset, batch_size=4)
+            trainer(callback, strategy=strategy, devices=2, logger=logger).fit(net, data)
+    return {
+        "weights": weights(net),
+        "history": str([report.to_dict() for report in callback.history]),
+        "errors": [report.errors for report in callback.history],
+        "probed": [report.spectrum is not None for report in callback.history],
+        "repairs": [[repair.name for repair in report.repairs] for report in callback.history],
+        "state": str(callback.state_dict()["interventions"]),
+        "warnings": [str(w.message) for w in caught if issubclass(w.category, PlasticityWarning)],
+    }
+
+
+def shrink() -> Intervention:
+    return ShrinkPerturb(when="task")
+
+
+def replace_units() -> Intervention:
+    return ContinualBackprop(0.5, 0)
+
+
+def raise_ranks() -> Intervention:
+    return EffectiveRankRegularizer(0.1, every_n_samples=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which call of what fails in the second process, in fits with which remedy, and who is said to have failed."""
+
+    fails: tuple[Any, ...]
+    remedy: Callable[[], Intervention] | None = None
+    who: str | None = None
+
+    def fit(self) -> dict[str, Any]:
+        with failing(*self.fails):
+            return fit(*[] if self.remedy is None else [self.remedy()])
+
+
+CASES = {
+    "working a repair out": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
+    "applying a repair": Case((changes, "clear", 1, True), shrink, "ShrinkPerturb"),
+    "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
+    "the copy for a repair": Case((training_loss, "copy_module", 6), lambda: ReDo(0.9, when=3), "ReDo"),
+    "hearing activity": Case((Activity, "heard", 3), replace_units, "ContinualBackprop"),
+    "replacing units": Case((changes, "clear", 3), replace_units, "ContinualBackprop"),
+    "getting ready": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
+    "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
+    "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
+    "a batch that waits": Case((effective_rank, "_as_of_now", 1), raise_ranks, "EffectiveRankRegularizer"),
+    "a penalty": Case((remedies, "_terms_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
+    "its gradient": Case((remedies, "_terms_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
+    "the probe": Case((GGNProbe, "measure", 3), lambda: ReDo(0.9, when="task"), "probe"),
+    "the end of the probe": Case((GGNProbe, "measure", 4, True), None, "probe"),
+    "the monitor of the probe": Case((monitoring, "probing", 3), None, "monitor"),
+    "the monitor in flight": Case((PlasticityMonitor, "attach", 7, True), None, "monitor"),
+    "what the monitor has seen": Case((monitoring, "values_of", 7), None, "monitor"),
+    "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
+    "joining batches": Case((training_loss, "gathered", 2)),
+}
+
+
+def in_process(rank: int) -> dict[str, Any]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
+    results: dict[str, Any] = {name: case.fit() for name, case in CASES.items()}
+    results["no failure"], results["no failure, repaired"] = fit(), fit(shrink())
+    for what, where in {"probe": (GGNProbe, "measure", 1), "remedy": (ContinualBackprop, "start", 1)}.items():
+        with pytest.raises(Exception, match="no more") as caught:
+            Case(where, replace_units).fit()
+        results[f"first {what}"] = f"{caught.type.__name__}: {caught.value}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[Any]]:
+    one, other = in_two_processes(in_process)
+    return {name: [one[name], other[name]] for name in one}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_end_with_the_same_weights_reports_and_states(name: str, runs: dict[str, list[Any]]) -> None:
+    one, other = runs[name]
+    assert torch.equal(one["weights"], other["weights"])
+    assert one["history"] == other["history"]
+    assert one["state"] == other["state"]
+    assert len(one["errors"]) == FITS
+
+
+@pytest.mark.parametrize(("name", "who"), [(name, case.who) for name, case in CASES.items() if case.who])
+def test_the_first_tells_of_what_failed_in_the_second(name: str, who: str, runs: dict[str, list[Any]]) -> None:
+    ((culprit, words),) = [error for errors in runs[name][0]["errors"] for error in errors.items()]
+    assert culprit == who
+    assert words.startswith("in process 1: MemoryError: no more")
+    (warning,) = runs[name][0]["warnings"]
+    assert words in warning
+
+
+def test_a_repair_that_fails_in_one_is_done_in_neither(runs: dict[str, list[Any]]) -> None:
+    assert [run["repairs"] for run in runs["no failure, repaired"]] == [[[], ["ShrinkPerturb"], ["ShrinkPerturb"]]] * 2
+    for name in ("working a repair out", "applying a repair"):
+        assert [run["repairs"] for run in runs[name]] == [[[], [], ["ShrinkPerturb"]]] * 2, "the next one is done again"
+    assert torch.equal(runs["working a repair out"][0]["weights"], runs["applying a repair"][0]["weights"])
+    assert [run["repairs"] for run in runs["before a sum"]] == [[[], [], ["ReDo"]]] * 2
+    assert [run["repairs"] for run in runs["the copy for a repair"]] == [[[], ["ReDo"], ["ReDo", "ReDo"]]] * 2
+
+
+def test_a_probe_that_fails_in_one_has_seen_nothing(runs: dict[str, list[Any]]) -> None:
+    for name in ("the probe", "the end of the probe"):
+        assert [run["probed"] for run in runs[name]] == [[True, False, True]] * 2
+    assert [run["repairs"] for run in runs["the probe"]] == [[[], ["ReDo"], ["ReDo"]]] * 2, "it was not on a collapse"
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.remedy is None])
+def test_training_goes_on_as_if_nothing_had_failed(name: str, runs: dict[str, list[Any]]) -> None:
+    assert runs["no failure"][0]["errors"] == [{}] * FITS
+    assert torch.equal(runs[name][0]["weights"], runs["no failure"][0]["weights"])
+
+
+@pytest.mark.parametrize("what", ["probe", "remedy"])
+def test_what_fails_at_first_is_an_error_in_both(what: str, runs: dict[str, list[Any]]) -> None:
+    assert runs[f"first {what}"] == ["FailedTogetherError: in process 1: MemoryError: no more", "MemoryError: no more"]
+
+
+def survive_what_can_be_survived() -> None:
+    with suppress(Exception), processes.all_or_none():
+        pass
+
+
+def test_not_to_know_of_the_others_is_not_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", broken)
+    with pytest.raises(processes.LostProcessesError, match="cannot reach each other: connection closed by peer"):
+        survive_what_can_be_survived()
+
+
+def test_a_single_process_has_its_errors_as_they_are() -> None:
+    with pytest.raises(KeyError), processes.all_or_none():
+        raise KeyError
