@@ -48,6 +48,8 @@ ALLOWED = {
     "_current_graph_task_id",
     "_functorch",
     "_torchdynamo_orig_callable",
+    # torchmetrics: whether compute() is about all processes; sync_on_compute is heard only when a metric is made
+    "_to_sync",
     # this package: another object of the same class, and methods of a base class
     "_agree_on_shapes",
     "_look",
