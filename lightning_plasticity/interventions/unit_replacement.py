@@ -113,7 +113,7 @@ class UnitReplacement(RunningRemedy):
             self._watch.activity.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy watches no model: it would take away the hooks of the original with its own."""
+        """A copy watches no model: it has seen none, and references to one cannot be pickled."""
         return {**vars(self), "_watch": None, "_traced": None}
 
     @abstractmethod
