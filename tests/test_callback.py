@@ -366,6 +366,44 @@ def test_a_task_whose_first_batch_is_empty_says_so() -> None:
     assert [report.spectrum is None for report in callback.history] == [False, True, False]
 
 
+class Unique(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> "Unique":
+        raise TypeError("there is one of me")
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_a_module_with_a_part_that_cannot_be_copied_is_refused_and_never_touched(loss_fn: Any) -> None:
+    module = Classifier()
+    module.net[2] = Unique(8, 3)
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"its attribute 'net.2' \(a Unique\).*__deepcopy__$"):
+        trainer(SpectralCollapseCallback(loss_fn=loss_fn)).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_a_buffer_that_keeps_its_graph_leaves_no_trace(loss_fn: Any) -> None:
+    class Carrying(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("hidden", torch.zeros(3), persistent=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0]) + self.hidden.detach()
+            self.hidden = 0.5 * logits.mean(0)
+            return F.cross_entropy(logits, batch[1])
+
+    ends, callback = [], SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn)
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        module = Carrying()
+        for seed in range(2):
+            trainer(*callbacks).fit(module, loader(seed=seed))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
 def test_manual_optimization_needs_a_loss_fn() -> None:
     class Manual(Classifier):
         def __init__(self) -> None:
