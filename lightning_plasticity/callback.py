@@ -10,7 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_plasticity._compat import is_logging_step, is_restoring_for_finder, is_supported
@@ -67,9 +69,9 @@ class SpectralCollapseCallback(Callback):
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
 
     Raises:
-        MisconfigurationException: At the start of a fit whose strategy is not supported, whose loss is not known, or
-            where ``collapse`` watches what ``probe`` does not measure; at the first probe if the module cannot be
-            probed.
+        MisconfigurationException: At the start of a fit whose strategy is not supported, whose loss or batch is not
+            known, or where ``collapse`` watches what ``probe`` does not measure; at the first probe if the module
+            cannot be probed.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
@@ -150,6 +152,11 @@ class SpectralCollapseCallback(Callback):
             raise MisconfigurationException(
                 "SpectralCollapseCallback works where every device holds all weights: on a single device and with DDP, "
                 f"not with {type(trainer.strategy).__name__}: use Trainer(devices=1) or Trainer(strategy='ddp')"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches its batches itself, so that there "
+                "is none to probe on: write training_step(batch, batch_idx)"
             )
         sources: list[Source] = [*self.probe.matrices]
         measures = [] if self.monitor is None else self.monitor.measures
@@ -239,6 +246,10 @@ class SpectralCollapseCallback(Callback):
         self._resumed = False  # a resumed fit that had nothing left to train
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._keep_state = False  # a checkpoint that was tested and held no state of ours
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._resumed |= fitting and not is_restoring_for_finder(trainer)
@@ -317,6 +328,11 @@ class SpectralCollapseCallback(Callback):
     def _remember_initial(self, pl_module: LightningModule) -> None:
         """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""
         for name, tensor in _named_tensors(pl_module):
+            if is_lazy(tensor):
+                raise MisconfigurationException(
+                    f"{name!r} gets its shape in the first forward pass, and the probe comes before it: run "
+                    f"{type(pl_module).__name__} on one batch before the fit, as in its __init__"
+                )
             if name not in self._initial or self._initial[name].shape != tensor.shape:
                 self._initial[name] = tensor.detach().cpu().clone()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.isolation import isolated_rng
@@ -29,7 +30,9 @@ class UncopyableError(ValueError):
     """
 
     def __init__(self, attribute: str, value: object, reason: Exception) -> None:
-        super().__init__(f"attribute {attribute!r} (a {type(value).__name__}) cannot be copied: {reason}")
+        what = f"attribute {attribute!r} (a {type(value).__name__})" if attribute else "state as a whole"
+        super().__init__(f"{what} cannot be copied: {reason}")
+        self.can_be_shared = not isinstance(value, nn.Module)  # whose weights would be those of the original
 
 
 def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopyable: bool = False) -> Module:
@@ -41,16 +44,19 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
     Args:
         module: The module. It is not changed, and no random number is drawn.
         stand_in: What the copy shares or holds instead.
-        share_uncopyable: Share what cannot be copied, instead of raising.
+        share_uncopyable: Share what cannot be copied, instead of raising; but no module.
 
     Raises:
         UncopyableError: If something cannot be copied; it is named.
     """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and any(p.requires_grad for p in part.parameters()):
+            raise UncopyableError(name, part, TypeError("torch copies scripted modules without their gradients"))
     memo: dict[int, Any] = {}
     functions: dict[int, FunctionType] = {}
     seen: set[int] = set()
     for part in module.modules():
-        for value in _state(part).values():
+        for value in (*_state(part).values(), *part._buffers.values()):
             _prepare(value, stand_in, memo, functions, seen)
     rebound = {key: _rebindable(function) for key, function in functions.items()}
     memo.update({key: new for key, (new, _) in rebound.items()})
@@ -59,11 +65,15 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
             used = dict(memo)
             result = copy.deepcopy(module, used)
         except Exception as error:
-            culprits = _uncopyable(module, memo) or [("", module, error)]
-            if not share_uncopyable:
+            culprits = _uncopyable(module, memo)
+            if culprits and not share_uncopyable:
                 raise UncopyableError(*culprits[0]) from error
-            used = {**memo, **{id(value): value for _, value, _ in culprits}}
-            result = copy.deepcopy(module, used)
+            shared = {**memo, **{id(value): value for _, value, _ in culprits}}
+            used = dict(shared)
+            try:
+                result = copy.deepcopy(module, used)
+            except Exception as still:
+                raise UncopyableError(*_innermost_uncopyable(module, shared, still)) from still
         for key, (_, cells) in rebound.items():
             for cell, old in zip(cells, functions[key].__closure__ or (), strict=True):
                 _fill(cell, old, used)
@@ -125,6 +135,19 @@ def _fill(cell: CellType, old: CellType, memo: dict[int, Any]) -> None:
         cell.cell_contents = copy.deepcopy(content, memo)
     except Exception:  # captured from outside and not to be copied: shared, as it would be without us
         cell.cell_contents = content
+
+
+def _innermost_uncopyable(
+    module: nn.Module, memo: dict[int, Any], error: Exception
+) -> tuple[str, nn.Module, Exception]:
+    """The part of a module that cannot be copied although all of its attributes can."""
+    found = "", module, error
+    for name, part in module.named_modules():  # from the outermost inwards
+        try:
+            copy.deepcopy(part, dict(memo))
+        except Exception as reason:
+            found = name, part, reason
+    return found
 
 
 def _uncopyable(module: nn.Module, memo: dict[int, Any]) -> list[tuple[str, Any, Exception]]:

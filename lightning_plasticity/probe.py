@@ -125,6 +125,8 @@ class GGNProbe(Probe):
             MisconfigurationException: If one sample alone has more outputs than ``max_rows``.
         """
         available = batch_size(batch)
+        if available == 0:
+            raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
         while True:
             try:
@@ -265,14 +267,14 @@ class PyHessianProbe(HessianProbe):
     networks have: see :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum`.
 
     Args:
-        samples: As of :class:`HessianProbe`.
-        num_probes: Likewise.
-        num_steps: Likewise.
-        seed: Likewise.
-        ggn: Likewise.
+        samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
+        num_probes: Number of start vectors: with more than one, the estimates have standard errors.
+        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        seed: Seed of the start vectors.
+        ggn: Measures the Gauss-Newton matrix and the tangent kernel beside it, as of :class:`HessianProbe`.
 
     Raises:
-        ValueError: Likewise.
+        ValueError: As of :class:`HessianProbe`.
 
     References:
         Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145 (PyHessian).

@@ -149,6 +149,8 @@ class Remedies:
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not parameters:  # all frozen, or no optimizer at all
+            return {}
         try:
             with all_or_none():
                 terms, gradients = _terms_and_gradients(regularizers, module, parameters)

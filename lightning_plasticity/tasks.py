@@ -20,14 +20,14 @@ _ATTRIBUTES = ("task_id", "current_task")
 
 
 class DriftDetector(Protocol):
-    """What watches a stream of numbers for a change of its distribution, such as ``river.drift.ADWIN()``."""
+    """What watches a stream of numbers for a change of its distribution, such as ``river.drift.ADWIN()``.
 
-    def update(self, x: float) -> object:
+    Its attribute ``drift_detected`` says whether the last number gave a change away. It is not declared here, nor are
+    numbers: jsonargparse, which looks whether a class fits, knows no protocols with properties, and compares types.
+    """
+
+    def update(self, x: Any) -> Any:
         """Takes the next number."""
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the last number gave a change away."""
 
 
 class TaskDetector:
@@ -40,7 +40,8 @@ class TaskDetector:
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
        ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
 
-    With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift.
+    With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift; or with every batch
+    by whose ``drift_statistic`` it does.
 
     Args:
         task_key: ``task_key(trainer, module)`` returns the name of the current task, an int or a string, or ``None``:
@@ -52,6 +53,8 @@ class TaskDetector:
         drift_detector: Watches the training loss of every batch for shifts that nobody announces: an object with
             ``update(x)`` and ``drift_detected``, as all of ``river.drift`` (the extra ``drift``). What it has seen is
             not kept in checkpoints.
+        drift_statistic: ``drift_statistic(batch)`` returns what it watches instead, such as the mean of the inputs: a
+            number. In a configuration file, its import path.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -69,6 +72,7 @@ class TaskDetector:
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         drift_detector: DriftDetector | None = None,
+        drift_statistic: Callable[[Any], float | Tensor] | None = None,
     ) -> None:
         if task_key is not None and not callable(task_key):
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
@@ -77,13 +81,19 @@ class TaskDetector:
         check_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them")
-        if drift_detector is not None and not callable(getattr(drift_detector, "update", None)):
+        complete = callable(getattr(drift_detector, "update", None)) and hasattr(drift_detector, "drift_detected")
+        if drift_detector is not None and not complete:
             raise TypeError(f"drift_detector={drift_detector!r} must have update(x) and drift_detected")
+        if drift_statistic is not None and not callable(drift_statistic):
+            raise TypeError(f"drift_statistic={drift_statistic!r} must be a function drift_statistic(batch) -> number")
+        if drift_statistic is not None and drift_detector is None:
+            raise ValueError("drift_statistic is watched by a drift_detector: give one, such as river.drift.ADWIN()")
         self._task_key = task_key if task_key is not None else attribute_key
         self._batch_label = batch_label
         self._every_n_epochs = every_n_epochs
         self._every_n_steps = every_n_steps
-        self._drift_detector = drift_detector
+        self._drift_detector: Any = drift_detector
+        self._drift_statistic = drift_statistic
         self._fit_began = False
         self._announced = False
         self._announced_id: TaskId = None
@@ -108,6 +118,8 @@ class TaskDetector:
             TypeError: If the name of the task is no int and no string.
             ValueError: If the batch holds no label where one was promised.
         """
+        if self._drift_statistic is not None:
+            self._watch(float(self._drift_statistic(batch)))
         period = self._period_of(trainer)
         if self._batch_label is not None:
             everywhere: list[set[int | str]] = of_all_processes(_labels(batch, self._batch_label))
@@ -128,17 +140,11 @@ class TaskDetector:
 
     def on_batch_end(self, outputs: Any) -> None:
         """A batch was trained on; ``outputs`` as in ``on_train_batch_end``."""
-        if self._drift_detector is None:
+        if self._drift_detector is None or self._drift_statistic is not None:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if not isinstance(loss, Tensor):
-            return
-        losses: list[float] = of_all_processes(loss.item())
-        if not math.isfinite(mean := sum(losses) / len(losses)):
-            return  # after one NaN a detector would have no mean to compare with any more
-        self._drift_detector.update(mean)
-        if self._drift_detector.drift_detected:
-            self.announce()
+        if isinstance(loss, Tensor):
+            self._watch(loss.item())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -154,6 +160,15 @@ class TaskDetector:
         """The inverse of :meth:`state_dict`."""
         self._announced, self._announced_id, self._key = state["announced"], state["announced_id"], state["key"]
         self._period, self._labels = state["period"], set(state["labels"])
+
+    def _watch(self, value: float) -> None:
+        """Announces a new task if the value, in the mean of all processes, is of another distribution."""
+        values: list[float] = of_all_processes(value)
+        if not math.isfinite(mean := sum(values) / len(values)):
+            return  # after one NaN a detector would have no mean to compare with any more
+        self._drift_detector.update(mean)
+        if self._drift_detector.drift_detected and not self._announced:  # whose name would be lost
+            self.announce()
 
     def _period_of(self, trainer: Trainer) -> int:
         """Which stretch of the fit this is."""

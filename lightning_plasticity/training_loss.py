@@ -96,9 +96,10 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
     try:
         result = copy_module(module, stand_in, share_uncopyable=share_uncopyable)
     except UncopyableError as error:
+        otherwise = ", or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
         raise MisconfigurationException(
-            f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module, "
-            "give it a __deepcopy__, or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
+            f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module or "
+            f"give it a __deepcopy__{otherwise if error.can_be_shared else ''}"
         ) from error
     for part in result.modules():
         if is_lightning(part, LightningModule):

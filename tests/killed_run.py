@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import warnings
@@ -144,6 +145,11 @@ INSIDE: dict[str, Callable[[int], Any]] = {
 }
 
 
+def only_weights() -> dict[str, bool]:
+    """That a checkpoint is loaded as plain Python and tensors, where Lightning (2.6) can be told so."""
+    return {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+
+
 def run(folder: Path, moment: str | None, every_n_train_steps: int | None = None) -> None:
     """Trains from the newest checkpoint in ``folder`` or from scratch; writes what came out, unless killed."""
     torch.set_num_threads(1)
@@ -162,7 +168,7 @@ def run(folder: Path, moment: str | None, every_n_train_steps: int | None = None
     options: dict[str, Any] = {"max_epochs": EPOCHS, "reload_dataloaders_every_n_epochs": 1, "logger": logger}
     fitted = trainer(plasticity, *others, saver, enable_checkpointing=True, **options)
     with inside:
-        fitted.fit(model, ckpt_path=last if last.exists() else None)
+        fitted.fit(model, ckpt_path=last if last.exists() else None, **only_weights())
     result = {
         "callback": plasticity.state_dict(),
         "weights": model.state_dict(),

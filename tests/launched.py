@@ -1,4 +1,4 @@
-"""Trains in two processes that Lightning launches: ``python -m tests.launched STRATEGY FOLDER [with_callback]``."""
+"""Trains in two processes that Lightning launches: ``python -m tests.launched STRATEGY NET FOLDER [with_callback]``."""
 
 import random
 import sys
@@ -11,15 +11,16 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback
+from tests import usages
 from tests.modules import trainer
-from tests.usages import Busy, convolutional
+from tests.usages import Busy
 
 
 class Saved(Busy):
     """Leaves in a folder what each process ends with."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(convolutional())
+    def __init__(self, net: str, folder: Path) -> None:
+        super().__init__(getattr(usages, net)())
         self.folder = folder
 
     def on_train_end(self) -> None:
@@ -28,13 +29,14 @@ class Saved(Busy):
             "optimizer": self.trainer.optimizers[0].state_dict(),
             "losses": [loss.item() for loss in self.outputs],
             "noise": self.noise,
+            "metric state": {name: getattr(self.tally, name) for name in self.tally._defaults},
             "metrics": dict(self.trainer.callback_metrics),
             "random numbers": torch.get_rng_state(),
         }
         torch.save(result, self.folder / f"{self.global_rank}.pt")
 
 
-def main(strategy: str, folder: Path, *, with_callback: bool) -> None:
+def main(strategy: str, net: str, folder: Path, *, with_callback: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
@@ -42,8 +44,10 @@ def main(strategy: str, folder: Path, *, with_callback: bool) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
     data = TensorDataset(torch.randn(40, 1, 6, 6), torch.randint(3, (40,)))
     options: dict[str, Any] = {"strategy": strategy, "devices": 2, "max_epochs": 2, "logger": CSVLogger(folder)}
-    trainer(*[callback] * with_callback, **options).fit(Saved(folder), DataLoader(data, batch_size=8, shuffle=True))
+    trainer(*[callback] * with_callback, **options).fit(
+        Saved(net, folder), DataLoader(data, batch_size=8, shuffle=True)
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), with_callback=sys.argv[3:] == ["with_callback"])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), with_callback=sys.argv[4:] == ["with_callback"])

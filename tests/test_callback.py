@@ -309,6 +309,102 @@ def test_any_use_of_a_parameter_can_be_probed() -> None:
     assert callback.history[0].spectrum.exact
 
 
+def test_a_state_given_by_hand_counts_also_after_a_foreign_checkpoint_was_tested(tmp_path: Path) -> None:
+    class Tested(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    foreign, module, first = trainer(), Tested(), SpectralCollapseCallback()
+    foreign.fit(module, loader())
+    foreign.save_checkpoint(tmp_path / "foreign.ckpt")
+    trainer(first).fit(module, loader())
+    callback = SpectralCollapseCallback()
+    data = DataLoader(loader().dataset, batch_size=4)
+    trainer(callback).test(module, data, ckpt_path=tmp_path / "foreign.ckpt", verbose=False)
+    callback.load_state_dict(first.state_dict())
+    assert tasks_seen(callback) == tasks_seen(first) == [(0, None, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_step_that_fetches_its_own_batches_is_refused_before_anything_is_trained() -> None:
+    class Fetching(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return cross_entropy(self, batch)
+
+    module = Fetching()
+    before = weights(module)
+    message = r"Fetching.training_step\(dataloader_iter\) fetches its batches itself"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(SpectralCollapseCallback(loss_fn=cross_entropy)).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate:UserWarning")
+def test_layers_that_have_no_shape_yet_are_refused_by_name() -> None:
+    class Lazy(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+
+    with pytest.raises(MisconfigurationException, match=r"'net.0.weight' gets its shape in the first.*run Lazy on one"):
+        trainer(SpectralCollapseCallback()).fit(Lazy(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_a_task_whose_first_batch_is_empty_says_so() -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return cross_entropy(self, batch) if len(batch[0]) else None
+
+    empty, full = ((torch.randn(size, 4), torch.randint(3, (size,))) for size in (0, 4))
+    callback, module = SpectralCollapseCallback(collapse=Collapse(below=1e-9)), Skipping()
+    trainer(callback).fit(module, DataLoader([full], batch_size=None))
+    with pytest.warns(PlasticityWarning, match="task 1: plasticity could not be measured.*the batch holds no samples"):
+        trainer(callback).fit(module, DataLoader([empty, full], batch_size=None))
+    trainer(callback).fit(module, DataLoader([full], batch_size=None))
+    assert [report.spectrum is None for report in callback.history] == [False, True, False]
+
+
+class Unique(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> "Unique":
+        raise TypeError("there is one of me")
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_a_module_with_a_part_that_cannot_be_copied_is_refused_and_never_touched(loss_fn: Any) -> None:
+    module = Classifier()
+    module.net[2] = Unique(8, 3)
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"its attribute 'net.2' \(a Unique\).*__deepcopy__$"):
+        trainer(SpectralCollapseCallback(loss_fn=loss_fn)).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_a_buffer_that_keeps_its_graph_leaves_no_trace(loss_fn: Any) -> None:
+    class Carrying(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("hidden", torch.zeros(3), persistent=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0]) + self.hidden.detach()
+            self.hidden = 0.5 * logits.mean(0)
+            return F.cross_entropy(logits, batch[1])
+
+    ends, callback = [], SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn)
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        module = Carrying()
+        for seed in range(2):
+            trainer(*callbacks).fit(module, loader(seed=seed))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
 def test_manual_optimization_needs_a_loss_fn() -> None:
     class Manual(Classifier):
         def __init__(self) -> None:

@@ -72,6 +72,15 @@ def test_tensors_with_a_graph_are_copied_without_it(keep: Any, take: Any) -> Non
     assert tensor.abs().sum() > 0
 
 
+def test_a_buffer_with_a_graph_is_copied_without_it() -> None:
+    module = Net()
+    module.register_buffer("hidden", module(torch.ones(1, 2)))
+    twin = copy_module(module)
+    assert torch.equal(twin.hidden, module.hidden)
+    assert not twin.hidden.requires_grad
+    assert twin.hidden is not module.hidden
+
+
 def test_no_random_number_is_drawn() -> None:
     class Drawing:
         def __deepcopy__(self, memo: Any) -> "Drawing":
@@ -92,6 +101,32 @@ def test_what_cannot_be_copied_is_named_or_shared() -> None:
     twin = copy_module(module, share_uncopyable=True)
     assert twin.layer.lock is module.layer.lock
     assert twin.layer.weight is not module.layer.weight
+
+
+class Unique(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> "Unique":
+        raise TypeError("there is one of me")
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("locked", [False, True])
+def test_no_part_of_a_module_is_shared(share: bool, locked: bool) -> None:
+    module = nn.Sequential(Net(), nn.Sequential(nn.ReLU(), Unique(2, 2)))
+    if locked:
+        module[0].lock = threading.Lock()
+    name = "0.lock" if locked and not share else "1.1"
+    with pytest.raises(UncopyableError, match=f"attribute '{name}' .* cannot be copied") as caught:
+        copy_module(module, share_uncopyable=share)
+    assert caught.value.can_be_shared == (name == "0.lock")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_scripted_modules_are_refused_since_their_copies_have_no_gradients() -> None:
+    module = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(UncopyableError, match=r"attribute '0' .* without their gradients"):
+        copy_module(module)
+    module.requires_grad_(False)
+    copy_module(module)
 
 
 def test_stand_ins_are_taken_instead_of_copies() -> None:

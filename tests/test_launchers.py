@@ -10,10 +10,10 @@ import pytest
 import torch
 
 
-def launched(strategy: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def launched(strategy: str, net: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """What the two processes of a training end with."""
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", "tests.launched", strategy, str(folder), *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.launched", strategy, net, str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -28,10 +28,11 @@ def logged(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("net", ["mlp", "convolutional", "transformer", "gru"])
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_training_is_bit_identical_with_and_without_the_callback(strategy: str, tmp_path: Path) -> None:
-    without = launched(strategy, tmp_path / "without")
-    with_callback = launched(strategy, tmp_path / "with", "with_callback")
+def test_training_is_bit_identical_with_and_without_the_callback(strategy: str, net: str, tmp_path: Path) -> None:
+    without = launched(strategy, net, tmp_path / "without")
+    with_callback = launched(strategy, net, tmp_path / "with", "with_callback")
     assert without[0]["losses"] != without[1]["losses"], "each has samples of its own"
     for one, other in zip(with_callback, without, strict=True):
         assert one.keys() == other.keys()

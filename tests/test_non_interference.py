@@ -46,7 +46,7 @@ def run(
         "noise": module.noise,
         "logged": [row for row in logger.rows if not any("plasticity" in key for key in row)],
         "metrics": [{name: value.item() for name, value in one.callback_metrics.items()} for one in trainers],
-        "metric state": {name: getattr(module.accuracy, name).clone() for name in module.accuracy._defaults},
+        "metric state": {name: getattr(module.tally, name).clone() for name in module.tally._defaults},
         "random numbers": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "modes": [part.training for part in module.modules()],
         "flags": (
@@ -68,6 +68,7 @@ def run(
 def check_identical(with_callback: dict[str, Any], without: dict[str, Any], callback: SpectralCollapseCallback) -> None:
     assert all(report.spectrum is not None for report in callback.history)
     assert without["logged"], "an empty list is like any other"
+    assert all(bool(state.any()) for state in without["metric state"].values()), "and so is a metric that was reset"
     for key, value in without.items():
         torch.testing.assert_close(with_callback[key], value, rtol=0, atol=0, msg=f"{key} differs", equal_nan=True)
 

@@ -74,17 +74,26 @@ def run(folder: Path, *callbacks: Any, **options: Any) -> tuple[dict[str, Any], 
 
 
 @with_its_trainer
-def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=lambda options: "".join(options) or "plain",
+)
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, options: dict[str, Any]) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
-    without, _ = run(tmp_path / "without")
-    with_callback, events = run(tmp_path / "with", callback)
+    without, _ = run(tmp_path / "without", **options)
+    with_callback, events = run(tmp_path / "with", callback, **options)
     assert without["logged"].keys() == {"loss", "calls", "epoch"}
     for name, value in without.items():
         torch.testing.assert_close(with_callback[name], value, rtol=0, atol=0, msg=f"{name} differs")
-    assert [(report.task_id, report.step, report.spectrum is not None) for report in callback.history] == [
-        (0, 0, True),
-        (1, 3, True),
-    ]
+    steps = 2 if "accumulate_grad_batches" in options else 3
+    seen = [(report.task_id, report.step, report.spectrum is not None) for report in callback.history]
+    assert seen == [(0, 0, True), (1, steps, True)]
     assert "plasticity_by_task/log10_ggn_eigenvalues" in events.Tags()["histograms"]
     assert "plasticity_training/dormant_fraction" in events.Tags()["scalars"]
 

@@ -1,5 +1,8 @@
 """Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
 
+import copy
+import inspect
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -444,3 +447,75 @@ def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
     resumed, second, _ = fit(6, make(), tmp_path / "last.ckpt")
     assert torch.equal(weights(resumed), weights(whole))
     assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
+
+
+def everything() -> list[Intervention]:
+    """One of each kind, with its defaults but for when it acts."""
+    kinds = [kind for name in interventions.__all__ if inspect.isclass(kind := getattr(interventions, name))]
+    remedies = [kind for kind in kinds if issubclass(kind, Intervention) and not inspect.isabstract(kind)]
+    return [kind() for kind in remedies if kind not in (Intervention, RunningRemedy)]
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)
+    ends = []
+    for _ in range(2):
+        callback = make_copy(callback)
+        torch.manual_seed(0)
+        trainer(callback).fit(Classifier(), loader())
+        ends.append(len(callback.history))
+    assert ends == [1, 2]
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
+def test_a_copy_made_while_training_takes_nothing_away() -> None:
+    class Copying(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            copy.deepcopy(remedy).stop()
+
+    ends = []
+    for others in ([], [Copying()]):
+        torch.manual_seed(0)
+        module, remedy = Classifier(), ContinualBackprop(0.5, 0)
+        trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), *others).fit(module, loader(8))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+def test_an_optimizer_of_frozen_parameters_is_left_alone() -> None:
+    class HalfFrozen(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            self.net[0].requires_grad_(False)
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+    module = HalfFrozen()
+    before = module.net[0].weight.clone(), module.net[2].weight.clone()
+    callback = SpectralCollapseCallback(
+        collapse=NEVER,
+        interventions=[Quartic(1.0)],
+        loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1]),
+    )
+    trainer(callback).fit(module, loader())
+    assert callback.history[0].errors == {}
+    assert torch.equal(module.net[0].weight, before[0])
+    assert not torch.equal(module.net[2].weight, before[1])
+
+
+def test_without_optimizer_there_is_nothing_to_regularize() -> None:
+    class Still(Classifier):
+        def configure_optimizers(self) -> None:  # type: ignore[override]
+            pass
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(1.0)])
+    with pytest.warns(UserWarning, match="configure_optimizers. returned .None."):
+        trainer(callback).fit(Still(), loader())
+    assert callback.history[0].errors == {}

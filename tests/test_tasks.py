@@ -1,6 +1,7 @@
 """New tasks are recognised, and nothing else is."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
 from tests.modules import Classifier, loader, tasks_seen, trainer
@@ -124,6 +126,63 @@ def test_learning_rate_finder_is_no_task(tmp_path: Path) -> None:
     finder = LearningRateFinder(num_training_steps=5)
     trainer(callback, finder, default_root_dir=tmp_path).fit(Classifier(), loader(8))
     assert tasks_seen(callback) == [(0, None, 0)]
+
+
+class Resizable(Data):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(loader(batches=8).dataset, batch_size=self.batch_size)
+
+
+def test_batch_size_finder_is_no_task(tmp_path: Path) -> None:
+    callback, data = watcher(), Resizable()
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    trainer(callback, finder, default_root_dir=tmp_path).fit(Classifier(), datamodule=data)
+    assert data.batch_size == 4
+    assert tasks_seen(callback) == [(0, None, 0)]
+
+
+def test_a_tuner_before_the_fits_is_no_task(tmp_path: Path) -> None:
+    callback, module, data = watcher(), Classifier(), Resizable()
+    one = trainer(callback, default_root_dir=tmp_path)
+    Tuner(one).lr_find(module, datamodule=data, num_training=6)
+    Tuner(one).scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=1)
+    assert callback.history == []
+    one.fit(module, datamodule=data)
+    trainer(callback).fit(module, datamodule=data)
+    assert tasks_seen(callback) == [(0, None, 0), (1, None, 8)]
+
+
+def test_loaders_that_are_new_in_every_epoch_are_no_tasks() -> None:
+    callback = watcher()
+    trainer(callback, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(Classifier(), datamodule=Data())
+    assert tasks_seen(callback) == [(0, None, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_what_is_done_between_and_during_fits_is_no_task(tmp_path: Path) -> None:
+    class Evaluated(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.training_step(batch, batch_idx))
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0])
+
+    callback, module, data = watcher(), Evaluated(), DataLoader(loader().dataset, batch_size=4)
+    for _ in range(3):
+        saver = ModelCheckpoint(tmp_path, monitor="loss")
+        stopper = EarlyStopping("loss", min_delta=10, patience=1)
+        one = trainer(callback, saver, stopper, max_epochs=5, val_check_interval=2, enable_checkpointing=True)
+        one.fit(module, loader(batches=5), data)
+        one.validate(module, data, ckpt_path="best", verbose=False)
+        one.test(module, data, verbose=False)
+        one.predict(module, data)
+        assert one.current_epoch < 5, "it stopped early"
+    steps = one.global_step
+    assert tasks_seen(callback) == [(0, None, 0), (1, None, steps), (2, None, 2 * steps)]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -276,6 +335,41 @@ def test_a_shift_of_the_loss_that_nobody_announced() -> None:
         assert 60 < when < 110
 
 
+def test_a_shift_of_the_inputs_that_nobody_announced() -> None:
+    drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
+    x, y = loader(batches=120).dataset.tensors
+    x[240:] += 3
+    callback = watcher(drift_detector=drift.PageHinkley(threshold=5), drift_statistic=lambda batch: batch[0].mean())
+    trainer(callback).fit(Classifier(), DataLoader(TensorDataset(x, y), batch_size=4))
+    (_, _, first), (_, _, when) = tasks_seen(callback)
+    assert first == 0
+    assert 60 <= when < 70
+
+
+class Alarming:
+    """Sees a drift in large numbers."""
+
+    drift_detected = False
+
+    def update(self, x: float) -> None:
+        self.drift_detected = x > 9
+
+
+def test_the_batch_by_whose_inputs_a_drift_is_seen_begins_the_task() -> None:
+    values = [0.0, 1.0, 10.0, 2.0, math.nan, 11.0]
+    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: batch[0][0, 0])
+    data = [(torch.full((4, 4), value).nan_to_num(nan=1.0), torch.zeros(4, dtype=torch.long)) for value in values]
+    trainer(callback).fit(Classifier(), DataLoader(data, batch_size=None))
+    assert tasks_seen(callback) == [(0, None, 0), (1, None, 2), (2, None, 5)]
+
+
+def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
+    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: 10.0)
+    callback.new_task("cats")
+    trainer(callback, limit_train_batches=1).fit(Classifier(), loader())
+    assert tasks_seen(callback) == [(0, "cats", 0)]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -286,6 +380,8 @@ def test_a_shift_of_the_loss_that_nobody_announced() -> None:
         ({"every_n_steps": 2.5}, ValueError, r"every_n_steps=2.5"),
         ({"every_n_steps": 2, "every_n_epochs": 3}, ValueError, r"give one of them"),
         ({"drift_detector": "ADWIN"}, TypeError, r"drift_detector='ADWIN' must have update"),
+        ({"drift_detector": Alarming(), "drift_statistic": 1}, TypeError, r"drift_statistic=1 must be a function"),
+        ({"drift_statistic": len}, ValueError, r"drift_statistic is watched by a drift_detector"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

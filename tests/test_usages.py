@@ -31,7 +31,9 @@ from tests.usages import (
     Usage,
     convolutional,
     data_loss,
+    gru,
     mlp,
+    transformer,
     weight_averages,
 )
 
@@ -41,6 +43,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # the compiler
 ]
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 in_every_usage = pytest.mark.parametrize("usage", USAGES, ids=lambda usage: usage.name)
 
 
@@ -62,7 +70,7 @@ def by_callback(usage: Usage, *interventions: Intervention) -> SpectralCollapseC
 
 
 @in_every_usage
-@pytest.mark.parametrize("make_net", [mlp, convolutional])
+@pytest.mark.parametrize("make_net", [mlp, convolutional, slow(transformer), slow(gru)])
 def test_a_regularizer_equals_the_same_term_in_training_step(usage: Usage, make_net: Callable[[], nn.Module]) -> None:
     expected = trained(usage, make_net, term=Quartic(1.0))
     assert (trained(usage, make_net, by_callback(usage, Quartic(1.0))) - expected).abs().max() <= 1e-6
@@ -95,8 +103,11 @@ class ByHand(Callback):
 @in_every_usage
 @pytest.mark.parametrize(
     ("make_repair", "make_net"),
-    [(ShrinkPerturb, convolutional), (partial(ReDo, threshold=0.9), mlp)],
-    ids=["ShrinkPerturb", "ReDo"],
+    [
+        pytest.param(ShrinkPerturb, convolutional, id="ShrinkPerturb"),
+        pytest.param(partial(ReDo, threshold=0.9), mlp, id="ReDo"),
+        *[pytest.param(ShrinkPerturb, net, id=net.__name__, marks=pytest.mark.slow) for net in (transformer, gru)],
+    ],
 )
 def test_a_repair_equals_the_same_by_hand(
     usage: Usage, make_repair: Callable[..., Repair], make_net: Callable[[], nn.Module]

@@ -76,6 +76,7 @@ class Busy(LightningModule):
         super().__init__()
         self.net = net
         self.accuracy = MulticlassAccuracy(3)
+        self.tally = MulticlassAccuracy(3)  # Lightning does not reset it, since it is not logged
         self.outputs: list[Tensor] = []
         self.steps_seen = 0
         self.noise: list[float] = []
@@ -96,6 +97,7 @@ class Busy(LightningModule):
 
     def take_notes(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         self.accuracy(logits, y)
+        self.tally.update(logits, y)
         self.outputs.append(loss)  # with its graph
         self.steps_seen += 1
         self.noise.append(random.random() + float(np.random.rand()))  # noqa: NPY002

@@ -40,7 +40,7 @@ class ContinualBackprop(UnitReplacement):
     Args:
         replacement_rate: Share of the mature units that is replaced at each step, :math:`\rho`.
         maturity_threshold: Steps during which a new unit is safe.
-        decay: :math:`\eta`, in [0, 1).
+        decay: Share of the old utility that stays at each step, :math:`\eta`, in [0, 1).
         transfer_bias: Adds the mean of what a replaced unit said, by its outgoing weights, to the biases of its
             consumers, so that these do not miss it. Off, as in the published results: there the mean was cleared
             before it was used. Consumers without bias get nothing.

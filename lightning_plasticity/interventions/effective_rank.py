@@ -44,7 +44,7 @@ class EffectiveRankRegularizer(RunningRemedy):
     loaded, the count begins anew.
 
     Args:
-        learning_rate: :math:`\eta`.
+        learning_rate: :math:`\eta`, the size of the steps that raise the rank.
         every_n_samples: Number of samples a process sees between two steps, rounded up to whole minibatches. How many a
             minibatch holds is told by one extra forward pass at the beginning, and from then on by the last step.
         max_norm: Largest norm of the gradient: a guard. That of some new networks with ReLU and tanh was 8 to 400, and
@@ -181,10 +181,10 @@ class L2ER(RunningRemedy, Regularizer):
     are called.
 
     Args:
-        learning_rate: :math:`\eta`.
-        weight_decay: :math:`w`.
-        every_n_samples: As for :class:`EffectiveRankRegularizer`.
-        max_norm: As for :class:`EffectiveRankRegularizer`.
+        learning_rate: :math:`\eta`, the size of the steps that raise the rank.
+        weight_decay: :math:`w`, the factor of the L2 penalty.
+        every_n_samples: Number of samples a process sees between two such steps, rounded up to whole minibatches.
+        max_norm: Largest norm of their gradient: a guard.
 
     Raises:
         ValueError: If an argument is out of range.

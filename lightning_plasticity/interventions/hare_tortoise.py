@@ -28,9 +28,9 @@ class HareTortoise(RunningRemedy):
     precision, and costs as much memory as the weights.
 
     Args:
-        decay: :math:`\beta`, in [0, 1).
-        every_n_steps: :math:`k`. The paper counts ten epochs; 2000 steps are ten epochs of its CIFAR-10, in batches of
-            256.
+        decay: Share of the slow weights that stays at each step, :math:`\beta`, in [0, 1).
+        every_n_steps: Steps from one reset to the next, :math:`k`. The paper counts ten epochs; 2000 steps are ten
+            epochs of its CIFAR-10, in batches of 256.
 
     Raises:
         ValueError: If ``decay`` or ``every_n_steps`` is out of range.

@@ -20,7 +20,7 @@ class L2Init(InitialValueRegularizer):
     that come later, or get another shape, need another :meth:`start`, which leaves the others' :math:`\theta_0` alone.
 
     Args:
-        coefficient: :math:`\lambda`. The gradient is :math:`\lambda (\theta - \theta_0)`.
+        coefficient: Factor of the term, :math:`\lambda`. The gradient is :math:`\lambda (\theta - \theta_0)`.
 
     Raises:
         ValueError: If ``coefficient`` is negative.

@@ -24,7 +24,8 @@ class Parseval(Regularizer):
     :class:`~lightning_plasticity.interventions.SpectralRegularizer`; biases and norm layers are not touched.
 
     Args:
-        coefficient: :math:`\lambda`. The paper's networks are 64 units wide; the term grows with the width.
+        coefficient: Factor of the term, :math:`\lambda`. The paper's networks are 64 units wide; the term grows with
+            the width.
         gain: All singular values, at the minimum. The paper has √2, that of its initialisation.
         exclude: Names of the layers to leave free, with all that is inside them. By default the last one that has a
             matrix, in the order of registration: name the output layers where that is another one, or several.

@@ -118,8 +118,8 @@ class ReGraMa(_Recycling):
 
     Args:
         threshold: :math:`\tau`, as a share of the layer's mean.
-        initial: As for :class:`ReDo`.
-        when: As for :class:`ReDo`.
+        initial: ``state_dict()`` of the model before training, to draw from the distribution of, as for :class:`ReDo`.
+        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``loss`` is not given or gradients are not finite.

@@ -45,7 +45,7 @@ class SelfNormalizedReset(UnitReplacement):
     that train together choose the same units.
 
     Args:
-        rejection: :math:`\eta`, in (0, 1).
+        rejection: How unusual a silence must be for a reset, :math:`\eta`, in (0, 1).
         cap: Silence after which a unit is recycled whatever its past, in samples.
         seed: Of the random numbers that new weights are drawn with.
         initial: ``state_dict()`` of the model before training, to draw from the distribution of; by default each

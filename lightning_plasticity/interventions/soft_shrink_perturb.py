@@ -36,9 +36,9 @@ class SoftShrinkPerturb(RunningRemedy):
     precision, changes below the resolution are lost.
 
     Args:
-        shrink: :math:`\lambda`, in [0, 1].
-        noise: :math:`\sigma`, at least 0.
-        every_n_steps: :math:`n`, at least 1.
+        shrink: Share of the weights that stays, :math:`\lambda`, in [0, 1].
+        noise: Size of the noise, as a share of the initial standard deviation, :math:`\sigma`, at least 0.
+        every_n_steps: How many steps are done at once, :math:`n`, at least 1.
         seed: Seed of the noise.
 
     Raises:

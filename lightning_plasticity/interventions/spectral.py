@@ -36,8 +36,8 @@ class SpectralRegularizer(Regularizer):
     without gradients do not move :math:`u`, so that the term can be looked at.
 
     Args:
-        coefficient: :math:`\lambda`.
-        power: :math:`k`, at least 1.
+        coefficient: Factor of the term, :math:`\lambda`.
+        power: Exponent of the singular values, :math:`k`, at least 1.
         exact: Use singular value decompositions instead: many times the work.
 
     Raises:

@@ -112,6 +112,10 @@ class UnitReplacement(RunningRemedy):
             self._adopt(self._watch.units)
             self._watch.activity.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches no model: it has seen none, and references to one cannot be pickled."""
+        return {**vars(self), "_watch": None, "_traced": None}
+
     @abstractmethod
     def new_record(self, site: Site) -> Record:
         """The record of a layer whose units are all new."""

@@ -21,7 +21,7 @@ class WassersteinInit(InitialValueRegularizer):
     than a training step on large layers.
 
     Args:
-        coefficient: :math:`\lambda`.
+        coefficient: Factor of the term, :math:`\lambda`.
 
     Raises:
         ValueError: If ``coefficient`` is negative.
