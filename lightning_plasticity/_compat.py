@@ -1,4 +1,4 @@
-"""Every name of Lightning's that is not public, in one place."""
+"""Every name of Lightning's and of FSDP's that is not public, in one place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from torch import nn
 
 __all__ = [
@@ -20,10 +27,12 @@ __all__ = [
     "compiled_methods",
     "fit_datamodule",
     "gradient_scale",
+    "is_fsdp_internal",
     "is_lightning",
     "is_logging_step",
+    "is_model_parallel",
     "is_restoring_for_finder",
-    "is_supported",
+    "is_whole",
     "training_description",
     "weight_averages",
 ]
@@ -93,10 +102,25 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return scale
 
 
-def is_supported(strategy: object) -> bool:
+def is_whole(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
-    sharded = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy)
-    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not sharded
+    exceptions = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not exceptions
+
+
+def is_model_parallel(strategy: object) -> TypeGuard[ModelParallelStrategy]:
+    """Whether the module's ``configure_model`` may have sharded its weights by ``fully_shard`` (FSDP2)."""
+    return is_lightning(strategy, ModelParallelStrategy)
+
+
+def is_fsdp_internal(value: object) -> bool:
+    """Whether ``fully_shard``, or what follows it, has put this into a module: a hook, a method or its own state.
+
+    What is public of FSDP, such as a policy that a module keeps, says that it is of ``torch.distributed.fsdp`` itself.
+    """
+    code: Any = getattr(value, "__globals__", {})  # a wrapped method says that it is of the module of what it wraps
+    homes = (getattr(value, "__module__", None), code.get("__name__"))
+    return any(isinstance(home, str) and home.startswith("torch.distributed.fsdp._fully_shard.") for home in homes)
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity._compat import is_logging_step, is_restoring_for_finder, is_supported
+from lightning_plasticity._compat import is_logging_step, is_model_parallel, is_restoring_for_finder
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
@@ -27,6 +27,7 @@ from lightning_plasticity.probe import GGNProbe, Probe
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
+from lightning_plasticity.sharding import check_sharding, check_strategy, whole
 from lightning_plasticity.tasks import TaskDetector, TaskId
 from lightning_plasticity.training_loss import BatchInFlight, LossFunction, untouched_schedules
 
@@ -66,9 +67,10 @@ class SpectralCollapseCallback(Callback):
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
 
     Raises:
-        MisconfigurationException: At the start of a fit whose strategy is not supported, whose loss is not known, or
-            where ``collapse`` watches what ``probe`` does not measure; at the first probe if the module cannot be
-            probed.
+        MisconfigurationException: At the start of a fit whose strategy is not supported (a single device, DDP, and
+            ``fully_shard`` with ``ModelParallelStrategy`` are; of the interventions the last knows regularizers only),
+            whose loss is not known, or where ``collapse`` watches what ``probe`` does not measure; at the first probe
+            if the module cannot be probed.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
@@ -145,11 +147,7 @@ class SpectralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not is_supported(trainer.strategy):
-            raise MisconfigurationException(
-                "SpectralCollapseCallback works where every device holds all weights: on a single device and with DDP, "
-                f"not with {type(trainer.strategy).__name__}: use Trainer(devices=1) or Trainer(strategy='ddp')"
-            )
+        check_strategy(trainer.strategy, self.interventions)
         sources: list[Source] = [*self.probe.matrices]
         measures = [] if self.monitor is None else self.monitor.measures
         available = [d.name for d in diagnostics_of(sources)] + measures
@@ -163,6 +161,11 @@ class SpectralCollapseCallback(Callback):
                 f"{type(pl_module).__name__} optimizes manually, so its training_step cannot be asked for a loss "
                 "without training it: pass SpectralCollapseCallback(loss_fn=...), loss_fn(module, batch) -> mean loss"
             )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_model_parallel(trainer.strategy):
+            check_sharding(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,8 +183,9 @@ class SpectralCollapseCallback(Callback):
         is_new_task = self._tasks.new_task(trainer, pl_module, batch)
         if is_new_task or not self._remedies_started:
             at = at.joined(self.probe.samples)
-            report = self._report(at) if is_new_task else None
-            self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
+            with whole(pl_module):
+                report = self._report(at) if is_new_task else None
+                self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
             self._remedies_started = True
             if report is not None:
                 self._start_task(at, report)

@@ -11,13 +11,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -327,24 +320,6 @@ def test_manual_optimization_needs_a_loss_fn() -> None:
     callback = SpectralCollapseCallback(loss_fn=cross_entropy)
     trainer(callback).fit(Manual(), loader())
     assert len(callback.history) == 1
-
-
-@pytest.mark.parametrize("kind", [ModelParallelStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy])
-def test_strategies_that_shard_weights_or_gradients_are_refused(kind: type[Strategy]) -> None:
-    fitted = trainer()
-    fitted._accelerator_connector.strategy = kind.__new__(kind)  # not built: that takes its hardware or library
-    with pytest.raises(MisconfigurationException, match=rf"not with {kind.__name__}: use Trainer\(devices=1\) or"):
-        SpectralCollapseCallback().setup(fitted, Classifier(), "fit")
-
-
-def test_a_sharding_strategy_is_refused_before_anything_is_trained() -> None:
-    module = Classifier()
-    before = weights(module)
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(MisconfigurationException, match="not with ModelParallelStrategy: use Trainer"):
-        trainer(SpectralCollapseCallback(), strategy=strategy, devices=1).fit(module, loader())
-    torch.distributed.destroy_process_group()
-    assert torch.equal(weights(module), before)
 
 
 def test_interventions_that_cannot_work_are_an_error_at_the_first_probe() -> None:
