@@ -33,7 +33,7 @@ from lightning_plasticity.interventions import (
 )
 from lightning_plasticity.probe import Probe
 from tests.modules import MemoryLogger, trainer
-from tests.processes import in_two_processes
+from tests.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
 STEPS = 4
 SAMPLES = 6
@@ -298,6 +298,7 @@ def everything(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
+    skip_without_fsdp_on_the_cpu()
     one, other = in_two_processes(everything)
     return {name: [one[name], other[name]] for name in one}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.copying import copy_module
 from lightning_plasticity.sharding import sharded_like, whole
-from tests.processes import in_two_processes
+from tests.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
 Call = Callable[[Any, Tensor], Tensor]
 
@@ -171,6 +171,7 @@ def of_all(rank: int) -> dict[str, dict[str, bool]]:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, dict[str, bool]]]:
+    skip_without_fsdp_on_the_cpu()
     return in_two_processes(of_all)
 
 
