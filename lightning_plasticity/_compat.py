@@ -1,4 +1,4 @@
-"""Every name of Lightning's that is not public, in one place."""
+"""Every name of Lightning's and of FSDP's that is not public, in one place."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     XLAStrategy,
@@ -25,12 +26,15 @@ from torch import nn
 __all__ = [
     "DummyLogger",
     "compiled_methods",
+    "fetches_batches",
     "fit_datamodule",
     "gradient_scale",
+    "is_fsdp_internal",
     "is_lightning",
     "is_logging_step",
+    "is_model_parallel",
     "is_restoring_for_finder",
-    "is_supported",
+    "is_whole",
     "schedulers",
     "takes_batch_index",
     "training_description",
@@ -101,6 +105,11 @@ def takes_batch_index(training_step: Callable[..., Any]) -> bool:
     return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
 
 
+def fetches_batches(training_step: Callable[..., Any]) -> bool:
+    """Whether it is given the iterator over the batches, rather than a batch."""
+    return is_param_in_hook_signature(training_step, "dataloader_iter", explicit=True)
+
+
 def schedulers(trainer: Trainer) -> list[Any]:
     """The learning rate schedulers of the running fit."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -118,10 +127,25 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return scale
 
 
-def is_supported(strategy: object) -> bool:
+def is_whole(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
-    derived = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
-    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not derived
+    exceptions = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not exceptions
+
+
+def is_model_parallel(strategy: object) -> TypeGuard[ModelParallelStrategy]:
+    """Whether the module's ``configure_model`` may have sharded its weights by ``fully_shard`` (FSDP2)."""
+    return is_lightning(strategy, ModelParallelStrategy)
+
+
+def is_fsdp_internal(value: object) -> bool:
+    """Whether ``fully_shard``, or what follows it, has put this into a module: a hook, a method or its own state.
+
+    What is public of FSDP, such as a policy that a module keeps, says that it is of ``torch.distributed.fsdp`` itself.
+    """
+    code: Any = getattr(value, "__globals__", {})  # a wrapped method says that it is of the module of what it wraps
+    homes = (getattr(value, "__module__", None), code.get("__name__"))
+    return any(isinstance(home, str) and home.startswith("torch.distributed.fsdp._fully_shard.") for home in homes)
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_plasticity._compat import is_logging_step, is_restoring_for_finder, is_supported
+from lightning_plasticity._compat import fetches_batches, is_logging_step, is_model_parallel, is_restoring_for_finder
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
@@ -30,6 +29,7 @@ from lightning_plasticity.processes import all_or_none, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
+from lightning_plasticity.sharding import check_sharding, check_strategy, whole
 from lightning_plasticity.tasks import TaskDetector, TaskId
 from lightning_plasticity.training_loss import BatchInFlight, LossFunction, untouched_schedules
 
@@ -69,9 +69,10 @@ class SpectralCollapseCallback(Callback):
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
 
     Raises:
-        MisconfigurationException: At the start of a fit whose strategy is not supported, whose loss or batch is not
-            known, or where ``collapse`` watches what ``probe`` does not measure; at the first probe if the module
-            cannot be probed.
+        MisconfigurationException: At the start of a fit whose strategy is not supported (a single device, DDP, and
+            ``fully_shard`` with ``ModelParallelStrategy`` are; of the interventions the last knows regularizers only),
+            whose loss or batch is not known, or where ``collapse`` watches what ``probe`` does not measure; at the
+            first probe if the module cannot be probed.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
@@ -148,12 +149,8 @@ class SpectralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not is_supported(trainer.strategy):
-            raise MisconfigurationException(
-                "SpectralCollapseCallback works where every device holds all weights: on a single device and with DDP, "
-                f"not with {type(trainer.strategy).__name__}: use Trainer(devices=1) or Trainer(strategy='ddp')"
-            )
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        check_strategy(trainer.strategy, self.interventions)
+        if fetches_batches(pl_module.training_step):
             raise MisconfigurationException(
                 f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches its batches itself, so that there "
                 "is none to probe on: write training_step(batch, batch_idx)"
@@ -173,6 +170,11 @@ class SpectralCollapseCallback(Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_model_parallel(trainer.strategy):
+            check_sharding(pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tasks.on_fit(resumed=self._resumed and bool(self.history))
         self._resumed = self._checked = False
@@ -189,8 +191,9 @@ class SpectralCollapseCallback(Callback):
             self._share_errors()
         if is_new_task or not self._remedies_started:
             at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
-            report = self._report(at) if is_new_task else None
-            self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
+            with whole(pl_module):
+                report = self._report(at) if is_new_task else None
+                self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
             self._remedies_started = True
             if report is not None:
                 self._start_task(at, report)

@@ -21,6 +21,7 @@ from lightning_plasticity.failures import Failures
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
 from lightning_plasticity.isolation import isolated_rng
 from lightning_plasticity.processes import all_or_none, first_of_all_processes, is_distributed, raise_own
+from lightning_plasticity.sharding import sharded_like, whole
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
 _SAMPLES = 256
@@ -152,8 +153,9 @@ class Remedies:
         if not parameters:  # all frozen, or no optimizer at all
             return {}
         try:
-            with all_or_none():
-                terms, gradients = _terms_and_gradients(regularizers, module, parameters)
+            with all_or_none(), whole(module) as wholes:
+                of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
+                terms, gradients = _terms_and_gradients(regularizers, module, of_wholes)
         except Exception as error:
             if not self._have_worked:
                 raise_own(error)
@@ -166,10 +168,11 @@ class Remedies:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
+            share_of_gradient = sharded_like(parameter, gradient.detach())
             if parameter.grad is None:
-                parameter.grad = (factor * gradient.detach()).to(parameter.dtype)
+                parameter.grad = (factor * share_of_gradient).to(parameter.dtype)
             else:
-                parameter.grad.add_(gradient.detach(), alpha=factor)
+                parameter.grad.add_(share_of_gradient, alpha=factor)
         return {f"{r.name}/penalty": term.detach() for r, term in zip(regularizers, terms, strict=True)}
 
     def after_batch(

@@ -25,6 +25,7 @@ from lightning_plasticity.processes import (
     gathered,
     is_distributed,
 )
+from lightning_plasticity.sharding import is_device_mesh
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 """``loss_fn(module, batch)`` returns the mean loss of the data, a scalar with a graph."""
@@ -71,7 +72,8 @@ class _QuietTrainer:
 def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable: bool = False) -> LightningModule:
     """A copy of the module that can be trained, logged from and broken without the run noticing.
 
-    Data modules, data sets and loaders are shared rather than copied; ``log`` does nothing, nor do loggers.
+    Data modules, data sets, loaders and device meshes are shared rather than copied; ``log`` does nothing, nor do
+    loggers.
 
     Args:
         module: The module. It is not changed.
@@ -89,7 +91,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
             return quiet
         if is_lightning(value, Logger):  # type: ignore[type-abstract]
             return quiet.logger
-        if is_lightning(value, *_SHARED) or any(value is method for method in compiled):
+        if is_lightning(value, *_SHARED) or is_device_mesh(value) or any(value is method for method in compiled):
             return value
         return None
 

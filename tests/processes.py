@@ -11,11 +11,18 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
+
+
+def skip_without_fsdp_on_the_cpu() -> None:
+    """Of torch 2.6, ``fully_shard`` needs a GPU: it records events on streams, which those of the CPU do not know."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"fully_shard of torch {torch.__version__} does not run on a CPU")
 
 
 def in_two_processes(function: Callable[[int], Any]) -> list[Any]:

@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -424,28 +416,6 @@ def test_manual_optimization_needs_a_loss_fn() -> None:
     callback = SpectralCollapseCallback(loss_fn=cross_entropy)
     trainer(callback).fit(Manual(), loader())
     assert len(callback.history) == 1
-
-
-@pytest.mark.parametrize(
-    "kind", [ModelParallelStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy, XLAStrategy]
-)
-def test_strategies_that_shard_weights_or_gradients_are_refused(
-    kind: type[Strategy], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fitted = trainer()
-    monkeypatch.setattr(Trainer, "strategy", kind.__new__(kind))  # not built: that takes its hardware or library
-    with pytest.raises(MisconfigurationException, match=rf"not with {kind.__name__}: use Trainer\(devices=1\) or"):
-        SpectralCollapseCallback().setup(fitted, Classifier(), "fit")
-
-
-def test_a_sharding_strategy_is_refused_before_anything_is_trained() -> None:
-    module = Classifier()
-    before = weights(module)
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(MisconfigurationException, match="not with ModelParallelStrategy: use Trainer"):
-        trainer(SpectralCollapseCallback(), strategy=strategy, devices=1).fit(module, loader())
-    torch.distributed.destroy_process_group()
-    assert torch.equal(weights(module), before)
 
 
 def test_interventions_that_cannot_work_are_an_error_at_the_first_probe() -> None:

@@ -150,6 +150,20 @@ def test_the_trainer_passes_the_index_where_takes_batch_index_says_or_else_probe
         assert numbers.pop() == 1 + _compat.takes_batch_index(module.training_step), kind
 
 
+def test_the_trainer_passes_the_iterator_where_fetches_batches_says_or_else_there_is_no_batch_to_probe_on() -> None:
+    class Fetching(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            given.append(dataloader_iter)
+            batch, index, _ = next(dataloader_iter)
+            return super().training_step(batch, index)
+
+    given: list[Any] = []
+    trainer(max_steps=1).fit(module := Fetching(), loader())
+    assert iter(given[0]) is given[0]
+    assert _compat.fetches_batches(module.training_step)
+    assert not _compat.fetches_batches(Classifier().training_step)
+
+
 def test_schedulers_are_those_of_the_fit_or_else_probes_move_the_learning_rate() -> None:
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
