@@ -19,6 +19,7 @@ PUBLIC = {
     "lightning.pytorch.plugins.precision",
     "lightning.pytorch.strategies",
     "lightning.pytorch.trainer.states",
+    "lightning.pytorch.tuner",
     "lightning.pytorch.utilities",
     "lightning.pytorch.utilities.exceptions",
     "lightning.pytorch.utilities.rank_zero",
@@ -42,6 +43,9 @@ ALLOWED = {
     "_base",
     "_is_view",
     "_saved_dim",
+    # torch: what recurrent layers keep of their weights besides
+    "_flat_weights",
+    "_flat_weight_refs",
     # torch: whether a module is compiled, and whether code runs within torch.func or a backward pass
     "_C",
     "_compiled_call_impl",
