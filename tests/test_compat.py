@@ -150,7 +150,7 @@ def test_the_trainer_passes_the_index_where_takes_batch_index_says_or_else_probe
         assert numbers.pop() == 1 + _compat.takes_batch_index(module.training_step), kind
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 def test_the_trainer_passes_the_iterator_where_fetches_batches_says_or_else_there_is_no_batch_to_probe_on() -> None:
     class Fetching(Classifier):
         def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
