@@ -294,9 +294,9 @@ class SpectralCollapseCallback(Callback):
         first = all(earlier.spectrum is None for earlier in self.history)
         try:
             with all_or_none():
-                self._remember_initial(at.module)
+                is_initial = self._remember_initial(at.module)
                 with untouched_schedules(at.trainer):
-                    message = self._probe_task(report, at)
+                    message = self._probe_task(report, at, is_initial=is_initial)
                 if first:
                     self._remedies.rehearse(at)
         except Exception as error:
@@ -328,8 +328,13 @@ class SpectralCollapseCallback(Callback):
         if self.history:
             self.history[-1].errors = shared(self.history[-1].errors)
 
-    def _remember_initial(self, pl_module: LightningModule) -> None:
-        """Keeps the first value of every parameter and buffer, and of those that appear or grow later."""
+    def _remember_initial(self, pl_module: LightningModule) -> bool:
+        """Keeps the first value of every parameter and buffer, and of those that appear or grow later.
+
+        Returns:
+            Whether the module has its initial weights, as before the first task.
+        """
+        is_initial = not self._initial
         for name, tensor in _named_tensors(pl_module):
             if is_lazy(tensor):
                 raise MisconfigurationException(
@@ -338,8 +343,9 @@ class SpectralCollapseCallback(Callback):
                 )
             if name not in self._initial or self._initial[name].shape != tensor.shape:
                 self._initial[name] = tensor.detach().cpu().clone()
+        return is_initial
 
-    def _probe_task(self, report: TaskReport, at: BatchInFlight) -> str | None:
+    def _probe_task(self, report: TaskReport, at: BatchInFlight, *, is_initial: bool) -> str | None:
         """Fills the report; returns what to warn of."""
         batch, loss_fn, make_copy = at.batch, at.loss_on, at.copy
 
@@ -357,11 +363,13 @@ class SpectralCollapseCallback(Callback):
             self._checked = True
         with shown_progress(at.trainer, "probing curvature") as progress:
             now = self.probe.measure(make_copy, batch, loss_fn, progress)
-        with shown_progress(at.trainer, "probing curvature of the initial weights") as progress:
-            initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
         features = self._monitored(make_copy, batch, loss_fn)
-        initial_features = self._monitored(make_initial_copy, batch, loss_fn) if features else {}
-        values, references = measure(now.spectra, features), measure(initial.spectra, initial_features)
+        values = references = measure(now.spectra, features)
+        if not is_initial:
+            with shown_progress(at.trainer, "probing curvature of the initial weights") as progress:
+                initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
+            initial_features = self._monitored(make_initial_copy, batch, loss_fn) if features else {}
+            references = measure(initial.spectra, initial_features)
         metric = self.collapse.metric
         verdict = self.collapse.judge(
             values[metric],

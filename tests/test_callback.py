@@ -141,6 +141,20 @@ def test_a_head_that_grows_is_compared_with_its_first_value() -> None:
     assert callback.history[1].spectrum.num_parameters == 4 * 8 + 8 + 8 * 5 + 5
 
 
+def test_initial_weights_are_not_probed_beside_themselves() -> None:
+    class Counting(GGNProbe):
+        def measure(self, *arguments: Any) -> Any:
+            probed.append(self)
+            return super().measure(*arguments)
+
+    probed: list[GGNProbe] = []
+    callback, module, counts = SpectralCollapseCallback(Counting()), Classifier(), []
+    for _ in range(3):
+        trainer(callback).fit(module, loader())
+        counts.append(len(probed))
+    assert counts == [1, 3, 5]
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 def test_history_and_initial_weights_survive_a_checkpoint(tmp_path: Path) -> None:
