@@ -14,7 +14,7 @@ from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.processes import of_all_processes
 
-TaskId: TypeAlias = "int | str | None"
+TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 
 _ATTRIBUTES = ("task_id", "current_task")
 

@@ -191,7 +191,6 @@ def test_every_argument_of_what_a_file_may_hold_is_typed_explained_and_has_a_def
             assert parameter.default is not parameter.empty, name
             assert re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r":\w+:`[^`]*`", "", explained[name])), name  # in words
     assert isinstance(kind(), kind)
-    parser.parse_string(parser.dump(parser.parse_object({})))
 
 
 def test_all_kinds_are_among_them() -> None:
