@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NoReturn
@@ -36,8 +37,10 @@ def of_all_processes(value: Any) -> list[Any]:
     """What each of the processes that train together has, in the order of their ranks."""
     if not is_distributed():
         return [value]
+    packed = pickle.dumps(value)  # what cannot be sent is found out before the others wait for it
     agree()
-    return _exchanged(value)
+    own = torch.distributed.get_rank()
+    return [value if rank == own else pickle.loads(theirs) for rank, theirs in enumerate(_exchanged(packed))]
 
 
 def gathered(batch: Any) -> Any:
@@ -49,11 +52,12 @@ def first_of_all_processes(value: Any) -> Any:
     """What the first of the processes that train together has."""
     if not is_distributed():
         return value
+    is_first = torch.distributed.get_rank() == 0
+    packed = [pickle.dumps(value) if is_first else b""]
     agree()
-    values = [value]
     with _reaching_all():
-        torch.distributed.broadcast_object_list(values, 0)
-    return values[0]
+        torch.distributed.broadcast_object_list(packed, 0)
+    return value if is_first else pickle.loads(packed[0])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.failures import Failures
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
 from lightning_plasticity.isolation import isolated_rng
-from lightning_plasticity.processes import all_or_none, first_of_all_processes, is_distributed, raise_own
+from lightning_plasticity.processes import agree, all_or_none, first_of_all_processes, is_distributed, raise_own
 from lightning_plasticity.sharding import sharded_like, whole
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
@@ -223,14 +223,19 @@ class Remedies:
 
     def _rehearse_regularizers(self, at: BatchInFlight) -> bool:
         """Tries copies of the regularizers on a copy: returns whether it could be done, raises if they cannot work."""
+        if not self._regularizers:
+            return True
         try:
-            regularizers = copy.deepcopy(self._regularizers)
+            with all_or_none():
+                regularizers = copy.deepcopy(self._regularizers)
         except Exception:  # it would remember the trial; the first step will tell
             return False
-        if regularizers:
-            module = at.copy()
+        try:
             with all_or_none(), isolated_rng():
+                module = at.copy()
                 _terms_and_gradients(regularizers, module, [p for p in module.parameters() if p.requires_grad])
+        except Exception as error:
+            raise_own(error)
         return True
 
     def _repair(self, at: BatchInFlight, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
@@ -272,11 +277,13 @@ def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] =
     """
     if not is_distributed():
         return
-    for intervention in interventions:
-        state = apply_to_collection(intervention.state_dict(), Tensor, Tensor.cpu)  # as in a checkpoint
-        intervention.load_state_dict(first_of_all_processes(state))
-    for tensor in weights:
-        torch.distributed.broadcast(tensor.detach(), 0)
+    with all_or_none():
+        for intervention in interventions:
+            state = apply_to_collection(intervention.state_dict(), Tensor, Tensor.cpu)  # as in a checkpoint
+            intervention.load_state_dict(first_of_all_processes(state))
+        agree()
+        for tensor in weights:
+            torch.distributed.broadcast(tensor.detach(), 0)
 
 
 def _terms_and_gradients(

@@ -31,6 +31,7 @@ from lightning_plasticity.interventions import (
     EffectiveRankRegularizer,
     Intervention,
     ReDo,
+    Regularizer,
     RunningRemedy,
     ShrinkPerturb,
     SpectralRegularizer,
@@ -64,6 +65,27 @@ class InPlace(RunningRemedy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+
+
+class Forgetful(InPlace):
+    """Fails half way, and then cannot say where it was."""
+
+    def shrink(self, parameter: Tensor) -> None:
+        if self.steps == 3:
+            raise ArithmeticError("half way")
+        super().shrink(parameter)
+
+
+class CopiedByItself(SpectralRegularizer):
+    """Says by itself how it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regularizer:
+        return SpectralRegularizer(self.coefficient)
+
+
+class Unsendable:
+    def __reduce__(self) -> str:
+        raise TypeError("not to be sent")
 
 
 @contextmanager
@@ -138,7 +160,7 @@ CASES = {
     "working a repair out": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
     "applying a repair": Case((changes, "clear", 1, True), shrink, "ShrinkPerturb"),
     "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
-    "the copy for a repair": Case((training_loss, "copy_module", 6), lambda: ReDo(0.9, when=3), "ReDo"),
+    "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
     "hearing activity": Case((Activity, "heard", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((changes, "clear", 3), replace_units, "ContinualBackprop"),
     "getting ready": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
@@ -147,13 +169,20 @@ CASES = {
     "a batch that waits": Case((effective_rank, "_as_of_now", 1), raise_ranks, "EffectiveRankRegularizer"),
     "a penalty": Case((remedies, "_terms_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
     "its gradient": Case((remedies, "_terms_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
-    "the probe": Case((GGNProbe, "measure", 3), lambda: ReDo(0.9, when="task"), "probe"),
-    "the end of the probe": Case((GGNProbe, "measure", 4, True), None, "probe"),
-    "the monitor of the probe": Case((monitoring, "probing", 3), None, "monitor"),
-    "the monitor in flight": Case((PlasticityMonitor, "attach", 7, True), None, "monitor"),
-    "what the monitor has seen": Case((monitoring, "values_of", 7), None, "monitor"),
+    "the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
+    "the end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
+    "the monitor of the probe": Case((monitoring, "probing", 2), None, "monitor"),
+    "the monitor in flight": Case((PlasticityMonitor, "attach", 6, True), None, "monitor"),
+    "what the monitor has seen": Case((monitoring, "values_of", 6), None, "monitor"),
     "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
     "joining batches": Case((training_loss, "gathered", 2)),
+    "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
+}
+
+FIRST = {
+    "probe": Case((GGNProbe, "measure", 1), replace_units),
+    "remedy": Case((ContinualBackprop, "start", 1), replace_units),
+    "trial of a regularizer": Case((remedies, "_terms_and_gradients", 1), SpectralRegularizer),
 }
 
 
@@ -161,11 +190,21 @@ def in_process(rank: int) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
     results: dict[str, Any] = {name: case.fit() for name, case in CASES.items()}
     results["no failure"], results["no failure, repaired"] = fit(), fit(shrink())
-    for what, where in {"probe": (GGNProbe, "measure", 1), "remedy": (ContinualBackprop, "start", 1)}.items():
-        with pytest.raises(Exception, match="no more") as caught:
-            Case(where, replace_units).fit()
-        results[f"first {what}"] = f"{caught.type.__name__}: {caught.value}"
+    results |= {f"first {what}": error_of(case.fit) for what, case in FIRST.items()}
+    results["state after a failure"] = error_of(Case((Forgetful, "state_dict", 1), Forgetful).fit)
+    results["unsendable"] = error_of(lambda: sent_together(Unsendable() if rank else None))
     return results
+
+
+def sent_together(value: object) -> None:
+    with processes.all_or_none():
+        processes.of_all_processes(value)
+
+
+def error_of(work: Callable[[], object]) -> str:
+    with pytest.raises(Exception, match="no") as caught:
+        work()
+    return f"{caught.type.__name__}: {caught.value}"
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +252,17 @@ def test_training_goes_on_as_if_nothing_had_failed(name: str, runs: dict[str, li
     assert torch.equal(runs[name][0]["weights"], runs["no failure"][0]["weights"])
 
 
-@pytest.mark.parametrize("what", ["probe", "remedy"])
+@pytest.mark.parametrize("what", FIRST)
 def test_what_fails_at_first_is_an_error_in_both(what: str, runs: dict[str, list[Any]]) -> None:
     assert runs[f"first {what}"] == ["FailedTogetherError: in process 1: MemoryError: no more", "MemoryError: no more"]
+
+
+def test_not_to_know_what_another_remembers_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
+    assert runs["state after a failure"] == ["FailedTogetherError: in process 1: MemoryError: no more"] * 2
+
+
+def test_what_cannot_be_sent_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
+    assert runs["unsendable"] == ["FailedTogetherError: in process 1: TypeError: not to be sent"] * 2
 
 
 def survive_what_can_be_survived() -> None:
