@@ -2,7 +2,9 @@
 
 Contenders train fits of whole tasks of 500 steps with a TensorBoardLogger, and take turns after every 20 steps; counted
 is process CPU time with one thread. Printed is the median over rounds of what each adds to the fit without a callback
-in the same round, and the smallest and largest. ``empty`` is a callback of Lightning's that does nothing, ``idle`` is
+in the same round, and the smallest and largest: where steps are long, two fits differ by more than the callback costs.
+Hence also the time that the fit spent in the callback's own hooks, as a share of the rest of the same fit; it leaves
+out what a monitor does during the forward pass. ``empty`` is a callback of Lightning's that does nothing, ``idle`` is
 ours while the task never changes; ``defaults`` probes the curvature of the network and of its initial weights and
 monitors the hidden layers at each task, and draws a picture at the end of each fit; the last looks at the hidden layers
 every 50 steps too.
@@ -14,6 +16,7 @@ import argparse
 import logging
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -74,6 +77,25 @@ def images() -> tuple[nn.Module, Dataset[Any], int]:
     return net, TensorDataset(x, y), 128
 
 
+class Clock:
+    """Adds up the time that is spent in the hooks of callbacks."""
+
+    def __init__(self, callbacks: list[Callback]) -> None:
+        self.seconds = 0.0
+        for callback in callbacks:
+            for name in dir(Callback):
+                if getattr(type(callback), name) is not getattr(Callback, name) and name.startswith("on_"):
+                    setattr(callback, name, self._timed(getattr(callback, name)))
+
+    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any, **options: Any) -> None:
+            started = time.process_time()
+            hook(*arguments, **options)
+            self.seconds += time.process_time() - started
+
+        return timed
+
+
 class TakingTurns(DataLoader[Any]):
     """Lets the other contenders go on from time to time."""
 
@@ -125,21 +147,28 @@ def cost(name: str, stream: Stream, rounds: int, tasks: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         make = partial(contender, stream, folder=folder, tasks=tasks)
-        contenders = {
-            "nothing": make([]),
-            "empty": make([Callback()]),
-            "idle": make([callback(None)], one_task=True),
-            "defaults": make([callback()]),
-            "defaults, monitor_every_n_steps=50": make([callback(monitor_every_n_steps=50)]),
+        callbacks: dict[str, list[Callback]] = {
+            "nothing": [],
+            "empty": [Callback()],
+            "idle": [callback(None)],
+            "defaults": [callback()],
+            "defaults, monitor_every_n_steps=50": [callback(monitor_every_n_steps=50)],
         }
-        seconds = [take_turns(contenders) for _ in range(1 + rounds)][1:]  # the first one warms up
+        clocks = {who: Clock(theirs) for who, theirs in callbacks.items()}
+        contenders = {who: make(theirs, one_task=who == "idle") for who, theirs in callbacks.items()}
+        take_turns(contenders)  # warms up
+        for clock in clocks.values():
+            clock.seconds = 0.0
+        seconds = [take_turns(contenders) for _ in range(rounds)]
     without = statistics.median(each["nothing"] for each in seconds)
     print(f"{name}: {1e3 * without / (tasks * TASK):.2f} ms a step without a callback; added:")
     for who in list(contenders)[1:]:
         added = [100 * (each[who] / each["nothing"] - 1) for each in seconds]
         spread = f"({min(added):.1f} to {max(added):.1f})"
+        inside, whole = clocks[who].seconds, sum(each[who] for each in seconds)
+        hooks = f"in its hooks {100 * inside / (whole - inside):.2f} %"
         bar = f"   bar {BARS[who]}" if who in BARS else ""
-        print(f"  {who:<36}{statistics.median(added):>7.1f} %   {spread:<16}{bar}", flush=True)
+        print(f"  {who:<36}{statistics.median(added):>7.1f} %   {spread:<16}{hooks}{bar}", flush=True)
 
 
 if __name__ == "__main__":

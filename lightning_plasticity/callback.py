@@ -19,13 +19,13 @@ from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.failures import Failures, described, shared
+from lightning_plasticity.failures import Failures, shared
 from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe
-from lightning_plasticity.processes import all_or_none, raise_own
+from lightning_plasticity.processes import all_or_none, described, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
@@ -138,7 +138,7 @@ class SpectralCollapseCallback(Callback):
         self._remedies_started = False
 
     def new_task(self, task_id: TaskId = None) -> None:
-        """The next training batch is the first of a new task.
+        """The next training batch is the first of a new task. To be called in every process of several.
 
         Args:
             task_id: The name of the task, for the report.
@@ -186,7 +186,7 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
-        is_new_task = self._tasks.new_task(trainer, pl_module, batch)
+        is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
         if is_new_task:
             self._share_errors()
         if is_new_task or not self._remedies_started:
@@ -204,7 +204,7 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._failures)
-        self._tasks.on_batch_end(outputs)
+        self._detected(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
         if self.interventions:
             at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
@@ -287,6 +287,18 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
         self._remedies.load_state_dict(state_dict["interventions"])
+
+    def _detected(self, ask: Callable[[], bool | None]) -> bool:
+        """What the task detector says; nothing if it fails, after the first task."""
+        try:
+            return bool(ask())
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            if not self.history:
+                raise_own(error)
+            self._failures.add("task_detector", "whether a task is new could not be told", error)
+            return False
 
     def _report(self, at: BatchInFlight) -> TaskReport:
         """What is seen of the network at the start of a task."""

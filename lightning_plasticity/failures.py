@@ -5,8 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_plasticity.collapse import PlasticityWarning
-from lightning_plasticity.processes import described as described
-from lightning_plasticity.processes import of_all_processes
+from lightning_plasticity.processes import described, of_all_processes
 
 
 class Failures:

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
-from lightning_plasticity.failures import Failures, described
+from lightning_plasticity.failures import Failures
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
+from lightning_plasticity.processes import described
 from lightning_plasticity.reports import TaskReport
 
 BY_STEP = "plasticity/"

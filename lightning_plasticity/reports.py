@@ -27,8 +27,9 @@ class TaskReport:
         repairs: What the interventions did.
         matrix: What the spectrum is of: ``"ggn"`` or ``"hessian"``.
         errors: What could not be done from the start of this task to that of the next, and why: the first error of
-            ``"probe"``, of ``"monitor"``, of each intervention by its name and of each logger by the name of its class.
-            What failed in another of several processes than the first begins with ``in process <rank>``.
+            ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
+            the name of its class. What failed in another of several processes than the first begins with
+            ``in process <rank>``.
     """
 
     task: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -76,9 +75,9 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     """While inside, the module is what it would be had ``fully_shard`` never seen it.
 
     Its parameters are whole, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
-    What is done to these parameters is forgotten. Nothing happens to a module that is not sharded. To be entered by all
-    processes at the same point, between an optimizer step and the next forward pass or between a backward pass and the
-    optimizer step.
+    What is done to these parameters is forgotten; hooks that are added or removed are so afterwards. Nothing happens to
+    a module that is not sharded. To be entered by all processes at the same point, between an optimizer step and the
+    next forward pass or between a backward pass and the optimizer step.
 
     Yields:
         The whole parameter for each sharded one.
@@ -93,8 +92,13 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
         if _is_sharded(parameter)
     }
     before: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     try:
         for part in list(module.modules()):
+            for registered in _dicts_with_hooks(part):
+                hooks.append((registered, dict(registered)))
+                for key in [key for key, hook in registered.items() if is_fsdp_internal(hook)]:
+                    del registered[key]
             changes = _unsharded(part, wholes)
             before.append((part, type(part), {name: vars(part)[name] for name in changes}))
             vars(part).update(changes)
@@ -105,6 +109,11 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
         for part, kind, attributes in before:
             part.__class__ = kind
             vars(part).update(attributes)
+        for registered, earlier in hooks:  # the same dicts: whoever has registered a hook removes it from there
+            kept = {key: hook for key, hook in earlier.items() if key in registered or is_fsdp_internal(hook)}
+            now = {**kept, **registered}
+            registered.clear()
+            registered.update(now)
 
 
 def sharded_like(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -154,14 +163,16 @@ def _is_sharded_well(parameter: DTensor, managed: set[int]) -> bool:
     )
 
 
+def _dicts_with_hooks(part: nn.Module) -> list[dict[Any, Any]]:
+    """Of the dicts that a module keeps, those that hold something of FSDP's."""
+    dicts = (value for name, value in vars(part).items() if isinstance(value, dict) and name != "_modules")
+    return [value for value in dicts if any(is_fsdp_internal(item) for item in value.values())]
+
+
 def _unsharded(part: nn.Module, wholes: Mapping[Tensor, nn.Parameter]) -> dict[str, Any]:
     """The attributes of a module that must be others without FSDP."""
-    changes: dict[str, Any] = {}
-    for name, value in vars(part).items():
-        if isinstance(value, dict) and name != "_modules" and any(is_fsdp_internal(item) for item in value.values()):
-            changes[name] = OrderedDict((key, item) for key, item in value.items() if not is_fsdp_internal(item))
-        elif is_fsdp_internal(value):  # a method that register_fsdp_forward_method has wrapped
-            changes[name] = value.__wrapped__
+    # A method that register_fsdp_forward_method has wrapped.
+    changes = {name: value.__wrapped__ for name, value in vars(part).items() if is_fsdp_internal(value)}
     own = part._parameters
     changes["_parameters"] = {name: None if p is None else wholes.get(p, p) for name, p in own.items()}
     if isinstance(part, nn.RNNBase):  # keeps lists of its weights, which it brings up to date when it is copied

@@ -8,11 +8,12 @@ from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity.curvature.problem import check_counts
-from lightning_plasticity.processes import of_all_processes
+from lightning_plasticity.processes import all_or_none, described, of_all_processes
 
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 
@@ -45,7 +46,7 @@ class TaskDetector:
 
     Args:
         task_key: ``task_key(trainer, module)`` returns the name of the current task, an int or a string, or ``None``:
-            not known. In a configuration file, its import path.
+            not known; the same in every process. In a configuration file, its import path.
         batch_label: Where a batch holds the task label of its samples: an index, as 2 for batches ``(x, y, t)``, or a
             key.
         every_n_epochs: Length of a task in epochs.
@@ -94,6 +95,7 @@ class TaskDetector:
         self._every_n_steps = every_n_steps
         self._drift_detector: Any = drift_detector
         self._drift_statistic = drift_statistic
+        self._has_watched = False
         self._fit_began = False
         self._announced = False
         self._announced_id: TaskId = None
@@ -119,10 +121,12 @@ class TaskDetector:
             ValueError: If the batch holds no label where one was promised.
         """
         if self._drift_statistic is not None:
-            self._watch(float(self._drift_statistic(batch)))
+            with all_or_none():
+                self._watch(float(self._drift_statistic(batch)))
         period = self._period_of(trainer)
         if self._batch_label is not None:
-            everywhere: list[set[int | str]] = of_all_processes(_labels(batch, self._batch_label))
+            with all_or_none():
+                everywhere: list[set[int | str]] = of_all_processes(_labels(batch, self._batch_label))
             new_labels = sorted(set().union(*everywhere) - self._labels, key=str)
             self._labels.update(new_labels)
             key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
@@ -166,7 +170,16 @@ class TaskDetector:
         values: list[float] = of_all_processes(value)
         if not math.isfinite(mean := sum(values) / len(values)):
             return  # after one NaN a detector would have no mean to compare with any more
-        self._drift_detector.update(mean)
+        try:
+            self._drift_detector.update(mean)
+        except Exception as error:
+            if self._has_watched:
+                raise
+            raise MisconfigurationException(
+                f"drift_detector={self._drift_detector!r} cannot take a number, as update({mean}) shows: "
+                f"{described(error)}"
+            ) from error
+        self._has_watched = True
         if self._drift_detector.drift_detected and not self._announced:  # whose name would be lost
             self.announce()
 

@@ -152,6 +152,7 @@ def only_weights() -> dict[str, bool]:
 
 def run(folder: Path, moment: str | None, every_n_train_steps: int | None = None) -> None:
     """Trains from the newest checkpoint in ``folder`` or from scratch; writes what came out, unless killed."""
+    folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from lightning_plasticity import (
     PlasticityMonitor,
     PlasticityWarning,
     SpectralCollapseCallback,
+    TaskDetector,
     monitoring,
     processes,
     remedies,
@@ -83,6 +84,18 @@ class CopiedByItself(SpectralRegularizer):
         return SpectralRegularizer(self.coefficient)
 
 
+class Detecting:
+    """Sees no drift, watching the mean of the inputs."""
+
+    drift_detected = False
+
+    def update(self, x: float) -> None:
+        pass
+
+    def statistic(self, batch: Any) -> float:
+        return float(batch[0].mean())
+
+
 class Unsendable:
     def __reduce__(self) -> str:
         raise TypeError("not to be sent")
@@ -107,12 +120,16 @@ def failing(owner: Any, name: str, number: int, after: bool = False) -> Iterator
         yield
 
 
-def fit(*interventions: Intervention) -> dict[str, Any]:
+def fit(*interventions: Intervention, detector: TaskDetector | None = None) -> dict[str, Any]:
     """Some fits in one of two processes. The second process logs too."""
     torch.manual_seed(0)
     net, logger = Classifier(), MemoryLogger()
     callback = SpectralCollapseCallback(
-        GGNProbe(samples=6), collapse=Collapse(below=1e-9), interventions=interventions, monitor_every_n_steps=2
+        GGNProbe(samples=6),
+        collapse=Collapse(below=1e-9),
+        interventions=interventions,
+        task_detector=detector,
+        monitor_every_n_steps=2,
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -150,10 +167,16 @@ class Case:
     fails: tuple[Any, ...]
     remedy: Callable[[], Intervention] | None = None
     who: str | None = None
+    detector: Callable[[], TaskDetector] | None = None
 
     def fit(self) -> dict[str, Any]:
         with failing(*self.fails):
-            return fit(*[] if self.remedy is None else [self.remedy()])
+            remedies = [] if self.remedy is None else [self.remedy()]
+            return fit(*remedies, detector=None if self.detector is None else self.detector())
+
+
+def watch_inputs() -> TaskDetector:
+    return TaskDetector(drift_detector=(detecting := Detecting()), drift_statistic=detecting.statistic)
 
 
 CASES = {
@@ -175,6 +198,7 @@ CASES = {
     "the monitor in flight": Case((PlasticityMonitor, "attach", 6, True), None, "monitor"),
     "what the monitor has seen": Case((monitoring, "values_of", 6), None, "monitor"),
     "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
+    "a statistic": Case((Detecting, "statistic", 6), None, "task_detector", watch_inputs),
     "joining batches": Case((training_loss, "gathered", 2)),
     "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
 }

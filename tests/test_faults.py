@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -183,6 +184,63 @@ def test_a_drift_detector_is_not_told_of_losses_that_are_not_numbers() -> None:
     trainer(callback).fit(Poisoned(), loader(batches=6))
     assert len(detector.seen) == 2
     assert all(map(math.isfinite, detector.seen))
+
+
+class Drifting:
+    """A drift detector that takes so many numbers, and a statistic, the name of a task, and a label, as often."""
+
+    drift_detected = False
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def update(self, x: Any) -> None:
+        self.ask()
+
+    def ask(self, *_: Any) -> int:
+        self.times -= 1
+        if self.times < 0:
+            raise ZeroDivisionError("no more")
+        return 7
+
+
+def detectors(times: int) -> dict[str, TaskDetector]:
+    """Each fails after so many times."""
+    failing, lasting = Drifting(times), Drifting(99)
+    return {
+        "detector of the loss": TaskDetector(drift_detector=failing),
+        "detector of the inputs": TaskDetector(drift_detector=failing, drift_statistic=lasting.ask),
+        "statistic": TaskDetector(drift_detector=lasting, drift_statistic=failing.ask),
+        "task key": TaskDetector(task_key=failing.ask),
+    }
+
+
+@pytest.mark.parametrize("which", detectors(0))
+def test_a_task_detector_that_fails_later_does_not_end_training(which: str) -> None:
+    ends = []
+    for detector in (detectors(2)[which], detectors(99)[which]):
+        torch.manual_seed(0)
+        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, task_detector=detector)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(callback).fit(module, loader(batches=4))
+        assert module.trainer.global_step == 4
+        (report,) = callback.history
+        ends.append((weights(module), report.errors, [w for w in caught if issubclass(w.category, PlasticityWarning)]))
+    (ours, errors, said), (theirs, no_errors, nothing) = ends
+    assert torch.equal(ours, theirs)
+    assert errors == {"task_detector": "ZeroDivisionError: no more"}
+    assert [str(warning.message) for warning in said] == [
+        "whether a task is new could not be told, training goes on: no more"
+    ] * 2
+    assert (no_errors, nothing) == ({}, [])
+
+
+@pytest.mark.parametrize("which", detectors(0))
+def test_a_task_detector_that_fails_at_once_is_an_error(which: str) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, task_detector=detectors(0)[which])
+    with pytest.raises((ZeroDivisionError, MisconfigurationException), match="no more"):
+        trainer(callback).fit(Classifier(), loader(batches=4))
 
 
 class Broken(MemoryLogger):

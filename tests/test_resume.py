@@ -1,6 +1,9 @@
 """A run that is killed and resumed from its last checkpoint ends as if nothing had happened, to the last bit."""
 
+import random
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,12 +22,17 @@ from tests.processes import fork_server
 
 @pytest.fixture(scope="module")
 def in_a_process() -> Callable[..., int | None]:
-    """Calls a function in a new process, returns its exit code. What is imported is imported once for all of them."""
+    """Calls a function in a new process, returns its exit code. What is imported is imported once for all of them.
+
+    After ``seconds``, if given, the process is killed.
+    """
     context = fork_server()
 
-    def call(function: Callable[..., Any], *arguments: Any) -> int | None:
+    def call(function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> int | None:
         process = context.Process(target=function, args=arguments)
         process.start()
+        process.join(seconds)
+        process.kill()
         process.join()
         return process.exitcode
 
@@ -101,6 +109,29 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert resumed["logged"][0]["step"] == saved_at, "it did not begin anew"
     logged = expected["logged"][-len(resumed["logged"]) :]
     assert_same(resumed, {**expected, "logged": logged})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every_n_train_steps", [None, 3, 5, 7] * 3)
+def test_a_run_that_is_killed_at_any_time_resumes_to_the_same_end(
+    in_a_process: Any, uninterrupted: Any, tmp_path: Path, every_n_train_steps: int | None
+) -> None:
+    expected = uninterrupted(every_n_train_steps)
+    began = time.monotonic()
+    assert in_a_process(run, tmp_path / "whole", None, every_n_train_steps) == 0
+    whole = time.monotonic() - began
+    times: list[float] = []
+    while len(times) < 2:  # the second time it has been resumed, unless there was nothing to resume from
+        after = random.SystemRandom().uniform(0, whole)
+        if in_a_process(run, tmp_path / "killed", None, every_n_train_steps, seconds=after) == -signal.SIGKILL:
+            times.append(after)
+        else:  # it was faster this time
+            shutil.rmtree(tmp_path / "killed")
+            times.clear()
+    assert in_a_process(run, tmp_path / "killed", None, every_n_train_steps) == 0
+    resumed = torch.load(tmp_path / "killed" / "result.pt", weights_only=True)
+    logged = expected["logged"][-len(resumed["logged"]) :]
+    assert_same(resumed, {**expected, "logged": logged}, f"the result after {times} of {whole} seconds")
 
 
 def checkpoint_of_a_fit(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from tests.modules import MemoryLogger, trainer
 from tests.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
 STEPS = 4
+SANITY_STEPS = 2  # by default, before the first training step
 SAMPLES = 6
 HESSIAN = HessianProbe(SAMPLES, num_probes=2, num_steps=9, ggn=GGNProbe(SAMPLES))
 FLOAT32 = {"dtype": torch.float32}
@@ -55,6 +56,30 @@ Runs = dict[str, list[dict[str, Any]]]
 
 def clipped_terms() -> list[Regularizer]:
     return [SpectralRegularizer(0.1, exact=True), Parseval(0.1), L2Init(0.3), WassersteinInit(0.3)]
+
+
+class Hooked(L2Init):
+    """Notes what happens in hooks that it puts on a layer, and removes one that somebody else has put there."""
+
+    def __init__(self) -> None:
+        super().__init__(0.3)
+        self.happened: list[str] = []
+        self.handles: list[Any] = []
+        self.removes: Any = None
+
+    def start(self, model: nn.Module, **options: Any) -> None:
+        super().start(model, **options)
+        if not self.handles:
+            note = self.happened.append
+            self.handles = [
+                model.net[0].register_forward_pre_hook(lambda *_: note("before")),
+                model.net[0].register_forward_hook(lambda *_: note("after")),
+            ]
+            self.removes.remove()
+
+    def stop(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 class Whole(LightningModule):
@@ -275,6 +300,22 @@ def refused(rank: int) -> dict[str, str]:
     return messages
 
 
+def hooked(rank: int) -> dict[str, Any]:
+    """A regularizer's own hooks are on the sharded module, as long as it wants them there."""
+    module, regularizer, others = made(Sharded), Hooked(), []
+    regularizer.removes = module.net[0].register_forward_hook(lambda *_: others.append(1))
+    result = fit(rank, module, callback_with([regularizer]), max_epochs=1)
+    during = len(regularizer.happened)
+    module.net(torch.ones(2, 4, dtype=torch.float64))
+    return {
+        "weights": result["weights"],
+        "order": regularizer.happened[:4],
+        "during": during,
+        "after": len(regularizer.happened) - during,
+        "of others": len(others),
+    }
+
+
 def everything(rank: int) -> dict[str, Any]:
     results = {
         "plain": fit(rank, made(WithNoise), None),
@@ -290,6 +331,7 @@ def everything(rank: int) -> dict[str, Any]:
     results |= {
         name: fit(rank, made(Sharded), callback_with(clipped_terms()), **options) for name, options in CLIPPED.items()
     }
+    results["hooked"] = hooked(rank)
     results["refused"] = refused(rank)
     results["resumed"] = resumed(rank, save_distributed_checkpoint=False)
     results["resumed_distributed"] = resumed(rank, save_distributed_checkpoint=True)
@@ -397,6 +439,16 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(name: str, runs: 
         assert torch.equal(resumed["weights"], uninterrupted["weights"])
         assert len(resumed["history"]) == 3
         assert str(resumed["history"]) == str(uninterrupted["history"])
+
+
+def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -> None:
+    for run in runs["hooked"]:
+        assert run["order"] == ["before", "after"] * 2
+        assert run["during"] == 2 * (STEPS + STEPS), "training and validation"
+        assert run["after"] == 0
+        assert run["of others"] == SANITY_STEPS, "until it was removed"
+    by_hand = fit(None, made(Whole, [L2Init(0.3)]), None, max_epochs=1)
+    torch.testing.assert_close(runs["hooked"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
 
 
 ONLY_FULLY_SHARD = "shards all trainable parameters by torch.distributed.fsdp.fully_shard over the data-parallel mesh"
