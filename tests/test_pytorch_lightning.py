@@ -1,7 +1,11 @@
 """Modules, Trainers, loggers and data modules of ``pytorch_lightning``, the other name of the same code, work alike."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,14 +17,55 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_plasticity import Collapse, HessianProbe, PlasticityWarning, SpectralCollapseCallback, progress
+from lightning_plasticity import (
+    Collapse,
+    HessianProbe,
+    PlasticityMonitor,
+    PlasticityWarning,
+    SpectralCollapseCallback,
+    progress,
+)
 from lightning_plasticity._compat import is_lightning, is_model_parallel, is_whole
 from lightning_plasticity.interventions import ShrinkPerturb
+from tests import usages
 from tests.modules import loader
+from tests.test_non_interference import NEVER, check_identical
+from tests.test_non_interference import run as run_usage
+from tests.test_usages import ByHand, by_callback, trained
+from tests.usages import Quartic
 
 standalone = pytest.importorskip("pytorch_lightning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # the compiler
+    pytest.mark.filterwarnings("ignore:.* averages weights over training steps, and ShrinkPerturb changes"),
+]
 with_its_trainer = pytest.mark.skipif(
     Version(standalone.__version__) < Version("2.6"), reason="before 2.6 its Trainer refuses callbacks but its own"
+)
+
+
+def of_standalone(name: str, **others: ModuleType) -> ModuleType:
+    """A module of the tests, once more, with ``pytorch_lightning`` and others in place of what it imports."""
+    twins = {
+        twin.replace("pytorch_lightning", "lightning.pytorch", 1): module
+        for twin, module in sys.modules.items()
+        if twin.partition(".")[0] == "pytorch_lightning"
+    }
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with patch.dict(sys.modules, {**twins, **others, name: module}):
+        spec.loader.exec_module(module)
+    return module
+
+
+usages_of_standalone = of_standalone(usages.__name__, **{"tests.modules": of_standalone("tests.modules")})
+
+
+of_standalone_in_every_usage = pytest.mark.parametrize(
+    "usage", usages_of_standalone.USAGES, ids=lambda usage: usage.name
 )
 
 
@@ -96,6 +141,34 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path,
     assert seen == [(0, 0, True), (1, steps, True)]
     assert "plasticity_by_task/log10_ggn_eigenvalues" in events.Tags()["histograms"]
     assert "plasticity_training/dormant_fraction" in events.Tags()["scalars"]
+
+
+@with_its_trainer
+@of_standalone_in_every_usage
+@pytest.mark.parametrize("make_net", usages_of_standalone.NETS)
+def test_so_is_training_in_every_other_way_to_use_it(usage: Any, make_net: Any) -> None:
+    assert issubclass(usage.module, standalone.LightningModule)
+    assert usages_of_standalone.Trainer is standalone.Trainer
+    callback = SpectralCollapseCallback(
+        collapse=NEVER, loss_fn=usage.loss_fn, monitor=PlasticityMonitor(compiled="eager"), monitor_every_n_steps=1
+    )
+    without = run_usage(usage=usage, make_net=make_net)
+    with_callback = run_usage(callback, usage=usage, make_net=make_net)
+    assert len(callback.history) == 2
+    assert "dormant_fraction" in callback.history[0].metrics
+    check_identical(with_callback, without, callback)
+
+
+@with_its_trainer
+@of_standalone_in_every_usage
+def test_so_are_regularizers_and_repairs(usage: Any) -> None:
+    make_net = usages_of_standalone.convolutional
+    expected = trained(usage, make_net, term=Quartic(1.0))
+    assert (trained(usage, make_net, by_callback(usage, Quartic(1.0))) - expected).abs().max() <= 1e-6
+    assert (trained(usage, make_net) - expected).abs().max() > 1e-3, "without the term it is another training"
+    callback, hand = by_callback(usage, ShrinkPerturb(when=2)), ByHand(ShrinkPerturb())
+    assert torch.equal(trained(usage, make_net, callback), trained(usage, make_net, hand))
+    assert hand.repairs == sum(len(report.repairs) for report in callback.history) > 2
 
 
 @with_its_trainer

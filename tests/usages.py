@@ -222,7 +222,8 @@ def half_precision() -> dict[str, Any]:
 
 
 def weight_averages() -> list[Callback]:
-    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 has it")
+    package = Callback.__module__.partition(".callbacks")[0]
+    averaging = pytest.importorskip(f"{package}.callbacks.weight_averaging", reason="Lightning 2.6 has it")
     return [averaging.EMAWeightAveraging(decay=0.5)]
 
 
