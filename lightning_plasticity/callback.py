@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
-from lightning_plasticity.probe import GGNProbe, Probe
+from lightning_plasticity.probe import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.processes import all_or_none, described, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
@@ -359,28 +360,18 @@ class SpectralCollapseCallback(Callback):
 
     def _probe_task(self, report: TaskReport, at: BatchInFlight, *, is_initial: bool) -> str | None:
         """Fills the report; returns what to warn of."""
-        batch, loss_fn, make_copy = at.batch, at.loss_on, at.copy
-
-        def make_initial_copy() -> LightningModule:
-            module = make_copy()
-            with torch.no_grad():
-                for name, tensor in _named_tensors(module):
-                    tensor.copy_(self._initial[name])
-            return module
-
         if not self._checked:
-            warning = self.probe.check(make_copy, batch, loss_fn)
+            warning = self.probe.check(at.copy, at.batch, at.loss_on)
             if warning is not None:
                 rank_zero_warn(warning, category=PlasticityWarning)
             self._checked = True
-        with shown_progress(at.trainer, "probing curvature") as progress:
-            now = self.probe.measure(make_copy, batch, loss_fn, progress)
-        features = self._monitored(make_copy, batch, loss_fn)
+        now, features = self._seen(at.copy, at, "probing curvature")
         values = references = measure(now.spectra, features)
         if not is_initial:
-            with shown_progress(at.trainer, "probing curvature of the initial weights") as progress:
-                initial = self.probe.measure(make_initial_copy, batch, loss_fn, progress)
-            initial_features = self._monitored(make_initial_copy, batch, loss_fn) if features else {}
+            make_copy = partial(self._initial_copy, at)
+            initial, initial_features = self._seen(
+                make_copy, at, "probing curvature of the initial weights", monitored=bool(features)
+            )
             references = measure(initial.spectra, initial_features)
         metric = self.collapse.metric
         verdict = self.collapse.judge(
@@ -394,6 +385,22 @@ class SpectralCollapseCallback(Callback):
         report.metrics = {**numbers(values, references), "probe_loss": now.loss, **by_layer}
         report.collapsed = verdict.collapsed
         return verdict.message if verdict.collapsed or verdict.withheld else None
+
+    def _initial_copy(self, at: BatchInFlight) -> LightningModule:
+        """A copy of the module with its initial weights."""
+        module = at.copy()
+        with torch.no_grad():
+            for name, tensor in _named_tensors(module):
+                tensor.copy_(self._initial[name])
+        return module
+
+    def _seen(
+        self, make_copy: Callable[[], LightningModule], at: BatchInFlight, doing: str, *, monitored: bool = True
+    ) -> tuple[ProbeResult, dict[str, float]]:
+        """What the probe and the monitor see of a copy."""
+        with shown_progress(at.trainer, doing) as progress:
+            result = self.probe.measure(make_copy, at.batch, at.loss_on, progress)
+        return result, self._monitored(make_copy, at.batch, at.loss_on) if monitored else {}
 
     def _monitored(
         self, make_copy: Callable[[], LightningModule], batch: Any, loss_fn: LossFunction
