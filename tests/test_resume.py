@@ -78,13 +78,14 @@ def slow(*moment: Any) -> Any:
     ("moment", "every_n_train_steps", "saved_at"),
     [
         ("on_before_optimizer_step 21", None, 16),
-        ("probe 3", None, 16),  # task 1: the weights of now were probed, the initial ones were not
+        ("probe 2", None, 16),  # task 1: the weights of now were probed, the initial ones were not
         ("repair 24", None, 24),  # in the middle of a task
         slow("on_train_batch_start 3", None, 0),  # before there is any checkpoint
         slow("on_train_batch_start 17", None, 16),
         slow("on_train_batch_end 40", None, 32),
         slow("on_after_backward 48", None, 40),
-        slow("probe 6", None, 32),
+        slow("probe 3", None, 16),  # after both
+        slow("probe 5", None, 32),
         slow("repair 40", None, 40),
         slow("checkpoint 7", None, 24),
         slow("on_train_batch_end 18", 5, 15),
