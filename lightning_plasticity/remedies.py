@@ -152,20 +152,28 @@ class Remedies:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not parameters:  # all frozen, or no optimizer at all
             return {}
-        try:
-            with all_or_none(), whole(module) as wholes:
-                of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
-                terms, gradients = _terms_and_gradients(regularizers, module, of_wholes)
-        except Exception as error:
-            if not self._have_worked:
-                raise_own(error)
-            who = " and ".join(regularizer.name for regularizer in regularizers)
-            self._failures.add(who, "the regularizers failed and were left out of this step", error)
-            _even_out(regularizers)
-            return {}
+        terms: dict[str, Tensor] = {}
+        totals: list[Tensor | None] = [None] * len(parameters)
+        failed = []
+        with whole(module) as wholes:
+            of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
+            for regularizer in regularizers:
+                try:
+                    with all_or_none():
+                        term, gradients = _term_and_gradients(regularizer, module, of_wholes)
+                except Exception as error:
+                    if not self._have_worked:
+                        raise_own(error)
+                    what = f"{regularizer.name} failed and was left out of this step"
+                    self._failures.add(regularizer.name, what, error)
+                    failed.append(regularizer)
+                    continue
+                terms[f"{regularizer.name}/penalty"] = term.detach()
+                totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
+        _even_out(failed)
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, totals, strict=True):
             if gradient is None:
                 continue
             share_of_gradient = sharded_like(parameter, gradient.detach())
@@ -173,7 +181,7 @@ class Remedies:
                 parameter.grad = (factor * share_of_gradient).to(parameter.dtype)
             else:
                 parameter.grad.add_(share_of_gradient, alpha=factor)
-        return {f"{r.name}/penalty": term.detach() for r, term in zip(regularizers, terms, strict=True)}
+        return terms
 
     def after_batch(
         self, at: BatchInFlight, step_before: int, step: int
@@ -233,7 +241,9 @@ class Remedies:
         try:
             with all_or_none(), isolated_rng():
                 module = at.copy()
-                _terms_and_gradients(regularizers, module, [p for p in module.parameters() if p.requires_grad])
+                parameters = [p for p in module.parameters() if p.requires_grad]
+                for regularizer in regularizers:
+                    _term_and_gradients(regularizer, module, parameters)
         except Exception as error:
             raise_own(error)
         return True
@@ -275,7 +285,7 @@ def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] =
 
     One that is half way may have changed its state, or, if it works in place, weights. What differs would grow apart.
     """
-    if not is_distributed():
+    if not is_distributed() or not interventions:
         return
     with all_or_none():
         for intervention in interventions:
@@ -286,13 +296,18 @@ def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] =
             torch.distributed.broadcast(tensor.detach(), 0)
 
 
-def _terms_and_gradients(
-    regularizers: Sequence[Regularizer], module: LightningModule, parameters: Sequence[Tensor]
-) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+def _term_and_gradients(
+    regularizer: Regularizer, module: LightningModule, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
     with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-        terms = [regularizer.penalty(module) for regularizer in regularizers]
-        total = torch.stack(terms).sum()
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, parameters, allow_unused=True)
+        term = regularizer.penalty(module)
+        if not term.requires_grad:  # all that it is about is frozen
+            return term, [None] * len(parameters)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(term, parameters, allow_unused=True)
     if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
         raise ValueError("a gradient is not finite")
-    return terms, gradients
+    return term, gradients
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other

@@ -190,8 +190,8 @@ CASES = {
     "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
     "a batch that waits": Case((effective_rank, "_as_of_now", 1), raise_ranks, "EffectiveRankRegularizer"),
-    "a penalty": Case((remedies, "_terms_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
-    "its gradient": Case((remedies, "_terms_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
+    "a penalty": Case((remedies, "_term_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
+    "its gradient": Case((remedies, "_term_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
     "the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
     "the end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
     "the monitor of the probe": Case((monitoring, "probing", 2), None, "monitor"),
@@ -206,7 +206,7 @@ CASES = {
 FIRST = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
     "remedy": Case((ContinualBackprop, "start", 1), replace_units),
-    "trial of a regularizer": Case((remedies, "_terms_and_gradients", 1), SpectralRegularizer),
+    "trial of a regularizer": Case((remedies, "_term_and_gradients", 1), SpectralRegularizer),
 }
 
 

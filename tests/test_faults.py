@@ -441,3 +441,45 @@ def test_what_can_no_longer_work_is_told_of_at_a_later_task_and_training_goes_on
     assert second.errors.keys() == {"ContinualBackprop", "EffectiveRankRegularizer"}
     assert "has no units to recycle" in second.errors["ContinualBackprop"]
     assert second.spectrum is not None
+
+
+class Flaky(Regularizer):
+    """Adds nothing, and fails at one step."""
+
+    calls = 0
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise ArithmeticError("out of range")
+        return 0.0 * torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
+
+
+def test_a_regularizer_that_fails_leaves_the_others_in_the_step() -> None:
+    ends = []
+    for others in ([], [Flaky(1.0)]):
+        torch.manual_seed(0)
+        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=[*others, L2Init(0.3)])
+        said = "Flaky failed and was left out of this step, training goes on: out of range"
+        with pytest.warns(PlasticityWarning, match=said) if others else contextlib.nullcontext():
+            trainer(callback).fit(module, loader(batches=4))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+    assert callback.history[0].errors == {"Flaky": "ArithmeticError: out of range"}
+
+
+def test_a_regularizer_of_what_is_frozen_adds_nothing_as_a_term_in_the_loss() -> None:
+    class OfTheFirstLayer(Regularizer):
+        def penalty(self, model: nn.Module) -> Tensor:
+            return self.coefficient * model.net[0].weight.square().sum()
+
+    ends = []
+    for interventions in ([], [OfTheFirstLayer(1.0)]):
+        torch.manual_seed(0)
+        module = Classifier()
+        module.net[0].requires_grad_(False)
+        callback = SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
+        trainer(callback).fit(module, loader())
+        ends.append(weights(module))
+        assert callback.history[0].errors == {}
+    assert torch.equal(*ends)
