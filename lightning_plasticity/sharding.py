@@ -96,9 +96,11 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     try:
         for part in list(module.modules()):
             for registered in _dicts_with_hooks(part):
-                hooks.append((registered, dict(registered)))
-                for key in [key for key, hook in registered.items() if is_fsdp_internal(hook)]:
-                    del registered[key]
+                internal = {key: hook for key, hook in registered.items() if is_fsdp_internal(hook)}
+                hooks.append((registered, internal))
+                # In their places, before and behind which others register hooks, and in the same dicts, which handles
+                # remove them from.
+                registered.update(dict.fromkeys(internal, _nothing))
             changes = _unsharded(part, wholes)
             before.append((part, type(part), {name: vars(part)[name] for name in changes}))
             vars(part).update(changes)
@@ -109,11 +111,8 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
         for part, kind, attributes in before:
             part.__class__ = kind
             vars(part).update(attributes)
-        for registered, earlier in hooks:  # the same dicts: whoever has registered a hook removes it from there
-            kept = {key: hook for key, hook in earlier.items() if key in registered or is_fsdp_internal(hook)}
-            now = {**kept, **registered}
-            registered.clear()
-            registered.update(now)
+        for registered, internal in hooks:
+            registered.update(internal)
 
 
 def sharded_like(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -179,6 +178,10 @@ def _unsharded(part: nn.Module, wholes: Mapping[Tensor, nn.Parameter]) -> dict[s
         changes["_flat_weights"] = [None if w is None else wholes.get(w, w) for w in part._flat_weights]
         changes["_flat_weight_refs"] = list(part._flat_weight_refs)
     return changes
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Stands in for a hook of FSDP's."""
 
 
 def _unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -70,10 +70,15 @@ class Hooked(L2Init):
     def start(self, model: nn.Module, **options: Any) -> None:
         super().start(model, **options)
         if not self.handles:
-            note = self.happened.append
+
+            def noting(what: str) -> Callable[..., None]:
+                return lambda layer, *_: self.happened.append(f"{what} {'sharded' if is_sharded(layer) else 'whole'}")
+
             self.handles = [
-                model.net[0].register_forward_pre_hook(lambda *_: note("before")),
-                model.net[0].register_forward_hook(lambda *_: note("after")),
+                model.net[0].register_forward_pre_hook(noting("before")),
+                model.net[0].register_forward_pre_hook(noting("first"), prepend=True),
+                model.net[0].register_forward_hook(noting("after")),
+                model.net[0].register_forward_hook(noting("behind"), prepend=True),
             ]
             self.removes.remove()
 
@@ -215,6 +220,10 @@ def fit(
     }
 
 
+def is_sharded(layer: Any) -> bool:
+    return hasattr(layer.weight, "full_tensor")
+
+
 def full(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -309,7 +318,7 @@ def hooked(rank: int) -> dict[str, Any]:
     module.net(torch.ones(2, 4, dtype=torch.float64))
     return {
         "weights": result["weights"],
-        "order": regularizer.happened[:4],
+        "order": regularizer.happened[:8],
         "during": during,
         "after": len(regularizer.happened) - during,
         "of others": len(others),
@@ -443,8 +452,8 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(name: str, runs: 
 
 def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -> None:
     for run in runs["hooked"]:
-        assert run["order"] == ["before", "after"] * 2
-        assert run["during"] == 2 * (STEPS + STEPS), "training and validation"
+        assert run["order"] == ["first sharded", "before whole", "behind whole", "after sharded"] * 2
+        assert run["during"] == 4 * (STEPS + STEPS), "training and validation"
         assert run["after"] == 0
         assert run["of others"] == SANITY_STEPS, "until it was removed"
     by_hand = fit(None, made(Whole, [L2Init(0.3)]), None, max_epochs=1)
