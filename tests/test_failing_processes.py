@@ -217,7 +217,16 @@ def in_process(rank: int) -> dict[str, Any]:
     results |= {f"first {what}": error_of(case.fit) for what, case in FIRST.items()}
     results["state after a failure"] = error_of(Case((Forgetful, "state_dict", 1), Forgetful).fit)
     results["unsendable"] = error_of(lambda: sent_together(Unsendable() if rank else None))
+    results["another sum"] = error_of(lambda: summed_together("other" if rank else "net"))
+    results["a sum less"] = error_of(lambda: summed_together("net", *["more"] * (1 - rank)))
     return results
+
+
+def summed_together(*names: str) -> None:
+    """As where a model takes another path in each process."""
+    with processes.all_or_none():
+        for name in names:
+            processes.sum_over_processes(torch.ones(2), name)
 
 
 def sent_together(value: object) -> None:
@@ -287,6 +296,12 @@ def test_not_to_know_what_another_remembers_is_an_error_in_both(runs: dict[str, 
 
 def test_what_cannot_be_sent_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
     assert runs["unsendable"] == ["FailedTogetherError: in process 1: TypeError: not to be sent"] * 2
+
+
+def test_not_to_do_the_same_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
+    differ = "FailedTogetherError: the processes do not do the same, but come to a sum of "
+    assert runs["another sum"] == [f"{differ}net of shape (2,) and a sum of other of shape (2,)"] * 2
+    assert runs["a sum less"] == [f"{differ}more of shape (2,) and the end"] * 2
 
 
 def survive_what_can_be_survived() -> None:
