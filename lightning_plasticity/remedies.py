@@ -90,7 +90,10 @@ class Remedies:
             handle.remove()
         self._handles.clear()
         for intervention in self._all:
-            intervention.stop()
+            try:
+                intervention.stop()
+            except Exception as error:  # another error, or the end of the run, is not to be hidden by it
+                self._failures.add(intervention.name, f"{intervention.name} could not be stopped", error)
 
     def rehearse(self, at: BatchInFlight) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""

@@ -441,3 +441,22 @@ def test_what_can_no_longer_work_is_told_of_at_a_later_task_and_training_goes_on
     assert second.errors.keys() == {"ContinualBackprop", "EffectiveRankRegularizer"}
     assert "has no units to recycle" in second.errors["ContinualBackprop"]
     assert second.spectrum is not None
+
+
+class Stuck(Still):
+    def stop(self) -> None:
+        raise RuntimeError("stuck")
+
+
+@pytest.mark.parametrize("error", [None, KeyError("of the training")])
+def test_what_cannot_be_stopped_neither_ends_training_nor_hides_why_it_ends(error: Exception | None) -> None:
+    class Ending(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if error is not None:
+                raise error
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Stuck(), L2Init(0.1)])
+    expected = contextlib.nullcontext() if error is None else pytest.raises(KeyError, match="of the training")
+    with expected, pytest.warns(PlasticityWarning, match="Stuck could not be stopped, training goes on: stuck"):
+        trainer(callback).fit(Ending(), loader())
+    assert callback.history[-1].errors == {"Stuck": "RuntimeError: stuck"}
