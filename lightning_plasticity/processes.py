@@ -56,7 +56,7 @@ def first_of_all_processes(value: Any) -> Any:
     is_first = torch.distributed.get_rank() == 0
     packed = [pickle.dumps(value) if is_first else b""]
     agree(at="what the first has")
-    with _reaching_all():
+    with reaching_all():
         torch.distributed.broadcast_object_list(packed, 0)
     return value if is_first else pickle.loads(packed[0])
 
@@ -100,7 +100,7 @@ def agree(error: Exception | None = None, at: str = "the next point of agreement
     if not _together.get():
         return
     point = zlib.crc32(at.encode())
-    with _reaching_all():
+    with reaching_all():
         device = reachable(torch.device("cpu"), torch.distributed.get_backend())
         most = torch.tensor([error is not None, point, -point], dtype=torch.int64, device=device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -142,7 +142,7 @@ def sum_over_processes(value: Tensor, of: str = "") -> Tensor:
         return value
     total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
     agree(at=f"a sum of {of or 'tensors'} of shape {tuple(value.shape)}")
-    with _reaching_all():
+    with reaching_all():
         torch.distributed.all_reduce(total)
     return total.to(value.device)
 
@@ -154,14 +154,14 @@ def reachable(device: torch.device, backend: str) -> torch.device:
 
 def _exchanged(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    with _reaching_all():
+    with reaching_all():
         torch.distributed.all_gather_object(values, value)
     values[torch.distributed.get_rank()] = value
     return values
 
 
 @contextlib.contextmanager
-def _reaching_all() -> Iterator[None]:
+def reaching_all() -> Iterator[None]:
     """Inside of :func:`all_or_none`, an error in what processes exchange is none that they could agree on."""
     try:
         yield

@@ -79,6 +79,7 @@ class Remedies:
                 "the module is given at the end of the fit. Leave out one of the two",
                 category=PlasticityWarning,
             )
+        self._ready = []
         self._backward_passes, self._steps_taken = 0, 0
         self._backward_passes_seen.clear()
         for optimizer in trainer.optimizers if self._running else []:

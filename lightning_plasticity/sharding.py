@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity._compat import is_fsdp_internal, is_model_parallel, is_whole
 from lightning_plasticity.interventions import Intervention, Repair, RunningRemedy
+from lightning_plasticity.processes import agree, reaching_all
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -86,11 +87,7 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     if not sharded:
         yield {}
         return
-    wholes: dict[Tensor, nn.Parameter] = {
-        parameter: nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
-        for parameter in module.parameters()
-        if _is_sharded(parameter)
-    }
+    wholes = _gathered([parameter for parameter in module.parameters() if _is_sharded(parameter)])
     before: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     try:
@@ -147,6 +144,19 @@ def _is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
 def _imported(module: str, name: str) -> tuple[type, ...]:
     """A class, unless nobody has imported it: then nothing is of it, and to ask would take seconds."""
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def _gathered(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
+    """The whole parameter for each sharded one.
+
+    A process that lacks the memory finds out, and says so, before the others wait for its share.
+    """
+    largest = max(parameters, key=Tensor.numel)
+    room = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (*parameters, largest, largest)]
+    del room  # which keeps it for us, where memory is that of a GPU
+    agree(at="weights that are made whole")
+    with reaching_all():
+        return {p: nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parameters}
 
 
 def _is_sharded_well(parameter: DTensor, managed: set[int]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, SpectralCollapseCallback
+from lightning_plasticity import sharding as sharding_module
 from lightning_plasticity._compat import is_model_parallel, is_whole
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.interventions import (
@@ -32,8 +33,10 @@ from lightning_plasticity.interventions import (
     WassersteinInit,
 )
 from lightning_plasticity.probe import Probe
+from lightning_plasticity.processes import FailedTogetherError
 from tests.modules import MemoryLogger, trainer
 from tests.processes import in_two_processes, skip_without_fsdp_on_the_cpu
+from tests.test_failing_processes import failing
 
 STEPS = 4
 SANITY_STEPS = 2  # by default, before the first training step
@@ -325,6 +328,20 @@ def hooked(rank: int) -> dict[str, Any]:
     }
 
 
+def failed(rank: int, name: str, number: int) -> dict[str, Any]:
+    """What is left of a training in which a call of a function of ours has failed in the second process."""
+    with failing(sharding_module, name, number):
+        return fit(rank, made(Sharded), callback_with([L2Init(0.3)]))
+
+
+FAILED = {
+    "memory for the first task": ("_gathered", 1),
+    "memory for a step": ("_gathered", 3),
+    "memory for a later task": ("_gathered", 2 + STEPS),
+    "a later task half way": ("_unsharded", 7 * (1 + STEPS) + 4),
+}
+
+
 def everything(rank: int) -> dict[str, Any]:
     results = {
         "plain": fit(rank, made(WithNoise), None),
@@ -341,6 +358,11 @@ def everything(rank: int) -> dict[str, Any]:
         name: fit(rank, made(Sharded), callback_with(clipped_terms()), **options) for name, options in CLIPPED.items()
     }
     results["hooked"] = hooked(rank)
+    for what, (name, number) in FAILED.items():
+        try:
+            results[what] = failed(rank, name, number)
+        except (MemoryError, FailedTogetherError) as error:
+            results[what] = f"{type(error).__name__}: {error}"
     results["refused"] = refused(rank)
     results["resumed"] = resumed(rank, save_distributed_checkpoint=False)
     results["resumed_distributed"] = resumed(rank, save_distributed_checkpoint=True)
@@ -458,6 +480,25 @@ def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -
         assert run["of others"] == SANITY_STEPS, "until it was removed"
     by_hand = fit(None, made(Whole, [L2Init(0.3)]), None, max_epochs=1)
     torch.testing.assert_close(runs["hooked"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
+
+
+def test_whoever_lacks_the_memory_for_whole_weights_does_not_let_the_others_wait(runs: Runs) -> None:
+    words = "in process 1: MemoryError: no more"
+    assert runs["memory for the first task"] == [f"FailedTogetherError: {words}", "MemoryError: no more"]
+    for name, who, task in (
+        ("memory for a step", "L2Init", 0),
+        ("memory for a later task", "probe", 1),
+        ("a later task half way", "probe", 1),
+    ):
+        one, other = runs[name]
+        assert torch.equal(one["weights"], other["weights"])
+        assert str(one["history"]) == str(other["history"])
+        errors: list[dict[str, str]] = [{}, {}]
+        errors[task] = {who: words}
+        assert [report["errors"] for report in one["history"]] == errors
+        assert [report["spectrum"] is not None for report in one["history"]] == [True, who != "probe"]
+    by_hand = fit(None, made(Whole, [L2Init(0.3)]), None)
+    torch.testing.assert_close(runs["memory for a later task"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
 
 
 ONLY_FULLY_SHARD = "shards all trainable parameters by torch.distributed.fsdp.fully_shard over the data-parallel mesh"
