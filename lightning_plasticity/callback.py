@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe, ProbeResult
-from lightning_plasticity.processes import all_or_none, described, raise_own
+from lightning_plasticity.processes import FailedTogetherError, all_or_none, described, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
@@ -191,13 +192,7 @@ class SpectralCollapseCallback(Callback):
         if is_new_task:
             self._share_errors()
         if is_new_task or not self._remedies_started:
-            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
-            with whole(pl_module):
-                report = self._report(at) if is_new_task else None
-                self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
-            self._remedies_started = True
-            if report is not None:
-                self._start_task(at, report)
+            self._look(BatchInFlight(trainer, pl_module, batch, self._loss_fn), is_new_task=is_new_task)
         self._step_monitor.begin(pl_module, self._steps)
 
     @override
@@ -293,33 +288,64 @@ class SpectralCollapseCallback(Callback):
         """What the task detector says; nothing if it fails, after the first task."""
         try:
             return bool(ask())
-        except MisconfigurationException:
-            raise
         except Exception as error:
-            if not self.history:
+            own = error.__cause__ if isinstance(error, FailedTogetherError) else error
+            if not self.history or isinstance(own, MisconfigurationException):
                 raise_own(error)
             self._failures.add("task_detector", "whether a task is new could not be told", error)
             return False
 
+    def _look(self, at: BatchInFlight, *, is_new_task: bool) -> None:
+        """Takes a close look at the start of a task, or of a fit that goes on with one."""
+        self._remedies_started = not self.interventions
+        with contextlib.ExitStack() as looking:
+            try:
+                at = at.joined(self.probe.samples)
+                looking.enter_context(whole(at.module))
+            except Exception as error:
+                report, message = self._missed(error)
+                if is_new_task:
+                    rank_zero_warn(message, category=PlasticityWarning)
+                    self.history.append(report)
+                    log_task(at.trainer.loggers, report, self._failures)
+                elif self.interventions:
+                    self._failures.add("interventions", "interventions could not get ready and rest", error)
+                return  # the next batch gets them ready
+            seen = self._report(at) if is_new_task else None
+            self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
+        self._remedies_started = True
+        if seen is not None:
+            self._start_task(at, seen)
+
+    def _has_probed(self) -> bool:
+        return any(report.spectrum is not None for report in self.history)
+
+    def _missed(self, error: Exception) -> tuple[TaskReport, str]:
+        """The report of a task at whose start nothing could be seen, and what to warn of.
+
+        Raises:
+            Exception: What has failed, if nothing has ever been seen.
+        """
+        if not self._has_probed():
+            raise_own(error)
+        report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
+        report.errors["probe"] = described(error)
+        return report, (
+            f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
+        )
+
     def _report(self, at: BatchInFlight) -> TaskReport:
         """What is seen of the network at the start of a task."""
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
-        first = all(earlier.spectrum is None for earlier in self.history)
         try:
             with all_or_none():
                 is_initial = self._remember_initial(at.module)
                 with untouched_schedules(at.trainer):
                     message = self._probe_task(report, at, is_initial=is_initial)
-                if first:
+                if not self._has_probed():
                     self._remedies.rehearse(at)
         except Exception as error:
-            if first:
-                raise_own(error)
-            report = TaskReport(report.task, report.task_id, report.step)
-            report.errors["probe"] = described(error)
-            message = (
-                f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
-            )
+            report, message = self._missed(error)
         # What rank 0 saw counts for all: rounding may differ from device to device, decisions must not.
         state, message = at.trainer.strategy.broadcast((report.to_dict(), message))
         if message is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NoReturn
@@ -38,7 +39,7 @@ def of_all_processes(value: Any) -> list[Any]:
     if not is_distributed():
         return [value]
     packed = pickle.dumps(value)  # what cannot be sent is found out before the others wait for it
-    agree()
+    agree(at="an exchange")
     own = torch.distributed.get_rank()
     return [value if rank == own else pickle.loads(theirs) for rank, theirs in enumerate(_exchanged(packed))]
 
@@ -54,8 +55,8 @@ def first_of_all_processes(value: Any) -> Any:
         return value
     is_first = torch.distributed.get_rank() == 0
     packed = [pickle.dumps(value) if is_first else b""]
-    agree()
-    with _reaching_all():
+    agree(at="what the first has")
+    with reaching_all():
         torch.distributed.broadcast_object_list(packed, 0)
     return value if is_first else pickle.loads(packed[0])
 
@@ -74,7 +75,7 @@ def all_or_none() -> Iterator[None]:
     token = _together.set(True)
     try:
         yield
-        agree()
+        agree(at="the end")
     except FailedTogetherError:
         raise
     except Exception as error:
@@ -84,24 +85,30 @@ def all_or_none() -> Iterator[None]:
         _together.reset(token)
 
 
-def agree(error: Exception | None = None) -> None:
+def agree(error: Exception | None = None, at: str = "the next point of agreement") -> None:
     """Inside of :func:`all_or_none`: all processes have come to the next point of agreement, or one to its end.
 
     Args:
         error: What has ended it in this process.
+        at: Which point this is.
 
     Raises:
-        FailedTogetherError: If it has ended in one of them; with the words of the first that it has.
+        FailedTogetherError: If it has ended in one of them, with the words of the first that it has; or if they have
+            come to different points, as where a model takes another path in each, and would wait for each other.
         LostProcessesError: If this cannot be known.
     """
     if not _together.get():
         return
-    with _reaching_all():
+    point = zlib.crc32(at.encode())
+    with reaching_all():
         device = reachable(torch.device("cpu"), torch.distributed.get_backend())
-        failed = torch.tensor(error is not None, dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(failed)
-        if not failed.item():
-            return
+        most = torch.tensor([error is not None, point, -point], dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        failed, last, first = most.tolist()
+    if not failed and last == -first:
+        return
+    if not failed:
+        raise FailedTogetherError(f"the processes do not do the same, but come to {' and '.join(_exchanged(at))}")
     errors = _exchanged(None if error is None else described(error))
     rank, words = next((rank, words) for rank, words in enumerate(errors) if words is not None)
     raise FailedTogetherError(f"in process {rank}: {words}" if rank else words) from error
@@ -122,16 +129,20 @@ def described(error: Exception | str) -> str:
     return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({described(cause)})"
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
+def sum_over_processes(value: Tensor, of: str = "") -> Tensor:
     """The sum of a tensor over the processes of ``torch.distributed``; the tensor itself if there is one only.
 
     Every process must ask at the same point. What is decided from it is then the same everywhere.
+
+    Args:
+        value: The tensor.
+        of: What is summed up, such as the name of a layer: the same in every process.
     """
     if not is_distributed():
         return value
     total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
-    agree()
-    with _reaching_all():
+    agree(at=f"a sum of {of or 'tensors'} of shape {tuple(value.shape)}")
+    with reaching_all():
         torch.distributed.all_reduce(total)
     return total.to(value.device)
 
@@ -143,14 +154,14 @@ def reachable(device: torch.device, backend: str) -> torch.device:
 
 def _exchanged(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    with _reaching_all():
+    with reaching_all():
         torch.distributed.all_gather_object(values, value)
     values[torch.distributed.get_rank()] = value
     return values
 
 
 @contextlib.contextmanager
-def _reaching_all() -> Iterator[None]:
+def reaching_all() -> Iterator[None]:
     """Inside of :func:`all_or_none`, an error in what processes exchange is none that they could agree on."""
     try:
         yield
@@ -160,7 +171,7 @@ def _reaching_all() -> Iterator[None]:
         raise LostProcessesError(f"processes that train together cannot reach each other: {error}") from error
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
+def mean_over_processes(value: Tensor, of: str = "") -> Tensor:
     """As :func:`sum_over_processes`, the mean."""
-    total = sum_over_processes(value)
+    total = sum_over_processes(value, of)
     return total if total is value else total / torch.distributed.get_world_size()

@@ -79,6 +79,7 @@ class Remedies:
                 "the module is given at the end of the fit. Leave out one of the two",
                 category=PlasticityWarning,
             )
+        self._ready = []
         self._backward_passes, self._steps_taken = 0, 0
         self._backward_passes_seen.clear()
         for optimizer in trainer.optimizers if self._running else []:
@@ -90,7 +91,10 @@ class Remedies:
             handle.remove()
         self._handles.clear()
         for intervention in self._all:
-            intervention.stop()
+            try:
+                intervention.stop()
+            except Exception as error:  # another error, or the end of the run, is not to be hidden by it
+                self._failures.add(intervention.name, f"{intervention.name} could not be stopped", error)
 
     def rehearse(self, at: BatchInFlight) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
@@ -154,23 +158,27 @@ class Remedies:
             return {}
         terms: dict[str, Tensor] = {}
         totals: list[Tensor | None] = [None] * len(parameters)
-        failed = []
-        with whole(module) as wholes:
-            of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
-            for regularizer in regularizers:
-                try:
-                    with all_or_none():
-                        term, gradients = _term_and_gradients(regularizer, module, of_wholes)
-                except Exception as error:
-                    if not self._have_worked:
-                        raise_own(error)
-                    what = f"{regularizer.name} failed and was left out of this step"
-                    self._failures.add(regularizer.name, what, error)
-                    failed.append(regularizer)
-                    continue
-                terms[f"{regularizer.name}/penalty"] = term.detach()
-                totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
-        _even_out(failed)
+        failed: dict[Regularizer, Exception] = {}
+        try:
+            with whole(module) as wholes:
+                of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
+                for regularizer in regularizers:
+                    try:
+                        with all_or_none():
+                            term, gradients = _term_and_gradients(regularizer, module, of_wholes)
+                    except Exception as error:
+                        failed[regularizer] = error
+                        continue
+                    terms[f"{regularizer.name}/penalty"] = term.detach()
+                    totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
+        except Exception as error:  # no weights to take a term of
+            failed = dict.fromkeys(regularizers, error)
+        for regularizer, error in failed.items():
+            if not self._have_worked:
+                raise_own(error)
+            what = f"{regularizer.name} failed and was left out of this step"
+            self._failures.add(regularizer.name, what, error)
+        _even_out([*failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
         for parameter, gradient in zip(parameters, totals, strict=True):

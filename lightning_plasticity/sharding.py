@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity._compat import is_fsdp_internal, is_model_parallel, is_whole
 from lightning_plasticity.interventions import Intervention, Repair, RunningRemedy
+from lightning_plasticity.processes import agree, all_or_none, reaching_all
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -77,7 +78,7 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     Its parameters are whole, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
     What is done to these parameters is forgotten; hooks that are added or removed are so afterwards. Nothing happens to
     a module that is not sharded. To be entered by all processes at the same point, between an optimizer step and the
-    next forward pass or between a backward pass and the optimizer step.
+    next forward pass or between a backward pass and the optimizer step: it succeeds in all of them or in none.
 
     Yields:
         The whole parameter for each sharded one.
@@ -86,34 +87,30 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     if not sharded:
         yield {}
         return
-    wholes: dict[Tensor, nn.Parameter] = {
-        parameter: nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
-        for parameter in module.parameters()
-        if _is_sharded(parameter)
-    }
     before: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     try:
-        for part in list(module.modules()):
-            for registered in _dicts_with_hooks(part):
-                hooks.append((registered, dict(registered)))
-                for key in [key for key, hook in registered.items() if is_fsdp_internal(hook)]:
-                    del registered[key]
-            changes = _unsharded(part, wholes)
-            before.append((part, type(part), {name: vars(part)[name] for name in changes}))
-            vars(part).update(changes)
-            if part in sharded:
-                part.__class__ = _unsharded_class(type(part))
+        with all_or_none():
+            wholes = _gathered([parameter for parameter in module.parameters() if _is_sharded(parameter)])
+            for part in list(module.modules()):
+                for registered in _dicts_with_hooks(part):
+                    internal = {key: hook for key, hook in registered.items() if is_fsdp_internal(hook)}
+                    hooks.append((registered, internal))
+                    # In their places, before and behind which others register hooks, and in the same dicts, which
+                    # handles remove them from.
+                    registered.update(dict.fromkeys(internal, _nothing))
+                changes = _unsharded(part, wholes)
+                before.append((part, type(part), {name: vars(part)[name] for name in changes}))
+                vars(part).update(changes)
+                if part in sharded:
+                    part.__class__ = _unsharded_class(type(part))
         yield wholes
     finally:
         for part, kind, attributes in before:
             part.__class__ = kind
             vars(part).update(attributes)
-        for registered, earlier in hooks:  # the same dicts: whoever has registered a hook removes it from there
-            kept = {key: hook for key, hook in earlier.items() if key in registered or is_fsdp_internal(hook)}
-            now = {**kept, **registered}
-            registered.clear()
-            registered.update(now)
+        for registered, internal in hooks:
+            registered.update(internal)
 
 
 def sharded_like(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -150,6 +147,19 @@ def _imported(module: str, name: str) -> tuple[type, ...]:
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
+def _gathered(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
+    """The whole parameter for each sharded one.
+
+    A process that lacks the memory finds out, and says so, before the others wait for its share.
+    """
+    largest = max(parameters, key=Tensor.numel)
+    room = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (*parameters, largest, largest)]
+    del room  # which keeps it for us, where memory is that of a GPU
+    agree(at="weights that are made whole")
+    with reaching_all():
+        return {p: nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parameters}
+
+
 def _is_sharded_well(parameter: DTensor, managed: set[int]) -> bool:
     """Whether a sharded parameter is one of FSDP's, with or without replicas, and of nobody else's."""
     from torch.distributed.tensor import Replicate, Shard
@@ -179,6 +189,10 @@ def _unsharded(part: nn.Module, wholes: Mapping[Tensor, nn.Parameter]) -> dict[s
         changes["_flat_weights"] = [None if w is None else wholes.get(w, w) for w in part._flat_weights]
         changes["_flat_weight_refs"] = list(part._flat_weight_refs)
     return changes
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Stands in for a hook of FSDP's."""
 
 
 def _unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity.curvature.problem import check_counts
-from lightning_plasticity.processes import all_or_none, described, of_all_processes
+from lightning_plasticity.processes import all_or_none, described, of_all_processes, sum_over_processes
 
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 
@@ -131,7 +133,9 @@ class TaskDetector:
             self._labels.update(new_labels)
             key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
         else:
-            key = _checked(self._task_key(trainer, pl_module), getattr(self._task_key, "__name__", "task_key"))
+            # An attribute is as good as never an error: no message a batch for it.
+            with contextlib.nullcontext() if self._task_key is attribute_key else all_or_none():
+                key = _checked(self._task_key(trainer, pl_module), getattr(self._task_key, "__name__", "task_key"))
             is_new = (self._fit_began or period != self._period) if key is None else key != self._key
         if self._announced and self._announced_id is not None:
             self.task_id = self._announced_id
@@ -148,7 +152,8 @@ class TaskDetector:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._watch(loss.item())
+            with all_or_none():
+                self._watch(loss.item())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -180,7 +185,9 @@ class TaskDetector:
                 f"{described(error)}"
             ) from error
         self._has_watched = True
-        if self._drift_detector.drift_detected and not self._announced:  # whose name would be lost
+        # That of a process which has failed before has seen less than the others: one is enough.
+        detected = bool(sum_over_processes(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
+        if detected and not self._announced:  # whose name would be lost
             self.announce()
 
     def _period_of(self, trainer: Trainer) -> int:

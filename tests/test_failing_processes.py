@@ -96,6 +96,30 @@ class Detecting:
         return float(batch[0].mean())
 
 
+class Counting(Detecting):
+    """Sees a drift in every fifth number."""
+
+    numbers = 0
+
+    def update(self, x: float) -> None:
+        self.numbers += 1
+
+    @property
+    def drift_detected(self) -> bool:  # type: ignore[override]
+        return self.numbers % 5 == 0
+
+
+class Keys:
+    """Names the tasks of one fit after the other."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def every_other_step(self, *_: object) -> int:
+        self.batches += 1
+        return self.batches // 2
+
+
 class Unsendable:
     def __reduce__(self) -> str:
         raise TypeError("not to be sent")
@@ -203,8 +227,18 @@ CASES = {
     "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
 }
 
+DETECTORS = {
+    "losses": Case((Counting, "update", 6), detector=lambda: TaskDetector(drift_detector=Counting())),
+    "statistic": Case(
+        (Counting, "update", 6),
+        detector=lambda: TaskDetector(drift_detector=(counting := Counting()), drift_statistic=counting.statistic),
+    ),
+    "key": Case((Keys, "every_other_step", 2 * STEPS, True), detector=lambda: TaskDetector(Keys().every_other_step)),
+}
+
 FIRST = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
+    "key": Case((Keys, "every_other_step", 1), detector=lambda: TaskDetector(Keys().every_other_step)),
     "remedy": Case((ContinualBackprop, "start", 1), replace_units),
     "trial of a regularizer": Case((remedies, "_term_and_gradients", 1), SpectralRegularizer),
 }
@@ -213,11 +247,21 @@ FIRST = {
 def in_process(rank: int) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
     results: dict[str, Any] = {name: case.fit() for name, case in CASES.items()}
+    results |= {f"detector of {name}": case.fit() for name, case in DETECTORS.items()}
     results["no failure"], results["no failure, repaired"] = fit(), fit(shrink())
     results |= {f"first {what}": error_of(case.fit) for what, case in FIRST.items()}
     results["state after a failure"] = error_of(Case((Forgetful, "state_dict", 1), Forgetful).fit)
     results["unsendable"] = error_of(lambda: sent_together(Unsendable() if rank else None))
+    results["another sum"] = error_of(lambda: summed_together("other" if rank else "net"))
+    results["a sum less"] = error_of(lambda: summed_together("net", *["more"] * (1 - rank)))
     return results
+
+
+def summed_together(*names: str) -> None:
+    """As where a model takes another path in each process."""
+    with processes.all_or_none():
+        for name in names:
+            processes.sum_over_processes(torch.ones(2), name)
 
 
 def sent_together(value: object) -> None:
@@ -276,6 +320,16 @@ def test_training_goes_on_as_if_nothing_had_failed(name: str, runs: dict[str, li
     assert torch.equal(runs[name][0]["weights"], runs["no failure"][0]["weights"])
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_tasks_begin_in_both_although_a_detector_has_failed_in_one(name: str, runs: dict[str, list[Any]]) -> None:
+    one, other = runs[f"detector of {name}"]
+    assert torch.equal(one["weights"], other["weights"])
+    assert one["history"] == other["history"]
+    assert len(one["errors"]) > FITS
+    (error,) = [words for errors in one["errors"] for words in errors.values()]
+    assert error == "in process 1: MemoryError: no more"
+
+
 @pytest.mark.parametrize("what", FIRST)
 def test_what_fails_at_first_is_an_error_in_both(what: str, runs: dict[str, list[Any]]) -> None:
     assert runs[f"first {what}"] == ["FailedTogetherError: in process 1: MemoryError: no more", "MemoryError: no more"]
@@ -287,6 +341,12 @@ def test_not_to_know_what_another_remembers_is_an_error_in_both(runs: dict[str, 
 
 def test_what_cannot_be_sent_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
     assert runs["unsendable"] == ["FailedTogetherError: in process 1: TypeError: not to be sent"] * 2
+
+
+def test_not_to_do_the_same_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
+    differ = "FailedTogetherError: the processes do not do the same, but come to a sum of "
+    assert runs["another sum"] == [f"{differ}net of shape (2,) and a sum of other of shape (2,)"] * 2
+    assert runs["a sum less"] == [f"{differ}more of shape (2,) and the end"] * 2
 
 
 def survive_what_can_be_survived() -> None:

@@ -483,3 +483,22 @@ def test_a_regularizer_of_what_is_frozen_adds_nothing_as_a_term_in_the_loss() ->
         ends.append(weights(module))
         assert callback.history[0].errors == {}
     assert torch.equal(*ends)
+
+
+class Stuck(Still):
+    def stop(self) -> None:
+        raise RuntimeError("stuck")
+
+
+@pytest.mark.parametrize("error", [None, KeyError("of the training")])
+def test_what_cannot_be_stopped_neither_ends_training_nor_hides_why_it_ends(error: Exception | None) -> None:
+    class Ending(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if error is not None:
+                raise error
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Stuck(), L2Init(0.1)])
+    expected = contextlib.nullcontext() if error is None else pytest.raises(KeyError, match="of the training")
+    with expected, pytest.warns(PlasticityWarning, match="Stuck could not be stopped, training goes on: stuck"):
+        trainer(callback).fit(Ending(), loader())
+    assert callback.history[-1].errors == {"Stuck": "RuntimeError: stuck"}

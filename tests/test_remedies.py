@@ -41,6 +41,7 @@ from lightning_plasticity.interventions import (
     WeightClipping,
 )
 from tests.modules import Classifier, MemoryLogger, loader, trainer, weights
+from tests.processes import in_another_process
 from tests.usages import Quartic, half_precision
 
 NEVER = Collapse(below=1e-9)
@@ -519,3 +520,14 @@ def test_without_optimizer_there_is_nothing_to_regularize() -> None:
     with pytest.warns(UserWarning, match="configure_optimizers. returned .None."):
         trainer(callback).fit(Still(), loader())
     assert callback.history[0].errors == {}
+
+
+@pytest.mark.parametrize("remedy", [ContinualBackprop(), SelfNormalizedReset(), SoftShrinkPerturb(seed=3)])
+def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: RunningRemedy) -> None:
+    """As ``strategy="ddp_spawn"`` does."""
+    assert in_another_process(state_of, remedy) == state_of(remedy)
+
+
+def state_of(remedy: RunningRemedy) -> list[int]:
+    state: list[int] = remedy.state_dict()["generator"].tolist()
+    return state

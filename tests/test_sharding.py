@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, SpectralCollapseCallback
+from lightning_plasticity import sharding as sharding_module
 from lightning_plasticity._compat import is_model_parallel, is_whole
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.interventions import (
@@ -32,8 +33,10 @@ from lightning_plasticity.interventions import (
     WassersteinInit,
 )
 from lightning_plasticity.probe import Probe
+from lightning_plasticity.processes import FailedTogetherError
 from tests.modules import MemoryLogger, trainer
 from tests.processes import in_two_processes, skip_without_fsdp_on_the_cpu
+from tests.test_failing_processes import failing
 
 STEPS = 4
 SANITY_STEPS = 2  # by default, before the first training step
@@ -70,10 +73,15 @@ class Hooked(L2Init):
     def start(self, model: nn.Module, **options: Any) -> None:
         super().start(model, **options)
         if not self.handles:
-            note = self.happened.append
+
+            def noting(what: str) -> Callable[..., None]:
+                return lambda layer, *_: self.happened.append(f"{what} {'sharded' if is_sharded(layer) else 'whole'}")
+
             self.handles = [
-                model.net[0].register_forward_pre_hook(lambda *_: note("before")),
-                model.net[0].register_forward_hook(lambda *_: note("after")),
+                model.net[0].register_forward_pre_hook(noting("before")),
+                model.net[0].register_forward_pre_hook(noting("first"), prepend=True),
+                model.net[0].register_forward_hook(noting("after")),
+                model.net[0].register_forward_hook(noting("behind"), prepend=True),
             ]
             self.removes.remove()
 
@@ -215,6 +223,10 @@ def fit(
     }
 
 
+def is_sharded(layer: Any) -> bool:
+    return hasattr(layer.weight, "full_tensor")
+
+
 def full(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -309,11 +321,25 @@ def hooked(rank: int) -> dict[str, Any]:
     module.net(torch.ones(2, 4, dtype=torch.float64))
     return {
         "weights": result["weights"],
-        "order": regularizer.happened[:4],
+        "order": regularizer.happened[:8],
         "during": during,
         "after": len(regularizer.happened) - during,
         "of others": len(others),
     }
+
+
+def failed(rank: int, name: str, number: int) -> dict[str, Any]:
+    """What is left of a training in which a call of a function of ours has failed in the second process."""
+    with failing(sharding_module, name, number):
+        return fit(rank, made(Sharded), callback_with([L2Init(0.3)]))
+
+
+FAILED = {
+    "memory for the first task": ("_gathered", 1),
+    "memory for a step": ("_gathered", 3),
+    "memory for a later task": ("_gathered", 2 + STEPS),
+    "a later task half way": ("_unsharded", 7 * (1 + STEPS) + 4),
+}
 
 
 def everything(rank: int) -> dict[str, Any]:
@@ -332,6 +358,11 @@ def everything(rank: int) -> dict[str, Any]:
         name: fit(rank, made(Sharded), callback_with(clipped_terms()), **options) for name, options in CLIPPED.items()
     }
     results["hooked"] = hooked(rank)
+    for what, (name, number) in FAILED.items():
+        try:
+            results[what] = failed(rank, name, number)
+        except (MemoryError, FailedTogetherError) as error:
+            results[what] = f"{type(error).__name__}: {error}"
     results["refused"] = refused(rank)
     results["resumed"] = resumed(rank, save_distributed_checkpoint=False)
     results["resumed_distributed"] = resumed(rank, save_distributed_checkpoint=True)
@@ -443,12 +474,31 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(name: str, runs: 
 
 def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -> None:
     for run in runs["hooked"]:
-        assert run["order"] == ["before", "after"] * 2
-        assert run["during"] == 2 * (STEPS + STEPS), "training and validation"
+        assert run["order"] == ["first sharded", "before whole", "behind whole", "after sharded"] * 2
+        assert run["during"] == 4 * (STEPS + STEPS), "training and validation"
         assert run["after"] == 0
         assert run["of others"] == SANITY_STEPS, "until it was removed"
     by_hand = fit(None, made(Whole, [L2Init(0.3)]), None, max_epochs=1)
     torch.testing.assert_close(runs["hooked"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
+
+
+def test_whoever_lacks_the_memory_for_whole_weights_does_not_let_the_others_wait(runs: Runs) -> None:
+    words = "in process 1: MemoryError: no more"
+    assert runs["memory for the first task"] == [f"FailedTogetherError: {words}", "MemoryError: no more"]
+    for name, who, task in (
+        ("memory for a step", "L2Init", 0),
+        ("memory for a later task", "probe", 1),
+        ("a later task half way", "probe", 1),
+    ):
+        one, other = runs[name]
+        assert torch.equal(one["weights"], other["weights"])
+        assert str(one["history"]) == str(other["history"])
+        errors: list[dict[str, str]] = [{}, {}]
+        errors[task] = {who: words}
+        assert [report["errors"] for report in one["history"]] == errors
+        assert [report["spectrum"] is not None for report in one["history"]] == [True, who != "probe"]
+    by_hand = fit(None, made(Whole, [L2Init(0.3)]), None)
+    torch.testing.assert_close(runs["memory for a later task"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
 
 
 ONLY_FULLY_SHARD = "shards all trainable parameters by torch.distributed.fsdp.fully_shard over the data-parallel mesh"

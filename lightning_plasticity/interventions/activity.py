@@ -61,7 +61,8 @@ class Activity:
         Every process must ask at the same point. The one moment that waits for the device.
         """
         packed = [listener.packed() for listener in self._listeners.values()]
-        total = sum_over_processes(torch.cat([vector.to(packed[0].device) for vector in packed])).cpu().double()
+        together = torch.cat([vector.to(packed[0].device) for vector in packed])
+        total = sum_over_processes(together, ", ".join(self._listeners)).cpu().double()
         result = {}
         for (name, listener), vector in zip(self._listeners.items(), total.split(list(map(len, packed))), strict=True):
             values, samples = vector[:2].tolist()

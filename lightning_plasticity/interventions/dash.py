@@ -104,7 +104,10 @@ class DASH(Repair):
                         averages[parameter].mul_(1 - self.alpha)
                     if gradient is not None:
                         averages[parameter].sub_(gradient, alpha=self.alpha)
-        return {parameter: mean_over_processes(average) for parameter, average in averages.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        return {
+            parameter: mean_over_processes(average, names.get(parameter, "")) for parameter, average in averages.items()
+        }
 
 
 def _cosine(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:

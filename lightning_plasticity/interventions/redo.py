@@ -42,7 +42,7 @@ class _Recycling(Repair):
                 f"{self.name} needs to see the model run: repair(model, forward=lambda model: model(inputs))"
             )
         units = describe_units(model, request.forward)
-        scores = {layer: mean_over_processes(s) for layer, s in self.scores(model, units, request).items()}
+        scores = {layer: mean_over_processes(s, layer) for layer, s in self.scores(model, units, request).items()}
         chosen = {layer: self._dormant(layer, score) for layer, score in scores.items()}
         return recycling(model, units, chosen, request.generator, self.initial)
 

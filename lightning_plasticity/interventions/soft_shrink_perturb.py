@@ -122,6 +122,14 @@ class SoftShrinkPerturb(RunningRemedy):
         self.scales = {name: scale.clone().cpu() for name, scale in state["scales"].items()}
         self.generator.set_state(state["generator"].cpu())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator is pickled with a tensor that nobody keeps: gone before a spawned process can open it.
+        return {**vars(self), "generator": self.generator.get_state().numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, generator=torch.Generator())
+        self.generator.set_state(torch.from_numpy(state["generator"]))
+
 
 def _perturbed(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters of all but norm layers, by name."""

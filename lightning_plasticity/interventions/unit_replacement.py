@@ -259,6 +259,14 @@ class _FreshUnits:
         self._used = dict(state["used"])
         self._values = {}  # drawn again, the same, when needed
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator is pickled with a tensor that nobody keeps: gone before a spawned process can open it.
+        return {**vars(self), "_generator": self._generator.get_state().numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _generator=torch.Generator())
+        self._generator.set_state(torch.from_numpy(state["_generator"]))
+
     def _draw(self, model: nn.Module, units: Units) -> None:
         # One number for a draw, however much is drawn: which heads are in use must not show in the next draw.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
