@@ -173,11 +173,11 @@ class Remedies:
                     totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
         except Exception as error:  # no weights to take a term of
             failed = dict.fromkeys(regularizers, error)
-        for regularizer, error in failed.items():
+        for regularizer, reason in failed.items():
             if not self._have_worked:
-                raise_own(error)
+                raise_own(reason)
             what = f"{regularizer.name} failed and was left out of this step"
-            self._failures.add(regularizer.name, what, error)
+            self._failures.add(regularizer.name, what, reason)
         _even_out([*failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
