@@ -142,6 +142,9 @@ class SpectralCollapseCallback(Callback):
 
         Args:
             task_id: The name of the task, for the report.
+
+        Raises:
+            TypeError: If it is no int and no string.
         """
         self._tasks.announce(task_id)
 
@@ -176,7 +179,7 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tasks.on_fit(resumed=self._resumed and bool(self.history))
+        self._tasks.on_fit(resumed=self._resumed and bool(self.history), first=not self.history)
         self._resumed = self._checked = False
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
@@ -187,13 +190,21 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
+        is_new_task = is_new_task or self._tasks.announced() or not self.history
         if is_new_task:
             self._share_errors()
         if is_new_task or not self._remedies_started:
-            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
-            with whole(pl_module):
-                report = self._report(at) if is_new_task else None
-                self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
+            try:
+                at = BatchInFlight(trainer, pl_module, batch, self._loss_fn).joined(self.probe.samples)
+                with whole(pl_module):
+                    report = self._report(at) if is_new_task else None
+                    self._remedies.start(at)  # before any repair: what cannot work is an error before weights change
+            except BaseException:  # an error before the first task, or an interruption: another fit may begin the task
+                if is_new_task:
+                    self._tasks.take_back()
+                if not self.history:
+                    self._initial = {}
+                raise
             self._remedies_started = True
             if report is not None:
                 self._start_task(at, report)

@@ -19,6 +19,10 @@ TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leav
 
 _ATTRIBUTES = ("task_id", "current_task")
 
+_ANOTHER_MEANING = (
+    ". Rename the attribute if it means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
+)
+
 
 class DriftDetector(Protocol):
     """What watches a stream of numbers for a change of its distribution, such as ``river.drift.ADWIN()``.
@@ -40,6 +44,8 @@ class TaskDetector:
        ``current_task`` that is not ``None``: a task starts when that value changes.
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
        ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
+
+    The first training batch of a callback's life starts a task in any case.
 
     With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift; or with every batch
     by whose ``drift_statistic`` it does.
@@ -106,12 +112,29 @@ class TaskDetector:
         """Name of the task that :meth:`new_task` last saw begin."""
 
     def announce(self, task_id: TaskId = None) -> None:
-        """The next training batch is the first of a new task, named ``task_id``."""
-        self._announced, self._announced_id = True, task_id
+        """The next training batch is the first of a new task, named ``task_id``.
 
-    def on_fit(self, *, resumed: bool) -> None:
-        """A fit is about to train; ``resumed`` if it goes on from a checkpoint."""
+        Raises:
+            TypeError: If the name is no int and no string.
+        """
+        self._announced, self._announced_id = True, _checked(task_id, "new_task(task_id)")
+
+    def announced(self) -> bool:
+        """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
+        if self._announced:
+            self.task_id, self._announced = self._announced_id, False
+            return True
+        return False
+
+    def take_back(self) -> None:
+        """What was a new task a moment ago has not begun: the next training batch is its first."""
+        self._announced = True
+
+    def on_fit(self, *, resumed: bool, first: bool) -> None:
+        """A fit is about to train; ``resumed`` if it goes on from a checkpoint, ``first`` if no task was seen yet."""
         self._fit_began = not resumed
+        if first:  # what a callback before this one, or a fit that has failed, has seen
+            self._key, self._labels = None, set()
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
         """Whether the training batch at hand is the first of a new task. To be asked once a batch.
@@ -138,6 +161,8 @@ class TaskDetector:
         elif self._announced or is_new:
             self.task_id = key
         is_new |= self._announced
+        if not self._announced:
+            self._announced_id = None  # of an earlier task, which is not to be taken back any more
         self._fit_began = self._announced = False
         self._key, self._period = key, period
         return is_new
@@ -200,21 +225,20 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
         for name in _ATTRIBUTES:
             value = getattr(owner, name, None)
             if value is not None and not callable(value):
-                return _checked(value, f"{type(owner).__name__}.{name}")
+                return _checked(value, f"{type(owner).__name__}.{name}", _ANOTHER_MEANING)
     return None
 
 
-def _checked(value: Any, source: str) -> TaskId:
+def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if value is None or isinstance(value, str) or type(value) is int:
+    if value is None or type(value) is int:
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # a plain one, which any checkpoint can hold
     if isinstance(value, Integral):
         return int(value)
-    raise TypeError(
-        f"{source} is {value!r}; the name of a task must be an int or a str (or None). Rename the attribute if it "
-        "means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
-    )
+    raise TypeError(f"{source} is {value!r}; the name of a task must be an int or a str (or None){otherwise}")
 
 
 def _labels(batch: Any, where: int | str) -> set[int | str]:
