@@ -115,6 +115,10 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe()")
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
+        if not isinstance(collapse, Collapse):
+            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
+        if task_detector is not None and not isinstance(task_detector, TaskDetector):
+            raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
         check_counts(monitor_every_n_steps=monitor_every_n_steps)
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
@@ -125,7 +129,7 @@ class SpectralCollapseCallback(Callback):
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
         self._remedies = Remedies(interventions, self._failures)
-        self.interventions = list(interventions)
+        self.interventions = self._remedies.interventions
         self.history: list[TaskReport] = []
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         self._loss_fn = loss_fn
@@ -199,6 +203,7 @@ class SpectralCollapseCallback(Callback):
                 with whole(pl_module):
                     report = self._report(at) if is_new_task else None
                     self._remedies.start(at)  # before any repair: what cannot work is an error before weights change
+                self._step_monitor.begin(pl_module, self._steps)  # likewise
             except BaseException:  # an error before the first task, or an interruption: another fit may begin the task
                 if is_new_task:
                     self._tasks.take_back()
@@ -207,6 +212,8 @@ class SpectralCollapseCallback(Callback):
                 raise
             self._remedies_started = True
             if report is not None:
+                if self.interventions:
+                    self._step_monitor.put_off()  # what repairs run must not be watched
                 self._start_task(at, report)
         self._step_monitor.begin(pl_module, self._steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -135,6 +136,7 @@ class TaskDetector:
         self._fit_began = not resumed
         if first:  # what a callback before this one, or a fit that has failed, has seen
             self._key, self._labels = None, set()
+            self._rehearse()
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
         """Whether the training batch at hand is the first of a new task. To be asked once a batch.
@@ -190,20 +192,32 @@ class TaskDetector:
         self._announced, self._announced_id, self._key = state["announced"], state["announced_id"], state["key"]
         self._period, self._labels = state["period"], set(state["labels"])
 
+    def _rehearse(self) -> None:
+        """Tries a copy of the drift detector, or one that takes no numbers would be known after the first step only."""
+        try:
+            detector = copy.deepcopy(self._drift_detector)
+        except Exception:  # the first loss will tell
+            return
+        if detector is not None:
+            self._update(detector, 0.0)
+
+    def _update(self, detector: Any, value: float) -> None:
+        try:
+            detector.update(value)
+        except Exception as error:
+            if self._has_watched:
+                raise
+            raise MisconfigurationException(
+                f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
+                f"{described(error)}"
+            ) from error
+
     def _watch(self, value: float) -> None:
         """Announces a new task if the value, in the mean of all processes, is of another distribution."""
         values: list[float] = of_all_processes(value)
         if not math.isfinite(mean := sum(values) / len(values)):
             return  # after one NaN a detector would have no mean to compare with any more
-        try:
-            self._drift_detector.update(mean)
-        except Exception as error:
-            if self._has_watched:
-                raise
-            raise MisconfigurationException(
-                f"drift_detector={self._drift_detector!r} cannot take a number, as update({mean}) shows: "
-                f"{described(error)}"
-            ) from error
+        self._update(self._drift_detector, mean)
         self._has_watched = True
         if self._drift_detector.drift_detected and not self._announced:  # whose name would be lost
             self.announce()
