@@ -102,12 +102,16 @@ class Collapse:
             initial: The value that the initial weights have on the batch of now.
         """
         task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
+        if math.isnan(value):
+            unknown = "is not a number, so whether this is a collapse cannot be told"
+            return Verdict(False, f"task {task}: {diagnostic.title} {unknown}", withheld=True)
         if not is_resolved(self.metric, value):
             return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", withheld=True)
         if self.relative_to == "initial" and not is_resolved(self.metric, initial):
             of_what = "of the initial weights on this batch"
             return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", withheld=True)
-        known = [(number, task) for task, number in enumerate([*earlier, value]) if number is not None]
+        numbers = enumerate([*earlier, value])
+        known = [(number, task) for task, number in numbers if number is not None and not math.isnan(number)]
         best, best_task = max(known, key=lambda pair: pair[0])
         references = {"best": best, "first": known[0][0], "initial": initial, None: 1.0}
         collapsed = value < self.below * references[self.relative_to]
