@@ -147,7 +147,7 @@ class TaskDetector:
         """
         if self._drift_statistic is not None:
             with all_or_none():
-                self._watch(float(self._drift_statistic(batch)))
+                self._watch(_as_number(self._drift_statistic(batch)))
         period = self._period_of(trainer)
         if self._batch_label is not None:
             with all_or_none():
@@ -199,7 +199,8 @@ class TaskDetector:
         except Exception:  # the first loss will tell
             return
         if detector is not None:
-            self._update(detector, 0.0)
+            for value in (0.0, 2.5) if self._drift_statistic is None else (0.0,):  # losses may be larger than one
+                self._update(detector, value)
 
     def _update(self, detector: Any, value: float) -> None:
         try:
@@ -253,6 +254,13 @@ def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
     if isinstance(value, Integral):
         return int(value)
     raise TypeError(f"{source} is {value!r}; the name of a task must be an int or a str (or None){otherwise}")
+
+
+def _as_number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch: of tensors of several numbers
+        raise TypeError(f"drift_statistic returned {value!r}; it must return a number") from error
 
 
 def _labels(batch: Any, where: int | str) -> set[int | str]:

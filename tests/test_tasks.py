@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import ShrinkPerturb
-from tests.modules import Classifier, loader, tasks_seen, trainer
+from tests.modules import Classifier, loader, tasks_seen, trainer, weights
 
 
 def watcher(**options: Any) -> SpectralCollapseCallback:
@@ -349,6 +350,15 @@ def test_a_shift_of_the_inputs_that_nobody_announced() -> None:
     assert 60 <= when < 70
 
 
+def test_a_detector_of_zeros_and_ones_is_refused_before_the_first_loss() -> None:
+    drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
+    module = Classifier()
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"(?s)drift_detector=DDM .* cannot take a number, as update"):
+        trainer(watcher(drift_detector=drift.binary.DDM())).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
 class Alarming:
     """Sees a drift in large numbers."""
 
@@ -364,6 +374,13 @@ def test_the_batch_by_whose_inputs_a_drift_is_seen_begins_the_task() -> None:
     data = [(torch.full((4, 4), value).nan_to_num(nan=1.0), torch.zeros(4, dtype=torch.long)) for value in values]
     trainer(callback).fit(Classifier(), DataLoader(data, batch_size=None))
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 2), (2, None, 5)]
+
+
+@pytest.mark.parametrize("value", [None, "high", torch.zeros(4)])
+def test_a_statistic_that_is_no_number_is_named(value: Any) -> None:
+    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: value)
+    with pytest.raises(TypeError, match=r"drift_statistic returned .*; it must return a number"):
+        trainer(callback).fit(Classifier(), loader())
 
 
 def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
