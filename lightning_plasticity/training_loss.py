@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
-from lightning_plasticity.batches import first_samples, moved
+from lightning_plasticity.batches import copied, first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.processes import (
     FailedTogetherError,
@@ -154,9 +154,9 @@ class BatchInFlight:
         return self.loss_on(module, self.batch)
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
-        """The same on another batch."""
+        """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
         with _attributes_put_back(module):
-            return (self.loss_fn or training_loss)(module, batch)
+            return (self.loss_fn or training_loss)(module, copied(batch))
 
 
 @contextlib.contextmanager

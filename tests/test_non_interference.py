@@ -9,9 +9,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, HessianProbe, PlasticityMonitor, PyHessianProbe, SpectralCollapseCallback
+from lightning_plasticity.interventions import DASH, ContinualBackprop, EffectiveRankRegularizer, ReDo, Reset
 from tests.usages import NETS, PLAIN, USAGES, Busy, Usage, convolutional, gru, mlp, transformer
 
 NEVER = Collapse(below=1e-9)
@@ -171,6 +172,25 @@ def test_a_schedule_that_holds_another_one_goes_on_as_before(module: type[Busy])
     check_identical(with_callback, without, callback)
     assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]
     assert len(set(rates)) > 3, "the other one has its say"
+
+
+class InPlace(Busy):
+    """Changes the batch that it is given."""
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
+        batch[0].mul_(0.5)
+        return super().inputs_and_labels(batch)
+
+
+@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
+def test_a_batch_that_training_changes_in_place_is_changed_once(probe: HessianProbe | None) -> None:
+    usage = Usage("in place", module=InPlace)
+    waiting = [ReDo(), Reset(last=1), DASH(), ContinualBackprop(0.0), EffectiveRankRegularizer(0.0)]
+    callback = SpectralCollapseCallback(probe, collapse=NEVER, interventions=waiting)
+    without = run(usage=usage, make_net=mlp)
+    with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
+    assert all(report.errors == {} for report in callback.history)
+    check_identical(with_callback, without, callback)
 
 
 @pytest.mark.parametrize("usage", [usage for usage in USAGES if "compiled" in usage.name], ids=lambda usage: usage.name)
