@@ -163,7 +163,7 @@ class PlasticityMonitor(PlasticityMetric):
             raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
         for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-                raise ValueError(f"{name}={limit!r} must be a whole number, at least 1")
+                raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
         if layers is not None and not are_names(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, or None for all")
         if channel_dim is not None and (not isinstance(channel_dim, int) or isinstance(channel_dim, bool)):
