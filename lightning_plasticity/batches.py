@@ -47,6 +47,11 @@ def samples_between(batch: Any, first: int, end: int) -> Any:
     return apply_to_collection(batch, Tensor, take)
 
 
+def copied(batch: Any) -> Any:
+    """A copy of a batch, which may be changed in place."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
     """The batch in pieces of ``size`` samples, the last one smaller."""
     samples = batch_size(batch) or 0

@@ -117,6 +117,10 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe()")
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
+        if not isinstance(collapse, Collapse):
+            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
+        if task_detector is not None and not isinstance(task_detector, TaskDetector):
+            raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
         check_counts(monitor_every_n_steps=monitor_every_n_steps)
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
@@ -127,7 +131,7 @@ class SpectralCollapseCallback(Callback):
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
         self._remedies = Remedies(interventions, self._failures)
-        self.interventions = list(interventions)
+        self.interventions = self._remedies.interventions
         self.history: list[TaskReport] = []
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         self._loss_fn = loss_fn
@@ -144,6 +148,9 @@ class SpectralCollapseCallback(Callback):
 
         Args:
             task_id: The name of the task, for the report.
+
+        Raises:
+            TypeError: If it is no int and no string.
         """
         self._tasks.announce(task_id)
 
@@ -178,7 +185,7 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tasks.on_fit(resumed=self._resumed and bool(self.history))
+        self._tasks.on_fit(resumed=self._resumed and bool(self.history), first=not self.history)
         self._resumed = self._checked = False
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
@@ -189,10 +196,23 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
+        is_new_task = is_new_task or self._tasks.announced() or not self.history
         if is_new_task:
             self._share_errors()
         if is_new_task or not self._remedies_started:
-            self._look(BatchInFlight(trainer, pl_module, batch, self._loss_fn), is_new_task=is_new_task)
+            try:
+                seen = self._look(BatchInFlight(trainer, pl_module, batch, self._loss_fn), is_new_task=is_new_task)
+                self._step_monitor.begin(pl_module, self._steps)
+            except BaseException:  # an error before the first task, or an interruption: another fit may begin the task
+                if is_new_task:
+                    self._tasks.take_back()
+                if not self.history:
+                    self._initial = {}
+                raise
+            if seen is not None:
+                if self.interventions:
+                    self._step_monitor.put_off()  # what repairs run must not be watched
+                self._start_task(*seen)
         self._step_monitor.begin(pl_module, self._steps)
 
     @override
@@ -295,27 +315,32 @@ class SpectralCollapseCallback(Callback):
             self._failures.add("task_detector", "whether a task is new could not be told", error)
             return False
 
-    def _look(self, at: BatchInFlight, *, is_new_task: bool) -> None:
-        """Takes a close look at the start of a task, or of a fit that goes on with one."""
+    def _look(self, at: BatchInFlight, *, is_new_task: bool) -> tuple[BatchInFlight, TaskReport] | None:
+        """Takes a close look at the start of a task, or of a fit that goes on with one, and gets remedies ready.
+
+        Nothing is repaired yet: what cannot work is an error while no weight has changed.
+
+        Returns:
+            Of a new task that could be looked at: the samples, and what was seen.
+        """
         self._remedies_started = not self.interventions
         with contextlib.ExitStack() as looking:
             try:
                 at = at.joined(self.probe.samples)
                 looking.enter_context(whole(at.module))
             except Exception as error:
-                report, message = self._missed(error)
+                missed, message = self._missed(error)
                 if is_new_task:
                     rank_zero_warn(message, category=PlasticityWarning)
-                    self.history.append(report)
-                    log_task(at.trainer.loggers, report, self._failures)
+                    self.history.append(missed)
+                    log_task(at.trainer.loggers, missed, self._failures)
                 elif self.interventions:
                     self._failures.add("interventions", "interventions could not get ready and rest", error)
-                return  # the next batch gets them ready
-            seen = self._report(at) if is_new_task else None
-            self._remedies.start(at)  # before any repair: what cannot work is an error while no weight has changed
+                return None  # the next batch gets them ready
+            report = self._report(at) if is_new_task else None
+            self._remedies.start(at)
         self._remedies_started = True
-        if seen is not None:
-            self._start_task(at, seen)
+        return None if report is None else (at, report)
 
     def _has_probed(self) -> bool:
         return any(report.spectrum is not None for report in self.history)

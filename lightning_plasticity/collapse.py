@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 
@@ -63,7 +64,7 @@ class Collapse:
     relative_to: Reference | None = "best"
 
     def __post_init__(self) -> None:
-        if self.metric not in DIAGNOSTICS:
+        if not isinstance(self.metric, str) or self.metric not in DIAGNOSTICS:
             raise ValueError(f"Collapse(metric={self.metric!r}) is not a diagnostic; choose one of {list(DIAGNOSTICS)}")
         if not DIAGNOSTICS[self.metric].falls:
             falling = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.falls]
@@ -82,13 +83,14 @@ class Collapse:
                     f"Collapse(metric={self.metric!r}, relative_to={self.relative_to!r}): it can be negative, and a "
                     "share of a negative number is no threshold; write relative_to=None and the value itself as below"
                 )
-            if not math.isfinite(self.below):
-                raise ValueError(f"Collapse(below={self.below}) must be a finite number")
+            if not math.isfinite(number(self.below)):
+                raise ValueError(f"Collapse(below={self.below!r}) must be a finite number")
             return
         bounded = self.relative_to is not None or DIAGNOSTICS[self.metric].is_share
-        if not (0 < self.below <= 1 if bounded else 0 < self.below < math.inf):
+        below = number(self.below)
+        if not (0 < below <= 1 if bounded else 0 < below < math.inf):
             allowed = "in (0, 1]: a share, 0.8 for 80 %" if bounded else "a positive number"
-            raise ValueError(f"Collapse(below={self.below}) must be {allowed}")
+            raise ValueError(f"Collapse(below={self.below!r}) must be {allowed}")
 
     def judge(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
         """Decides about the value of the metric at the start of a task.
@@ -100,12 +102,16 @@ class Collapse:
             initial: The value that the initial weights have on the batch of now.
         """
         task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
+        if math.isnan(value):
+            unknown = "is not a number, so whether this is a collapse cannot be told"
+            return Verdict(False, f"task {task}: {diagnostic.title} {unknown}", withheld=True)
         if not is_resolved(self.metric, value):
             return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", withheld=True)
         if self.relative_to == "initial" and not is_resolved(self.metric, initial):
             of_what = "of the initial weights on this batch"
             return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", withheld=True)
-        known = [(number, task) for task, number in enumerate([*earlier, value]) if number is not None]
+        numbers = enumerate([*earlier, value])
+        known = [(number, task) for task, number in numbers if number is not None and not math.isnan(number)]
         best, best_task = max(known, key=lambda pair: pair[0])
         references = {"best": best, "first": known[0][0], "initial": initial, None: 1.0}
         collapsed = value < self.below * references[self.relative_to]

@@ -93,8 +93,15 @@ class StepMonitor:
         except Exception as error:
             self.abandon()
             if not self._has_succeeded:
+                self.last = None  # another fit would find out at its first step, too
                 raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
             self._failed(error)
+
+    def put_off(self) -> None:
+        """If it has begun, it will when it is told the next time."""
+        if self._monitor.attached:
+            self.abandon()
+            self.last = None
 
     def end(self) -> dict[str, float]:
         """What was seen, if anything was watched."""

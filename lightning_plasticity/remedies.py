@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,9 @@ class Remedies:
     def __init__(self, interventions: Sequence[Intervention], failures: Failures) -> None:
         if isinstance(interventions, Intervention):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
+        if not isinstance(interventions, Iterable):
+            raise TypeError(f"interventions={interventions!r} must be a list of interventions")
+        interventions = list(interventions)  # of what can be gone through only once, too
         for intervention in interventions:
             if not isinstance(intervention, Repair | RunningRemedy | Regularizer):
                 raise TypeError(
@@ -54,7 +57,7 @@ class Remedies:
         self._repairs = [i for i in interventions if isinstance(i, Repair)]
         self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
-        self._all = list(interventions)
+        self._all = interventions
         self._ready: list[Intervention] = []
         self._failures = failures
         self._steps_taken = 0
@@ -62,6 +65,11 @@ class Remedies:
         self._backward_passes = 0
         self._backward_passes_seen: Counter[int] = Counter()
         self._have_worked = False
+
+    @property
+    def interventions(self) -> list[Intervention]:
+        """All of them, in their order."""
+        return list(self._all)
 
     def begin_fit(self, trainer: Trainer) -> None:
         """A fit begins.

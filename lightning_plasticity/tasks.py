@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -20,6 +21,10 @@ from lightning_plasticity.processes import all_or_none, described, of_all_proces
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 
 _ATTRIBUTES = ("task_id", "current_task")
+
+_ANOTHER_MEANING = (
+    ". Rename the attribute if it means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
+)
 
 
 class DriftDetector(Protocol):
@@ -42,6 +47,8 @@ class TaskDetector:
        ``current_task`` that is not ``None``: a task starts when that value changes.
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
        ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
+
+    The first training batch of a callback's life starts a task in any case.
 
     With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift; or with every batch
     by whose ``drift_statistic`` it does.
@@ -108,12 +115,30 @@ class TaskDetector:
         """Name of the task that :meth:`new_task` last saw begin."""
 
     def announce(self, task_id: TaskId = None) -> None:
-        """The next training batch is the first of a new task, named ``task_id``."""
-        self._announced, self._announced_id = True, task_id
+        """The next training batch is the first of a new task, named ``task_id``.
 
-    def on_fit(self, *, resumed: bool) -> None:
-        """A fit is about to train; ``resumed`` if it goes on from a checkpoint."""
+        Raises:
+            TypeError: If the name is no int and no string.
+        """
+        self._announced, self._announced_id = True, _checked(task_id, "new_task(task_id)")
+
+    def announced(self) -> bool:
+        """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
+        if self._announced:
+            self.task_id, self._announced = self._announced_id, False
+            return True
+        return False
+
+    def take_back(self) -> None:
+        """What was a new task a moment ago has not begun: the next training batch is its first."""
+        self._announced = True
+
+    def on_fit(self, *, resumed: bool, first: bool) -> None:
+        """A fit is about to train; ``resumed`` if it goes on from a checkpoint, ``first`` if no task was seen yet."""
         self._fit_began = not resumed
+        if first:  # what a callback before this one, or a fit that has failed, has seen
+            self._key, self._labels = None, set()
+            self._rehearse()
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
         """Whether the training batch at hand is the first of a new task. To be asked once a batch.
@@ -124,7 +149,7 @@ class TaskDetector:
         """
         if self._drift_statistic is not None:
             with all_or_none():
-                self._watch(float(self._drift_statistic(batch)))
+                self._watch(_as_number(self._drift_statistic(batch)))
         period = self._period_of(trainer)
         if self._batch_label is not None:
             with all_or_none():
@@ -142,6 +167,8 @@ class TaskDetector:
         elif self._announced or is_new:
             self.task_id = key
         is_new |= self._announced
+        if not self._announced:
+            self._announced_id = None  # of an earlier task, which is not to be taken back any more
         self._fit_began = self._announced = False
         self._key, self._period = key, period
         return is_new
@@ -170,20 +197,33 @@ class TaskDetector:
         self._announced, self._announced_id, self._key = state["announced"], state["announced_id"], state["key"]
         self._period, self._labels = state["period"], set(state["labels"])
 
+    def _rehearse(self) -> None:
+        """Tries a copy of the drift detector, or one that takes no numbers would be known after the first step only."""
+        try:
+            detector = copy.deepcopy(self._drift_detector)
+        except Exception:  # the first loss will tell
+            return
+        if detector is not None:
+            for value in (0.0, 2.5) if self._drift_statistic is None else (0.0,):  # losses may be larger than one
+                self._update(detector, value)
+
+    def _update(self, detector: Any, value: float) -> None:
+        try:
+            detector.update(value)
+        except Exception as error:
+            if self._has_watched:
+                raise
+            raise MisconfigurationException(
+                f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
+                f"{described(error)}"
+            ) from error
+
     def _watch(self, value: float) -> None:
         """Announces a new task if the value, in the mean of all processes, is of another distribution."""
         values: list[float] = of_all_processes(value)
         if not math.isfinite(mean := sum(values) / len(values)):
             return  # after one NaN a detector would have no mean to compare with any more
-        try:
-            self._drift_detector.update(mean)
-        except Exception as error:
-            if self._has_watched:
-                raise
-            raise MisconfigurationException(
-                f"drift_detector={self._drift_detector!r} cannot take a number, as update({mean}) shows: "
-                f"{described(error)}"
-            ) from error
+        self._update(self._drift_detector, mean)
         self._has_watched = True
         # That of a process which has failed before has seen less than the others: one is enough.
         detected = bool(sum_over_processes(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
@@ -207,21 +247,27 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
         for name in _ATTRIBUTES:
             value = getattr(owner, name, None)
             if value is not None and not callable(value):
-                return _checked(value, f"{type(owner).__name__}.{name}")
+                return _checked(value, f"{type(owner).__name__}.{name}", _ANOTHER_MEANING)
     return None
 
 
-def _checked(value: Any, source: str) -> TaskId:
+def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if value is None or isinstance(value, str) or type(value) is int:
+    if value is None or type(value) is int:
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # a plain one, which any checkpoint can hold
     if isinstance(value, Integral):
         return int(value)
-    raise TypeError(
-        f"{source} is {value!r}; the name of a task must be an int or a str (or None). Rename the attribute if it "
-        "means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
-    )
+    raise TypeError(f"{source} is {value!r}; the name of a task must be an int or a str (or None){otherwise}")
+
+
+def _as_number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch: of tensors of several numbers
+        raise TypeError(f"drift_statistic returned {value!r}; it must return a number") from error
 
 
 def _labels(batch: Any, where: int | str) -> set[int | str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
-from lightning_plasticity.batches import first_samples, moved
+from lightning_plasticity.batches import copied, first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
 from lightning_plasticity.processes import (
     FailedTogetherError,
@@ -153,9 +154,9 @@ class BatchInFlight:
         return self.loss_on(module, self.batch)
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
-        """The same on another batch."""
+        """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
         with _attributes_put_back(module):
-            return (self.loss_fn or training_loss)(module, batch)
+            return (self.loss_fn or training_loss)(module, copied(batch))
 
 
 @contextlib.contextmanager
@@ -181,8 +182,10 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
     """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    stepped = schedulers(trainer)
-    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in stepped]
+    stepped = _with_those_inside(schedulers(trainer))
+    # A scheduler that holds another one has it in its state, and with it the optimizer, of which there must be no copy.
+    kept = {id(value): value for value in (*stepped, *trainer.optimizers, *trainer.lightning_module.modules())}
+    states = [copy.deepcopy(scheduler.state_dict(), dict(kept)) for scheduler in stepped]
     try:
         yield
     finally:
@@ -190,3 +193,20 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
             group.update(setting)
         for scheduler, state in zip(stepped, states, strict=True):
             scheduler.load_state_dict(state)
+
+
+def _with_those_inside(given: Sequence[Any]) -> list[Any]:
+    """Schedulers, and those that they hold, as a warm-up the one that follows it."""
+    found = list(given)
+    for scheduler in found:  # which grows
+        held = _schedulers_in(getattr(scheduler, "__dict__", {}))
+        found += [one for one in held if not any(one is other for other in found)]
+    return found
+
+
+def _schedulers_in(value: Any) -> Iterator[LRScheduler]:
+    if isinstance(value, LRScheduler):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _schedulers_in(item)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
@@ -508,3 +508,26 @@ def test_loggers_of_the_users_own_are_silent_in_the_probe(tmp_path: Path) -> Non
     module = LoggingByItself(CSVLogger(tmp_path))
     trainer(SpectralCollapseCallback()).fit(module, loader())
     assert len(module.own.experiment.metrics) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"collapse": "learnable_fraction"}, r"collapse='learnable_fraction' must be an instance of Collapse"),
+        ({"collapse": Collapse}, r"collapse=<class .*> must be an instance of Collapse"),
+        ({"collapse": None}, r"collapse=None must be"),
+        ({"task_detector": TaskDetector}, r"task_detector=<class .*> must be an instance of TaskDetector"),
+        ({"interventions": None}, r"interventions=None must be a list of interventions"),
+        ({"interventions": ShrinkPerturb}, r"interventions=<class .*> must be a list of interventions"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SpectralCollapseCallback(**arguments)
+
+
+def test_interventions_may_come_from_a_generator() -> None:
+    callback = SpectralCollapseCallback(interventions=(one for one in [ShrinkPerturb(when=1)]))  # type: ignore[arg-type]
+    trainer(callback).fit(Classifier(), loader())
+    assert len(callback.interventions) == 1
+    assert len(callback.history[0].repairs) == 3

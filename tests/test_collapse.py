@@ -82,6 +82,21 @@ def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
     assert "initial weights" not in by_best.message
 
 
+@pytest.mark.parametrize("relative_to", ["best", "first"])
+def test_a_task_whose_number_was_nan_is_no_reference(relative_to: str) -> None:
+    rule = Collapse("effective_rank", relative_to=relative_to)  # type: ignore[arg-type]
+    assert rule.judge(1.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
+    assert not rule.judge(5.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
+
+
+def test_nothing_can_be_said_of_what_is_not_a_number() -> None:
+    verdict = Collapse("effective_rank").judge(math.nan, earlier=[6.0], initial=6.0)
+    assert (verdict.collapsed, verdict.withheld) == (False, True)
+    assert "task 1: effective rank of the features is not a number, so whether this is a collapse cannot be told" in (
+        verdict.message
+    )
+
+
 def test_brackets_do_not_matter_to_what_is_no_rank() -> None:
     wide = Estimate(1.0, lo=-9.0, hi=9.0)
     assert not wide.resolved

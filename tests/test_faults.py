@@ -422,6 +422,36 @@ def test_what_cannot_work_is_an_error_at_the_first_probe_before_any_weight_has_c
     assert callback.history == []
 
 
+class TwoNumbers:
+    """No drift detector: takes two numbers."""
+
+    drift_detected = False
+
+    def update(self, x: Any, y: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:task 0. learnable fraction")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"monitor_every_n_steps": 1}, r"monitor_every_n_steps: PlasticityMonitor cannot look into compiled modules"),
+        ({"task_detector": TaskDetector(drift_detector=TwoNumbers())}, r"drift_detector=.* cannot take a number"),
+    ],
+)
+def test_nor_has_anything_been_trained_repaired_or_logged(arguments: dict[str, Any], message: str) -> None:
+    module, logger = Classifier(), MemoryLogger()
+    module.net = torch.compile(module.net, backend="eager")
+    callback = SpectralCollapseCallback(collapse=ALWAYS, interventions=[ShrinkPerturb()], **arguments)
+    before = weights(module)
+    for _ in range(2):
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer(callback, logger=logger).fit(module, loader())
+        assert torch.equal(weights(module), before)
+        assert callback.history == []
+        assert logger.rows == []
+
+
 def test_what_can_no_longer_work_is_told_of_at_a_later_task_and_training_goes_on() -> None:
     module = Classifier()
     callback = SpectralCollapseCallback(

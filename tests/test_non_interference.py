@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, HessianProbe, PlasticityMonitor, PyHessianProbe, SpectralCollapseCallback
-from tests.usages import NETS, PLAIN, USAGES, Usage, convolutional, gru, mlp, transformer
+from lightning_plasticity.interventions import DASH, ContinualBackprop, EffectiveRankRegularizer, ReDo, Reset
+from tests.usages import NETS, PLAIN, USAGES, Busy, Usage, convolutional, gru, mlp, transformer
 
 NEVER = Collapse(below=1e-9)
 
@@ -122,6 +123,74 @@ def test_the_comparison_would_notice_a_disturbance() -> None:
     disturbing = Disturbing(collapse=NEVER)
     without, disturbed = run(), run(disturbing)
     assert without["losses"] != disturbed["losses"]
+
+
+class WarmUp(torch.optim.lr_scheduler.LRScheduler):
+    """Hands over to another scheduler, which is in its state, and with that the optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, after: torch.optim.lr_scheduler.LRScheduler) -> None:
+        self.after = after
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        if self.last_epoch <= 2:
+            return [rate * (self.last_epoch + 1) / 3 for rate in self.base_lrs]
+        self.after.step()
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+class WarmingUp(Busy):
+    steps_itself = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.steps_itself:
+            self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = WarmUp(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+        return [optimizer], [{"scheduler": schedule, "interval": "epoch" if self.steps_itself else "step"}]
+
+
+class WarmingUpItself(WarmingUp):
+    steps_itself = True
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("module", [WarmingUp, WarmingUpItself])
+def test_a_schedule_that_holds_another_one_goes_on_as_before(module: type[Busy]) -> None:
+    usage, callback = Usage("warm-up", module=module), SpectralCollapseCallback(collapse=NEVER)
+    rates = []
+
+    class Listening(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    without = run(Listening(), usage=usage, make_net=mlp)
+    with_callback = run(callback, InTheMiddle(callback), Listening(), usage=usage, make_net=mlp)
+    check_identical(with_callback, without, callback)
+    assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]
+    assert len(set(rates)) > 3, "the other one has its say"
+
+
+class InPlace(Busy):
+    """Changes the batch that it is given."""
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
+        batch[0].mul_(0.5)
+        return super().inputs_and_labels(batch)
+
+
+@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
+def test_a_batch_that_training_changes_in_place_is_changed_once(probe: HessianProbe | None) -> None:
+    usage = Usage("in place", module=InPlace)
+    waiting = [ReDo(), Reset(last=1), DASH(), ContinualBackprop(0.0), EffectiveRankRegularizer(0.0)]
+    callback = SpectralCollapseCallback(probe, collapse=NEVER, interventions=waiting)
+    without = run(usage=usage, make_net=mlp)
+    with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
+    assert all(report.errors == {} for report in callback.history)
+    check_identical(with_callback, without, callback)
 
 
 @pytest.mark.parametrize("usage", [usage for usage in USAGES if "compiled" in usage.name], ids=lambda usage: usage.name)

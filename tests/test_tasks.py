@@ -1,5 +1,7 @@
 """New tasks are recognised, and nothing else is."""
 
+import contextlib
+import enum
 import itertools
 import math
 from pathlib import Path
@@ -11,10 +13,12 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
-from tests.modules import Classifier, loader, tasks_seen, trainer
+from lightning_plasticity.interventions import ShrinkPerturb
+from tests.modules import Classifier, loader, tasks_seen, trainer, weights
 
 
 def watcher(**options: Any) -> SpectralCollapseCallback:
@@ -346,6 +350,15 @@ def test_a_shift_of_the_inputs_that_nobody_announced() -> None:
     assert 60 <= when < 70
 
 
+def test_a_detector_of_zeros_and_ones_is_refused_before_the_first_loss() -> None:
+    drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
+    module = Classifier()
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"(?s)drift_detector=DDM .* cannot take a number, as update"):
+        trainer(watcher(drift_detector=drift.binary.DDM())).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
 class Alarming:
     """Sees a drift in large numbers."""
 
@@ -361,6 +374,13 @@ def test_the_batch_by_whose_inputs_a_drift_is_seen_begins_the_task() -> None:
     data = [(torch.full((4, 4), value).nan_to_num(nan=1.0), torch.zeros(4, dtype=torch.long)) for value in values]
     trainer(callback).fit(Classifier(), DataLoader(data, batch_size=None))
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 2), (2, None, 5)]
+
+
+@pytest.mark.parametrize("value", [None, "high", torch.zeros(4)])
+def test_a_statistic_that_is_no_number_is_named(value: Any) -> None:
+    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: value)
+    with pytest.raises(TypeError, match=r"drift_statistic returned .*; it must return a number"):
+        trainer(callback).fit(Classifier(), loader())
 
 
 def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
@@ -387,3 +407,117 @@ def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TaskDetector(**options)
+
+
+class Failing:
+    """A loss function that fails when it is told to."""
+
+    error: BaseException | None = None
+
+    def __call__(self, module: LightningModule, batch: Any) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        return torch.nn.functional.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_fit_after_one_whose_first_probe_has_failed_begins_the_task(*, announced: bool) -> None:
+    loss_fn = Failing()
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn, interventions=[ShrinkPerturb()])
+    for error in (ValueError("no luck"), None):
+        module, loss_fn.error = Classifier(), error
+        module.task_id = 7
+        if announced and error is not None:
+            callback.new_task("cats")
+        with pytest.raises(ValueError, match="no luck") if error else contextlib.nullcontext():
+            trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, "cats" if announced else 7, 0)]
+    relative = {name: value for name, value in callback.history[0].metrics.items() if name.endswith("_vs_initial")}
+    assert set(relative.values()) == {1.0}, "the weights of the module that has failed are forgotten"
+
+
+def test_a_task_whose_probe_was_interrupted_begins_with_the_next_fit() -> None:
+    loss_fn, module = Failing(), Classifier()
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn)
+    module.task_id = 0
+    trainer(callback).fit(module, loader())
+    module.task_id, loss_fn.error = 1, KeyboardInterrupt()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(callback).fit(module, loader())
+    loss_fn.error = None
+    trainer(callback).fit(module, loader())
+    trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 3)]
+
+
+def test_a_detector_that_another_callback_has_used_begins_anew() -> None:
+    detector = TaskDetector(batch_label=2)
+    for _ in range(2):
+        callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
+        trainer(callback).fit(Classifier(), labelled([[0, 0], [1, 1]]))
+        assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 1)]
+
+
+def test_the_first_batch_is_a_task_even_without_a_label() -> None:
+    callback = SpectralCollapseCallback(
+        collapse=Collapse(below=1e-9), task_detector=TaskDetector(batch_label="t"), interventions=[ShrinkPerturb()]
+    )
+
+    class Dicts(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    x, y = loader().dataset.tensors
+    stream = [{"x": x[i : i + 4], "y": y[i : i + 4], "t": ["cats"] * (i == 4)} for i in (0, 4, 8)]
+    trainer(callback).fit(Dicts(), DataLoader(stream, batch_size=None))
+    assert tasks_seen(callback) == [(0, None, 0), (1, "cats", 1)]
+
+
+@pytest.mark.filterwarnings("ignore:whether a task is new could not be told")
+def test_an_announced_task_begins_although_its_key_is_not_to_be_had() -> None:
+    def key(trainer: Trainer, module: LightningModule) -> int:
+        if trainer.global_step >= 2:
+            raise OSError("the server does not answer")
+        return 5
+
+    callback = watcher(task_key=key)
+
+    class Announcer(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 4:
+                callback.new_task("told")
+
+    trainer(callback, Announcer()).fit(Classifier(), loader(batches=6))
+    assert tasks_seen(callback) == [(0, 5, 0), (1, "told", 4)]
+
+
+class Animal(str, enum.Enum):
+    CAT = "cat"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [(np.int64(3), 3), (np.str_("x"), "x"), (Animal.CAT, "cat"), (torch.tensor(2), 2)],
+    ids=["numpy number", "numpy string", "enum", "tensor"],
+)
+@pytest.mark.parametrize("announced", [True, False])
+def test_names_of_tasks_are_plain_in_reports_and_checkpoints(
+    tmp_path: Path, name: Any, kept: Any, *, announced: bool
+) -> None:
+    callback, module = watcher(), Classifier()
+    if announced:
+        callback.new_task(name)
+    else:
+        module.task_id = name
+    one = trainer(callback)
+    one.fit(module, loader())
+    assert callback.history[0].task_id == kept
+    assert type(callback.history[0].task_id) is type(kept)
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", [1.5, [1], torch.zeros(2)])
+def test_an_announced_name_of_another_kind_is_refused(name: Any) -> None:
+    with pytest.raises(TypeError, match=r"new_task\(task_id\) is .*; the name of a task must be an int or a str"):
+        watcher().new_task(name)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
 
 DORMANT_THRESHOLD = 0.025
@@ -162,14 +163,14 @@ def dormant_share(magnitudes: Tensor, threshold: float) -> Tensor:
     return torch.where(torch.isfinite(magnitudes).all(), share, math.nan)
 
 
-def valid_threshold(threshold: float) -> float:
+def valid_threshold(threshold: float, name: str = "threshold") -> float:
     """The threshold itself.
 
     Raises:
         ValueError: If it is out of range.
     """
-    if not 0 <= threshold <= 1:
+    if not 0 <= number(threshold) <= 1:
         raise ValueError(
-            f"threshold={threshold} must be in [0, 1]: it is a share of the layer's mean magnitude, such as 0.025"
+            f"{name}={threshold!r} must be in [0, 1]: it is a share of the layer's mean magnitude, such as 0.025"
         )
     return threshold

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
 
 When = str | int
@@ -202,8 +203,8 @@ class Regularizer(Intervention, ABC):
     """
 
     def __init__(self, coefficient: float) -> None:
-        if not 0 <= coefficient < float("inf"):
-            raise ValueError(f"{self.name}(coefficient={coefficient}) must be a finite number, at least 0")
+        if not 0 <= number(coefficient) < float("inf"):
+            raise ValueError(f"{self.name}(coefficient={coefficient!r}) must be a finite number, at least 0")
         self.coefficient = coefficient
 
     @abstractmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.activity import Heard, by_unit, other_dims
 from lightning_plasticity.interventions.changes import Changes, Part
 from lightning_plasticity.interventions.unit_replacement import Record, UnitReplacement
@@ -82,16 +83,16 @@ class ContinualBackprop(UnitReplacement):
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(_sums_with_signs if transfer_bias else _sums, seed, initial)
-        if not 0 <= replacement_rate <= 1:
+        if not 0 <= number(replacement_rate) <= 1:
             raise ValueError(
-                f"{self.name}(replacement_rate={replacement_rate}) must be in [0, 1]: a share of the units"
+                f"{self.name}(replacement_rate={replacement_rate!r}) must be in [0, 1]: a share of the units"
             )
-        if not maturity_threshold >= 0:
+        if not number(maturity_threshold) >= 0:
             raise ValueError(
-                f"{self.name}(maturity_threshold={maturity_threshold}) must be at least 0: a number of steps"
+                f"{self.name}(maturity_threshold={maturity_threshold!r}) must be at least 0: a number of steps"
             )
-        if not 0 <= decay < 1:
-            raise ValueError(f"{self.name}(decay={decay}) must be in [0, 1)")
+        if not 0 <= number(decay) < 1:
+            raise ValueError(f"{self.name}(decay={decay!r}) must be in [0, 1)")
         self.replacement_rate = replacement_rate
         self.maturity_threshold = maturity_threshold
         self.decay = decay

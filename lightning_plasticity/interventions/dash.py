@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes, nothing_renewed
 from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
@@ -58,10 +59,10 @@ class DASH(Repair):
 
     def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < alpha <= 1:
-            raise ValueError(f"DASH(alpha={alpha}) must be in (0, 1]: the weight of the latest mini-batch")
-        if not 0 <= shrinkage <= 1:
-            raise ValueError(f"DASH(shrinkage={shrinkage}) must be in [0, 1]: the smallest factor")
+        if not 0 < number(alpha) <= 1:
+            raise ValueError(f"DASH(alpha={alpha!r}) must be in (0, 1]: the weight of the latest mini-batch")
+        if not 0 <= number(shrinkage) <= 1:
+            raise ValueError(f"DASH(shrinkage={shrinkage!r}) must be in [0, 1]: the smallest factor")
         self.alpha, self.shrinkage = alpha, shrinkage
 
     @override

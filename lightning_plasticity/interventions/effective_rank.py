@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
 from lightning_plasticity.interventions.base import Regularizer, RunningRemedy
@@ -70,11 +71,11 @@ class EffectiveRankRegularizer(RunningRemedy):
     """
 
     def __init__(self, learning_rate: float = 1e-3, every_n_samples: int = 500, max_norm: float = 1000) -> None:
-        if not 0 <= learning_rate < float("inf"):
-            raise ValueError(f"{self.name}(learning_rate={learning_rate}) must be a finite number, at least 0")
+        if not 0 <= number(learning_rate) < float("inf"):
+            raise ValueError(f"{self.name}(learning_rate={learning_rate!r}) must be a finite number, at least 0")
         self._check_count(every_n_samples=every_n_samples)
-        if not max_norm > 0:
-            raise ValueError(f"{self.name}(max_norm={max_norm}) must be positive; float('inf') never clips")
+        if not number(max_norm) > 0:
+            raise ValueError(f"{self.name}(max_norm={max_norm!r}) must be positive; float('inf') never clips")
         self.learning_rate = learning_rate
         self.every_n_samples = every_n_samples
         self.max_norm = max_norm
@@ -208,8 +209,8 @@ class L2ER(RunningRemedy, Regularizer):
         every_n_samples: int = 500,
         max_norm: float = 1000,
     ) -> None:
-        if not 0 <= weight_decay < float("inf"):
-            raise ValueError(f"{self.name}(weight_decay={weight_decay}) must be a finite number, at least 0")
+        if not 0 <= number(weight_decay) < float("inf"):
+            raise ValueError(f"{self.name}(weight_decay={weight_decay!r}) must be a finite number, at least 0")
         super().__init__(weight_decay)
         self.rank_regularizer = _RankPart(learning_rate, every_n_samples, max_norm)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply, nothing_renewed
 from lightning_plasticity.interventions.initialization import NORM_LAYERS
@@ -49,8 +50,8 @@ class HareTortoise(RunningRemedy):
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"HareTortoise(decay={decay}) must be in [0, 1): the share of the average that stays")
+        if not 0 <= number(decay) < 1:
+            raise ValueError(f"HareTortoise(decay={decay!r}) must be in [0, 1): the share of the average that stays")
         self._check_count(every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
         self.steps = 0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.matrices import layers_of
 
@@ -47,8 +48,8 @@ class Parseval(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
         super().__init__(coefficient)
-        if not 0 < gain < float("inf"):
-            raise ValueError(f"Parseval(gain={gain}) must be a positive number: the singular values to be kept")
+        if not 0 < number(gain) < float("inf"):
+            raise ValueError(f"Parseval(gain={gain!r}) must be a positive number: the singular values to be kept")
         if isinstance(exclude, str):
             raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as [{exclude!r}]")
         self.gain = gain

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.activity import by_unit
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
@@ -27,8 +28,10 @@ class _Recycling(Repair):
 
     def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None, when: When) -> None:
         super().__init__(when)
-        if not threshold >= 0:
-            raise ValueError(f"{self.name}(threshold={threshold}) must be at least 0: a share of the mean")
+        if not number(threshold) >= 0:
+            raise ValueError(f"{self.name}(threshold={threshold!r}) must be at least 0: a share of the mean")
+        if initial is not None and not isinstance(initial, Mapping):
+            raise ValueError(f"{self.name}(initial={initial!r}) must be a state_dict(), or None")
         self.threshold = threshold
         # A state_dict() shares its tensors with the model, which is going to be trained.
         self.initial = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.activity import Heard, by_unit, other_dims
 from lightning_plasticity.interventions.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.units import Site
@@ -82,8 +83,8 @@ class SelfNormalizedReset(UnitReplacement):
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(_firings, seed, initial)
-        if not 0 < rejection < 1:
-            raise ValueError(f"{self.name}(rejection={rejection}) must be in (0, 1): a share of a unit's silences")
+        if not 0 < number(rejection) < 1:
+            raise ValueError(f"{self.name}(rejection={rejection!r}) must be in (0, 1): a share of a unit's silences")
         if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
             raise ValueError(f"{self.name}(cap={cap}) must be at least 1, and whole: a number of samples")
         self.rejection = rejection

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
@@ -35,8 +36,8 @@ class ShrinkPerturb(Repair):
 
     def __init__(self, s: float = 0.8, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < s <= 1:
-            raise ValueError(f"ShrinkPerturb(s={s}) must be in (0, 1]: the share of the way to fresh weights")
+        if not 0 < number(s) <= 1:
+            raise ValueError(f"ShrinkPerturb(s={s!r}) must be in (0, 1]: the share of the way to fresh weights")
         self.s = s
 
     @override

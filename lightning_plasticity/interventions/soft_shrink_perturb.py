@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
 
@@ -59,13 +60,15 @@ class SoftShrinkPerturb(RunningRemedy):
     """
 
     def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
-        if not 0 <= shrink <= 1:
+        if not 0 <= number(shrink) <= 1:
             raise ValueError(
-                f"SoftShrinkPerturb(shrink={shrink}) must be in [0, 1]: the share of the weights that stays"
+                f"SoftShrinkPerturb(shrink={shrink!r}) must be in [0, 1]: the share of the weights that stays"
             )
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"SoftShrinkPerturb(noise={noise}) must be a finite number, at least 0")
+        if not 0 <= number(noise) < math.inf:
+            raise ValueError(f"SoftShrinkPerturb(noise={noise!r}) must be a finite number, at least 0")
         self._check_count(every_n_steps=every_n_steps)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"SoftShrinkPerturb(seed={seed!r}) must be a whole number")
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
         self.generator = torch.Generator().manual_seed(seed)

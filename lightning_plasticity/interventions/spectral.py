@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.matrices import layers_of
 
@@ -57,8 +58,8 @@ class SpectralRegularizer(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
         super().__init__(coefficient)
-        if not 1 <= power < float("inf"):
-            raise ValueError(f"{self.name}(power={power}) must be a finite number, at least 1: it is 2 in the paper")
+        if not 1 <= number(power) < float("inf"):
+            raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
         self.power = power
         self.exact = exact
         self._vectors: dict[str, Tensor] = {}

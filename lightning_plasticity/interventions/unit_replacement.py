@@ -224,6 +224,10 @@ class _FreshUnits:
     """
 
     def __init__(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r} must be a whole number")
+        if initial is not None and not isinstance(initial, Mapping):
+            raise ValueError(f"initial={initial!r} must be a state_dict(), or None")
         # A state_dict() shares its tensors with the model, which is going to be trained.
         self._initial = None if initial is None else {name: v.detach().cpu().clone() for name, v in initial.items()}
         self._generator = torch.Generator().manual_seed(seed)

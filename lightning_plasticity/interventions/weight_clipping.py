@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.linear_layers import linear_parameters
 
@@ -46,8 +47,8 @@ class WeightClipping(RunningRemedy):
     """
 
     def __init__(self, kappa: float = 2.0) -> None:
-        if not 0 < kappa < math.inf:
-            raise ValueError(f"WeightClipping(kappa={kappa}) must be a finite number, greater than 0")
+        if not 0 < number(kappa) < math.inf:
+            raise ValueError(f"WeightClipping(kappa={kappa!r}) must be a finite number, greater than 0")
         self.kappa = kappa
 
     @override

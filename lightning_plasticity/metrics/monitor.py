@@ -18,6 +18,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
+from lightning_plasticity.arguments import are_names
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -156,16 +157,19 @@ class PlasticityMonitor(PlasticityMetric):
         super().__init__(**kwargs)
         if isinstance(layers, str) or isinstance(measures, str):
             raise TypeError("layers and measures are lists of names: write [...] around a single one")
-        unknown = [measure for measure in measures if measure not in MEASURES]
-        if unknown or not measures:
-            raise ValueError(f"measures={list(measures)!r} must be some of {list(MEASURES)}")
+        if not are_names(measures) or any(measure not in MEASURES for measure in measures):
+            raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
         if compiled not in ("raise", "eager"):
             raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
         for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
-            if limit < 1:
-                raise ValueError(f"{name}={limit} must be at least 1")
+            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+                raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
+        if layers is not None and not are_names(layers):
+            raise ValueError(f"layers={layers!r} must be a list of names, or None for all")
+        if channel_dim is not None and (not isinstance(channel_dim, int) or isinstance(channel_dim, bool)):
+            raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
         self.patterns = None if layers is None else list(layers)
-        self.dormant_threshold = valid_threshold(dormant_threshold)
+        self.dormant_threshold = valid_threshold(dormant_threshold, "dormant_threshold")
         self.measures = [measure for measure in MEASURES if measure in measures]
         self.channel_dim = channel_dim
         self.compiled = compiled

@@ -1,0 +1,81 @@
+"""An argument of another kind is refused by a message that names it, its value and what would be right."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_plasticity import Collapse, PlasticityMonitor
+from lightning_plasticity.interventions import (
+    DASH,
+    L2ER,
+    ContinualBackprop,
+    EffectiveRankRegularizer,
+    HareTortoise,
+    L2Init,
+    Parseval,
+    ReDo,
+    Reset,
+    SelfNormalizedReset,
+    ShrinkPerturb,
+    SoftShrinkPerturb,
+    SpectralRegularizer,
+    WeightClipping,
+)
+
+NUMBERS: list[tuple[Callable[..., Any], str]] = [
+    (Collapse, "below"),
+    (PlasticityMonitor, "dormant_threshold"),
+    (PlasticityMonitor, "max_samples"),
+    (PlasticityMonitor, "max_units"),
+    (PlasticityMonitor, "channel_dim"),
+    (ContinualBackprop, "replacement_rate"),
+    (ContinualBackprop, "maturity_threshold"),
+    (ContinualBackprop, "decay"),
+    (ContinualBackprop, "seed"),
+    (DASH, "alpha"),
+    (DASH, "shrinkage"),
+    (EffectiveRankRegularizer, "learning_rate"),
+    (EffectiveRankRegularizer, "max_norm"),
+    (HareTortoise, "decay"),
+    (L2ER, "weight_decay"),
+    (L2Init, "coefficient"),
+    (Parseval, "gain"),
+    (ReDo, "threshold"),
+    (SelfNormalizedReset, "rejection"),
+    (ShrinkPerturb, "s"),
+    (SoftShrinkPerturb, "shrink"),
+    (SoftShrinkPerturb, "noise"),
+    (SoftShrinkPerturb, "seed"),
+    (SpectralRegularizer, "power"),
+    (WeightClipping, "kappa"),
+]
+
+
+@pytest.mark.parametrize("value", ["0.5", True, [0.5], math.nan, 1j])
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_what_is_no_number_is_refused(kind: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}") + r"\)? must be"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("value", [[], [None], 3, 0.5, "encoder"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(PlasticityMonitor, "layers"), (PlasticityMonitor, "measures"), (Reset, "layers")]
+)
+def test_what_is_no_list_of_names_is_refused(kind: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"{name}=.* must be|layers and measures are lists of names"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [ReDo, ContinualBackprop])
+def test_initial_weights_that_are_no_state_are_refused(kind: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"initial='weights.pt'\)? must be a state_dict\(\)"):
+        kind(initial="weights.pt")
+
+
+def test_a_metric_that_is_no_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"metric=\['srank'\]\) is not a diagnostic"):
+        Collapse(metric=["srank"])  # type: ignore[arg-type]
