@@ -70,6 +70,12 @@ def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
         assert ours == theirs or (ours != ours and theirs != theirs), f"{where}: {ours} is not {theirs}"
 
 
+def with_rows(result: dict[str, Any], count: int) -> dict[str, Any]:
+    """The result, and of what was logged only so much, the last of it."""
+    logged = result["logged"]
+    return {**result, "logged": logged[len(logged) - count :]}
+
+
 def slow(*moment: Any) -> Any:
     return pytest.param(*moment, marks=pytest.mark.slow)
 
@@ -108,8 +114,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert in_a_process(run, tmp_path, None, every_n_train_steps) == 0
     resumed, expected = torch.load(tmp_path / "result.pt", weights_only=True), uninterrupted(every_n_train_steps)
     assert resumed["logged"][0]["step"] == saved_at, "it did not begin anew"
-    logged = expected["logged"][-len(resumed["logged"]) :]
-    assert_same(resumed, {**expected, "logged": logged})
+    assert_same(resumed, with_rows(expected, len(resumed["logged"])))
 
 
 @pytest.mark.slow
@@ -131,8 +136,15 @@ def test_a_run_that_is_killed_at_any_time_resumes_to_the_same_end(
             times.clear()
     assert in_a_process(run, tmp_path / "killed", None, every_n_train_steps) == 0
     resumed = torch.load(tmp_path / "killed" / "result.pt", weights_only=True)
-    logged = expected["logged"][-len(resumed["logged"]) :]
-    assert_same(resumed, {**expected, "logged": logged}, f"the result after {times} of {whole} seconds")
+    assert_same(resumed, with_rows(expected, len(resumed["logged"])), f"the result after {times} of {whole} seconds")
+
+
+def test_a_run_that_was_over_is_the_same_after_it_has_been_resumed(
+    in_a_process: Any, uninterrupted: Any, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert in_a_process(run, tmp_path, None, None) == 0
+    assert_same(torch.load(tmp_path / "result.pt", weights_only=True), with_rows(uninterrupted(None), 0))
 
 
 def checkpoint_of_a_fit(path: Path) -> dict[str, Any]:
