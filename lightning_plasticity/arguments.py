@@ -21,3 +21,14 @@ def are_names(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(name, str) for name in value)
     )
+
+
+def check_counts(**counts: int | None) -> None:
+    """What every number of something has to be; ``None`` stands for no limit.
+
+    Raises:
+        ValueError: If one is not a positive whole number.
+    """
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ValueError(f"{name}={count!r} must be a whole number, 1 or larger")

@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_plasticity._compat import fetches_batches, is_logging_step, is_model_parallel, is_restoring_for_finder
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
-from lightning_plasticity.curvature.problem import check_counts
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
 from lightning_plasticity.failures import Failures, shared
 from lightning_plasticity.interventions import Intervention

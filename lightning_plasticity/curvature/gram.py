@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.curvature.graph import leaves, reached
 from lightning_plasticity.curvature.jacobian import jacobian_gram
 from lightning_plasticity.curvature.kernel import TangentKernel
@@ -25,7 +26,6 @@ from lightning_plasticity.curvature.problem import (
     NOT_FINITE,
     Batch,
     LossFunction,
-    check_counts,
     check_loss,
     trainable_parameters,
 )

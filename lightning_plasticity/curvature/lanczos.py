@@ -16,8 +16,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.curvature.estimates import Quadrature
-from lightning_plasticity.curvature.problem import NOT_FINITE, Progress, check_counts
+from lightning_plasticity.curvature.problem import NOT_FINITE, Progress
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.curvature.spectrum import Spectrum

@@ -66,17 +66,6 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
-def check_counts(**counts: int | None) -> None:
-    """What every number of something has to be; ``None`` stands for no limit.
-
-    Raises:
-        ValueError: If one is not a positive whole number.
-    """
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ValueError(f"{name}={count!r} must be a whole number, 1 or larger")
-
-
 NOT_FINITE = (
     "the curvature of the loss on the probe batch is NaN or infinite although the loss is not. Look for a square root "
     "or a norm of zero, or a logarithm, in the model and the loss"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.graph import or_zeros, vector_products
@@ -24,7 +25,6 @@ from lightning_plasticity.curvature.problem import (
     Batch,
     LossFunction,
     Progress,
-    check_counts,
     trainable_parameters,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.batches import batch_size, concatenated, micro_batches, moved
 from lightning_plasticity.curvature.precision import full_precision
-from lightning_plasticity.curvature.problem import LossFunction, check_counts, check_loss
+from lightning_plasticity.curvature.problem import LossFunction, check_loss
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.randomness import normal
 from lightning_plasticity.isolation import probing
