@@ -28,6 +28,7 @@ __all__ = [
     "compiled_methods",
     "fetches_batches",
     "fit_datamodule",
+    "forgets_callbacks",
     "gradient_scale",
     "is_fsdp_internal",
     "is_lightning",
@@ -131,6 +132,11 @@ def is_whole(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
     exceptions = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
     return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not exceptions
+
+
+def forgets_callbacks(strategy: object) -> bool:
+    """Whether each fit is in processes with copies of the callbacks, of which nothing comes back (``ddp_spawn``)."""
+    return getattr(strategy, "_start_method", "popen") != "popen"
 
 
 def is_model_parallel(strategy: object) -> TypeGuard[ModelParallelStrategy]:

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_plasticity._compat import fetches_batches, is_logging_step, is_model_parallel, is_restoring_for_finder
+from lightning_plasticity._compat import (
+    fetches_batches,
+    forgets_callbacks,
+    is_logging_step,
+    is_model_parallel,
+    is_restoring_for_finder,
+)
 from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.batches import first_samples
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
@@ -159,6 +165,13 @@ class SpectralCollapseCallback(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy, self.interventions)
+        if forgets_callbacks(trainer.strategy):
+            rank_zero_warn(
+                "this strategy trains in processes that are started for each fit: history, and all that "
+                "SpectralCollapseCallback remembers for the next fit, such as the initial weights, end with them (logs "
+                "and checkpoints do not). Use strategy='ddp' to have them",
+                category=PlasticityWarning,
+            )
         if fetches_batches(pl_module.training_step):
             raise MisconfigurationException(
                 f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches its batches itself, so that there "

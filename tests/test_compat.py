@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Ric
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_plasticity import _compat
+from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, _compat
 from tests.modules import Classifier, MemoryLogger, loader, trainer
 
 
@@ -255,3 +256,13 @@ def test_classes_have_the_same_names_in_pytorch_lightning_or_else_its_users_are_
     assert not issubclass(other, own := attrgetter(kind)(lightning.pytorch))
     assert _compat.is_lightning(other.__new__(other), own)
     assert not _compat.is_lightning(object(), own)
+
+
+def test_processes_that_are_started_for_a_fit_are_known_or_else_nobody_is_told_that_history_ends_with_them() -> None:
+    kept = {"auto": False, "ddp": False, "ddp_spawn": True, "ddp_fork": True, "ddp_notebook": True}
+    for name, forgets in kept.items():
+        fitted = trainer(strategy=name, devices=1 if name == "auto" else 2)
+        assert _compat.forgets_callbacks(fitted.strategy) == forgets
+        callback = SpectralCollapseCallback()
+        with pytest.warns(PlasticityWarning, match="history, and all that") if forgets else contextlib.nullcontext():
+            callback.setup(fitted, Classifier(), "fit")
