@@ -57,7 +57,7 @@ def recycled_by_hand(
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[np.ndarray], np.ndarray]]] = {
     "relu": (nn.ReLU, lambda z: np.maximum(z, 0)),
     "tanh": (nn.Tanh, np.tanh),
-    "sigmoid": (nn.Sigmoid, lambda z: 1 / (1 + np.exp(-z))),
+    "sigmoid": (nn.Sigmoid, lambda z: np.exp(-np.logaddexp(0, -z))),
 }
 
 
