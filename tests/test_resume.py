@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity import SpectralCollapseCallback
-from tests.killed_run import run
+from tests.killed_run import BATCHES, run
 from tests.modules import Classifier, loader, tasks_seen, trainer
 from tests.processes import fork_server
 
@@ -68,6 +68,11 @@ def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
         assert torch.equal(ours.nan_to_num(nan=1234.5), theirs.nan_to_num(nan=1234.5)), where
     else:
         assert ours == theirs or (ours != ours and theirs != theirs), f"{where}: {ours} is not {theirs}"
+
+
+def is_of_a_last_batch(checkpoint: Path) -> bool:
+    """Whether it holds the last batch of an epoch."""
+    return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] % BATCHES == 0
 
 
 def with_rows(result: dict[str, Any], count: int) -> dict[str, Any]:
@@ -131,6 +136,10 @@ def test_a_run_that_is_killed_at_any_time_resumes_to_the_same_end(
         after = random.SystemRandom().uniform(0, whole)
         if in_a_process(run, tmp_path / "killed", None, every_n_train_steps, seconds=after) == -signal.SIGKILL:
             times.append(after)
+            if every_n_train_steps is not None and is_of_a_last_batch(tmp_path / "killed" / "last.ckpt"):
+                # A run that goes on from there, and then once more from the epoch behind it, takes batches of that one
+                # twice, in Lightning 2.6.6 itself: without the callback too.
+                break
         else:  # it was faster this time
             shutil.rmtree(tmp_path / "killed")
             times.clear()
