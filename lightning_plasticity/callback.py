@@ -33,7 +33,7 @@ from lightning_plasticity.loggers import log_step, log_summary, log_task
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.probe import GGNProbe, Probe, ProbeResult
-from lightning_plasticity.processes import FailedTogetherError, all_or_none, described, raise_own
+from lightning_plasticity.processes import all_or_none, described, own_error, raise_own
 from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
@@ -322,8 +322,7 @@ class SpectralCollapseCallback(Callback):
         try:
             return bool(ask())
         except Exception as error:
-            own = error.__cause__ if isinstance(error, FailedTogetherError) else error
-            if not self.history or isinstance(own, MisconfigurationException):
+            if not self.history or isinstance(own_error(error), MisconfigurationException):
                 raise_own(error)
             self._failures.add("task_detector", "whether a task is new could not be told", error)
             return False

@@ -114,10 +114,15 @@ def agree(error: Exception | None = None, at: str = "the next point of agreement
     raise FailedTogetherError(f"in process {rank}: {words}" if rank else words) from error
 
 
-def raise_own(error: Exception) -> NoReturn:
-    """Raises the error of this process, where it has one of its own."""
+def own_error(error: Exception) -> BaseException:
+    """The error of this process, where it has one of its own; else what it has heard of the others'."""
     own = error.__cause__ if isinstance(error, FailedTogetherError) else None
-    raise own or error
+    return own or error
+
+
+def raise_own(error: Exception) -> NoReturn:
+    """Raises :func:`own_error`."""
+    raise own_error(error)
 
 
 def described(error: Exception | str) -> str:

@@ -74,13 +74,8 @@ def check_identical(with_callback: dict[str, Any], without: dict[str, Any], call
         torch.testing.assert_close(with_callback[key], value, rtol=0, atol=0, msg=f"{key} differs", equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by the compiler
-@pytest.mark.parametrize("usage", USAGES, ids=lambda usage: usage.name)
-@pytest.mark.parametrize("make_net", NETS)
-def test_training_is_bit_identical_with_and_without_the_callback(
-    usage: Usage, make_net: Callable[[], nn.Module]
-) -> None:
+def check_usage(usage: Usage, make_net: Callable[[], nn.Module]) -> None:
+    """That nobody notices the callback, probing and monitoring at every step."""
     callback = SpectralCollapseCallback(
         collapse=NEVER, loss_fn=usage.loss_fn, monitor=PlasticityMonitor(compiled="eager"), monitor_every_n_steps=1
     )
@@ -89,6 +84,16 @@ def test_training_is_bit_identical_with_and_without_the_callback(
     assert len(callback.history) == 2
     assert "dormant_fraction" in callback.history[0].metrics
     check_identical(with_callback, without, callback)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by the compiler
+@pytest.mark.parametrize("usage", USAGES, ids=lambda usage: usage.name)
+@pytest.mark.parametrize("make_net", NETS)
+def test_training_is_bit_identical_with_and_without_the_callback(
+    usage: Usage, make_net: Callable[[], nn.Module]
+) -> None:
+    check_usage(usage, make_net)
 
 
 @pytest.mark.parametrize(

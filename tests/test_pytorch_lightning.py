@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from lightning_plasticity import (
     Collapse,
     HessianProbe,
-    PlasticityMonitor,
     PlasticityWarning,
     SpectralCollapseCallback,
     progress,
@@ -29,8 +28,7 @@ from lightning_plasticity._compat import is_lightning, is_model_parallel, is_who
 from lightning_plasticity.interventions import ShrinkPerturb
 from tests import usages
 from tests.modules import loader
-from tests.test_non_interference import NEVER, check_identical
-from tests.test_non_interference import run as run_usage
+from tests.test_non_interference import check_usage
 from tests.test_usages import ByHand, by_callback, trained
 from tests.usages import Quartic
 
@@ -149,14 +147,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path,
 def test_so_is_training_in_every_other_way_to_use_it(usage: Any, make_net: Any) -> None:
     assert issubclass(usage.module, standalone.LightningModule)
     assert usages_of_standalone.Trainer is standalone.Trainer
-    callback = SpectralCollapseCallback(
-        collapse=NEVER, loss_fn=usage.loss_fn, monitor=PlasticityMonitor(compiled="eager"), monitor_every_n_steps=1
-    )
-    without = run_usage(usage=usage, make_net=make_net)
-    with_callback = run_usage(callback, usage=usage, make_net=make_net)
-    assert len(callback.history) == 2
-    assert "dormant_fraction" in callback.history[0].metrics
-    check_identical(with_callback, without, callback)
+    check_usage(usage, make_net)
 
 
 @with_its_trainer

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.base import RunningRemedy
+from lightning_plasticity.interventions.generators import SendableGenerator
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
 
 _DRAWS = 8
@@ -71,7 +72,8 @@ class SoftShrinkPerturb(RunningRemedy):
             raise ValueError(f"SoftShrinkPerturb(seed={seed!r}) must be a whole number")
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = SendableGenerator()
+        self.generator.manual_seed(seed)
         self.scales: dict[str, Tensor] = {}
 
     @override
@@ -124,14 +126,6 @@ class SoftShrinkPerturb(RunningRemedy):
         self.steps = state["steps"]
         self.scales = {name: scale.clone().cpu() for name, scale in state["scales"].items()}
         self.generator.set_state(state["generator"].cpu())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A generator is pickled with a tensor that nobody keeps: gone before a spawned process can open it.
-        return {**vars(self), "generator": self.generator.get_state().numpy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, generator=torch.Generator())
-        self.generator.set_state(torch.from_numpy(state["generator"]))
 
 
 def _perturbed(model: nn.Module) -> dict[str, nn.Parameter]:

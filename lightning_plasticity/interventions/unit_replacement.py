@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_plasticity.interventions.activity import Activity, Heard, Statistic
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply, tensors_of
+from lightning_plasticity.interventions.generators import SendableGenerator
 from lightning_plasticity.interventions.recycling import fresh_incoming, recycled
 from lightning_plasticity.interventions.units import Site, Units, describe_units
 
@@ -230,7 +231,8 @@ class _FreshUnits:
             raise ValueError(f"initial={initial!r} must be a state_dict(), or None")
         # A state_dict() shares its tensors with the model, which is going to be trained.
         self._initial = None if initial is None else {name: v.detach().cpu().clone() for name, v in initial.items()}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = SendableGenerator()
+        self._generator.manual_seed(seed)
         self._before = self._generator.get_state()
         self._values: dict[str, Tensor] = {}
         self._used: dict[str, Tensor] = {}
@@ -262,14 +264,6 @@ class _FreshUnits:
         self._generator.set_state(self._before)
         self._used = dict(state["used"])
         self._values = {}  # drawn again, the same, when needed
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A generator is pickled with a tensor that nobody keeps: gone before a spawned process can open it.
-        return {**vars(self), "_generator": self._generator.get_state().numpy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _generator=torch.Generator())
-        self._generator.set_state(torch.from_numpy(state["_generator"]))
 
     def _draw(self, model: nn.Module, units: Units) -> None:
         # One number for a draw, however much is drawn: which heads are in use must not show in the next draw.
