@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, MATRIX_TITLES
@@ -87,6 +88,11 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
     axes.set(xlabel=f"log10 eigenvalue of the {matrices}", ylabel="task")
     axes.set_title("spectrum at task start", y=1.0)  # a place of its own: looking for a free one takes time
     axes.legend(loc="upper right")
+    axes.yaxis.set_major_locator(_whole_tasks())
+
+
+def _whole_tasks() -> MaxNLocator:
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def _heights(report: TaskReport, *, negative: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -114,3 +120,4 @@ def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
     axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, ylim=(0, None))
     axes.set_title("can it still learn?", y=1.0)
     axes.legend(loc="lower left")
+    axes.xaxis.set_major_locator(_whole_tasks())

@@ -139,6 +139,11 @@ def test_picture_of_a_history_with_a_failed_probe() -> None:
     assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
 
 
+def test_picture_of_one_task_has_no_fractions_of_tasks_on_its_axes() -> None:
+    ridges, curve = plot_history(three_tasks().history[:1]).axes
+    assert all(tick == round(tick) for tick in [*ridges.get_yticks(), *curve.get_xticks()])
+
+
 def test_picture_of_a_long_history_has_ridges_of_some_tasks_and_of_the_last() -> None:
     report = three_tasks().history[0]
     history = [dataclasses.replace(report, task=task) for task in range(120)]

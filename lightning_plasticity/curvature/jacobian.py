@@ -218,7 +218,7 @@ def _closed_form_gram(
         part = parts[name]
         wanted = [or_zeros(gradients[number], parameter) for gradients in expected]
         gaps = [own.reshape(other.shape) - other for own, other in zip(part.pulled_back, wanted, strict=True)]
-        gap = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64) for each in gaps])
+        gap = torch.stack([torch.linalg.vector_norm(each) for each in gaps]).double()
         if not bool((gap <= tolerance * _sizes(part.diagonal, roots) + floor).all()):
             wrong.append(name)
     return total, wrong

@@ -165,7 +165,7 @@ class PlasticityMonitor(PlasticityMetric):
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
                 raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
         if layers is not None and not are_names(layers):
-            raise ValueError(f"layers={layers!r} must be a list of names, or None for all")
+            raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
         if channel_dim is not None and (not isinstance(channel_dim, int) or isinstance(channel_dim, bool)):
             raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
         self.patterns = None if layers is None else list(layers)
