@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,16 +42,23 @@ def samples_between(batch: Any, first: int, end: int) -> Any:
     Other tensors are copied whole.
     """
     size = batch_size(batch)
+    if first == 0 and (size is None or size <= end):
+        return copied(batch)
 
     def take(tensor: Tensor) -> Tensor:
-        return (tensor[first:end] if _by_sample(tensor, size) else tensor).detach().clone()
+        return (_rows(tensor, first, end) if _by_sample(tensor, size) else tensor).detach().clone()
 
     return apply_to_collection(batch, Tensor, take)
 
 
 def copied(batch: Any) -> Any:
-    """A copy of a batch, which may be changed in place."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+    """A copy of a batch, which may be changed in place: also of what it holds in objects and numpy arrays."""
+    # Clones, since deepcopy refuses tensors with a graph, and of a view copies all that it is a view of.
+    clones = {id(tensor): tensor.detach().clone() for tensor in _tensors_anywhere(batch, set())}
+    try:
+        return copy.deepcopy(batch, clones)
+    except Exception:  # an object that cannot be copied is shared
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
@@ -105,6 +114,28 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _by_sample(tensor: Tensor, size: int | None) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == size
+
+
+def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
+    if tensor.layout in (torch.strided, torch.jagged):
+        return tensor[first:end]
+    rows = torch.arange(first, min(end, len(tensor)), device=tensor.device)  # no sparse tensor can be sliced
+    return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+
+
+def _tensors_anywhere(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a batch, also in the attributes of objects."""
+    if id(value) in seen or isinstance(value, type | ModuleType):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items = list(value.values()) if isinstance(value, dict) else []
+    items += list(value) if isinstance(value, list | tuple | set) else []
+    items += list(getattr(value, "__dict__", {}).values())
+    for item in items:
+        yield from _tensors_anywhere(item, seen)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plasticity.batches import batch_size, concatenated, micro_batches
+from lightning_plasticity.batches import batch_size, concatenated, first_samples, micro_batches
 from lightning_plasticity.curvature import Spectrum, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.shards import MicroBatched
@@ -187,3 +187,13 @@ def test_two_processes_give_the_spectrum_of_all_samples() -> None:
     shares = 5 / 7 * first["alone"].trace + 2 / 7 * second["alone"].trace
     assert shares == pytest.approx(exact.trace, rel=1e-12)
     assert not math.isclose(first["alone"].trace, second["alone"].trace)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_of_sparse_tensors_the_first_samples_are_those_of_the_dense_ones(layout: torch.layout) -> None:
+    x, y = torch.eye(7).roll(1, 0), torch.arange(7)
+    for samples in (5, 7, 9):
+        some, labels = first_samples((x.to_sparse(layout=layout), y), samples)
+        assert (some.layout, len(labels)) == (layout, min(samples, 7))
+        assert torch.equal(some.to_dense(), x[:samples])
