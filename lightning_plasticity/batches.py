@@ -120,7 +120,8 @@ def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
     if tensor.layout in (torch.strided, torch.jagged):
         return tensor[first:end]
     rows = torch.arange(first, min(end, len(tensor)), device=tensor.device)  # no sparse tensor can be sliced
-    return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+    taken: Tensor = tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+    return taken
 
 
 def _tensors_anywhere(value: Any, seen: set[int]) -> Iterator[Tensor]:

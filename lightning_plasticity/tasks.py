@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
@@ -36,6 +36,10 @@ class DriftDetector(Protocol):
 
     def update(self, x: Any) -> Any:
         """Takes the next number."""
+
+
+class UnusableDetectorError(MisconfigurationException):
+    """The drift detector cannot work, whatever the losses are."""
 
 
 class TaskDetector:
@@ -108,6 +112,7 @@ class TaskDetector:
         self._fit_began = False
         self._announced = False
         self._announced_id: TaskId = None
+        self._is_listening = True
         self._key: TaskId = None
         self._period = 0
         self._labels: set[int | str] = set()
@@ -120,7 +125,18 @@ class TaskDetector:
         Raises:
             TypeError: If the name is no int and no string.
         """
-        self._announced, self._announced_id = True, _checked(task_id, "new_task(task_id)")
+        task_id = _checked(task_id, "new_task(task_id)")
+        if self._is_listening:
+            self._announced, self._announced_id = True, task_id
+
+    @contextlib.contextmanager
+    def not_listening(self) -> Iterator[None]:
+        """What is announced in here is said in a probe or a repair, not in training, and is forgotten."""
+        before, self._is_listening = self._is_listening, False
+        try:
+            yield
+        finally:
+            self._is_listening = before
 
     def announced(self) -> bool:
         """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
@@ -213,7 +229,7 @@ class TaskDetector:
         except Exception as error:
             if self._has_watched:
                 raise
-            raise MisconfigurationException(
+            raise UnusableDetectorError(
                 f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
                 f"{described(error)}"
             ) from error

@@ -35,13 +35,18 @@ _SHARED = (LightningDataModule, DataLoader, Dataset)
 """Kinds of attributes that a copy of a module shares with the original: large, or not the module's own."""
 
 
-def training_loss(module: LightningModule, batch: Any) -> Tensor:
+def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """The loss that ``training_step`` returns.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        batch_idx: Its index, for a ``training_step`` that takes one.
 
     Raises:
         MisconfigurationException: If it returns none.
     """
-    arguments = [batch, 0] if takes_batch_index(module.training_step) else [batch]
+    arguments = [batch, batch_idx] if takes_batch_index(module.training_step) else [batch]
     output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor):
@@ -122,12 +127,14 @@ class BatchInFlight:
         module: The module that it trains.
         batch: The batch, on the module's device.
         loss_fn: The loss of a module on a batch; ``None``: what ``training_step`` returns.
+        batch_idx: The index of the batch, for ``training_step``.
     """
 
     trainer: Trainer
     module: LightningModule
     batch: Any
     loss_fn: LossFunction | None = None
+    batch_idx: int = 0
 
     def joined(self, samples: int) -> BatchInFlight:
         """The first samples of all processes that train together, the same in each of them; of one process: itself.
@@ -156,7 +163,9 @@ class BatchInFlight:
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
         with _attributes_put_back(module):
-            return (self.loss_fn or training_loss)(module, copied(batch))
+            if self.loss_fn is not None:
+                return self.loss_fn(module, copied(batch))
+            return training_loss(module, copied(batch), self.batch_idx)
 
 
 @contextlib.contextmanager

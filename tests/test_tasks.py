@@ -4,6 +4,7 @@ import contextlib
 import enum
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
-from lightning_plasticity.interventions import ShrinkPerturb
+from lightning_plasticity.interventions import ReDo, ShrinkPerturb
 from tests.modules import Classifier, loader, tasks_seen, trainer, weights
 
 
@@ -92,6 +93,32 @@ def test_explicit_signal_in_the_middle_of_a_fit() -> None:
 
     trainer(callback, Announcer(), max_epochs=3).fit(Classifier(), loader())
     assert tasks_seen(callback) == [(0, None, 0), (1, "second", 4)]
+
+
+class Announcing(Classifier):
+    """Has a task begin from its own training_step."""
+
+    def __init__(self, *, is_due: Callable[[LightningModule, int], bool]) -> None:
+        super().__init__()
+        self.is_due = is_due
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.is_due(self, batch_idx):
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, SpectralCollapseCallback):
+                    callback.new_task("next")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("is_due", "steps"),
+    [(lambda module, batch_idx: batch_idx == 0, [0, 1, 4]), (lambda module, batch_idx: not module.net.training, [0])],
+    ids=["in the first batch of an epoch", "in evaluation mode"],
+)
+def test_a_training_step_announces_tasks_and_its_rehearsals_in_probes_do_not(is_due: Any, steps: list[int]) -> None:
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ReDo(when=1)])
+    trainer(callback, max_epochs=2).fit(Announcing(is_due=is_due), loader())
+    assert tasks_seen(callback) == [(task, "next" if task else None, step) for task, step in enumerate(steps)]
 
 
 def test_explicit_signal_before_a_fit_is_that_fits_task() -> None:
