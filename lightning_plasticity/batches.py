@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
+_PARTS = (Tensor, tuple, list)
+
 
 def batch_size(batch: Any) -> int | None:
-    """The number of samples in a batch: the most common first dimension of its tensors, the first one seen on a tie."""
-    sizes: Counter[int] = Counter()
+    """The number of samples in a batch.
 
-    def see(tensor: Tensor) -> None:
-        if tensor.dim():
-            sizes[tensor.shape[0]] += 1
+    The most common first dimension of its tensors, the first one seen on a tie. Of lists of samples, which are as long
+    as the tensors beside them, and whose own tensors have another first dimension, it is the length.
 
-    apply_to_collection(batch, Tensor, see)
-    return sizes.most_common(1)[0][0] if sizes else None
+    Example:
+        >>> waveforms, labels = [torch.zeros(400)] * 8, torch.zeros(8)
+        >>> batch_size((waveforms, labels)), batch_size(([torch.zeros(8, 3)] * 2, labels))
+        (8, 8)
+    """
+    lists = _lists_of_samples(batch)
+    return len(lists[0]) if lists else _most_common_size(_tensors(batch))
 
 
 def first_samples(batch: Any, samples: int) -> Any:
@@ -37,7 +43,7 @@ def first_samples(batch: Any, samples: int) -> Any:
 
 
 def samples_between(batch: Any, first: int, end: int) -> Any:
-    """A copy of some samples of a batch: of every tensor in it whose first dimension is the batch size.
+    """A copy of some samples of a batch: of every tensor whose first dimension is the batch size, and list of samples.
 
     Other tensors are copied whole.
     """
@@ -45,10 +51,12 @@ def samples_between(batch: Any, first: int, end: int) -> Any:
     if first == 0 and (size is None or size <= end):
         return copied(batch)
 
-    def take(tensor: Tensor) -> Tensor:
-        return (_rows(tensor, first, end) if _by_sample(tensor, size) else tensor).detach().clone()
+    def take(part: Part) -> Any:
+        if not isinstance(part, Tensor):
+            return copied(part[first:end])
+        return (_rows(part, first, end) if _by_sample(part, size) else part).detach().clone()
 
-    return apply_to_collection(batch, Tensor, take)
+    return _apply_to_parts(batch, take)
 
 
 def copied(batch: Any) -> Any:
@@ -80,18 +88,20 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
         torch.Size([3, 3])
     """
     sizes = [batch_size(batch) for batch in batches]
-    tensors = [_tensors(batch) for batch in batches]
-    if len({len(own) for own in tensors}) > 1:
-        raise ValueError(f"batches that hold {[len(own) for own in tensors]} tensors cannot be joined")
-    columns = iter(list(zip(*tensors, strict=True)))
+    parts = [_parts(batch) for batch in batches]
+    if len({tuple(isinstance(part, Tensor) for part in own) for own in parts}) > 1:
+        raise ValueError(f"batches that hold {[len(own) for own in parts]} tensors cannot be joined")
+    columns = iter(list(zip(*parts, strict=True)))
 
-    def join(tensor: Tensor) -> Tensor:
+    def join(part: Part) -> Any:
         column = next(columns)
-        if not all(_by_sample(part, size) for part, size in zip(column, sizes, strict=True)):
-            return tensor
-        return torch.cat([part.to(tensor.device) for part in column])
+        if not isinstance(part, Tensor):
+            return type(part)(item for own in column for item in moved(own, like=part))
+        if not all(_by_sample(own, size) for own, size in zip(column, sizes, strict=True)):
+            return part
+        return torch.cat([own.to(part.device) for own in column])
 
-    return apply_to_collection(batches[0] if like is None else like, Tensor, join)
+    return _apply_to_parts(batches[0] if like is None else like, join)
 
 
 def moved(batch: Any, like: Any) -> Any:
@@ -110,6 +120,48 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def _lists_of_samples(batch: Any) -> list[tuple[Any, ...] | list[Any]]:
+    """The lists in a batch that hold one item for each sample, as of sequences that were not padded."""
+    beside: list[Tensor] = []
+    lists: list[tuple[Any, ...] | list[Any]] = []
+
+    def see(part: Part) -> None:
+        if isinstance(part, Tensor):
+            beside.append(part)
+        elif type(part) in (tuple, list):  # not a named one
+            lists.append(part)
+
+    for item in batch if isinstance(batch, tuple | list) else [batch]:
+        apply_to_collection(item, _PARTS, see)
+    size, sizes = _most_common_size(beside), {tensor.shape[:1] for tensor in beside if tensor.dim()}
+    return [own for own in lists if len(own) == size and {tensor.shape[:1] for tensor in _tensors(own)} - sizes]
+
+
+def _most_common_size(tensors: Iterable[Tensor]) -> int | None:
+    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _apply_to_parts(batch: Any, function: Callable[[Part], Any]) -> Any:
+    """The batch with what a function makes of every list of samples, and of every tensor outside of those."""
+    lists = {id(part) for part in _lists_of_samples(batch)}
+
+    def visit(part: Part) -> Any:
+        if isinstance(part, Tensor) or id(part) in lists:
+            return function(part)
+        if type(part) in (tuple, list):
+            return type(part)(apply_to_collection(item, _PARTS, visit) for item in part)
+        return apply_to_collection(part, Tensor, function)
+
+    return apply_to_collection(batch, _PARTS, visit)
+
+
+def _parts(batch: Any) -> list[Part]:
+    found: list[Part] = []
+    _apply_to_parts(batch, found.append)
+    return found
 
 
 def _by_sample(tensor: Tensor, size: int | None) -> bool:
