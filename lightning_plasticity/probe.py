@@ -22,6 +22,7 @@ from lightning_plasticity.curvature.double_backward import (
     composed_weight_norm,
 )
 from lightning_plasticity.curvature.gram import gram
+from lightning_plasticity.curvature.precision import HALF
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.training_loss import LossFunction
@@ -296,7 +297,7 @@ def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
 
 def _in_full_precision(module: LightningModule, batch: Any) -> tuple[LightningModule, Any]:
     """Half precision, in which curvature drowns in rounding errors, as float32; the module is changed."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
+    if any(p.dtype in HALF for p in module.parameters()):
         module = module.float()
         batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
     return module, batch

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
 from lightning_plasticity.batches import copied, first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
+from lightning_plasticity.curvature.precision import HALF
+from lightning_plasticity.isolation import default_dtype
 from lightning_plasticity.processes import (
     FailedTogetherError,
     all_or_none,
@@ -162,10 +165,14 @@ class BatchInFlight:
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
-        with _attributes_put_back(module):
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        batch = copied(batch)
+        if dtype not in HALF:  # inputs that are, autocast would take to the precision of the weights
+            batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
+        with _attributes_put_back(module), default_dtype(dtype):
             if self.loss_fn is not None:
-                return self.loss_fn(module, copied(batch))
-            return training_loss(module, copied(batch), self.batch_idx)
+                return self.loss_fn(module, batch)
+            return training_loss(module, batch, self.batch_idx)
 
 
 @contextlib.contextmanager
