@@ -200,6 +200,8 @@ class SpectralCollapseCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tasks.on_fit(resumed=self._resumed and bool(self.history), first=not self.history)
         self._resumed = self._checked = False
+        if not self.history:  # a run that goes on from before this callback was there
+            self._steps = trainer.global_step
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
         self._remedies.begin_fit(trainer)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,7 +51,9 @@ class TaskDetector:
     3. ``task_key`` is given, or the data module of the fit, or else the module, has an attribute ``task_id`` or
        ``current_task`` that is not ``None``: a task starts when that value changes.
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
-       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
+       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps begin another, if asked for. Both are counted by
+       the Trainer, which goes on counting over its fits: of two of 3 epochs by one Trainer, ``every_n_epochs=2`` begins
+       tasks at epochs 0, 2, 3 and 4.
 
     The first training batch of a callback's life starts a task in any case.
 
@@ -247,7 +250,7 @@ class TaskDetector:
             self.announce()
 
     def _period_of(self, trainer: Trainer) -> int:
-        """Which stretch of the fit this is."""
+        """Which stretch of the Trainer's epochs or steps this is."""
         if self._every_n_epochs is not None:
             return trainer.current_epoch // self._every_n_epochs
         return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
@@ -268,7 +271,7 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
 
 
 def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
     if value is None or type(value) is int:
         return value

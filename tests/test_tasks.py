@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
-from tests.modules import Classifier, loader, tasks_seen, trainer, weights
+from tests.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
 
 def watcher(**options: Any) -> SpectralCollapseCallback:
@@ -236,6 +236,17 @@ def test_resumed_fit_is_the_same_task(tmp_path: Path, when: dict[str, int]) -> N
     assert tasks_seen(resumed) == [(0, None, 0), (1, None, second.global_step)]
 
 
+def test_a_callback_that_joins_a_resumed_run_counts_the_steps_before_it(tmp_path: Path) -> None:
+    before, path = trainer(), tmp_path / "before.ckpt"
+    before.fit(Classifier(), loader())
+    before.save_checkpoint(path)
+    callback, logger, module = watcher(), MemoryLogger(), Classifier()
+    for max_epochs, resumed_from in ((2, path), (1, None)):
+        trainer(callback, logger=logger, max_epochs=max_epochs).fit(module, loader(), ckpt_path=resumed_from)
+    assert tasks_seen(callback) == [(0, None, 3), (1, None, 6)]
+    assert list(logger.values("plasticity/learnable_fraction")) == [3, 6]
+
+
 def test_task_id_of_another_kind_is_refused() -> None:
     module = Classifier()
     module.task_id = [1, 2]
@@ -253,9 +264,10 @@ def test_a_resumed_fit_with_nothing_left_to_train_does_not_hide_the_next_task(tm
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 3)]
 
 
-def test_task_ids_may_be_numpy_numbers() -> None:
+@pytest.mark.parametrize("number", [np.int64(3), np.array(3), torch.tensor([3])], ids=["scalar", "array", "tensor"])
+def test_task_ids_may_be_numbers_of_numpy_and_torch(number: Any) -> None:
     callback, module = watcher(), Classifier()
-    module.task_id = np.int64(3)
+    module.task_id = number
     trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, 3, 0)]
     assert type(callback.history[0].task_id) is int
@@ -313,6 +325,15 @@ def test_every_n_epochs_of_a_fit() -> None:
     trainer(callback, max_epochs=5).fit(module, loader())
     trainer(callback, max_epochs=1).fit(module, loader())
     assert [step for _, _, step in tasks_seen(callback)] == [0, 6, 12, 15]
+
+
+def test_epochs_are_counted_over_the_fits_of_a_trainer() -> None:
+    callback, module = watcher(every_n_epochs=2), Classifier()
+    one = trainer(callback, max_epochs=0)
+    for _ in range(2):
+        one.fit_loop.max_epochs += 3
+        one.fit(module, loader())
+    assert [step / 3 for _, _, step in tasks_seen(callback)] == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
