@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
+_PARTS = (Tensor, tuple, list)
+
 
 def batch_size(batch: Any) -> int | None:
-    """The number of samples in a batch: the most common first dimension of its tensors, the first one seen on a tie."""
-    sizes: Counter[int] = Counter()
+    """The number of samples in a batch.
 
-    def see(tensor: Tensor) -> None:
-        if tensor.dim():
-            sizes[tensor.shape[0]] += 1
+    The most common first dimension of its tensors, the first one seen on a tie. Of lists of samples, which are as long
+    as the tensors beside them, and whose own tensors have another first dimension, it is the length.
 
-    apply_to_collection(batch, Tensor, see)
-    return sizes.most_common(1)[0][0] if sizes else None
+    Example:
+        >>> waveforms, labels = [torch.zeros(400)] * 8, torch.zeros(8)
+        >>> batch_size((waveforms, labels)), batch_size(([torch.zeros(8, 3)] * 2, labels))
+        (8, 8)
+    """
+    lists = _lists_of_samples(batch)
+    return len(lists[0]) if lists else _most_common_size(_tensors(batch))
 
 
 def first_samples(batch: Any, samples: int) -> Any:
@@ -35,21 +43,30 @@ def first_samples(batch: Any, samples: int) -> Any:
 
 
 def samples_between(batch: Any, first: int, end: int) -> Any:
-    """A copy of some samples of a batch: of every tensor in it whose first dimension is the batch size.
+    """A copy of some samples of a batch: of every tensor whose first dimension is the batch size, and list of samples.
 
     Other tensors are copied whole.
     """
     size = batch_size(batch)
+    if first == 0 and (size is None or size <= end):
+        return copied(batch)
 
-    def take(tensor: Tensor) -> Tensor:
-        return (tensor[first:end] if _by_sample(tensor, size) else tensor).detach().clone()
+    def take(part: Part) -> Any:
+        if not isinstance(part, Tensor):
+            return copied(part[first:end])
+        return (_rows(part, first, end) if _by_sample(part, size) else part).detach().clone()
 
-    return apply_to_collection(batch, Tensor, take)
+    return _apply_to_parts(batch, take)
 
 
 def copied(batch: Any) -> Any:
-    """A copy of a batch, which may be changed in place."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+    """A copy of a batch, which may be changed in place: also of what it holds in objects and numpy arrays."""
+    # Clones, since deepcopy refuses tensors with a graph, and of a view copies all that it is a view of.
+    clones = {id(tensor): tensor.detach().clone() for tensor in _tensors_anywhere(batch, set())}
+    try:
+        return copy.deepcopy(batch, clones)
+    except Exception:  # an object that cannot be copied is shared
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
@@ -71,18 +88,20 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
         torch.Size([3, 3])
     """
     sizes = [batch_size(batch) for batch in batches]
-    tensors = [_tensors(batch) for batch in batches]
-    if len({len(own) for own in tensors}) > 1:
-        raise ValueError(f"batches that hold {[len(own) for own in tensors]} tensors cannot be joined")
-    columns = iter(list(zip(*tensors, strict=True)))
+    parts = [_parts(batch) for batch in batches]
+    if len({tuple(isinstance(part, Tensor) for part in own) for own in parts}) > 1:
+        raise ValueError(f"batches that hold {[len(own) for own in parts]} tensors cannot be joined")
+    columns = iter(list(zip(*parts, strict=True)))
 
-    def join(tensor: Tensor) -> Tensor:
+    def join(part: Part) -> Any:
         column = next(columns)
-        if not all(_by_sample(part, size) for part, size in zip(column, sizes, strict=True)):
-            return tensor
-        return torch.cat([part.to(tensor.device) for part in column])
+        if not isinstance(part, Tensor):
+            return type(part)(item for own in column for item in moved(own, like=part))
+        if not all(_by_sample(own, size) for own, size in zip(column, sizes, strict=True)):
+            return part
+        return torch.cat([own.to(part.device) for own in column])
 
-    return apply_to_collection(batches[0] if like is None else like, Tensor, join)
+    return _apply_to_parts(batches[0] if like is None else like, join)
 
 
 def moved(batch: Any, like: Any) -> Any:
@@ -103,8 +122,73 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def _lists_of_samples(batch: Any) -> list[tuple[Any, ...] | list[Any]]:
+    """The lists in a batch that hold one item for each sample, as of sequences that were not padded."""
+    beside: list[Tensor] = []
+    lists: list[tuple[Any, ...] | list[Any]] = []
+
+    def see(part: Part) -> None:
+        if isinstance(part, Tensor):
+            beside.append(part)
+        elif type(part) in (tuple, list):  # not a named one
+            lists.append(part)
+
+    for item in batch if isinstance(batch, tuple | list) else [batch]:
+        apply_to_collection(item, _PARTS, see)
+    size, sizes = _most_common_size(beside), {tensor.shape[:1] for tensor in beside if tensor.dim()}
+    return [own for own in lists if len(own) == size and {tensor.shape[:1] for tensor in _tensors(own)} - sizes]
+
+
+def _most_common_size(tensors: Iterable[Tensor]) -> int | None:
+    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _apply_to_parts(batch: Any, function: Callable[[Part], Any]) -> Any:
+    """The batch with what a function makes of every list of samples, and of every tensor outside of those."""
+    lists = {id(part) for part in _lists_of_samples(batch)}
+
+    def visit(part: Part) -> Any:
+        if isinstance(part, Tensor) or id(part) in lists:
+            return function(part)
+        if type(part) in (tuple, list):
+            return type(part)(apply_to_collection(item, _PARTS, visit) for item in part)
+        return apply_to_collection(part, Tensor, function)
+
+    return apply_to_collection(batch, _PARTS, visit)
+
+
+def _parts(batch: Any) -> list[Part]:
+    found: list[Part] = []
+    _apply_to_parts(batch, found.append)
+    return found
+
+
 def _by_sample(tensor: Tensor, size: int | None) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == size
+
+
+def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
+    if tensor.layout in (torch.strided, torch.jagged):
+        return tensor[first:end]
+    rows = torch.arange(first, min(end, len(tensor)), device=tensor.device)  # no sparse tensor can be sliced
+    taken: Tensor = tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+    return taken
+
+
+def _tensors_anywhere(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a batch, also in the attributes of objects."""
+    if id(value) in seen or isinstance(value, type | ModuleType):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items = list(value.values()) if isinstance(value, dict) else []
+    items += list(value) if isinstance(value, list | tuple | set) else []
+    items += list(getattr(value, "__dict__", {}).values())
+    for item in items:
+        yield from _tensors_anywhere(item, seen)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

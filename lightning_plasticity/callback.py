@@ -38,7 +38,7 @@ from lightning_plasticity.progress import shown_progress
 from lightning_plasticity.remedies import Remedies
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.sharding import check_sharding, check_strategy, whole
-from lightning_plasticity.tasks import TaskDetector, TaskId
+from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training_loss import BatchInFlight, LossFunction, untouched_schedules
 
 _STATE_VERSION = 1
@@ -200,6 +200,8 @@ class SpectralCollapseCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tasks.on_fit(resumed=self._resumed and bool(self.history), first=not self.history)
         self._resumed = self._checked = False
+        if not self.history:  # a run that goes on from before this callback was there
+            self._steps = trainer.global_step
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
         self._remedies.begin_fit(trainer)
@@ -213,8 +215,10 @@ class SpectralCollapseCallback(Callback):
         if is_new_task:
             self._share_errors()
         if is_new_task or not self._remedies_started:
+            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn, batch_idx)
             try:
-                seen = self._look(BatchInFlight(trainer, pl_module, batch, self._loss_fn), is_new_task=is_new_task)
+                with self._tasks.not_listening():
+                    seen = self._look(at, is_new_task=is_new_task)
                 self._step_monitor.begin(pl_module, self._steps)
             except BaseException:  # an error before the first task, or an interruption: another fit may begin the task
                 if is_new_task:
@@ -225,7 +229,8 @@ class SpectralCollapseCallback(Callback):
             if seen is not None:
                 if self.interventions:
                     self._step_monitor.put_off()  # what repairs run must not be watched
-                self._start_task(*seen)
+                with self._tasks.not_listening():
+                    self._start_task(*seen)
         self._step_monitor.begin(pl_module, self._steps)
 
     @override
@@ -236,8 +241,9 @@ class SpectralCollapseCallback(Callback):
         self._detected(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
         if self.interventions:
-            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn)
-            repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
+            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn, batch_idx)
+            with self._tasks.not_listening():
+                repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
             self.history[-1].repairs += repairs
             log_step(trainer.loggers, numbers, self._steps, self._failures)
         self._keep_errors()
@@ -322,7 +328,7 @@ class SpectralCollapseCallback(Callback):
         try:
             return bool(ask())
         except Exception as error:
-            if not self.history or isinstance(own_error(error), MisconfigurationException):
+            if not self.history or isinstance(own_error(error), UnusableDetectorError):
                 raise_own(error)
             self._failures.add("task_detector", "whether a task is new could not be told", error)
             return False

@@ -72,6 +72,18 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors in float64 where that is what weights are, as a Trainer with ``precision="64-true"`` has it."""
+    before = torch.get_default_dtype()
+    if dtype == torch.float64:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +23,11 @@ from lightning_plasticity.curvature.double_backward import (
     composed_weight_norm,
 )
 from lightning_plasticity.curvature.gram import gram
+from lightning_plasticity.curvature.precision import HALF, full_precision
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.diagnostics import Matrix
+from lightning_plasticity.isolation import probing
+from lightning_plasticity.processes import described
 from lightning_plasticity.training_loss import LossFunction
 
 MakeCopy = Callable[[], LightningModule]
@@ -128,13 +132,16 @@ class GGNProbe(Probe):
         if available == 0:
             raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
+        advice = f"GGNProbe(samples={available})"
         while True:
             try:
                 known = None if available is None else samples
                 module, some = _in_full_precision(make_copy(), first_samples(batch, samples))
-                result = gram(module, some, loss_fn, samples=known, max_rows=self.max_rows)
+                with _asking_for_whole_batches(advice, make_copy, batch, samples, loss_fn):
+                    result = gram(module, some, loss_fn, samples=known, max_rows=self.max_rows)
                 return ProbeResult({"ggn": result.spectrum()}, result.loss)
             except TooManyRowsError as error:
+                advice = f"GGNProbe(samples={available}, max_rows={error.rows // samples * (available or 1)})"
                 fewer = min(samples - 1, samples * self.max_rows // error.rows)
                 if available is None or fewer < 1:
                     raise MisconfigurationException(
@@ -196,10 +203,18 @@ class HessianProbe(Probe):
 
     @override
     def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
-        module, some = make_copy(), first_samples(batch, _SAMPLES_TO_CHECK)
-        try:
+        def checked(samples: int) -> None:
             with composed_weight_norm():  # as hessian_spectrum does
-                check_double_backward(module, some, loss_fn, copy=False)
+                check_double_backward(make_copy(), first_samples(batch, samples), loss_fn, copy=False)
+
+        try:
+            try:
+                checked(_SAMPLES_TO_CHECK)
+            except Exception:
+                if not _needs_whole(make_copy, batch, _SAMPLES_TO_CHECK, loss_fn):
+                    raise
+                with self._asking_for_whole_batches(make_copy, batch, loss_fn):
+                    checked(self.samples)
         except DoubleBackwardError as error:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs second derivatives of the loss. {error}. Or use GGNProbe(), which needs "
@@ -233,18 +248,25 @@ class HessianProbe(Probe):
             return value
 
         module, some = _in_full_precision(make_copy(), first_samples(batch, self.samples))
-        spectrum = hessian_spectrum(
-            module,
-            some,
-            observed,
-            num_probes=self.num_probes,
-            num_steps=self.num_steps,
-            seed=self.seed,
-            backend=self._backend,
-            progress=progress,
-            distributed=False,  # all processes have the same samples
-        )
+        with self._asking_for_whole_batches(make_copy, batch, loss_fn):
+            spectrum = hessian_spectrum(
+                module,
+                some,
+                observed,
+                num_probes=self.num_probes,
+                num_steps=self.num_steps,
+                seed=self.seed,
+                backend=self._backend,
+                progress=progress,
+                distributed=False,  # all processes have the same samples
+            )
         return ProbeResult({"hessian": spectrum, **beside}, loss)
+
+    def _asking_for_whole_batches(
+        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction
+    ) -> contextlib.AbstractContextManager[None]:
+        advice = f"{type(self).__name__}(samples={batch_size(batch)})"
+        return _asking_for_whole_batches(advice, make_copy, batch, self.samples, loss_fn)
 
     def _measure_ggn(
         self, ggn: GGNProbe, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction
@@ -287,6 +309,50 @@ class PyHessianProbe(HessianProbe):
     _backend: ClassVar[Literal["native", "pyhessian"]] = "pyhessian"
 
 
+@contextlib.contextmanager
+def _asking_for_whole_batches(
+    advice: str, make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFunction
+) -> Iterator[None]:
+    """Says what to write where something has failed since the loss needs the whole batch.
+
+    Args:
+        advice: What to write.
+        make_copy: Makes a copy of the module that may be used up.
+        batch: The batch.
+        samples: How many samples of it were taken.
+        loss_fn: The loss of a module on a batch.
+
+    Raises:
+        MisconfigurationException: In place of the error, which is its cause. Other errors pass.
+    """
+    try:
+        yield
+    except TooManyRowsError:
+        raise
+    except Exception as error:
+        if not _needs_whole(make_copy, batch, samples, loss_fn):
+            raise
+        raise MisconfigurationException(
+            f"{described(error)}. The loss can be computed on all {batch_size(batch)} samples of the batch, and not on "
+            f"the first {samples} alone: write {advice}"
+        ) from error
+
+
+def _needs_whole(make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFunction) -> bool:
+    """Whether the loss can be computed on the batch, and not on its first samples alone."""
+
+    def works(batch: Any) -> bool:
+        module, batch = _in_full_precision(make_copy(), batch)
+        try:
+            with probing(module), full_precision():
+                loss_fn(module, batch)
+        except Exception:
+            return False
+        return True
+
+    return samples < (batch_size(batch) or 0) and not works(first_samples(batch, samples)) and works(batch)
+
+
 def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
     for name in names:
         value = getattr(probe, name)
@@ -296,7 +362,7 @@ def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
 
 def _in_full_precision(module: LightningModule, batch: Any) -> tuple[LightningModule, Any]:
     """Half precision, in which curvature drowns in rounding errors, as float32; the module is changed."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
+    if any(p.dtype in HALF for p in module.parameters()):
         module = module.float()
         batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
     return module, batch

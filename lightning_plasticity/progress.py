@@ -26,17 +26,26 @@ def shown_progress(trainer: Trainer, what: str) -> Iterator[Progress]:
     Yields:
         A function to be called with the number of steps done and the number of all steps.
     """
-    description = training_description(trainer)
+    description = None
+    with _forgiven():
+        description = training_description(trainer)
     last, shown = time.monotonic(), False
 
     def show(done: int, total: int) -> None:
         nonlocal last, shown
         if description is not None and time.monotonic() - last >= _INTERVAL:
-            description.show(f"{what} {done}/{total}")
+            with _forgiven():
+                description.show(f"{what} {done}/{total}")
             last, shown = time.monotonic(), True
 
     try:
         yield show
     finally:
         if description is not None and shown:
-            description.restore()
+            with _forgiven():
+                description.restore()
+
+
+def _forgiven() -> contextlib.suppress:
+    """Any error: a bar is decoration, and some of Lightning's kind are other bars inside, or none."""
+    return contextlib.suppress(Exception)

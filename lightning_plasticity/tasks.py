@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,6 +39,10 @@ class DriftDetector(Protocol):
         """Takes the next number."""
 
 
+class UnusableDetectorError(MisconfigurationException):
+    """The drift detector cannot work, whatever the losses are."""
+
+
 class TaskDetector:
     """Recognises new tasks, by the first of these that applies.
 
@@ -46,7 +51,9 @@ class TaskDetector:
     3. ``task_key`` is given, or the data module of the fit, or else the module, has an attribute ``task_id`` or
        ``current_task`` that is not ``None``: a task starts when that value changes.
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
-       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps of it begin another, if asked for.
+       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps begin another, if asked for. Both are counted by
+       the Trainer, which goes on counting over its fits: of two of 3 epochs by one Trainer, ``every_n_epochs=2`` begins
+       tasks at epochs 0, 2, 3 and 4.
 
     The first training batch of a callback's life starts a task in any case.
 
@@ -108,6 +115,7 @@ class TaskDetector:
         self._fit_began = False
         self._announced = False
         self._announced_id: TaskId = None
+        self._is_listening = True
         self._key: TaskId = None
         self._period = 0
         self._labels: set[int | str] = set()
@@ -120,7 +128,18 @@ class TaskDetector:
         Raises:
             TypeError: If the name is no int and no string.
         """
-        self._announced, self._announced_id = True, _checked(task_id, "new_task(task_id)")
+        task_id = _checked(task_id, "new_task(task_id)")
+        if self._is_listening:
+            self._announced, self._announced_id = True, task_id
+
+    @contextlib.contextmanager
+    def not_listening(self) -> Iterator[None]:
+        """What is announced in here is said in a probe or a repair, not in training, and is forgotten."""
+        before, self._is_listening = self._is_listening, False
+        try:
+            yield
+        finally:
+            self._is_listening = before
 
     def announced(self) -> bool:
         """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
@@ -213,7 +232,7 @@ class TaskDetector:
         except Exception as error:
             if self._has_watched:
                 raise
-            raise MisconfigurationException(
+            raise UnusableDetectorError(
                 f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
                 f"{described(error)}"
             ) from error
@@ -231,7 +250,7 @@ class TaskDetector:
             self.announce()
 
     def _period_of(self, trainer: Trainer) -> int:
-        """Which stretch of the fit this is."""
+        """Which stretch of the Trainer's epochs or steps this is."""
         if self._every_n_epochs is not None:
             return trainer.current_epoch // self._every_n_epochs
         return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
@@ -252,7 +271,7 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
 
 
 def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
     if value is None or type(value) is int:
         return value

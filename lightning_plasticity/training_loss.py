@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
 from lightning_plasticity.batches import copied, first_samples, moved
 from lightning_plasticity.copying import UncopyableError, copy_module
+from lightning_plasticity.curvature.precision import HALF
+from lightning_plasticity.isolation import default_dtype
 from lightning_plasticity.processes import (
     FailedTogetherError,
     all_or_none,
@@ -35,13 +38,18 @@ _SHARED = (LightningDataModule, DataLoader, Dataset)
 """Kinds of attributes that a copy of a module shares with the original: large, or not the module's own."""
 
 
-def training_loss(module: LightningModule, batch: Any) -> Tensor:
+def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """The loss that ``training_step`` returns.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        batch_idx: Its index, for a ``training_step`` that takes one.
 
     Raises:
         MisconfigurationException: If it returns none.
     """
-    arguments = [batch, 0] if takes_batch_index(module.training_step) else [batch]
+    arguments = [batch, batch_idx] if takes_batch_index(module.training_step) else [batch]
     output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor):
@@ -122,12 +130,14 @@ class BatchInFlight:
         module: The module that it trains.
         batch: The batch, on the module's device.
         loss_fn: The loss of a module on a batch; ``None``: what ``training_step`` returns.
+        batch_idx: The index of the batch, for ``training_step``.
     """
 
     trainer: Trainer
     module: LightningModule
     batch: Any
     loss_fn: LossFunction | None = None
+    batch_idx: int = 0
 
     def joined(self, samples: int) -> BatchInFlight:
         """The first samples of all processes that train together, the same in each of them; of one process: itself.
@@ -155,8 +165,14 @@ class BatchInFlight:
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
-        with _attributes_put_back(module):
-            return (self.loss_fn or training_loss)(module, copied(batch))
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        batch = copied(batch)
+        if dtype not in HALF:  # inputs that are, autocast would take to the precision of the weights
+            batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
+        with _attributes_put_back(module), default_dtype(dtype):
+            if self.loss_fn is not None:
+                return self.loss_fn(module, batch)
+            return training_loss(module, batch, self.batch_idx)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
+from lightning_plasticity import (
+    Collapse,
+    GGNProbe,
+    HessianProbe,
+    PlasticityWarning,
+    SpectralCollapseCallback,
+    TaskDetector,
+)
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
-from lightning_plasticity.interventions import Reset, ShrinkPerturb
+from lightning_plasticity.interventions import ReDo, Reset, ShrinkPerturb
 from tests.modules import Classifier, LoggingByItself, loader, tasks_seen, trainer, weights
 
 
@@ -233,6 +240,29 @@ def test_works_in_half_precision() -> None:
         trainer(callback, precision=precision).fit(module, data)
         assert next(module.parameters()).dtype == (torch.bfloat16 if callback is half else torch.float32)
     assert half.history[0].metrics["ggn_trace"] == pytest.approx(full.history[0].metrics["ggn_trace"], rel=1e-5)
+
+
+class Multiplying(Classifier):
+    """Makes a tensor in the default precision."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0] @ torch.eye(4), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=10)], ids=["ggn", "hessian"])
+@pytest.mark.parametrize(("precision", "of_inputs"), [("64-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_tensors_made_in_the_step_and_inputs_in_half_precision_fit_the_weights(
+    precision: Any, of_inputs: torch.dtype, probe: HessianProbe | None
+) -> None:
+    plain, other = (SpectralCollapseCallback(probe, interventions=[ReDo()]) for _ in range(2))
+    for callback, own, dtype in ((plain, "32-true", torch.float32), (other, precision, of_inputs)):
+        torch.manual_seed(0)
+        data = DataLoader(TensorDataset(torch.eye(4, dtype=dtype), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        trainer(callback, precision=own).fit(Multiplying() if own != "bf16-mixed" else Classifier(), data)
+        assert torch.get_default_dtype() == torch.float32
+    (expected,), (report,) = plain.history, other.history
+    assert report.errors == {}
+    assert report.metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
 
 
 class Step(Classifier):

@@ -126,11 +126,11 @@ def test_a_process_that_really_runs_out_of_memory_trains_on() -> None:
 
 
 class Poisoned(Classifier):
-    """Its loss is NaN from one batch on, as after a step that was too large."""
+    """Its loss is NaN from one batch on, as after a step that was too large: the weights are."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return loss * math.nan if batch_idx >= 2 else loss
+        return loss * math.nan if batch_idx == 2 else loss
 
 
 @pytest.mark.filterwarnings("ignore:ContinualBackprop. '.*' is passed over, values are not finite:UserWarning")
@@ -234,6 +234,22 @@ def test_a_task_detector_that_fails_later_does_not_end_training(which: str) -> N
         "whether a task is new could not be told, training goes on: no more"
     ] * 2
     assert (no_errors, nothing) == ({}, [])
+
+
+def test_nor_does_a_task_id_that_is_misconfigured_later() -> None:
+    class Named(Classifier):
+        @property
+        def task_id(self) -> int:
+            if self.trainer.global_step == 2:
+                raise MisconfigurationException("not known now")
+            return 0
+
+    callback = SpectralCollapseCallback(collapse=NEVER)
+    with pytest.warns(PlasticityWarning, match="whether a task is new could not be told.*not known now"):
+        trainer(callback).fit(Named(), loader(batches=4))
+    assert [report.errors for report in callback.history] == [
+        {"task_detector": "MisconfigurationException: not known now"}
+    ]
 
 
 @pytest.mark.parametrize("which", detectors(0))

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_plasticity import Collapse, HessianProbe, PlasticityMonitor, PyHessianProbe, SpectralCollapseCallback
 from lightning_plasticity.interventions import DASH, ContinualBackprop, EffectiveRankRegularizer, ReDo, Reset
@@ -187,9 +188,57 @@ class InPlace(Busy):
         return super().inputs_and_labels(batch)
 
 
+class Graph:
+    """A batch that is an object, as those of PyTorch Geometric."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.parts = dict(zip("xy", default_collate(samples), strict=True))
+
+    def to(self, *_: Any, **__: Any) -> "Graph":
+        return self
+
+
+class OfGraphs(Busy):
+    """Puts what it computes into the graph."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
+        batch.parts["x"] = self.scale * batch.parts["x"] * 0.5
+        return batch.parts["x"], batch.parts["y"]
+
+
+class OfArrays(Busy):
+    """Changes a numpy array."""
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
+        batch[0][:] *= 0.5
+        return torch.from_numpy(batch[0]), batch[1]
+
+
+def collated_by(collate: Callable[[list[Any]], Any]) -> Callable[[TensorDataset], Any]:
+    return lambda data: DataLoader(data, batch_size=8, shuffle=True, collate_fn=collate)
+
+
+def arrays(samples: list[Any]) -> tuple[Any, Tensor]:
+    x, y = default_collate(samples)
+    return x.numpy(), y
+
+
+CHANGED = (
+    Usage("tensor", module=InPlace),
+    Usage("object", module=OfGraphs, loader=collated_by(Graph)),
+    Usage("array", module=OfArrays, loader=collated_by(arrays)),
+)
+
+
+# Tensors in objects and arrays are not taken to float64.
+@pytest.mark.filterwarnings("ignore:second derivatives could not be checked")
+@pytest.mark.parametrize("usage", CHANGED, ids=lambda usage: usage.name)
 @pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
-def test_a_batch_that_training_changes_in_place_is_changed_once(probe: HessianProbe | None) -> None:
-    usage = Usage("in place", module=InPlace)
+def test_a_batch_that_training_changes_in_place_is_changed_once(probe: HessianProbe | None, usage: Usage) -> None:
     waiting = [ReDo(), Reset(last=1), DASH(), ContinualBackprop(0.0), EffectiveRankRegularizer(0.0)]
     callback = SpectralCollapseCallback(probe, collapse=NEVER, interventions=waiting)
     without = run(usage=usage, make_net=mlp)

@@ -1,5 +1,6 @@
 """The probes of the callback: what they measure, what they refuse, and what becomes of estimates."""
 
+import re
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -276,6 +277,63 @@ def test_a_loss_of_another_model_is_refused() -> None:
         pytest.warns(PlasticityWarning, match="could not be checked"),
     ):
         trainer(callback).fit(Classifier(), loader())
+
+
+class OfGraphs(Classifier):
+    """Adds up neighbours, which are named by their numbers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, (sources, targets), y = batch
+        return super().training_step((torch.zeros_like(x).index_add(0, targets, x[sources]), y), batch_idx)
+
+
+class Recurrent(OfGraphs):
+    """Has a hidden state for each place in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.state = nn.RNNCell(4, 4), torch.zeros(SIZE, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        state = self.cell(batch[0], self.state.to(batch[0]))
+        self.state = state.detach()
+        return F.cross_entropy(self.net(state), batch[2])
+
+
+SIZE = 100
+
+
+@pytest.mark.parametrize("kind", [OfGraphs, Recurrent])
+@pytest.mark.parametrize(
+    ("probe", "whole", "advice"),
+    [
+        (GGNProbe(), GGNProbe(samples=SIZE), "the first 64 alone: write GGNProbe(samples=100)"),
+        (
+            GGNProbe(samples=SIZE, max_rows=60),
+            GGNProbe(samples=SIZE, max_rows=300),
+            "the first 20 alone: write GGNProbe(samples=100, max_rows=300)",
+        ),
+        (
+            HessianProbe(64, ggn=None, **FEW),
+            HessianProbe(SIZE, ggn=None, **FEW),
+            "the first 64 alone: write HessianProbe(samples=100)",
+        ),
+    ],
+    ids=["ggn", "rows", "hessian"],
+)
+def test_a_step_that_needs_whole_batches_is_told_what_to_write(
+    kind: type[Classifier], probe: Any, whole: Any, advice: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    graph = (torch.randn(SIZE, 4, generator=generator), torch.arange(2 * SIZE).reshape(2, -1) % SIZE)
+    data = DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
+    collapse = Collapse("hessian_effective_rank") if isinstance(probe, HessianProbe) else Collapse()
+    with pytest.raises(MisconfigurationException, match=f"on all 100 samples .*{re.escape(advice)}$") as caught:
+        trainer(SpectralCollapseCallback(probe, collapse)).fit(kind(), data)
+    assert ("out of bounds" if kind is OfGraphs else "doesn't match hidden0 batch size") in str(caught.value.__cause__)
+    callback = SpectralCollapseCallback(whole, collapse)
+    trainer(callback).fit(kind(), data)
+    assert callback.history[0].errors == {}
 
 
 def test_losses_without_a_known_curvature_need_the_hessian_alone() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,4 +134,26 @@ def test_a_disabled_rich_bar_is_left_alone() -> None:
     pytest.importorskip("rich")
     callback = SpectralCollapseCallback(PROBE)
     trainer(callback, RichProgressBar(refresh_rate=0), enable_progress_bar=True).fit(Classifier(), loader())
+    assert callback.history[0].spectrum is not None
+
+
+class Unmade(TQDMProgressBar):
+    """Says something else instead of a bar."""
+
+    def on_train_start(self, *_: Any) -> None: ...
+
+    on_train_epoch_start = on_train_batch_end = on_train_epoch_end = on_train_end = on_train_start
+
+
+class OfNothing(Unmade):
+    """Has something else in the place of the bar."""
+
+    train_progress_bar: Any = SimpleNamespace(disable=False, desc="", set_description=None, set_description_str=None)
+
+
+@pytest.mark.usefixtures("unhurried")
+@pytest.mark.parametrize("bar", [Unmade, OfNothing])
+def test_a_bar_that_cannot_be_written_to_ends_no_run(bar: type[TQDMProgressBar]) -> None:
+    callback = SpectralCollapseCallback(PROBE)
+    trainer(callback, bar(), enable_progress_bar=True).fit(Classifier(), loader())
     assert callback.history[0].spectrum is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plasticity.batches import batch_size, concatenated, micro_batches
+from lightning_plasticity.batches import batch_size, concatenated, first_samples, micro_batches
 from lightning_plasticity.curvature import Spectrum, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.products import CurvatureProduct
 from lightning_plasticity.curvature.shards import MicroBatched
@@ -187,3 +188,54 @@ def test_two_processes_give_the_spectrum_of_all_samples() -> None:
     shares = 5 / 7 * first["alone"].trace + 2 / 7 * second["alone"].trace
     assert shares == pytest.approx(exact.trace, rel=1e-12)
     assert not math.isclose(first["alone"].trace, second["alone"].trace)
+
+
+def sequences(n: int) -> list[Tensor]:
+    return [torch.full((20 + i,), float(i)) for i in range(n)]
+
+
+SAMPLES: dict[str, Callable[[int], Any]] = {
+    "of one length": lambda n: ([torch.full((40,), float(i)) for i in range(n)], torch.arange(n)),
+    "of different lengths": lambda n: {"x": tuple(sequences(n)), "y": torch.arange(n)},
+    "several of each": lambda n: [torch.ones(()), [{"x": x, "at": x[:5]} for x in sequences(n)], torch.arange(n)],
+    "two lists": lambda n: (sequences(n), [torch.tensor(i) for i in range(n)], torch.arange(n)),
+    "two views": lambda n: [[torch.arange(n), torch.zeros(n, 40)], torch.arange(n)],
+    "two loaders": lambda n: [[torch.arange(n), torch.arange(n)], [torch.arange(n), torch.arange(n)]],
+    "inputs and labels": lambda n: [torch.zeros(n, 4), torch.arange(n)],
+}
+"""Batches of so many samples."""
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("n", [1, 3, 4, 8, 11])
+def test_the_first_samples_of_a_batch_are_the_smaller_batch_and_pieces_join_again(name: str, n: int) -> None:
+    make = SAMPLES[name]
+    whole = make(n)
+    assert batch_size(whole) == n
+    for samples in range(1, n + 1):
+        assert_same(first_samples(whole, samples), make(samples))
+        assert_same(concatenated(list(micro_batches(whole, samples))), whole)
+
+
+def test_two_views_beside_two_numbers_are_not_two_samples() -> None:
+    views = [torch.zeros(8, 3), torch.zeros(8, 3)]
+    assert batch_size([views, torch.zeros(8), torch.ones(2)]) == 8
+
+
+def test_two_features_of_the_edges_of_a_graph_are_not_two_samples() -> None:
+    nodes, edges = torch.zeros(100, 3), torch.zeros(2, 300)
+    assert batch_size((nodes, edges, [torch.zeros(300), torch.zeros(300)], torch.zeros(100))) == 100
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_of_sparse_tensors_the_first_samples_are_those_of_the_dense_ones(layout: torch.layout) -> None:
+    x, y = torch.eye(7).roll(1, 0), torch.arange(7)
+    for samples in (5, 7, 9):
+        some, labels = first_samples((x.to_sparse(layout=layout), y), samples)
+        assert (some.layout, len(labels)) == (layout, min(samples, 7))
+        assert torch.equal(some.to_dense(), x[:samples])

@@ -4,6 +4,7 @@ import contextlib
 import enum
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
-from lightning_plasticity.interventions import ShrinkPerturb
-from tests.modules import Classifier, loader, tasks_seen, trainer, weights
+from lightning_plasticity.interventions import ReDo, ShrinkPerturb
+from tests.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
 
 def watcher(**options: Any) -> SpectralCollapseCallback:
@@ -92,6 +93,32 @@ def test_explicit_signal_in_the_middle_of_a_fit() -> None:
 
     trainer(callback, Announcer(), max_epochs=3).fit(Classifier(), loader())
     assert tasks_seen(callback) == [(0, None, 0), (1, "second", 4)]
+
+
+class Announcing(Classifier):
+    """Has a task begin from its own training_step."""
+
+    def __init__(self, *, is_due: Callable[[LightningModule, int], bool]) -> None:
+        super().__init__()
+        self.is_due = is_due
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.is_due(self, batch_idx):
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, SpectralCollapseCallback):
+                    callback.new_task("next")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("is_due", "steps"),
+    [(lambda module, batch_idx: batch_idx == 0, [0, 1, 4]), (lambda module, batch_idx: not module.net.training, [0])],
+    ids=["in the first batch of an epoch", "in evaluation mode"],
+)
+def test_a_training_step_announces_tasks_and_its_rehearsals_in_probes_do_not(is_due: Any, steps: list[int]) -> None:
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ReDo(when=1)])
+    trainer(callback, max_epochs=2).fit(Announcing(is_due=is_due), loader())
+    assert tasks_seen(callback) == [(task, "next" if task else None, step) for task, step in enumerate(steps)]
 
 
 def test_explicit_signal_before_a_fit_is_that_fits_task() -> None:
@@ -209,6 +236,17 @@ def test_resumed_fit_is_the_same_task(tmp_path: Path, when: dict[str, int]) -> N
     assert tasks_seen(resumed) == [(0, None, 0), (1, None, second.global_step)]
 
 
+def test_a_callback_that_joins_a_resumed_run_counts_the_steps_before_it(tmp_path: Path) -> None:
+    before, path = trainer(), tmp_path / "before.ckpt"
+    before.fit(Classifier(), loader())
+    before.save_checkpoint(path)
+    callback, logger, module = watcher(), MemoryLogger(), Classifier()
+    for max_epochs, resumed_from in ((2, path), (1, None)):
+        trainer(callback, logger=logger, max_epochs=max_epochs).fit(module, loader(), ckpt_path=resumed_from)
+    assert tasks_seen(callback) == [(0, None, 3), (1, None, 6)]
+    assert list(logger.values("plasticity/learnable_fraction")) == [3, 6]
+
+
 def test_task_id_of_another_kind_is_refused() -> None:
     module = Classifier()
     module.task_id = [1, 2]
@@ -226,9 +264,10 @@ def test_a_resumed_fit_with_nothing_left_to_train_does_not_hide_the_next_task(tm
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 3)]
 
 
-def test_task_ids_may_be_numpy_numbers() -> None:
+@pytest.mark.parametrize("number", [np.int64(3), np.array(3), torch.tensor([3])], ids=["scalar", "array", "tensor"])
+def test_task_ids_may_be_numbers_of_numpy_and_torch(number: Any) -> None:
     callback, module = watcher(), Classifier()
-    module.task_id = np.int64(3)
+    module.task_id = number
     trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, 3, 0)]
     assert type(callback.history[0].task_id) is int
@@ -286,6 +325,15 @@ def test_every_n_epochs_of_a_fit() -> None:
     trainer(callback, max_epochs=5).fit(module, loader())
     trainer(callback, max_epochs=1).fit(module, loader())
     assert [step for _, _, step in tasks_seen(callback)] == [0, 6, 12, 15]
+
+
+def test_epochs_are_counted_over_the_fits_of_a_trainer() -> None:
+    callback, module = watcher(every_n_epochs=2), Classifier()
+    one = trainer(callback, max_epochs=0)
+    for _ in range(2):
+        one.fit_loop.max_epochs += 3
+        one.fit(module, loader())
+    assert [step / 3 for _, _, step in tasks_seen(callback)] == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

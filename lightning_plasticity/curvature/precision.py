@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
@@ -38,7 +38,7 @@ class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
                 result = func(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype in _HALF and result.requires_grad:
+        if isinstance(result, Tensor) and result.dtype in HALF and result.requires_grad:
             raise ValueError(
                 f"the model or the loss computes {getattr(func, '__name__', func)!r} in {result.dtype}, in which "
                 "curvature drowns in rounding errors: pass a loss_fn without casts to half precision"
