@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -39,7 +40,7 @@ class Remedies:
         failures: Where those that fail are told of.
 
     Raises:
-        TypeError: If it is no list of interventions.
+        TypeError: If it is no list of interventions, or one of them cannot be called as it has to be.
     """
 
     def __init__(self, interventions: Sequence[Intervention], failures: Failures) -> None:
@@ -54,6 +55,8 @@ class Remedies:
                     f"interventions=[{intervention!r}] must hold instances of Repair, RunningRemedy or Regularizer, "
                     "such as ShrinkPerturb()"
                 )
+            if isinstance(intervention, RunningRemedy):
+                _check_signature(intervention)
         self._repairs = [i for i in interventions if isinstance(i, Repair)]
         self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
@@ -108,7 +111,8 @@ class Remedies:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
         with untouched_schedules(at.trainer):
             for repair in self._repairs:
-                repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=torch.Generator().manual_seed(0))
+                generator = torch.Generator().manual_seed(0)
+                _report_of(repair, repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=generator))
 
     def start(self, at: BatchInFlight) -> None:
         """Gets what runs along ready: before the first batch of every fit and of every task."""
@@ -157,7 +161,7 @@ class Remedies:
             return {}
         passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
         self._backward_passes_seen[id(optimizer)] = self._backward_passes
-        regularizers = [regularizer for regularizer in self._regularizers if regularizer in self._ready]
+        regularizers = [ready for ready in self._ready if isinstance(ready, Regularizer)]
         if not regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
@@ -166,7 +170,7 @@ class Remedies:
             return {}
         terms: dict[str, Tensor] = {}
         totals: list[Tensor | None] = [None] * len(parameters)
-        failed: dict[Regularizer, Exception] = {}
+        failed: list[tuple[Regularizer, Exception]] = []
         try:
             with whole(module) as wholes:
                 of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
@@ -175,18 +179,18 @@ class Remedies:
                         with all_or_none():
                             term, gradients = _term_and_gradients(regularizer, module, of_wholes)
                     except Exception as error:
-                        failed[regularizer] = error
+                        failed.append((regularizer, error))
                         continue
                     terms[f"{regularizer.name}/penalty"] = term.detach()
                     totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
         except Exception as error:  # no weights to take a term of
-            failed = dict.fromkeys(regularizers, error)
-        for regularizer, reason in failed.items():
+            failed = [(regularizer, error) for regularizer in regularizers]
+        for regularizer, reason in failed:
             if not self._have_worked:
                 raise_own(reason)
             what = f"{regularizer.name} failed and was left out of this step"
             self._failures.add(regularizer.name, what, reason)
-        _even_out([*failed])
+        _even_out([regularizer for regularizer, _ in failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
         for parameter, gradient in zip(parameters, totals, strict=True):
@@ -215,7 +219,7 @@ class Remedies:
         numbers: dict[str, float] = {}
         if self._steps_taken:
             self._steps_taken = 0
-            for remedy in (remedy for remedy in self._running if remedy in self._ready):
+            for remedy in (ready for ready in self._ready if isinstance(ready, RunningRemedy)):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
                 if report is not None and report.units:
@@ -284,16 +288,38 @@ class Remedies:
         self,
         intervention: Intervention,
         at: BatchInFlight,
-        act: Callable[..., RepairReport | None],
+        act: Callable[..., object],
         weights: Sequence[Tensor] = (),
     ) -> RepairReport | None:
         try:
             with all_or_none(), untouched_schedules(at.trainer):
-                return act(forward=at.loss, make_copy=at.copy)
+                return _report_of(intervention, act(forward=at.loss, make_copy=at.copy))
         except Exception as error:
             self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
             _even_out([intervention], weights)
             return None
+
+
+def _check_signature(remedy: RunningRemedy) -> None:
+    signature = inspect.signature(remedy.after_step)
+    try:
+        signature.bind(None, [], forward=None, make_copy=None)
+    except TypeError as error:
+        raise TypeError(
+            f"{remedy.name}.after_step{signature} must take (model, optimizers, *, forward, make_copy): {error}"
+        ) from error
+
+
+def _report_of(intervention: Intervention, returned: object) -> RepairReport | None:
+    """What an intervention has returned, if it is what it has to return: others' code is not checked before it runs."""
+    if isinstance(returned, RepairReport):
+        return returned
+    if isinstance(intervention, Repair):
+        raise TypeError(f"{intervention.name}.repair must return a RepairReport, not {type(returned).__name__}")
+    if returned is not None:
+        kind = type(returned).__name__
+        raise TypeError(f"{intervention.name}.after_step must return a RepairReport or None, not {kind}")
+    return None
 
 
 def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
@@ -316,7 +342,10 @@ def _term_and_gradients(
     regularizer: Regularizer, module: LightningModule, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-        term = regularizer.penalty(module)
+        term: object = regularizer.penalty(module)
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            kind = f"one of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {kind}")
         if not term.requires_grad:  # all that it is about is frozen
             return term, [None] * len(parameters)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(term, parameters, allow_unused=True)
