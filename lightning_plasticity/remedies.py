@@ -199,6 +199,8 @@ class Remedies:
             share_of_gradient = sharded_like(parameter, gradient.detach())
             if parameter.grad is None:
                 parameter.grad = (factor * share_of_gradient).to(parameter.dtype)
+            elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True): nothing dense can be added in place
+                parameter.grad = (factor * share_of_gradient + parameter.grad).to(parameter.dtype)
             else:
                 parameter.grad.add_(share_of_gradient, alpha=factor)
         return terms

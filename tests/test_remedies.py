@@ -69,6 +69,18 @@ class ByFusedAdam(Regularized):
         return torch.optim.Adam(self.parameters(), lr=1e-2, fused=True)
 
 
+class BySparseGradients(BySGD):
+    """An embedding whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = (4 * batch[0][:, 0].abs()).long().clamp(max=9)
+        return super().training_step((self.embedding(tokens), batch[1]), batch_idx)
+
+
 def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
@@ -81,6 +93,7 @@ def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
         pytest.param(BySGD, {"accumulate_grad_batches": 3}, id="accumulation with a short last window"),
         pytest.param(BySGD, "scaler", id="fp16"),
         pytest.param(ByFusedAdam, "scaler", id="fp16 and a fused optimizer"),
+        pytest.param(BySparseGradients, {}, id="sparse gradients"),
     ],
 )
 def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[Regularized], options: Any) -> None:
