@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
@@ -64,10 +64,15 @@ class Remedies:
         self._ready: list[Intervention] = []
         self._failures = failures
         self._steps_taken = 0
-        self._handles: list[Any] = []
+        self._hears_steps = False
+        self._handles: dict[torch.optim.Optimizer, RemovableHandle] = {}
         self._backward_passes = 0
-        self._backward_passes_seen: Counter[int] = Counter()
+        self._backward_passes_seen: dict[torch.optim.Optimizer, int] = {}
+        self._met_before_step = self._said_left_out = False
         self._have_worked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": {}, "_backward_passes_seen": {}}  # the optimizers are of the fit
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -92,20 +97,30 @@ class Remedies:
             )
         self._ready = []
         self._backward_passes, self._steps_taken = 0, 0
-        self._backward_passes_seen.clear()
-        for optimizer in trainer.optimizers if self._running else []:
-            self._handles.append(optimizer.register_step_post_hook(self._count_step))
+        self._met_before_step = self._said_left_out = False
+        by_hand = not trainer.lightning_module.automatic_optimization
+        self._hears_steps = bool(self._running or (self._regularizers and by_hand))
+        self.follow(trainer.optimizers)
 
     def end_fit(self) -> None:
         """Leaves nothing in the module and the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.follow([])
         for intervention in self._all:
             try:
                 intervention.stop()
             except Exception as error:  # another error, or the end of the run, is not to be hidden by it
                 self._failures.add(intervention.name, f"{intervention.name} could not be stopped", error)
+
+    def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """A batch begins, to be trained on by these optimizers: there may be new ones since the last."""
+        if [*self._backward_passes_seen] == optimizers:
+            return
+        for gone in self._handles.keys() - optimizers:
+            self._handles.pop(gone).remove()
+        for optimizer in optimizers:
+            self._hear(optimizer)
+        seen = self._backward_passes_seen
+        self._backward_passes_seen = {o: seen.get(o, self._backward_passes) for o in optimizers}
 
     def rehearse(self, at: BatchInFlight) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
@@ -142,6 +157,12 @@ class Remedies:
         ]
         return self._repair(at, due, step, seed=1000 * task)
 
+    def before_backward(self) -> None:
+        """Gradients are about to be added to. Passes whose gradients were dropped, without a step, do not count."""
+        for optimizer in self._backward_passes_seen if self._regularizers else ():
+            if not _have_gradients(p for group in optimizer.param_groups for p in group["params"]):
+                self._backward_passes_seen[optimizer] = self._backward_passes
+
     def after_backward(self) -> None:
         """Gradients were added to."""
         self._backward_passes += 1
@@ -157,17 +178,21 @@ class Remedies:
         Returns:
             The value of each term.
         """
+        self._hear(optimizer)
         if not self._regularizers:
             return {}
-        passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
-        self._backward_passes_seen[id(optimizer)] = self._backward_passes
+        self._met_before_step = True
+        # One that was made within this batch has seen all but its pass.
+        passes = self._backward_passes - self._backward_passes_seen.get(optimizer, self._backward_passes - 1)
+        self._backward_passes_seen[optimizer] = self._backward_passes
         regularizers = [ready for ready in self._ready if isinstance(ready, Regularizer)]
-        if not regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not module.automatic_optimization and not self._backward_passes:
+            passes = 1  # by loss.backward() rather than manual_backward: nobody is told of those
+        # No loss at all, an epoch that only updates batch norms, all frozen, or no optimizer at all.
+        if not (regularizers and passes and _have_gradients(parameters)):
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if not parameters:  # all frozen, or no optimizer at all
-            return {}
         terms: dict[str, Tensor] = {}
         totals: list[Tensor | None] = [None] * len(parameters)
         failed: list[tuple[Regularizer, Exception]] = []
@@ -280,11 +305,24 @@ class Remedies:
                 reports.append(dataclasses.replace(report, step=step))
         return reports
 
+    def _hear(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._hears_steps and optimizer not in self._handles:
+            self._handles[optimizer] = optimizer.register_step_post_hook(self._count_step)
+
     def _count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.
         skipped: Any = getattr(optimizer, "found_inf", None)
         if skipped is None or not bool(skipped):
             self._steps_taken += 1
+        if self._regularizers and not self._met_before_step and not self._said_left_out:
+            self._said_left_out = True
+            reason = (
+                f"{type(optimizer).__name__} was stepped without Lightning, as with use_pl_optimizer=False: step what "
+                "self.optimizers() returns"
+            )
+            for regularizer in self._regularizers:
+                self._failures.add(regularizer.name, f"{regularizer.name} is left out of steps", reason)
+        self._met_before_step = False
 
     def _survived(
         self,
@@ -300,6 +338,10 @@ class Remedies:
             self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
             _even_out([intervention], weights)
             return None
+
+
+def _have_gradients(parameters: Iterable[Tensor]) -> bool:
+    return any(parameter.grad is not None for parameter in parameters)
 
 
 def _check_signature(remedy: RunningRemedy) -> None:

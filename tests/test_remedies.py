@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,48 @@ class BySparseGradients(BySGD):
         return super().training_step((self.embedding(tokens), batch[1]), batch_idx)
 
 
+class ByLossBackward(BySGD):
+    """Manual optimization of which Lightning is not told when gradients are added to."""
+
+    use_pl_optimizer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers(use_pl_optimizer=self.use_pl_optimizer)
+        optimizer.zero_grad()
+        if loss is not None:
+            loss.backward()
+        optimizer.step()
+
+
+class Skipping(BySGD):
+    """Trains on every other batch, as by Lightning's own example of ``optimizer_step``."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class AccumulatingItself(Skipping):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class WithNewOptimizers(BySGD):
+    """Each epoch is trained by a new optimizer."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
 def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
@@ -94,6 +137,10 @@ def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
         pytest.param(BySGD, "scaler", id="fp16"),
         pytest.param(ByFusedAdam, "scaler", id="fp16 and a fused optimizer"),
         pytest.param(BySparseGradients, {}, id="sparse gradients"),
+        pytest.param(ByLossBackward, {}, id="loss.backward()"),
+        pytest.param(Skipping, {}, id="gradients that are dropped"),
+        pytest.param(AccumulatingItself, {}, id="gradients that are kept"),
+        pytest.param(WithNewOptimizers, {}, id="new optimizers"),
     ],
 )
 def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[Regularized], options: Any) -> None:
@@ -233,6 +280,41 @@ def test_steps_that_a_fused_optimizer_skips_are_none() -> None:
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
     trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
     assert remedy.steps == 3
+
+
+class RawOptimizer(ByLossBackward):
+    use_pl_optimizer = False
+
+
+def test_a_regularizer_that_is_never_asked_says_so_once_and_running_remedies_act() -> None:
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1), remedy], loss_fn=cross_entropy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=2).fit(RawOptimizer(), loader())
+    said = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
+    expected = "SGD was stepped without Lightning, as with use_pl_optimizer=False: step what self.optimizers() returns"
+    assert said == [f"Quartic is left out of steps, training goes on: {expected}"]
+    assert callback.history[0].errors == {"Quartic": expected}
+    assert remedy.steps == 6
+
+
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_batch_start"])
+def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
+    class Renewing(Classifier):
+        renewals = 0
+
+    def renew(self: Renewing, *_: Any) -> None:
+        self.renewals += 1
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    setattr(Renewing, when, renew)
+    remedy, module = Counting(), Renewing()
+    fitted = trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), max_epochs=2)
+    fitted.fit(module, loader(batches=3))
+    assert remedy.steps == 6
+    assert module.renewals > 1
+    assert not fitted.optimizers[0]._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
