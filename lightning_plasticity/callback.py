@@ -213,7 +213,7 @@ class SpectralCollapseCallback(Callback):
         is_new_task = is_new_task or self._tasks.announced() or not self.history
         if is_new_task:
             self._share_errors()
-        if is_new_task or not self._remedies_started:
+        if is_new_task or not self._remedies_started or self._remedies.outgrown(trainer):
             try:
                 seen = self._look(BatchInFlight(trainer, pl_module, batch, self._loss_fn), is_new_task=is_new_task)
                 self._step_monitor.begin(pl_module, self._steps)

@@ -28,6 +28,9 @@ from lightning_plasticity.training_loss import BatchInFlight, untouched_schedule
 _SAMPLES = 256
 """How many samples repairs between tasks see at most, of all processes together."""
 
+_Trained = tuple[int, torch.Size]
+"""A parameter that is trained, by its place among those of the optimizers: the same in all processes."""
+
 
 class Remedies:
     """Conducts interventions in the training loop.
@@ -62,6 +65,7 @@ class Remedies:
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
         self._all = interventions
         self._ready: list[Intervention] = []
+        self._ready_for: set[_Trained] = set()
         self._failures = failures
         self._steps_taken = 0
         self._hears_steps = False
@@ -96,6 +100,7 @@ class Remedies:
                 category=PlasticityWarning,
             )
         self._ready = []
+        self._ready_for.clear()
         self._backward_passes, self._steps_taken = 0, 0
         self._met_before_step = self._said_left_out = False
         by_hand = not trainer.lightning_module.automatic_optimization
@@ -129,9 +134,17 @@ class Remedies:
                 generator = torch.Generator().manual_seed(0)
                 _report_of(repair, repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=generator))
 
+    def outgrown(self, trainer: Trainer) -> bool:
+        """Whether something is trained that was not there, or frozen, whenever they started in this fit.
+
+        What is frozen and trained in turn is new once only.
+        """
+        return bool(self._running or self._regularizers) and not _trained(trainer) <= self._ready_for
+
     def start(self, at: BatchInFlight) -> None:
-        """Gets what runs along ready: before the first batch of every fit and of every task."""
+        """Gets what runs along ready: before the first batch of every fit and task, and where :meth:`outgrown`."""
         self._ready = []
+        self._ready_for |= _trained(at.trainer)
         for intervention in self._all:
             if isinstance(intervention, Repair):
                 continue
@@ -338,6 +351,11 @@ class Remedies:
             self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
             _even_out([intervention], weights)
             return None
+
+
+def _trained(trainer: Trainer) -> set[_Trained]:
+    parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
 
 
 def _have_gradients(parameters: Iterable[Tensor]) -> bool:

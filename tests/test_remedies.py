@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -315,6 +316,86 @@ def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
     assert remedy.steps == 6
     assert module.renewals > 1
     assert not fitted.optimizers[0]._optimizer_step_post_hooks
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the head alone, and all of it from the third epoch on."""
+
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
+
+
+class OfWhatIsTrained(BySGD):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Growing(BySGD):
+    """Gets another class in the middle of a task."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            self.net[2] = nn.Linear(8, 4)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+IN_THE_MIDDLE = pytest.mark.parametrize(
+    ("kind", "others"),
+    [pytest.param(OfWhatIsTrained, [Unfreezing()], id="unfrozen"), pytest.param(Growing, [], id="grown")],
+)
+
+
+class FromTheirBeginning(Callback):
+    """Starts a term before anything is trained: what it remembers already stays."""
+
+    def __init__(self, term: Regularizer) -> None:
+        self.term = term
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.term.start(module)
+
+
+@IN_THE_MIDDLE
+def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_the_term(
+    kind: type[Regularized], others: list[Callback]
+) -> None:
+    ends, callback = [], SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init(0.1)], loss_fn=cross_entropy)
+    for term in (None, L2Init(0.1)):
+        torch.manual_seed(0)
+        module = kind()
+        module.term = term
+        hand = [callback] if term is None else [FromTheirBeginning(term)]
+        trainer(*copy.deepcopy(others), *hand, max_epochs=4).fit(module, loader())
+        ends.append(weights(module))
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6
+    assert [report.errors for report in callback.history] == [{}]
+
+
+@IN_THE_MIDDLE
+@pytest.mark.parametrize(
+    "make", [WassersteinInit, lambda: HareTortoise(0.9, 3), NormalizeAndProject, SoftShrinkPerturb]
+)
+def test_remedies_take_up_what_is_trained_only_from_the_middle_of_a_task(
+    make: Callable[[], Intervention], kind: type[Regularized], others: list[Callback]
+) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[make()])
+    trainer(callback, *copy.deepcopy(others), max_epochs=4).fit(kind(), loader())
+    assert [report.errors for report in callback.history] == [{}]
+
+
+def test_remedies_start_again_only_for_what_is_new() -> None:
+    class InTurn(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+
+    remedy, module = Counting(), InTurn()
+    module.net[0].requires_grad_(False)
+    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])).fit(module, loader(batches=8))
+    assert remedy.events.count("start") == 2
 
 
 @pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
