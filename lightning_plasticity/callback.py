@@ -148,6 +148,7 @@ class SpectralCollapseCallback(Callback):
         self._keep_state = False
         self._checked = False
         self._remedies_started = False
+        self._warned_of_early_checkpoint = False
 
     def new_task(self, task_id: TaskId = None) -> None:
         """The next training batch is the first of a new task. To be called in every process of several.
@@ -203,7 +204,7 @@ class SpectralCollapseCallback(Callback):
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
         self._remedies.begin_fit(trainer)
-        self._remedies_started = False
+        self._remedies_started = self._warned_of_early_checkpoint = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -285,6 +286,18 @@ class SpectralCollapseCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._keep_state = False  # a checkpoint that was tested and held no state of ours
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        unseen = self._steps_before_fit + trainer.global_step - self._steps
+        if trainer.training and unseen > 0 and not self._warned_of_early_checkpoint:
+            self._warned_of_early_checkpoint = True
+            rank_zero_warn(
+                "a checkpoint was saved after an optimizer step and before SpectralCollapseCallback has seen the end "
+                "of that batch: a run resumed from it is not the same. List the callback that saves it after "
+                "SpectralCollapseCallback in Trainer(callbacks=[...])",
+                category=PlasticityWarning,
+            )
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
