@@ -19,7 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.failures import Failures
-from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
+from lightning_plasticity.interventions import (
+    HareTortoise,
+    Intervention,
+    Regularizer,
+    Repair,
+    RepairReport,
+    RunningRemedy,
+)
 from lightning_plasticity.isolation import isolated_rng
 from lightning_plasticity.processes import agree, all_or_none, first_of_all_processes, is_distributed, raise_own
 from lightning_plasticity.sharding import sharded_like, whole
@@ -90,15 +97,17 @@ class Remedies:
             PlasticityWarning: If an average over training steps will keep what is replaced.
         """
         self.end_fit()
-        replacing = [intervention.name for intervention in (*self._repairs, *self._running)]
-        averages = weight_averages(trainer)
-        if replacing and averages:
-            rank_zero_warn(
-                f"{' and '.join(averages)} averages weights over training steps, and {' and '.join(replacing)} changes "
-                "weights between two of them: what is replaced while it averages keeps a share in the average, which "
-                "the module is given at the end of the fit. Leave out one of the two",
-                category=PlasticityWarning,
-            )
+        repairs, running = ([i.name for i in interventions] for interventions in (self._repairs, self._running))
+        averages = dict.fromkeys(weight_averages(trainer), repairs + running)
+        averages |= {remedy.name: repairs for remedy in self._running if isinstance(remedy, HareTortoise)}
+        for average, replacing in averages.items():
+            if replacing:
+                rank_zero_warn(
+                    f"{average} averages weights over training steps, and {' and '.join(replacing)} changes weights "
+                    "between two of them: what is replaced while it averages keeps a share in the average, which the "
+                    "module is given later. Leave out one of the two",
+                    category=PlasticityWarning,
+                )
         self._ready = []
         self._ready_for.clear()
         self._backward_passes, self._steps_taken = 0, 0

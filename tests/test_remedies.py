@@ -633,6 +633,7 @@ def everything() -> list[Intervention]:
     return [kind() for kind in remedies if kind not in (Intervention, RunningRemedy)]
 
 
+@pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)
