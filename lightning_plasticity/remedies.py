@@ -123,7 +123,7 @@ class Remedies:
             try:
                 intervention.stop()
             except Exception as error:  # another error, or the end of the run, is not to be hidden by it
-                self._failures.add(intervention.name, f"{intervention.name} could not be stopped", error)
+                self._fail(intervention, "could not be stopped", error)
 
     def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """A batch begins, to be trained on by these optimizers: there may be new ones since the last."""
@@ -164,9 +164,7 @@ class Remedies:
             except Exception as error:
                 if not self._have_worked:
                     raise_own(error)
-                self._failures.add(
-                    intervention.name, f"{intervention.name} could not get ready for this task and rests", error
-                )
+                self._fail(intervention, "could not get ready for this task and rests", error)
                 _even_out([intervention])
         self._have_worked = self._have_worked or self._rehearse_regularizers(at)
 
@@ -228,15 +226,14 @@ class Remedies:
                     except Exception as error:
                         failed.append((regularizer, error))
                         continue
-                    terms[f"{regularizer.name}/penalty"] = term.detach()
+                    terms[f"{self._name(regularizer)}/penalty"] = term.detach()
                     totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
         except Exception as error:  # no weights to take a term of
             failed = [(regularizer, error) for regularizer in regularizers]
         for regularizer, reason in failed:
             if not self._have_worked:
                 raise_own(reason)
-            what = f"{regularizer.name} failed and was left out of this step"
-            self._failures.add(regularizer.name, what, reason)
+            self._fail(regularizer, "failed and was left out of this step", reason)
         _even_out([regularizer for regularizer, _ in failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
@@ -272,7 +269,7 @@ class Remedies:
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
                 if report is not None and report.units:
-                    numbers[f"{remedy.name}/units"] = float(sum(len(units) for units in report.units.values()))
+                    numbers[f"{self._name(remedy)}/units"] = float(sum(len(units) for units in report.units.values()))
         due = [
             number
             for number, repair in enumerate(self._repairs)
@@ -324,8 +321,18 @@ class Remedies:
             act = partial(repair.repair, at.module, optimizers=at.trainer.optimizers, loss=at.loss, generator=generator)
             report = self._survived(repair, at, act)
             if report is not None:
-                reports.append(dataclasses.replace(report, step=step))
+                reports.append(dataclasses.replace(report, name=self._name(repair), step=step))
         return reports
+
+    def _name(self, intervention: Intervention) -> str:
+        """Its name in logs and reports: numbered from the second of a name on."""
+        alike = [other for other in self._all if other.name == intervention.name]
+        number = next(number for number, other in enumerate(alike, start=1) if other is intervention)
+        return intervention.name if number == 1 else f"{intervention.name}_{number}"
+
+    def _fail(self, intervention: Intervention, what: str, error: Exception | str) -> None:
+        name = self._name(intervention)
+        self._failures.add(name, f"{name} {what}", error)
 
     def _hear(self, optimizer: torch.optim.Optimizer) -> None:
         if self._hears_steps and optimizer not in self._handles:
@@ -343,7 +350,7 @@ class Remedies:
                 "self.optimizers() returns"
             )
             for regularizer in self._regularizers:
-                self._failures.add(regularizer.name, f"{regularizer.name} is left out of steps", reason)
+                self._fail(regularizer, "is left out of steps", reason)
         self._met_before_step = False
 
     def _survived(
@@ -357,7 +364,7 @@ class Remedies:
             with all_or_none(), untouched_schedules(at.trainer):
                 return _report_of(intervention, act(forward=at.loss, make_copy=at.copy))
         except Exception as error:
-            self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
+            self._fail(intervention, "failed and changed nothing", error)
             _even_out([intervention], weights)
             return None
 

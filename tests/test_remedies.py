@@ -175,6 +175,22 @@ def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path
     assert 0 < penalties[1] != first
 
 
+def test_several_of_a_kind_are_numbered_in_logs_and_reports() -> None:
+    logger, remedies = MemoryLogger(), [Counting(), Counting(fails=[2])]
+    repairs = [Noting(2), Noting(3)]
+    terms = [Quartic(0.1), Quartic(0.2)]
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[*terms, *remedies, *repairs])
+    with pytest.warns(PlasticityWarning, match="Counting_2 failed and changed nothing, training goes on: no luck"):
+        trainer(callback, logger=logger).fit(Classifier(), loader(batches=3))
+    first, second = (logger.values(f"plasticity_training/{name}/penalty") for name in ("Quartic", "Quartic_2"))
+    assert second == pytest.approx({step: 2 * value for step, value in first.items()})
+    assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3}
+    assert logger.values("plasticity_training/Counting_2/units") == {1: 1, 3: 3}
+    report = callback.history[0]
+    assert report.errors == {"Counting_2": "ValueError: no luck"}
+    assert [(repair.name, repair.step) for repair in report.repairs] == [("Noting", 2), ("Noting_2", 3)]
+
+
 class NotFinite(Regularizer):
     """Fails at some of its calls."""
 
