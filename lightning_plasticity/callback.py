@@ -148,6 +148,7 @@ class SpectralCollapseCallback(Callback):
         self._keep_state = False
         self._checked = False
         self._remedies_started = False
+        self._warned_of_early_checkpoint = False
 
     def new_task(self, task_id: TaskId = None) -> None:
         """The next training batch is the first of a new task. To be called in every process of several.
@@ -205,16 +206,17 @@ class SpectralCollapseCallback(Callback):
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
         self._remedies.begin_fit(trainer)
-        self._remedies_started = False
+        self._remedies_started = self._warned_of_early_checkpoint = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
+        self._remedies.follow(trainer.optimizers)
         is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
         is_new_task = is_new_task or self._tasks.announced() or not self.history
         if is_new_task:
             self._share_errors()
-        if is_new_task or not self._remedies_started:
+        if is_new_task or not self._remedies_started or self._remedies.outgrown(trainer):
             at = BatchInFlight(trainer, pl_module, batch, self._loss_fn, batch_idx)
             try:
                 with self._tasks.not_listening():
@@ -247,6 +249,10 @@ class SpectralCollapseCallback(Callback):
             self.history[-1].repairs += repairs
             log_step(trainer.loggers, numbers, self._steps, self._failures)
         self._keep_errors()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._remedies.before_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -286,6 +292,18 @@ class SpectralCollapseCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._keep_state = False  # a checkpoint that was tested and held no state of ours
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        unseen = self._steps_before_fit + trainer.global_step - self._steps
+        if trainer.training and unseen > 0 and not self._warned_of_early_checkpoint:
+            self._warned_of_early_checkpoint = True
+            rank_zero_warn(
+                "a checkpoint was saved after an optimizer step and before SpectralCollapseCallback has seen the end "
+                "of that batch: a run resumed from it is not the same. List the callback that saves it after "
+                "SpectralCollapseCallback in Trainer(callbacks=[...])",
+                category=PlasticityWarning,
+            )
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

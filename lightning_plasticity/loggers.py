@@ -30,9 +30,12 @@ IN_TRAINING = "plasticity_training/"
 
 def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, failures: Failures) -> None:
     """Logs what was seen of a batch in flight."""
+
+    def log(logger: Logger) -> None:  # a dict for each: it may keep it, or change it
+        logger.log_metrics({IN_TRAINING + name: value for name, value in numbers.items()}, step=step)
+
     if numbers:
-        named = {IN_TRAINING + name: value for name, value in numbers.items()}
-        _for_each(loggers, lambda logger: logger.log_metrics(named, step=step), failures)
+        _for_each(loggers, log, failures)
 
 
 def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) -> None:

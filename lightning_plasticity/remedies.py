@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -14,11 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.failures import Failures
-from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, RunningRemedy
+from lightning_plasticity.interventions import (
+    HareTortoise,
+    Intervention,
+    Regularizer,
+    Repair,
+    RepairReport,
+    RunningRemedy,
+)
 from lightning_plasticity.isolation import isolated_rng
 from lightning_plasticity.processes import agree, all_or_none, first_of_all_processes, is_distributed, raise_own
 from lightning_plasticity.sharding import sharded_like, whole
@@ -26,6 +34,9 @@ from lightning_plasticity.training_loss import BatchInFlight, untouched_schedule
 
 _SAMPLES = 256
 """How many samples repairs between tasks see at most, of all processes together."""
+
+_Trained = tuple[int, torch.Size]
+"""A parameter that is trained, by its place among those of the optimizers: the same in all processes."""
 
 
 class Remedies:
@@ -39,7 +50,7 @@ class Remedies:
         failures: Where those that fail are told of.
 
     Raises:
-        TypeError: If it is no list of interventions.
+        TypeError: If it is no list of interventions, or one of them cannot be called as it has to be.
     """
 
     def __init__(self, interventions: Sequence[Intervention], failures: Failures) -> None:
@@ -54,17 +65,25 @@ class Remedies:
                     f"interventions=[{intervention!r}] must hold instances of Repair, RunningRemedy or Regularizer, "
                     "such as ShrinkPerturb()"
                 )
+            if isinstance(intervention, RunningRemedy):
+                _check_signature(intervention)
         self._repairs = [i for i in interventions if isinstance(i, Repair)]
         self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
         self._all = interventions
         self._ready: list[Intervention] = []
+        self._ready_for: set[_Trained] = set()
         self._failures = failures
         self._steps_taken = 0
-        self._handles: list[Any] = []
+        self._hears_steps = False
+        self._handles: dict[torch.optim.Optimizer, RemovableHandle] = {}
         self._backward_passes = 0
-        self._backward_passes_seen: Counter[int] = Counter()
+        self._backward_passes_seen: dict[torch.optim.Optimizer, int] = {}
+        self._met_before_step = self._said_left_out = False
         self._have_worked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": {}, "_backward_passes_seen": {}}  # the optimizers are of the fit
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -78,41 +97,63 @@ class Remedies:
             PlasticityWarning: If an average over training steps will keep what is replaced.
         """
         self.end_fit()
-        replacing = [intervention.name for intervention in (*self._repairs, *self._running)]
-        averages = weight_averages(trainer)
-        if replacing and averages:
-            rank_zero_warn(
-                f"{' and '.join(averages)} averages weights over training steps, and {' and '.join(replacing)} changes "
-                "weights between two of them: what is replaced while it averages keeps a share in the average, which "
-                "the module is given at the end of the fit. Leave out one of the two",
-                category=PlasticityWarning,
-            )
+        repairs, running = ([i.name for i in interventions] for interventions in (self._repairs, self._running))
+        averages = dict.fromkeys(weight_averages(trainer), repairs + running)
+        averages |= {remedy.name: repairs for remedy in self._running if isinstance(remedy, HareTortoise)}
+        for average, replacing in averages.items():
+            if replacing:
+                rank_zero_warn(
+                    f"{average} averages weights over training steps, and {' and '.join(replacing)} changes weights "
+                    "between two of them: what is replaced while it averages keeps a share in the average, which the "
+                    "module is given later. Leave out one of the two",
+                    category=PlasticityWarning,
+                )
         self._ready = []
+        self._ready_for.clear()
         self._backward_passes, self._steps_taken = 0, 0
-        self._backward_passes_seen.clear()
-        for optimizer in trainer.optimizers if self._running else []:
-            self._handles.append(optimizer.register_step_post_hook(self._count_step))
+        self._met_before_step = self._said_left_out = False
+        by_hand = not trainer.lightning_module.automatic_optimization
+        self._hears_steps = bool(self._running or (self._regularizers and by_hand))
+        self.follow(trainer.optimizers)
 
     def end_fit(self) -> None:
         """Leaves nothing in the module and the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.follow([])
         for intervention in self._all:
             try:
                 intervention.stop()
             except Exception as error:  # another error, or the end of the run, is not to be hidden by it
-                self._failures.add(intervention.name, f"{intervention.name} could not be stopped", error)
+                self._fail(intervention, "could not be stopped", error)
+
+    def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """A batch begins, to be trained on by these optimizers: there may be new ones since the last."""
+        if [*self._backward_passes_seen] == optimizers:
+            return
+        for gone in self._handles.keys() - optimizers:
+            self._handles.pop(gone).remove()
+        for optimizer in optimizers:
+            self._hear(optimizer)
+        seen = self._backward_passes_seen
+        self._backward_passes_seen = {o: seen.get(o, self._backward_passes) for o in optimizers}
 
     def rehearse(self, at: BatchInFlight) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
         with untouched_schedules(at.trainer):
             for repair in self._repairs:
-                repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=torch.Generator().manual_seed(0))
+                generator = torch.Generator().manual_seed(0)
+                _report_of(repair, repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=generator))
+
+    def outgrown(self, trainer: Trainer) -> bool:
+        """Whether something is trained that was not there, or frozen, whenever they started in this fit.
+
+        What is frozen and trained in turn is new once only.
+        """
+        return bool(self._running or self._regularizers) and not _trained(trainer) <= self._ready_for
 
     def start(self, at: BatchInFlight) -> None:
-        """Gets what runs along ready: before the first batch of every fit and of every task."""
+        """Gets what runs along ready: before the first batch of every fit and task, and where :meth:`outgrown`."""
         self._ready = []
+        self._ready_for |= _trained(at.trainer)
         for intervention in self._all:
             if isinstance(intervention, Repair):
                 continue
@@ -123,9 +164,7 @@ class Remedies:
             except Exception as error:
                 if not self._have_worked:
                     raise_own(error)
-                self._failures.add(
-                    intervention.name, f"{intervention.name} could not get ready for this task and rests", error
-                )
+                self._fail(intervention, "could not get ready for this task and rests", error)
                 _even_out([intervention])
         self._have_worked = self._have_worked or self._rehearse_regularizers(at)
 
@@ -137,6 +176,12 @@ class Remedies:
             if (repair.when == "collapse" and collapsed) or (repair.when == "task" and task > 0)
         ]
         return self._repair(at, due, step, seed=1000 * task)
+
+    def before_backward(self) -> None:
+        """Gradients are about to be added to. Passes whose gradients were dropped, without a step, do not count."""
+        for optimizer in self._backward_passes_seen if self._regularizers else ():
+            if not _have_gradients(p for group in optimizer.param_groups for p in group["params"]):
+                self._backward_passes_seen[optimizer] = self._backward_passes
 
     def after_backward(self) -> None:
         """Gradients were added to."""
@@ -153,20 +198,24 @@ class Remedies:
         Returns:
             The value of each term.
         """
+        self._hear(optimizer)
         if not self._regularizers:
             return {}
-        passes = self._backward_passes - self._backward_passes_seen[id(optimizer)]
-        self._backward_passes_seen[id(optimizer)] = self._backward_passes
-        regularizers = [regularizer for regularizer in self._regularizers if regularizer in self._ready]
-        if not regularizers or not passes:  # no loss at all, or an epoch that only updates batch norms
+        self._met_before_step = True
+        # One that was made within this batch has seen all but its pass.
+        passes = self._backward_passes - self._backward_passes_seen.get(optimizer, self._backward_passes - 1)
+        self._backward_passes_seen[optimizer] = self._backward_passes
+        regularizers = [ready for ready in self._ready if isinstance(ready, Regularizer)]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not module.automatic_optimization and not self._backward_passes:
+            passes = 1  # by loss.backward() rather than manual_backward: nobody is told of those
+        # No loss at all, an epoch that only updates batch norms, all frozen, or no optimizer at all.
+        if not (regularizers and passes and _have_gradients(parameters)):
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if not parameters:  # all frozen, or no optimizer at all
-            return {}
         terms: dict[str, Tensor] = {}
         totals: list[Tensor | None] = [None] * len(parameters)
-        failed: dict[Regularizer, Exception] = {}
+        failed: list[tuple[Regularizer, Exception]] = []
         try:
             with whole(module) as wholes:
                 of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
@@ -175,18 +224,17 @@ class Remedies:
                         with all_or_none():
                             term, gradients = _term_and_gradients(regularizer, module, of_wholes)
                     except Exception as error:
-                        failed[regularizer] = error
+                        failed.append((regularizer, error))
                         continue
-                    terms[f"{regularizer.name}/penalty"] = term.detach()
+                    terms[f"{self._name(regularizer)}/penalty"] = term.detach()
                     totals = [_sum(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
         except Exception as error:  # no weights to take a term of
-            failed = dict.fromkeys(regularizers, error)
-        for regularizer, reason in failed.items():
+            failed = [(regularizer, error) for regularizer in regularizers]
+        for regularizer, reason in failed:
             if not self._have_worked:
                 raise_own(reason)
-            what = f"{regularizer.name} failed and was left out of this step"
-            self._failures.add(regularizer.name, what, reason)
-        _even_out([*failed])
+            self._fail(regularizer, "failed and was left out of this step", reason)
+        _even_out([regularizer for regularizer, _ in failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
         for parameter, gradient in zip(parameters, totals, strict=True):
@@ -195,6 +243,8 @@ class Remedies:
             share_of_gradient = sharded_like(parameter, gradient.detach())
             if parameter.grad is None:
                 parameter.grad = (factor * share_of_gradient).to(parameter.dtype)
+            elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True): nothing dense can be added in place
+                parameter.grad = (factor * share_of_gradient + parameter.grad).to(parameter.dtype)
             else:
                 parameter.grad.add_(share_of_gradient, alpha=factor)
         return terms
@@ -215,11 +265,11 @@ class Remedies:
         numbers: dict[str, float] = {}
         if self._steps_taken:
             self._steps_taken = 0
-            for remedy in (remedy for remedy in self._running if remedy in self._ready):
+            for remedy in (ready for ready in self._ready if isinstance(ready, RunningRemedy)):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
                 if report is not None and report.units:
-                    numbers[f"{remedy.name}/units"] = float(sum(len(units) for units in report.units.values()))
+                    numbers[f"{self._name(remedy)}/units"] = float(sum(len(units) for units in report.units.values()))
         due = [
             number
             for number, repair in enumerate(self._repairs)
@@ -271,29 +321,83 @@ class Remedies:
             act = partial(repair.repair, at.module, optimizers=at.trainer.optimizers, loss=at.loss, generator=generator)
             report = self._survived(repair, at, act)
             if report is not None:
-                reports.append(dataclasses.replace(report, step=step))
+                reports.append(dataclasses.replace(report, name=self._name(repair), step=step))
         return reports
+
+    def _name(self, intervention: Intervention) -> str:
+        """Its name in logs and reports: numbered from the second of a name on."""
+        alike = [other for other in self._all if other.name == intervention.name]
+        number = next(number for number, other in enumerate(alike, start=1) if other is intervention)
+        return intervention.name if number == 1 else f"{intervention.name}_{number}"
+
+    def _fail(self, intervention: Intervention, what: str, error: Exception | str) -> None:
+        name = self._name(intervention)
+        self._failures.add(name, f"{name} {what}", error)
+
+    def _hear(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._hears_steps and optimizer not in self._handles:
+            self._handles[optimizer] = optimizer.register_step_post_hook(self._count_step)
 
     def _count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.
         skipped: Any = getattr(optimizer, "found_inf", None)
         if skipped is None or not bool(skipped):
             self._steps_taken += 1
+        if self._regularizers and not self._met_before_step and not self._said_left_out:
+            self._said_left_out = True
+            reason = (
+                f"{type(optimizer).__name__} was stepped without Lightning, as with use_pl_optimizer=False: step what "
+                "self.optimizers() returns"
+            )
+            for regularizer in self._regularizers:
+                self._fail(regularizer, "is left out of steps", reason)
+        self._met_before_step = False
 
     def _survived(
         self,
         intervention: Intervention,
         at: BatchInFlight,
-        act: Callable[..., RepairReport | None],
+        act: Callable[..., object],
         weights: Sequence[Tensor] = (),
     ) -> RepairReport | None:
         try:
             with all_or_none(), untouched_schedules(at.trainer):
-                return act(forward=at.loss, make_copy=at.copy)
+                return _report_of(intervention, act(forward=at.loss, make_copy=at.copy))
         except Exception as error:
-            self._failures.add(intervention.name, f"{intervention.name} failed and changed nothing", error)
+            self._fail(intervention, "failed and changed nothing", error)
             _even_out([intervention], weights)
             return None
+
+
+def _trained(trainer: Trainer) -> set[_Trained]:
+    parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
+
+
+def _have_gradients(parameters: Iterable[Tensor]) -> bool:
+    return any(parameter.grad is not None for parameter in parameters)
+
+
+def _check_signature(remedy: RunningRemedy) -> None:
+    signature = inspect.signature(remedy.after_step)
+    try:
+        signature.bind(None, [], forward=None, make_copy=None)
+    except TypeError as error:
+        raise TypeError(
+            f"{remedy.name}.after_step{signature} must take (model, optimizers, *, forward, make_copy): {error}"
+        ) from error
+
+
+def _report_of(intervention: Intervention, returned: object) -> RepairReport | None:
+    """What an intervention has returned, if it is what it has to return: others' code is not checked before it runs."""
+    if isinstance(returned, RepairReport):
+        return returned
+    if isinstance(intervention, Repair):
+        raise TypeError(f"{intervention.name}.repair must return a RepairReport, not {type(returned).__name__}")
+    if returned is not None:
+        kind = type(returned).__name__
+        raise TypeError(f"{intervention.name}.after_step must return a RepairReport or None, not {kind}")
+    return None
 
 
 def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
@@ -316,7 +420,10 @@ def _term_and_gradients(
     regularizer: Regularizer, module: LightningModule, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
-        term = regularizer.penalty(module)
+        term: object = regularizer.penalty(module)
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            kind = f"one of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {kind}")
         if not term.requires_grad:  # all that it is about is frozen
             return term, [None] * len(parameters)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(term, parameters, allow_unused=True)

@@ -1,6 +1,7 @@
 """Whatever goes wrong beside the training, training goes on, and the report says what was missed."""
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
@@ -37,6 +38,7 @@ from lightning_plasticity.interventions import (
     ReDo,
     Regularizer,
     Reset,
+    RunningRemedy,
     SelfNormalizedReset,
     ShrinkPerturb,
     SpectralRegularizer,
@@ -409,6 +411,21 @@ class Failing(Still):
         raise KeyError("encoder.weight")
 
 
+class Number(Still):
+    def penalty(self, model: nn.Module) -> Any:
+        return super().penalty(model).item()
+
+
+class Vector(Still):
+    def penalty(self, model: nn.Module) -> Tensor:
+        return torch.stack([parameter.square().sum() for parameter in model.parameters()])
+
+
+class Counted(Reset):
+    def repair(self, model: nn.Module, **_: Any) -> Any:
+        return 5
+
+
 @pytest.mark.filterwarnings("ignore:task 0. learnable fraction")  # the collapse that would be repaired
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -420,6 +437,9 @@ class Failing(Still):
         ({"interventions": [ShrinkPerturb(), L2ER()]}, "there are no hidden features"),
         ({"interventions": [ShrinkPerturb(), NotFinite()]}, "a gradient is not finite"),
         ({"interventions": [ShrinkPerturb(), Failing()]}, "encoder.weight"),
+        ({"interventions": [ShrinkPerturb(), Number()]}, "Number.penalty must return a scalar tensor, not float"),
+        ({"interventions": [Vector()]}, r"Vector.penalty must return a scalar tensor, not one of shape \(2,\)"),
+        ({"interventions": [ShrinkPerturb(), Counted()]}, "Counted.repair must return a RepairReport, not int"),
         ({"interventions": [ShrinkPerturb()], "loss_fn": Sometimes(ValueError("no luck"), fails=True)}, "no luck"),
         (
             {"interventions": [ShrinkPerturb()], "monitor": PlasticityMonitor(layers=["encoder"])},
@@ -432,7 +452,7 @@ def test_what_cannot_work_is_an_error_at_the_first_probe_before_any_weight_has_c
 ) -> None:
     callback, module = SpectralCollapseCallback(**{"collapse": ALWAYS, **arguments}), NoUnits()
     before = weights(module)
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError, TypeError), match=message):
         trainer(callback).fit(module, loader())
     assert torch.equal(weights(module), before), "not even by the repair that could work"
     assert callback.history == []
@@ -512,6 +532,55 @@ def test_a_regularizer_that_fails_leaves_the_others_in_the_step() -> None:
         ends.append(weights(module))
     assert torch.equal(*ends)
     assert callback.history[0].errors == {"Flaky": "ArithmeticError: out of range"}
+
+
+@pytest.mark.parametrize("returned", [3, True, {"units": 1}], ids=["int", "bool", "dict"])
+def test_a_running_remedy_that_returns_no_report_does_not_end_training(returned: object) -> None:
+    class Wrong(RunningRemedy):
+        def after_step(self, *_: Any, **__: Any) -> Any:
+            return returned
+
+    ends = []
+    for interventions in ([], [Wrong()]):
+        torch.manual_seed(0)
+        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
+        said = f"Wrong.after_step must return a RepairReport or None, not {type(returned).__name__}"
+        with pytest.warns(PlasticityWarning, match=said) if interventions else contextlib.nullcontext():
+            trainer(callback).fit(module, loader())
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+    assert callback.history[0].errors == {"Wrong": f"TypeError: {said}"}
+
+
+def test_a_running_remedy_that_cannot_be_called_is_refused() -> None:
+    class Narrow(RunningRemedy):
+        def after_step(self, model: nn.Module, optimizers: Any) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(TypeError, match=r"Narrow.after_step\(model.* must take \(model, optimizers, \*, forw"):
+        SpectralCollapseCallback(interventions=[Narrow()])
+
+
+def test_regularizers_that_are_equal_or_without_a_hash_are_told_apart() -> None:
+    @dataclasses.dataclass
+    class Term(Regularizer):
+        coefficient: float = 0.3
+        fails: bool = False
+        calls: int = dataclasses.field(default=0, compare=False)
+
+        def penalty(self, model: nn.Module) -> Tensor:
+            self.calls += 1
+            if self.fails and self.calls == 3:
+                raise ArithmeticError("out of range")
+            return self.coefficient * model.net[0].weight.square().sum()
+
+    ends = []
+    for others in ([], [Term(0.0, fails=True)]):
+        torch.manual_seed(0)
+        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=[*others, Term()])
+        with pytest.warns(PlasticityWarning, match="Term failed and was") if others else contextlib.nullcontext():
+            trainer(callback).fit(module, loader(batches=4))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
 
 
 def test_a_regularizer_of_what_is_frozen_adds_nothing_as_a_term_in_the_loss() -> None:

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
+from lightning_plasticity.interventions import L2Init
 from lightning_plasticity.plots import LOG_EIGENVALUE_EDGES, plot_history
-from tests.modules import Classifier, loader, trainer
+from tests.modules import Classifier, MemoryLogger, loader, trainer
 
 GGN = [diagnostic.name for diagnostic in diagnostics_of(["ggn"])]
 NAMES = {*GGN, *(f"{name}_vs_initial" for name in GGN), "probe_loss", "collapsed", "probe_failed"}
@@ -112,6 +113,20 @@ def test_every_logger_gets_the_numbers(tmp_path: Path) -> None:
         column = header.index("plasticity_by_task/learnable_fraction")
         logged = [float(row[column]) for row in rows if row[column]]
         assert logged == pytest.approx([report.metrics["learnable_fraction"] for report in callback.history])
+
+
+def test_what_a_logger_does_with_its_numbers_is_nothing_to_the_others() -> None:
+    class Consuming(MemoryLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            super().log_metrics(metrics, step)
+            metrics.clear()
+
+    loggers = [Consuming(), Consuming(), MemoryLogger()]
+    callback = SpectralCollapseCallback(monitor_every_n_steps=1, interventions=[L2Init()])
+    trainer(callback, logger=loggers).fit(Classifier(), loader())
+    assert loggers[0].rows == loggers[1].rows == loggers[2].rows
+    assert len(loggers[0].values("plasticity_training/dormant_fraction")) == 3
+    assert len(loggers[0].values("plasticity_training/L2Init/penalty")) == 3
 
 
 def test_a_logger_that_fails_does_not_end_the_run() -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,6 +71,60 @@ class ByFusedAdam(Regularized):
         return torch.optim.Adam(self.parameters(), lr=1e-2, fused=True)
 
 
+class BySparseGradients(BySGD):
+    """An embedding whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = (4 * batch[0][:, 0].abs()).long().clamp(max=9)
+        return super().training_step((self.embedding(tokens), batch[1]), batch_idx)
+
+
+class ByLossBackward(BySGD):
+    """Manual optimization of which Lightning is not told when gradients are added to."""
+
+    use_pl_optimizer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers(use_pl_optimizer=self.use_pl_optimizer)
+        optimizer.zero_grad()
+        if loss is not None:
+            loss.backward()
+        optimizer.step()
+
+
+class Skipping(BySGD):
+    """Trains on every other batch, as by Lightning's own example of ``optimizer_step``."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class AccumulatingItself(Skipping):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class WithNewOptimizers(BySGD):
+    """Each epoch is trained by a new optimizer."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
 def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
@@ -81,6 +137,11 @@ def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
         pytest.param(BySGD, {"accumulate_grad_batches": 3}, id="accumulation with a short last window"),
         pytest.param(BySGD, "scaler", id="fp16"),
         pytest.param(ByFusedAdam, "scaler", id="fp16 and a fused optimizer"),
+        pytest.param(BySparseGradients, {}, id="sparse gradients"),
+        pytest.param(ByLossBackward, {}, id="loss.backward()"),
+        pytest.param(Skipping, {}, id="gradients that are dropped"),
+        pytest.param(AccumulatingItself, {}, id="gradients that are kept"),
+        pytest.param(WithNewOptimizers, {}, id="new optimizers"),
     ],
 )
 def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[Regularized], options: Any) -> None:
@@ -112,6 +173,22 @@ def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path
     penalties = logger.values("plasticity_training/Quartic/penalty")
     assert list(penalties) == [1, 3, 5]
     assert 0 < penalties[1] != first
+
+
+def test_several_of_a_kind_are_numbered_in_logs_and_reports() -> None:
+    logger, remedies = MemoryLogger(), [Counting(), Counting(fails=[2])]
+    repairs = [Noting(2), Noting(3)]
+    terms = [Quartic(0.1), Quartic(0.2)]
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[*terms, *remedies, *repairs])
+    with pytest.warns(PlasticityWarning, match="Counting_2 failed and changed nothing, training goes on: no luck"):
+        trainer(callback, logger=logger).fit(Classifier(), loader(batches=3))
+    first, second = (logger.values(f"plasticity_training/{name}/penalty") for name in ("Quartic", "Quartic_2"))
+    assert second == pytest.approx({step: 2 * value for step, value in first.items()})
+    assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3}
+    assert logger.values("plasticity_training/Counting_2/units") == {1: 1, 3: 3}
+    report = callback.history[0]
+    assert report.errors == {"Counting_2": "ValueError: no luck"}
+    assert [(repair.name, repair.step) for repair in report.repairs] == [("Noting", 2), ("Noting_2", 3)]
 
 
 class NotFinite(Regularizer):
@@ -220,6 +297,121 @@ def test_steps_that_a_fused_optimizer_skips_are_none() -> None:
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
     trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
     assert remedy.steps == 3
+
+
+class RawOptimizer(ByLossBackward):
+    use_pl_optimizer = False
+
+
+def test_a_regularizer_that_is_never_asked_says_so_once_and_running_remedies_act() -> None:
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1), remedy], loss_fn=cross_entropy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=2).fit(RawOptimizer(), loader())
+    said = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
+    expected = "SGD was stepped without Lightning, as with use_pl_optimizer=False: step what self.optimizers() returns"
+    assert said == [f"Quartic is left out of steps, training goes on: {expected}"]
+    assert callback.history[0].errors == {"Quartic": expected}
+    assert remedy.steps == 6
+
+
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_batch_start"])
+def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
+    class Renewing(Classifier):
+        renewals = 0
+
+    def renew(self: Renewing, *_: Any) -> None:
+        self.renewals += 1
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    setattr(Renewing, when, renew)
+    remedy, module = Counting(), Renewing()
+    fitted = trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), max_epochs=2)
+    fitted.fit(module, loader(batches=3))
+    assert remedy.steps == 6
+    assert module.renewals > 1
+    assert not fitted.optimizers[0]._optimizer_step_post_hooks
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the head alone, and all of it from the third epoch on."""
+
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
+
+
+class OfWhatIsTrained(BySGD):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Growing(BySGD):
+    """Gets another class in the middle of a task."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            self.net[2] = nn.Linear(8, 4)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+IN_THE_MIDDLE = pytest.mark.parametrize(
+    ("kind", "others"),
+    [pytest.param(OfWhatIsTrained, [Unfreezing()], id="unfrozen"), pytest.param(Growing, [], id="grown")],
+)
+
+
+class FromTheirBeginning(Callback):
+    """Starts a term before anything is trained: what it remembers already stays."""
+
+    def __init__(self, term: Regularizer) -> None:
+        self.term = term
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.term.start(module)
+
+
+@IN_THE_MIDDLE
+def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_the_term(
+    kind: type[Regularized], others: list[Callback]
+) -> None:
+    ends, callback = [], SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init(0.1)], loss_fn=cross_entropy)
+    for term in (None, L2Init(0.1)):
+        torch.manual_seed(0)
+        module = kind()
+        module.term = term
+        hand = [callback] if term is None else [FromTheirBeginning(term)]
+        trainer(*copy.deepcopy(others), *hand, max_epochs=4).fit(module, loader())
+        ends.append(weights(module))
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6
+    assert [report.errors for report in callback.history] == [{}]
+
+
+@IN_THE_MIDDLE
+@pytest.mark.parametrize(
+    "make", [WassersteinInit, lambda: HareTortoise(0.9, 3), NormalizeAndProject, SoftShrinkPerturb]
+)
+def test_remedies_take_up_what_is_trained_only_from_the_middle_of_a_task(
+    make: Callable[[], Intervention], kind: type[Regularized], others: list[Callback]
+) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[make()])
+    trainer(callback, *copy.deepcopy(others), max_epochs=4).fit(kind(), loader())
+    assert [report.errors for report in callback.history] == [{}]
+
+
+def test_remedies_start_again_only_for_what_is_new() -> None:
+    class InTurn(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+
+    remedy, module = Counting(), InTurn()
+    module.net[0].requires_grad_(False)
+    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])).fit(module, loader(batches=8))
+    assert remedy.events.count("start") == 2
 
 
 @pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
@@ -457,6 +649,7 @@ def everything() -> list[Intervention]:
     return [kind() for kind in remedies if kind not in (Intervention, RunningRemedy)]
 
 
+@pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)

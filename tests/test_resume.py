@@ -1,9 +1,11 @@
 """A run that is killed and resumed from its last checkpoint ends as if nothing had happened, to the last bit."""
 
+import contextlib
 import random
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,13 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_plasticity import SpectralCollapseCallback
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
 from tests.killed_run import BATCHES, run
 from tests.modules import Classifier, loader, tasks_seen, trainer
 from tests.processes import fork_server
+
+NEVER = Collapse(below=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +192,63 @@ def test_a_checkpoint_from_before_the_callback_begins_with_a_task(tmp_path: Path
     callback = SpectralCollapseCallback()
     trainer(callback, max_epochs=2).fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
     assert [task for task, _, _ in tasks_seen(callback)] == [0]
+
+
+class Saving(Callback):
+    """Saves a checkpoint at the end of every batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.saved = path, 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path / f"{trainer.global_step}.ckpt")
+        self.saved += 1
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_checkpoint_of_before_the_end_of_a_batch_is_warned_of_once(tmp_path: Path, first: bool) -> None:
+    callback, saving = SpectralCollapseCallback(collapse=NEVER), Saving(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            trainer(*([saving, callback] if first else [callback, saving])).fit(Classifier(), loader())
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, PlasticityWarning)]
+    assert saving.saved == 6
+    assert len(said) == 2 * first
+    assert all("List the callback that saves it after SpectralCollapseCallback" in message for message in said)
+    last = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    assert last["callbacks"]["SpectralCollapseCallback"]["steps"] == (5 if first else 6)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create")
+def test_no_other_checkpoint_is_warned_of(tmp_path: Path) -> None:
+    class Always(Callback):
+        """Saves a checkpoint whenever there is no step that nobody has seen yet."""
+
+        def save(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "any.ckpt")
+
+        on_fit_start = on_train_start = on_train_epoch_start = on_train_batch_start = on_before_zero_grad = save
+        on_validation_end = on_train_epoch_end = on_train_end = on_fit_end = on_exception = save
+
+    class Validated(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    class Interrupted(Validated):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.current_epoch == 1 and batch_idx == 1:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    callback = SpectralCollapseCallback(
+        collapse=NEVER, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
+    )
+    for number, module in enumerate([Validated(), Interrupted(), Validated()]):
+        checkpoints = ModelCheckpoint(tmp_path / f"{number}", every_n_train_steps=1, save_top_k=-1)
+        fitted = trainer(Always(), checkpoints, callback, max_epochs=2, enable_checkpointing=True, val_check_interval=1)
+        broken = pytest.raises(RuntimeError, match="out of luck")
+        with broken if isinstance(module, Interrupted) else contextlib.nullcontext():
+            fitted.fit(module, loader(), DataLoader(loader().dataset, batch_size=4))
+        fitted.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(Always(), SpectralCollapseCallback(collapse=NEVER), max_epochs=3)
+    resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")

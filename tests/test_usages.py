@@ -1,5 +1,6 @@
 """In every way to use Lightning: remedies in the training loop equal the same written into it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from lightning_plasticity import Collapse, HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import (
     ContinualBackprop,
+    HareTortoise,
     Intervention,
     L2Init,
     ReDo,
     Repair,
     Reset,
     ShrinkPerturb,
+    SoftShrinkPerturb,
 )
 from lightning_plasticity.training_loss import BatchInFlight
 from tests.modules import Classifier, loader, trainer
@@ -134,6 +137,25 @@ def test_averages_that_would_keep_what_is_replaced_are_warned_of(
     fitted = trainer(by_callback(PLAIN, L2Init(), intervention), *averages())
     with pytest.warns(PlasticityWarning, match=expected):
         fitted.fit(Classifier(), loader())
+
+
+def test_so_is_a_remedy_that_averages_and_drags_back_what_is_repaired() -> None:
+    ends = []
+    for others in ([], [HareTortoise(decay=0.5, every_n_steps=4)]):
+        torch.manual_seed(0)
+        module = Classifier(lr=0)
+        before = module.net[2].weight.detach().clone()
+        fitted = trainer(by_callback(PLAIN, Reset(["net.2"], when=3), *others))
+        expected = "^HareTortoise averages weights over training steps, and Reset changes weights between"
+        with pytest.warns(PlasticityWarning, match=expected) if others else contextlib.nullcontext():
+            fitted.fit(module, loader(batches=4))
+        ends.append(module.net[2].weight.detach() - before)
+    assert ends[0].abs().max() > 0
+    torch.testing.assert_close(ends[1], ends[0] / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_remedy_that_averages_gets_along_with_those_that_run_along() -> None:
+    trainer(by_callback(PLAIN, HareTortoise(), L2Init(), SoftShrinkPerturb())).fit(Classifier(), loader())
 
 
 @pytest.mark.parametrize("averages", [weight_averages, swa])
