@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,20 +178,40 @@ def _nothing(*_: object, **__: object) -> None:
 
 @contextlib.contextmanager
 def untouched_schedules(trainer: Trainer) -> Iterator[None]:
-    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
+    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones.
+
+    They stay the objects that they are, and so does what they hold: others may hold it too.
+    """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    rates = [value for setting in settings for value in setting.values() if isinstance(value, Tensor)]
+    values = [rate.detach().clone() for rate in rates]  # which schedulers change in place
     stepped = _with_those_inside(schedulers(trainer))
-    # A scheduler that holds another one has it in its state, and with it the optimizer, of which there must be no copy.
-    kept = {id(value): value for value in (*stepped, *trainer.optimizers, *trainer.lightning_module.modules())}
-    states = [copy.deepcopy(scheduler.state_dict(), dict(kept)) for scheduler in stepped]
+    functions = [function for scheduler in stepped for function in getattr(scheduler, "lr_lambdas", ())]
+    kept = [_Kept(vars(one)) for one in (*stepped, *functions) if isinstance(getattr(one, "__dict__", None), dict)]
     try:
         yield
     finally:
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
-        for scheduler, state in zip(stepped, states, strict=True):
-            scheduler.load_state_dict(state)
+        with torch.no_grad():
+            for rate, value in zip(rates, values, strict=True):
+                rate.copy_(value)
+        for one in kept:
+            one.put_back()
+
+
+class _Kept:
+    """The attributes of an object, and what is in their lists and dicts, to be put back into the same ones."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        held = [value for value in attributes.values() if isinstance(value, dict | list)]
+        self._contents = [(value, value.copy()) for value in (attributes, *held)]
+
+    def put_back(self) -> None:
+        for value, content in self._contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def _with_those_inside(given: Sequence[Any]) -> list[Any]:
