@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,13 +56,35 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
     )
 
 
+class _QuietLogger(DummyLogger):
+    """A logger as a probed copy sees it: it tells where it writes, and writes nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("name", "version", "save_dir", "root_dir", "log_dir"):
+            return getattr(self._logger, name)
+        return super().__getattribute__(name)
+
+
 class _QuietTrainer:
-    """The Trainer as a probed copy sees it: everything but the loggers, and what is set on it is forgotten."""
+    """The Trainer as a probed copy sees it: everything but loggers and module; what is set on it is forgotten."""
+
+    module: Callable[[], LightningModule | None]
+    """The copy, not kept alive: it would be until Python looks for cycles, on a GPU maybe too late."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self.logger = DummyLogger()
-        self.loggers = [self.logger]
+        self.loggers = [_QuietLogger(logger) for logger in trainer.loggers]
+        self.logger = self.loggers[0] if self.loggers else None
+
+    @property
+    def lightning_module(self) -> LightningModule | None:
+        return self.module()
+
+    model = lightning_module
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling ask for what is not there
@@ -90,7 +113,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
         if value is trainer:
             return quiet
         if is_lightning(value, Logger):  # type: ignore[type-abstract]
-            return quiet.logger
+            return _QuietLogger(value)
         if is_lightning(value, *_SHARED) or is_device_mesh(value) or any(value is method for method in compiled):
             return value
         return None
@@ -103,6 +126,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
             f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module or "
             f"give it a __deepcopy__{otherwise if error.can_be_shared else ''}"
         ) from error
+    quiet.module = weakref.ref(result)
     for part in result.modules():
         if is_lightning(part, LightningModule):
             for name in compiled_methods(part):
@@ -154,15 +178,19 @@ class BatchInFlight:
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
-        with _attributes_put_back(module):
+        with _put_back(module):
             return (self.loss_fn or training_loss)(module, copied(batch))
 
 
 @contextlib.contextmanager
-def _attributes_put_back(module: LightningModule) -> Iterator[None]:
-    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one."""
+def _put_back(module: LightningModule) -> Iterator[None]:
+    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one.
+
+    And what is drawn from the random numbers of loaders, which are those of the original.
+    """
     parts = list(module.modules())
     before = [dict(vars(part)) for part in parts]
+    states = [(generator, generator.get_state()) for loader in _loaders(before) for generator in _generators(loader)]
     try:
         yield
     finally:
@@ -170,6 +198,23 @@ def _attributes_put_back(module: LightningModule) -> Iterator[None]:
             for name in vars(part).keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _loaders(attributes: Sequence[dict[str, Any]]) -> Iterator[DataLoader[Any]]:
+    """Those that are attributes, or in a list or dict that is one."""
+    for value in (value for own in attributes for value in own.values()):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (item for item in items if isinstance(item, DataLoader))
+
+
+def _generators(loader: DataLoader[Any]) -> Iterator[torch.Generator]:
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    for owner in (loader, loader.sampler, loader.batch_sampler, inner):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_plasticity import Collapse, HessianProbe, PlasticityMonitor, PyHessianProbe, SpectralCollapseCallback
 from lightning_plasticity.interventions import DASH, ContinualBackprop, EffectiveRankRegularizer, ReDo, Reset
+from tests.modules import Classifier, loader, trainer
 from tests.usages import NETS, PLAIN, USAGES, Busy, Usage, convolutional, gru, mlp, transformer
 
 NEVER = Collapse(below=1e-9)
@@ -259,6 +263,74 @@ def test_a_batch_that_training_changes_in_place_is_changed_once(probe: HessianPr
     with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
     assert all(report.errors == {} for report in callback.history)
     check_identical(with_callback, without, callback)
+
+
+class ThroughTheTrainer(Busy):
+    """Knows itself by another way than ``self``."""
+
+    def take_notes(self, *noted: Tensor) -> None:
+        super().take_notes(*noted)
+        self.trainer.lightning_module.steps_seen += 1
+        self.trainer.model.noise.append(0.0)
+
+
+class Rehearsing(Busy):
+    """Draws samples to rehearse from loaders of its own, with random numbers of their own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        past = TensorDataset(torch.randn(9, 1, 6, 6), torch.randint(3, (9,)))
+        own = torch.Generator().manual_seed(7)
+        self.memory = {"past": DataLoader(past, batch_size=4, shuffle=True, generator=own)}
+        sampler = RandomSampler(past, generator=torch.Generator().manual_seed(8))
+        self.more = DataLoader(past, batch_sampler=BatchSampler(sampler, 4, drop_last=False))
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
+        loaders = (self.memory["past"], self.more)
+        x, y = zip(batch, *(next(iter(one)) for one in loaders), strict=True)
+        return torch.cat(x), torch.cat(y)
+
+
+@pytest.mark.parametrize("module", [ThroughTheTrainer, Rehearsing])
+def test_what_a_module_reaches_by_detours_is_not_disturbed(module: type[Busy]) -> None:
+    usage, callback = Usage("by detours", module=module), SpectralCollapseCallback(collapse=NEVER)
+    without = run(usage=usage, make_net=mlp)
+    with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
+    check_identical(with_callback, without, callback)
+
+
+class Recording(Callback):
+    """Logs by itself whenever a layer runs."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        self.logger = trainer.logger
+        self.handle = module.net.register_forward_hook(self.record)
+
+    def record(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.logger.log_metrics({"mean": output.mean().item()}, step=0)
+
+    def on_fit_end(self, *_: Any) -> None:
+        self.handle.remove()
+
+
+def test_a_helper_with_a_hook_on_the_network_has_no_copy_that_logs(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"logger": TensorBoardLogger(tmp_path)}
+    trainer(Recording(), SpectralCollapseCallback(), **options).fit(Classifier(), loader())
+    assert len(list(tmp_path.rglob("events.out.*"))) == 1
+
+
+def test_a_training_step_learns_where_its_logger_writes(tmp_path: Path) -> None:
+    class Drawing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            places.append([getattr(logger, name) for logger in (self.logger, self.loggers[1]) for name in names])
+            return super().training_step(batch, batch_idx)
+
+    names, places = ("name", "version", "save_dir", "root_dir", "log_dir"), []
+    loggers = [CSVLogger(tmp_path / "one", version=3), CSVLogger(tmp_path / "other", "twice")]
+    expected = [getattr(logger, name) for logger in loggers for name in names]
+    trainer(SpectralCollapseCallback(), logger=loggers).fit(Drawing(), loader(batches=1))
+    assert len(places) > 1
+    assert all(place == expected for place in places)
 
 
 @pytest.mark.parametrize("usage", [usage for usage in USAGES if "compiled" in usage.name], ids=lambda usage: usage.name)
