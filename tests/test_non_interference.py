@@ -291,9 +291,71 @@ class Rehearsing(Busy):
         return torch.cat(x), torch.cat(y)
 
 
-@pytest.mark.parametrize("module", [ThroughTheTrainer, Rehearsing])
-def test_what_a_module_reaches_by_detours_is_not_disturbed(module: type[Busy]) -> None:
-    usage, callback = Usage("by detours", module=module), SpectralCollapseCallback(collapse=NEVER)
+class Teacher(nn.Linear):
+    """There is one of it."""
+
+    def __deepcopy__(self, memo: Any) -> "Teacher":
+        return self
+
+
+class Taught(Busy):
+    """Has a teacher that changes while it learns, and that its copies share."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.teacher = Teacher(36, 3).requires_grad_(False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) + self.teacher(x.flatten(1))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.teacher.weight += 0.1
+
+
+class Shaped(Busy):
+    """Has buffers that are neither compared nor written to like others."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.register_buffer("scale", torch.ones(1, 3).expand(8, 3), persistent=False)
+        self.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
+        with torch.inference_mode():
+            self.register_buffer("constant", torch.ones(6), persistent=False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x * self.constant)
+        return torch.sparse.mm(self.adjacency, (logits * self.scale[: len(x)]).T).T
+
+
+class LowRank(nn.Module):
+    """A frozen matrix and a trained one of rank 1, which is merged into it in evaluation mode, as loralib does."""
+
+    merged = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 36) / 6, requires_grad=False)
+        self.a, self.b = nn.Parameter(torch.randn(1, 36) / 6), nn.Parameter(torch.randn(3, 1))
+
+    def train(self, mode: bool = True) -> "LowRank":
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.b @ self.a
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.merged else x @ (self.weight + self.b @ self.a).T
+
+
+class Merging(Busy):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), LowRank()))
+
+
+@pytest.mark.parametrize("module", [ThroughTheTrainer, Rehearsing, Taught, Shaped, Merging])
+def test_modules_that_are_special_are_not_disturbed(module: type[Busy]) -> None:
+    usage, callback = Usage("special", module=module), SpectralCollapseCallback(collapse=NEVER)
     without = run(usage=usage, make_net=mlp)
     with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
     check_identical(with_callback, without, callback)
