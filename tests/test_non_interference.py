@@ -353,9 +353,10 @@ class Merging(Busy):
         super().__init__(nn.Sequential(nn.Flatten(), LowRank()))
 
 
+@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
 @pytest.mark.parametrize("module", [ThroughTheTrainer, Rehearsing, Taught, Shaped, Merging])
-def test_modules_that_are_special_are_not_disturbed(module: type[Busy]) -> None:
-    usage, callback = Usage("special", module=module), SpectralCollapseCallback(collapse=NEVER)
+def test_modules_that_are_special_are_not_disturbed(module: type[Busy], probe: HessianProbe | None) -> None:
+    usage, callback = Usage("special", module=module), SpectralCollapseCallback(probe, collapse=NEVER)
     without = run(usage=usage, make_net=mlp)
     with_callback = run(callback, InTheMiddle(callback), usage=usage, make_net=mlp)
     check_identical(with_callback, without, callback)
