@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -129,9 +129,14 @@ def _items(value: Any) -> list[Any]:
         items.append(value.default_factory)
     if isinstance(getattr(value, "__dict__", None), dict):
         items += vars(value).values()
-    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
-    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own)]
-    return items + [getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)]
+    kind: Any = type(value)
+    return items + [getattr(value, name) for name in _slots(kind) if hasattr(value, name)]
+
+
+@lru_cache(maxsize=256)  # asked for every object
+def _slots(kind: type) -> list[str]:
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for own in slots for name in ((own,) if isinstance(own, str) else own) if name != "__dict__"]
 
 
 def _captured(function: FunctionType) -> list[Any]:
@@ -167,12 +172,19 @@ def _fill(new: FunctionType, function: FunctionType, memo: dict[int, Any]) -> No
 
 def _complete(twin: Any, value: Any, memo: dict[int, Any]) -> None:
     """Brings to the copy of an object the attributes that a deep copy takes over as they are, or leaves out."""
-    if twin is value or not isinstance(getattr(twin, "__dict__", None), dict):
+    before, after = getattr(value, "__dict__", None), getattr(twin, "__dict__", None)
+    if twin is value or not isinstance(before, dict) or not isinstance(after, dict):
         return
-    for name, held in list(vars(value).items()):
-        is_left_out = isinstance(value, nn.Parameter) and name not in vars(twin)
-        if is_left_out or type(held) is weakref.ref or (isinstance(held, MethodType) and id(held.__func__) in memo):
-            vars(twin)[name] = _copied(held, memo)
+    is_parameter = isinstance(value, nn.Parameter)
+    for name, held in list(before.items()):
+        if name not in after:
+            to_do = is_parameter  # whose copy has none of its attributes
+        elif isinstance(held, MethodType):
+            to_do = id(held.__func__) in memo
+        else:
+            to_do = type(held) is weakref.ref and after[name] is held
+        if to_do:
+            after[name] = _copied(held, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
