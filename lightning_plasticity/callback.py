@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -476,9 +476,15 @@ class SpectralCollapseCallback(Callback):
     def _initial_copy(self, at: BatchInFlight) -> LightningModule:
         """A copy of the module with its initial weights."""
         module = at.copy()
+        shared = {id(tensor) for _, tensor in _named_tensors(at.module)}  # by a __deepcopy__ of the user's
         with torch.no_grad():
             for name, tensor in _named_tensors(module):
-                tensor.copy_(self._initial[name])
+                if id(tensor) in shared:
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    tensor.copy_(self._initial[name])
+                else:  # a buffer may be expanded, so that nobody can write to it
+                    tensor.data = self._initial[name].to(tensor, copy=True)
         return module
 
     def _seen(

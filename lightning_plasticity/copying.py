@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from types import CellType, FunctionType, ModuleType
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache, partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,8 @@ StandIn = Callable[[Any], Any]
 """Takes a value that a module holds on to, returns what the copy holds instead, or ``None`` for a copy of it."""
 
 _NOT_STATE = ("_parameters", "_buffers", "_modules")
+
+_IMMUTABLE = (type, ModuleType, str, bytes, int, float, type(None))
 
 
 class UncopyableError(ValueError):
@@ -39,7 +44,7 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
     """A deep copy, also where :func:`copy.deepcopy` would fail or leave a way back to the original.
 
     Tensors kept from an earlier step are copied without their graph. Functions that captured the module, or a part of
-    it, such as a hook or a lambda kept as attribute, act on the copy.
+    it, such as a hook or a lambda kept as attribute, act on the copy, and so do weak references kept as attribute.
 
     Args:
         module: The module. It is not changed, and no random number is drawn.
@@ -53,13 +58,9 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
         if isinstance(part, torch.jit.ScriptModule) and any(p.requires_grad for p in part.parameters()):
             raise UncopyableError(name, part, TypeError("torch copies scripted modules without their gradients"))
     memo: dict[int, Any] = {}
-    functions: dict[int, FunctionType] = {}
-    seen: set[int] = set()
-    for part in module.modules():
-        for value in (*_state(part).values(), *part._buffers.values()):
-            _prepare(value, stand_in, memo, functions, seen)
-    rebound = {key: _rebindable(function) for key, function in functions.items()}
-    memo.update({key: new for key, (new, _) in rebound.items()})
+    reached = _reached(module, stand_in, memo)
+    functions = [value for value in reached if isinstance(value, FunctionType) and _may_lead_back(value)]
+    memo.update({id(function): _unfilled(function) for function in functions})
     with isolated_rng():
         try:
             used = dict(memo)
@@ -74,9 +75,10 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
                 result = copy.deepcopy(module, used)
             except Exception as still:
                 raise UncopyableError(*_innermost_uncopyable(module, shared, still)) from still
-        for key, (_, cells) in rebound.items():
-            for cell, old in zip(cells, functions[key].__closure__ or (), strict=True):
-                _fill(cell, old, used)
+        for function in functions:
+            _fill(used[id(function)], function, used)
+        for value in reached:
+            _complete(used.get(id(value)), value, used)
     return result
 
 
@@ -84,57 +86,116 @@ def _state(part: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in part.__dict__.items() if name not in _NOT_STATE}
 
 
-def _prepare(
-    value: Any, stand_in: StandIn | None, memo: dict[int, Any], functions: dict[int, FunctionType], seen: set[int]
-) -> None:
-    """Puts into the memo of a deep copy what is not to be copied, and finds the functions with captured variables."""
-    if id(value) in seen or isinstance(value, type | ModuleType | nn.Module | str | bytes | int | float):
-        return
-    seen.add(id(value))
-    replacement = stand_in(value) if stand_in is not None else None
-    if replacement is not None:
-        memo[id(value)] = replacement
-    elif isinstance(value, Tensor):
-        if not value.is_leaf:
+def _reached(module: nn.Module, stand_in: StandIn | None, memo: dict[int, Any]) -> list[Any]:
+    """What a deep copy of a module comes to, each thing once; what is not to be copied gets into its memo instead."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    ahead: list[Any] = [module]
+    while ahead:
+        value = ahead.pop()
+        if id(value) in seen or isinstance(value, _IMMUTABLE):
+            continue
+        seen.add(id(value))
+        replacement = None if stand_in is None or isinstance(value, nn.Module) else stand_in(value)
+        if replacement is not None:
+            memo[id(value)] = replacement
+        elif isinstance(value, Tensor) and (not value.is_leaf or _is_sparse_buffer(value)):
             memo[id(value)] = value.detach().clone()
-    elif isinstance(value, FunctionType):
-        if value.__closure__:
-            functions[id(value)] = value
-            for cell in value.__closure__:
-                with contextlib.suppress(ValueError):  # not assigned yet
-                    _prepare(cell.cell_contents, stand_in, memo, functions, seen)
-    else:
-        for item in _items(value):
-            _prepare(item, stand_in, memo, functions, seen)
+        else:
+            found.append(value)
+            ahead += _items(value)
+    return found
 
 
-def _items(value: Any) -> Iterator[Any]:
+def _is_sparse_buffer(tensor: Tensor) -> bool:
+    """Whether a deep copy, which knows only some of their layouts, may fail."""
+    return tensor.layout is not torch.strided and not tensor.requires_grad and not isinstance(tensor, nn.Parameter)
+
+
+def _items(value: Any) -> list[Any]:
+    """What a value holds on to."""
+    items: list[Any] = []
     if isinstance(value, dict):
-        yield from list(value.values())
+        items += [*value, *value.values()]
     elif isinstance(value, list | tuple | set | frozenset) or type(value).__name__ == "deque":
-        yield from list(value)
-    elif isinstance(getattr(value, "__dict__", None), dict):
-        yield from list(vars(value).values())
+        items += value
+    elif isinstance(value, partial):
+        items += [value.func, value.args, value.keywords]
+    elif isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    elif isinstance(value, FunctionType):
+        items += [*_captured(value), value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, defaultdict):
+        items.append(value.default_factory)
+    if isinstance(getattr(value, "__dict__", None), dict):
+        items += vars(value).values()
+    kind: Any = type(value)
+    return items + [getattr(value, name) for name in _slots(kind) if hasattr(value, name)]
 
 
-def _rebindable(function: FunctionType) -> tuple[FunctionType, tuple[CellType, ...]]:
+@lru_cache(maxsize=256)  # asked for every object
+def _slots(kind: type) -> list[str]:
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for own in slots for name in ((own,) if isinstance(own, str) else own) if name != "__dict__"]
+
+
+def _captured(function: FunctionType) -> list[Any]:
+    values = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not assigned yet
+            values.append(cell.cell_contents)
+    return values
+
+
+def _may_lead_back(function: FunctionType) -> bool:
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return bool(function.__closure__) or not all(isinstance(value, _IMMUTABLE) for value in defaults)
+
+
+def _unfilled(function: FunctionType) -> FunctionType:
     """The same function with captured variables of its own, still empty."""
     cells = tuple(CellType() for _ in function.__closure__ or ())
-    new = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__dict__.update(function.__dict__)
-    return new, cells
+    return FunctionType(function.__code__, function.__globals__, function.__name__, closure=cells)
 
 
-def _fill(cell: CellType, old: CellType, memo: dict[int, Any]) -> None:
-    try:
-        content = old.cell_contents
-    except ValueError:  # not assigned yet
+def _fill(new: FunctionType, function: FunctionType, memo: dict[int, Any]) -> None:
+    """Gives a function copies of what another one holds: variables, defaults and attributes."""
+    for cell, old in zip(new.__closure__ or (), function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            cell.cell_contents = _copied(old.cell_contents, memo)
+    if function.__defaults__ is not None:
+        new.__defaults__ = tuple(_copied(value, memo) for value in function.__defaults__)
+    if function.__kwdefaults__ is not None:
+        new.__kwdefaults__ = {name: _copied(value, memo) for name, value in function.__kwdefaults__.items()}
+    vars(new).update({name: _copied(value, memo) for name, value in vars(function).items()})
+
+
+def _complete(twin: Any, value: Any, memo: dict[int, Any]) -> None:
+    """Brings to the copy of an object the attributes that a deep copy takes over as they are, or leaves out."""
+    before, after = getattr(value, "__dict__", None), getattr(twin, "__dict__", None)
+    if twin is value or not isinstance(before, dict) or not isinstance(after, dict):
         return
+    is_parameter = isinstance(value, nn.Parameter)
+    for name, held in list(before.items()):
+        if name not in after:
+            to_do = is_parameter  # whose copy has none of its attributes
+        elif isinstance(held, MethodType):
+            to_do = id(held.__func__) in memo
+        else:
+            to_do = type(held) is weakref.ref and after[name] is held
+        if to_do:
+            after[name] = _copied(held, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, MethodType):  # of which a deep copy takes over the function
+        return MethodType(memo.get(id(value.__func__), value.__func__), _copied(value.__self__, memo))
+    if type(value) is weakref.ref:
+        return weakref.ref(memo[id(value())]) if id(value()) in memo else value
     try:
-        cell.cell_contents = copy.deepcopy(content, memo)
-    except Exception:  # captured from outside and not to be copied: shared, as it would be without us
-        cell.cell_contents = content
+        return copy.deepcopy(value, memo)
+    except Exception:  # held from outside and not to be copied: shared, as it would be without us
+        return value
 
 
 def _innermost_uncopyable(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -38,15 +38,20 @@ def _eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode; restores each one's mode and buffers, also after an exception."""
+    """Puts every module into evaluation mode; restores each one's mode and buffers, also after an exception.
+
+    Modules do not hear of it: some do more in their ``train`` and ``eval``, such as to merge weights.
+    """
     modules = list(model.modules())
     modes = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
     tensors = [buffer for own in buffers for buffer in own.values() if buffer is not None]
     tensors += [m.weight for m in modules if isinstance(m, nn.Embedding) and m.max_norm is not None]  # renormalised
-    values = [tensor.detach().clone() for tensor in tensors]
-    model.eval()
+    tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # which nobody can change in place
+    values = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
     try:
+        for module in modules:
+            module.training = False
         yield
     finally:
         for module, training, own in zip(modules, modes, buffers, strict=True):
@@ -54,9 +59,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             if not isinstance(module, torch.jit.ScriptModule):  # whose buffers nobody can replace
                 module._buffers.update(own)
         with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                if not torch.equal(tensor, value):
+            for tensor, (value, version) in zip(tensors, values, strict=True):
+                if _has_changed(tensor, value, version):
                     tensor.copy_(value)
+
+
+def _has_changed(tensor: Tensor, before: Tensor, version: int) -> bool:
+    if tensor.layout is torch.strided:
+        return not torch.equal(tensor, before)
+    return tensor._version != version  # torch does not compare the values of sparse tensors
 
 
 @contextlib.contextmanager

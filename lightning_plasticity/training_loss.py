@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,13 +64,35 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
     )
 
 
+class _QuietLogger(DummyLogger):
+    """A logger as a probed copy sees it: it tells where it writes, and writes nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("name", "version", "save_dir", "root_dir", "log_dir"):
+            return getattr(self._logger, name)
+        return super().__getattribute__(name)
+
+
 class _QuietTrainer:
-    """The Trainer as a probed copy sees it: everything but the loggers, and what is set on it is forgotten."""
+    """The Trainer as a probed copy sees it: everything but loggers and module; what is set on it is forgotten."""
+
+    module: Callable[[], LightningModule | None]
+    """The copy, not kept alive: it would be until Python looks for cycles, on a GPU maybe too late."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self.logger = DummyLogger()
-        self.loggers = [self.logger]
+        self.loggers = [_QuietLogger(logger) for logger in trainer.loggers]
+        self.logger = self.loggers[0] if self.loggers else None
+
+    @property
+    def lightning_module(self) -> LightningModule | None:
+        return self.module()
+
+    model = lightning_module
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling ask for what is not there
@@ -99,7 +121,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
         if value is trainer:
             return quiet
         if is_lightning(value, Logger):  # type: ignore[type-abstract]
-            return quiet.logger
+            return _QuietLogger(value)
         if is_lightning(value, *_SHARED) or is_device_mesh(value) or any(value is method for method in compiled):
             return value
         return None
@@ -112,6 +134,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
             f"the probe works on a copy of {type(module).__name__}, but its {error}. Keep it outside of the module or "
             f"give it a __deepcopy__{otherwise if error.can_be_shared else ''}"
         ) from error
+    quiet.module = weakref.ref(result)
     for part in result.modules():
         if is_lightning(part, LightningModule):
             for name in compiled_methods(part):
@@ -169,17 +192,21 @@ class BatchInFlight:
         batch = copied(batch)
         if dtype not in HALF:  # inputs that are, autocast would take to the precision of the weights
             batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
-        with _attributes_put_back(module), default_dtype(dtype):
+        with _put_back(module), default_dtype(dtype):
             if self.loss_fn is not None:
                 return self.loss_fn(module, batch)
             return training_loss(module, batch, self.batch_idx)
 
 
 @contextlib.contextmanager
-def _attributes_put_back(module: LightningModule) -> Iterator[None]:
-    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one."""
+def _put_back(module: LightningModule) -> Iterator[None]:
+    """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one.
+
+    And what is drawn from the random numbers of loaders, which are those of the original.
+    """
     parts = list(module.modules())
     before = [dict(vars(part)) for part in parts]
+    states = [(generator, generator.get_state()) for loader in _loaders(before) for generator in _generators(loader)]
     try:
         yield
     finally:
@@ -187,6 +214,23 @@ def _attributes_put_back(module: LightningModule) -> Iterator[None]:
             for name in vars(part).keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _loaders(attributes: Sequence[dict[str, Any]]) -> Iterator[DataLoader[Any]]:
+    """Those that are attributes, or in a list or dict that is one."""
+    for value in (value for own in attributes for value in own.values()):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (item for item in items if isinstance(item, DataLoader))
+
+
+def _generators(loader: DataLoader[Any]) -> Iterator[torch.Generator]:
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    for owner in (loader, loader.sampler, loader.batch_sampler, inner):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -195,20 +239,40 @@ def _nothing(*_: object, **__: object) -> None:
 
 @contextlib.contextmanager
 def untouched_schedules(trainer: Trainer) -> Iterator[None]:
-    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones."""
+    """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones.
+
+    They stay the objects that they are, and so does what they hold: others may hold it too.
+    """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    rates = [value for setting in settings for value in setting.values() if isinstance(value, Tensor)]
+    values = [rate.detach().clone() for rate in rates]  # which schedulers change in place
     stepped = _with_those_inside(schedulers(trainer))
-    # A scheduler that holds another one has it in its state, and with it the optimizer, of which there must be no copy.
-    kept = {id(value): value for value in (*stepped, *trainer.optimizers, *trainer.lightning_module.modules())}
-    states = [copy.deepcopy(scheduler.state_dict(), dict(kept)) for scheduler in stepped]
+    functions = [function for scheduler in stepped for function in getattr(scheduler, "lr_lambdas", ())]
+    kept = [_Kept(vars(one)) for one in (*stepped, *functions) if isinstance(getattr(one, "__dict__", None), dict)]
     try:
         yield
     finally:
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
-        for scheduler, state in zip(stepped, states, strict=True):
-            scheduler.load_state_dict(state)
+        with torch.no_grad():
+            for rate, value in zip(rates, values, strict=True):
+                rate.copy_(value)
+        for one in kept:
+            one.put_back()
+
+
+class _Kept:
+    """The attributes of an object, and what is in their lists and dicts, to be put back into the same ones."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        held = [value for value in attributes.values() if isinstance(value, dict | list)]
+        self._contents = [(value, value.copy()) for value in (attributes, *held)]
+
+    def put_back(self) -> None:
+        for value, content in self._contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def _with_those_inside(given: Sequence[Any]) -> list[Any]:

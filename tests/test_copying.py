@@ -1,8 +1,12 @@
 """A copied module has no way back to the original."""
 
 import threading
-from collections import deque
-from types import SimpleNamespace
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +53,129 @@ def test_functions_inside_functions_act_on_the_copy() -> None:
     assert twin.outer(torch.ones(1, 2)).abs().sum() == 0
 
 
+class Helper:
+    def __init__(self, keep: Callable[[Tensor], None]) -> None:
+        self.keep = keep
+
+    def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.keep(output)
+
+
+def by_partial(net: Net) -> None:
+    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        net.seen.append(output)
+
+    net.layer.register_forward_hook(partial(keep, "layer"))
+
+
+def by_default(net: Net) -> None:
+    net.layer.register_forward_hook(lambda module, inputs, output, seen=net.seen: seen.append(output))
+
+
+def by_keyword_default(net: Net) -> None:
+    def keep(module: nn.Module, inputs: Any, output: Tensor, *, net: Net = net) -> None:
+        net.seen.append(output)
+
+    net.layer.register_forward_hook(keep)
+
+
+def by_weak_reference(net: Net) -> None:
+    net.layer.parent = weakref.ref(net)
+    net.layer.register_forward_hook(lambda layer, inputs, output: layer.parent().seen.append(output))
+
+
+def by_captured_weak_reference(net: Net) -> None:
+    parent = weakref.ref(net)
+    net.layer.register_forward_hook(lambda layer, inputs, output: parent().seen.append(output))
+
+
+def by_method_of_a_helper(net: Net) -> None:
+    net.layer.register_forward_hook(Helper(lambda output: net.seen.append(output)).hook)
+
+
+def by_another_forward(net: Net) -> None:
+    before = net.layer.forward
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        net.seen.append(x)
+        return before(x)
+
+    net.layer.forward = MethodType(forward, net.layer)
+
+
+def by_default_factory(net: Net) -> None:
+    net.found = defaultdict(lambda: net.seen.append(torch.ones(1)))
+    net.layer.register_forward_hook(lambda *_: net.found[len(net.seen)])
+
+
+def by_hidden_module(net: Net) -> None:
+    net.hidden = [nn.Identity()]
+    net.hidden[0].register_forward_hook(lambda module, inputs, output: net.seen.append(output))
+    net.layer.register_forward_hook(lambda module, inputs, output: net.hidden[0](output))
+
+
+@pytest.mark.parametrize(
+    "lead_back",
+    [
+        by_partial,
+        by_default,
+        by_keyword_default,
+        by_weak_reference,
+        by_captured_weak_reference,
+        by_method_of_a_helper,
+        by_another_forward,
+        by_default_factory,
+        by_hidden_module,
+    ],
+)
+def test_a_copy_that_is_run_changes_itself_alone(lead_back: Callable[[Net], None]) -> None:
+    module = Net()
+    lead_back(module)
+    twin = copy_module(module)
+    with torch.no_grad():
+        twin.layer.weight.fill_(3)
+        twin.layer.bias.fill_(0)
+        assert torch.equal(twin(torch.ones(1, 2)), torch.full((1, 2), 6.0))
+    assert (len(twin.seen), len(module.seen)) == (1, 0)
+    module(torch.ones(1, 2))
+    assert (len(twin.seen), len(module.seen)) == (1, 1)
+
+
+def test_functions_of_nobody_stay_themselves() -> None:
+    module = Net()
+    module.activation = nn.functional.relu
+    assert copy_module(module).activation is nn.functional.relu
+
+
+def test_weak_references_to_what_is_not_copied_stay_themselves() -> None:
+    module, outside = Net(), nn.Linear(2, 2)
+    module.outside = weakref.ref(outside)
+    assert copy_module(module).outside() is outside
+
+
+def test_parameters_and_buffers_keep_their_attributes() -> None:
+    module = Net()
+    module.register_buffer("mean", torch.zeros(2))
+    module.layer.weight.gain, module.mean.gain = 2.0, 3.0
+    module.layer.weight.of = [module.layer]
+    twin = copy_module(module)
+    assert (twin.layer.weight.gain, twin.mean.gain) == (2.0, 3.0)
+    assert twin.layer.weight.of[0] is twin.layer
+
+
+@dataclass(slots=True)
+class Slots:
+    t: Tensor
+
+
+class Keeper(nn.Module):
+    def __init__(self, t: Tensor) -> None:
+        super().__init__()
+        self.t = t
+
+    def hook(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("keep", "take"),
     [
@@ -57,8 +184,12 @@ def test_functions_inside_functions_act_on_the_copy() -> None:
         (lambda t: {"a": {"b": t}}, lambda kept: kept["a"]["b"]),
         (lambda t: deque([t]), lambda kept: kept[0]),
         (lambda t: SimpleNamespace(t=(t,)), lambda kept: kept.t[0]),
+        (lambda t: Slots(t), lambda kept: kept.t),
+        (lambda t: partial(Slots, t), lambda kept: kept.args[0]),
+        (lambda t: Keeper(t).hook, lambda kept: kept.__self__.t),
+        (lambda t: [Keeper(t)], lambda kept: kept[0].t),
     ],
-    ids=["itself", "list", "dicts", "deque", "namespace"],
+    ids=["itself", "list", "dicts", "deque", "namespace", "slots", "partial", "bound method", "hidden module"],
 )
 def test_tensors_with_a_graph_are_copied_without_it(keep: Any, take: Any) -> None:
     module = Net()
@@ -79,6 +210,16 @@ def test_a_buffer_with_a_graph_is_copied_without_it() -> None:
     assert torch.equal(twin.hidden, module.hidden)
     assert not twin.hidden.requires_grad
     assert twin.hidden is not module.hidden
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_buffer_is_copied(layout: torch.layout) -> None:
+    module = Net()
+    module.register_buffer("adjacency", torch.eye(2).to_sparse(layout=layout))
+    twin = copy_module(module)
+    assert twin.adjacency is not module.adjacency
+    assert torch.equal(twin.adjacency.to_dense(), torch.eye(2))
 
 
 def test_no_random_number_is_drawn() -> None:

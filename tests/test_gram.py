@@ -429,6 +429,28 @@ def test_losses_without_a_known_curvature_are_refused(loss_fn: object, message: 
         ggn_spectrum(nn.Linear(3, 2), x, loss_fn)  # type: ignore[arg-type]
 
 
+def test_a_hook_on_the_outputs_that_changes_their_gradient_is_named() -> None:
+    def hooked(model: nn.Module, x: Tensor) -> Tensor:
+        outputs = model(x)
+        outputs.register_hook(lambda gradient: 2 * gradient)
+        return F.cross_entropy(outputs, torch.zeros(len(x), dtype=torch.long))
+
+    with pytest.raises(UnsupportedModelError, match=r"a tensor hook \(register_hook\)"):
+        ggn_spectrum(nn.Linear(3, 2), torch.randn(5, 3), hooked)
+
+
+def test_a_sparse_buffer_that_is_changed_in_place_is_put_back() -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("adjacency", torch.eye(5).to_sparse())
+
+    def spreading(model: nn.Module, x: Tensor) -> Tensor:
+        model.adjacency.mul_(2)
+        return regress(model, torch.sparse.mm(model.adjacency, x))
+
+    ggn_spectrum(model, torch.randn(5, 3), spreading)
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(5))
+
+
 def test_models_that_cannot_be_probed_are_refused() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"float64 or|model.float\(\)"):

@@ -39,9 +39,10 @@ ALLOWED = {
     "_ConvTransposeNd",
     "_NormBase",
     "_weight_norm",
-    # torch: of what a tensor is a view, and what its graph has saved
+    # torch: of what a tensor is a view, how often it was changed in place, and what its graph has saved
     "_base",
     "_is_view",
+    "_version",
     "_saved_dim",
     # torch: what recurrent layers keep of their weights besides
     "_flat_weights",

@@ -249,8 +249,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         Traceback (most recent call last):
         lightning_plasticity.curvature.double_backward.DoubleBackwardError: torch's second ... weight_norm ...
     """
-    model = (copy_module(model) if copy else model).double()
-    parameters = trainable_parameters(model)
+    model = copy_module(model) if copy else model
     double_batch = apply_to_collection(batch, Tensor, _double)
     generator = torch.Generator().manual_seed(0)
 
@@ -260,7 +259,8 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         with isolated_rng(), double_backward_ready(model), precision:
             return loss_fn(model, double_batch)
 
-    with probing(model):
+    with _in_float64(model), probing(model):
+        parameters = trainable_parameters(model)
         _jitter(parameters.values(), generator)
         try:
             value = loss()
@@ -297,6 +297,22 @@ class _Precision(TorchFunctionMode):
         if isinstance(result, Tensor) and result.dtype == torch.float32 and result.requires_grad:
             self.is_float32 = True
         return result
+
+
+@contextlib.contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Converts a model, and back: parts whose ``__deepcopy__`` returns themselves are the original's in a copy too."""
+    values = [(parameter, parameter.data) for parameter in model.parameters()]
+    parts = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    buffers = [(part, dict(part._buffers)) for part in parts]
+    try:
+        model.double()
+        yield
+    finally:
+        for parameter, value in values:
+            parameter.data = value
+        for part, own in buffers:
+            part._buffers.update(own)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -223,7 +223,8 @@ def _check_residual(call: LossCall, curvature: LossCurvature, factor: Tensor) ->
     allowed = eps**0.5 * gradient.double().norm() + 100 * eps * curvature.scale
     if (curvature.residual - gradient).norm() > allowed:
         raise UnsupportedModelError(
-            "the closed form of the loss does not give autograd's gradient: pass a loss_fn(model, batch) with a "
+            "the closed form of the loss does not give autograd's gradient. If a tensor hook (register_hook) changes "
+            "the gradient of the network's outputs, pass a loss_fn(model, batch) without it; otherwise pass one with a "
             "plainer loss, and please report this"
         )
 
