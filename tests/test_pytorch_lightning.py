@@ -105,7 +105,9 @@ def run(folder: Path, *callbacks: Any, **options: Any) -> tuple[dict[str, Any], 
         trainer.fit(module, datamodule=Tasks(task))
     events = EventAccumulator(logger.log_dir, {"histograms": 0, "scalars": 0})
     events.Reload()
-    own = {name: events.Scalars(name) for name in events.Tags()["scalars"] if "plasticity" not in name}
+    names = [name for name in events.Tags()["scalars"] if "plasticity" not in name]
+    # Of two event files, the tenth of a process is read before the ninth.
+    own = {name: sorted(events.Scalars(name), key=lambda event: event.wall_time) for name in names}
     result = {
         "weights and buffers": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
