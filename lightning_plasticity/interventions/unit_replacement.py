@@ -89,6 +89,12 @@ class UnitReplacement(RunningRemedy):
                 "must be called once for this model, before the first training step"
             )
         heard = watch.activity.heard()
+        if watch.activity.is_deaf(model, heard):
+            raise RuntimeError(
+                f"{self.name} hears nothing of {type(model).__name__} while it is trained. Its hooks are not called in "
+                "code that torch.compile compiled before they were there (torch.compiler.reset() has it compiled anew),"
+                " and do not listen in evaluation mode (model.train() ends it)"
+            )
         records, chosen = {}, {}
         for layer, site in watch.units.sites.items():
             called = {name: heard[name] for name in site.consumers if name in heard}
