@@ -113,7 +113,8 @@ class SpectralCollapseCallback(Callback):
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
         task_detector: TaskDetector | None = None,
-        loss_fn: LossFunction | None = None,
+        # Not LossFunction, since jsonargparse would refuse functions that do not say that they return a Tensor.
+        loss_fn: Callable[[LightningModule, Any], Any] | None = None,
         monitor: bool | PlasticityMonitor = True,
         monitor_every_n_steps: int | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_plasticity.arguments import number
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
 
-When = str | int
+When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
 optimizer steps."""
 
