@@ -14,6 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_plasticity.arguments import check_seed, is_whole
 from lightning_plasticity.batches import batch_size, first_samples
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
@@ -186,6 +187,7 @@ class HessianProbe(Probe):
     def __post_init__(self) -> None:
         _check_whole_numbers(self, "samples", "num_probes", "num_steps")
         _check_whole_numbers(self, "seed", at_least=0)
+        check_seed(self.seed)
         if self.ggn is not None and not isinstance(self.ggn, GGNProbe):
             raise ValueError(f"{type(self).__name__}(ggn={self.ggn!r}) must be a GGNProbe or None")
 
@@ -290,7 +292,7 @@ class PyHessianProbe(HessianProbe):
 def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
     for name in names:
         value = getattr(probe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        if not is_whole(value) or value < at_least:
             raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
 
 

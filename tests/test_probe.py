@@ -374,6 +374,7 @@ def test_history_with_hessians_survives_a_checkpoint(tmp_path: Path) -> None:
         (lambda: HessianProbe(num_probes=True), ValueError, r"HessianProbe\(num_probes=True\)"),
         (lambda: HessianProbe(num_steps=2.5), ValueError, r"HessianProbe\(num_steps=2.5\)"),  # type: ignore[arg-type]
         (lambda: HessianProbe(seed=-1), ValueError, r"HessianProbe\(seed=-1\) must be a whole number, 0 or larger"),
+        (lambda: HessianProbe(seed=2**70), ValueError, rf"seed={2**70} must be a whole number"),
         (lambda: HessianProbe(ggn=64), ValueError, r"HessianProbe\(ggn=64\) must be a GGNProbe or None"),  # type: ignore[arg-type]
         (lambda: PyHessianProbe(num_steps=0), ValueError, r"^PyHessianProbe\(num_steps=0\)"),
         (

@@ -83,6 +83,7 @@ class ContinualBackprop(UnitReplacement):
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._check_switch(transfer_bias=transfer_bias)
         super().__init__(_sums_with_signs if transfer_bias else _sums, seed, initial)
         if not 0 <= number(replacement_rate) <= 1:
             raise ValueError(

@@ -60,6 +60,7 @@ class SpectralRegularizer(Regularizer):
         super().__init__(coefficient)
         if not 1 <= number(power) < float("inf"):
             raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
+        self._check_switch(exact=exact)
         self.power = power
         self.exact = exact
         self._vectors: dict[str, Tensor] = {}
