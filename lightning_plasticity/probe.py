@@ -18,6 +18,7 @@ from lightning_plasticity.arguments import check_seed, is_whole
 from lightning_plasticity.batches import batch_size, first_samples
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
+    REENTRANT,
     DoubleBackwardError,
     check_double_backward,
     composed_weight_norm,
@@ -203,9 +204,9 @@ class HessianProbe(Probe):
             with composed_weight_norm():  # as hessian_spectrum does
                 check_double_backward(module, some, loss_fn, copy=False)
         except DoubleBackwardError as error:
+            advice = "" if REENTRANT in str(error) else ". Or use GGNProbe(), which needs first derivatives only"
             raise MisconfigurationException(
-                f"{type(self).__name__} needs second derivatives of the loss. {error}. Or use GGNProbe(), which needs "
-                "first derivatives only"
+                f"{type(self).__name__} needs second derivatives of the loss. {error}{advice}"
             ) from error
         except ValueError as error:
             cause = error.__cause__

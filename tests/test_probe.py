@@ -26,7 +26,7 @@ from lightning_plasticity import (
     PyHessianProbe,
     SpectralCollapseCallback,
 )
-from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
 from tests.modules import Classifier, LoggingByItself, loader, trainer, weights
@@ -242,8 +242,11 @@ def test_reentrant_checkpoints_are_refused() -> None:
             x = batch[0].clone().requires_grad_()
             return F.cross_entropy(checkpoint(self.net, x, use_reentrant=True), batch[1])
 
-    with pytest.raises(MisconfigurationException, match="pass use_reentrant=False"):
+    with pytest.raises(MisconfigurationException, match="pass use_reentrant=False") as refused:
         trainer(SpectralCollapseCallback(**HESSIAN_ALONE)).fit(Checkpointed(), loader())
+    assert "GGNProbe" not in str(refused.value), "which refuses them too"
+    with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
+        trainer(SpectralCollapseCallback(GGNProbe())).fit(Checkpointed(), loader())
 
 
 def test_a_loss_that_cannot_be_computed_in_float64_is_measured_with_a_warning() -> None:

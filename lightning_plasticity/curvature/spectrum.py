@@ -204,7 +204,7 @@ class Spectrum:
         return self.epsilon_rank(-math.log(contraction) / (lr * steps))
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        """Share of the residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
+        """Share of the squared residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
 
         Raises:
             ValueError: If this spectrum was computed without the tangent kernel, which knows the residual.

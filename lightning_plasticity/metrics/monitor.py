@@ -92,7 +92,8 @@ class PlasticityMonitor(PlasticityMetric):
     ['dormant_fraction', 'dormant_fraction/1']
 
     On a batch in flight, :meth:`attach` before the step and :meth:`detach` after it; nothing is run twice, and no
-    number in the network changes. Modes are left as they are: in training mode, batch norm and dropout before an
+    number in the network changes (but that Transformers in evaluation mode without gradients leave torch's fast path,
+    which rounds differently). Modes are left as they are: in training mode, batch norm and dropout before an
     activation are in what is measured.
 
     A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
