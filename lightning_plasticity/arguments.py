@@ -13,12 +13,17 @@ def number(value: Any) -> float:
     return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
 
 
-def are_names(value: Any) -> bool:
-    """Whether these are names, at least one."""
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_names(value: Any, *, at_least: int = 1) -> bool:
+    """Whether these are names, that many or more."""
     return (
         isinstance(value, Collection)
         and not isinstance(value, str)
-        and len(value) > 0
+        and len(value) >= at_least
         and all(isinstance(name, str) for name in value)
     )
 
@@ -30,5 +35,15 @@ def check_counts(**counts: int | None) -> None:
         ValueError: If one is not a positive whole number.
     """
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        if count is not None and (not is_whole(count) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number, 1 or larger")
+
+
+def check_seed(seed: int) -> None:
+    """What the seed of torch's random numbers has to be.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not is_whole(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed!r} must be a whole number, from -2**63 to 2**64 - 1")

@@ -67,7 +67,8 @@ class SpectralCollapseCallback(Callback):
         probe: How the curvature is measured: by default :class:`~lightning_plasticity.probe.GGNProbe`, exactly;
             :class:`~lightning_plasticity.probe.HessianProbe` sees negative curvature too.
         collapse: What is called a collapse.
-        interventions: What is done about a collapse, one after the other.
+        interventions: What is done about lost plasticity, one after the other: at a collapse, at the start of tasks,
+            every so many steps, or all the time.
         task_detector: How new tasks are recognised.
         monitor: Whether dormant units, feature ranks and norms of the hidden layers are measured at the start of every
             task, on the probe's samples; or the :class:`~lightning_plasticity.PlasticityMonitor` that says which.
@@ -81,6 +82,10 @@ class SpectralCollapseCallback(Callback):
             ``fully_shard`` with ``ModelParallelStrategy`` are; of the interventions the last knows regularizers only),
             whose loss or batch is not known, or where ``collapse`` watches what ``probe`` does not measure; at the
             first probe if the module cannot be probed.
+        UnsupportedModelError: At the first probe if the curvature of the module or its loss is not known.
+        ValueError: If an argument is out of range; at the first probe if there is nothing to measure on the batch, or
+            an intervention cannot work on the module.
+        TypeError: If an argument is of another kind.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335.
@@ -113,7 +118,8 @@ class SpectralCollapseCallback(Callback):
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
         task_detector: TaskDetector | None = None,
-        loss_fn: LossFunction | None = None,
+        # Not LossFunction, since jsonargparse would refuse functions that do not say that they return a Tensor.
+        loss_fn: Callable[[LightningModule, Any], Any] | None = None,
         monitor: bool | PlasticityMonitor = True,
         monitor_every_n_steps: int | None = None,
     ) -> None:

@@ -15,9 +15,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_plasticity.arguments import check_seed, is_whole
 from lightning_plasticity.batches import batch_size, first_samples
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
+    REENTRANT,
     DoubleBackwardError,
     check_double_backward,
     composed_weight_norm,
@@ -193,6 +195,7 @@ class HessianProbe(Probe):
     def __post_init__(self) -> None:
         _check_whole_numbers(self, "samples", "num_probes", "num_steps")
         _check_whole_numbers(self, "seed", at_least=0)
+        check_seed(self.seed)
         if self.ggn is not None and not isinstance(self.ggn, GGNProbe):
             raise ValueError(f"{type(self).__name__}(ggn={self.ggn!r}) must be a GGNProbe or None")
 
@@ -216,9 +219,9 @@ class HessianProbe(Probe):
                 with self._asking_for_whole_batches(make_copy, batch, loss_fn):
                     checked(self.samples)
         except DoubleBackwardError as error:
+            advice = "" if REENTRANT in str(error) else ". Or use GGNProbe(), which needs first derivatives only"
             raise MisconfigurationException(
-                f"{type(self).__name__} needs second derivatives of the loss. {error}. Or use GGNProbe(), which needs "
-                "first derivatives only"
+                f"{type(self).__name__} needs second derivatives of the loss. {error}{advice}"
             ) from error
         except ValueError as error:
             cause = error.__cause__
@@ -356,7 +359,7 @@ def _needs_whole(make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFun
 def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
     for name in names:
         value = getattr(probe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        if not is_whole(value) or value < at_least:
             raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
 
 

@@ -12,7 +12,7 @@ from lightning_plasticity.interventions import RepairReport
 
 @dataclass(eq=False)
 class TaskReport:
-    """What was seen and done at the start of one task.
+    """What was seen at the start of one task, and done from then on until the next.
 
     Args:
         task: Number of the task, from 0.
@@ -24,7 +24,8 @@ class TaskReport:
             (``<name>_standard_error``, ``<name>_resolved``), and the loss on the probe batch; empty if the probe
             failed.
         collapsed: Whether it was called a collapse.
-        repairs: What the interventions did.
+        repairs: What the repairs did from the start of this task on to that of the next. What running remedies and
+            regularizers do is logged instead.
         matrix: What the spectrum is of: ``"ggn"`` or ``"hessian"``.
         errors: What could not be done from the start of this task to that of the next, and why: the first error of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by

@@ -66,8 +66,29 @@ def test_what_is_no_number_is_refused(kind: Callable[..., Any], name: str, value
     ("kind", "name"), [(PlasticityMonitor, "layers"), (PlasticityMonitor, "measures"), (Reset, "layers")]
 )
 def test_what_is_no_list_of_names_is_refused(kind: Callable[..., Any], name: str, value: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match=rf"{name}=.* must be|layers and measures are lists of names"):
+    with pytest.raises((ValueError, TypeError), match=rf"{name}={re.escape(repr(value))}\)? must be"):
         kind(**{name: value})
+
+
+@pytest.mark.parametrize("value", [[None], 3, "encoder"])
+def test_what_is_no_list_of_names_to_exclude_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Parseval(exclude={value!r}) must be a list of names")):
+        Parseval(exclude=value)
+    assert Parseval(exclude=[]).exclude == ()
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+@pytest.mark.parametrize(("kind", "name"), [(ContinualBackprop, "transfer_bias"), (SpectralRegularizer, "exact")])
+def test_what_is_neither_true_nor_false_is_refused(kind: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{kind.__name__}({name}={value!r}) must be True or False")):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+@pytest.mark.parametrize("kind", [ContinualBackprop, SelfNormalizedReset, SoftShrinkPerturb])
+def test_seeds_that_torch_has_not_are_refused(kind: Callable[..., Any], seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed={seed}\)? must be a whole number"):
+        kind(seed=seed)
 
 
 @pytest.mark.parametrize("kind", [ReDo, ContinualBackprop])

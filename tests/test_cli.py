@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,32 +121,39 @@ def loss(module: Any, batch: Any) -> torch.Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
 
+def loss_without_types(module, batch):  # type: ignore[no-untyped-def]
+    return loss(module, batch)
+
+
 def mean_of_inputs(batch: Any) -> torch.Tensor:
     return batch[0].mean()
 
 
-EVERYTHING_AT_ONCE = f"""
+EVERYTHING_AT_ONCE = """
     probe:
       class_path: lightning_plasticity.HessianProbe
       init_args:
         num_probes: 1
         num_steps: 2
-        ggn: {{class_path: lightning_plasticity.GGNProbe, init_args: {{samples: 8}}}}
+        ggn: {class_path: lightning_plasticity.GGNProbe, init_args: {samples: 8}}
     monitor:
       class_path: lightning_plasticity.PlasticityMonitor
-      init_args: {{measures: [dormant_fraction]}}
-    loss_fn: {__name__}.loss
+      init_args: {measures: [dormant_fraction]}
+    loss_fn: HERE.LOSS
     task_detector:
       class_path: lightning_plasticity.TaskDetector
-      init_args: {{task_key: {__name__}.stage}}
+      init_args: {task_key: HERE.stage}
 """
 
 
 @pytest.mark.filterwarnings("ignore:task .*:lightning_plasticity.PlasticityWarning")
-def test_functions_are_given_by_their_import_paths(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("loss_fn", [loss, loss_without_types])
+def test_functions_are_given_by_their_import_paths(
+    loss_fn: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
     from cli import main
 
-    config = configured(EVERYTHING_AT_ONCE)
+    config = configured(EVERYTHING_AT_ONCE.replace("LOSS", loss_fn.__name__).replace("HERE", __name__))
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--print_config"])
     printed = Path("printed.yaml")
@@ -191,6 +199,14 @@ def test_every_argument_of_what_a_file_may_hold_is_typed_explained_and_has_a_def
             assert parameter.default is not parameter.empty, name
             assert re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r":\w+:`[^`]*`", "", explained[name])), name  # in words
     assert isinstance(kind(), kind)
+
+
+@pytest.mark.parametrize("when", [1000, "task"])
+def test_when_is_given_on_the_command_line_as_in_a_file(when: int | str) -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(interventions.ReDo, "it")
+    for arguments in (parser.parse_args([f"--it.when={when}"]), parser.parse_object({"it": {"when": when}})):
+        assert interventions.ReDo(when=arguments.it.when).when == when
 
 
 def test_all_kinds_are_among_them() -> None:

@@ -278,6 +278,8 @@ def test_errors_say_what_would_be_right() -> None:
         P.dead_fraction([[1.0]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"channel_dim=2 is not a dimension of a tensor of shape \(3, 3\)"):
         P.srank(torch.ones(3, 3), channel_dim=2)
+    with pytest.raises(ValueError, match=r"channel_dim='x' is not a dimension of a tensor of shape \(3, 3\)"):
+        P.srank(torch.ones(3, 3), channel_dim="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"threshold=2 must be in \[0, 1\]"):
         P.dormant_fraction(torch.ones(3, 3), 2)
     with pytest.raises(ValueError, match=r"delta=1 must be in \[0, 1\)"):

@@ -78,6 +78,7 @@ def is_from_lanczos(spectrum: Spectrum) -> bool:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        ({"micro_batch_size": 2}, "micro_batch_size=2, and the exact matrix needs all samples at once"),
         ({"max_rows": 17}, "are 18 numbers and the Gram matrix has a row for each, more than max_rows=17"),
         (
             {"num_probes": 1, "num_steps": 2},
@@ -97,7 +98,7 @@ def test_auto_switches_to_products_and_says_why(
             return super().forward(x) * self.scale
 
     model, batch = (nn.Linear(4, 3), (torch.randn(6, 4), classes(6)))
-    if "max_rows" not in options:
+    if "num_steps" in options:
         model, batch = Scaled(), (torch.randn(15, 3), classes(15, 6))
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -195,6 +196,31 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
     case = named("mlp")
     with pytest.raises(ValueError, match=message):
         ggn_spectrum(*case.build(), case.loss_fn, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_probes": 0}, "num_probes=0 must be a whole number, 1 or larger"),
+        ({"num_probes": "x"}, "num_probes='x' must be a whole number, 1 or larger"),
+        ({"num_steps": -3}, "num_steps=-3 must be a whole number, 1 or larger"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number, 1 or larger"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"seed": 2**70}, f"seed={2**70} must be a whole number"),
+        ({"reorthogonalization": "x"}, "reorthogonalization='x' must be 'full', 'partial' or 'none'"),
+        ({"parameters": 2}, "parameters=2 must be a pattern"),
+    ],
+)
+@pytest.mark.parametrize("spectrum", [ggn_spectrum, hessian_spectrum])
+def test_what_an_estimate_would_need_is_checked_before_anything_is_computed(
+    spectrum: Callable[..., Spectrum], option: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        raise AssertionError("it was called")
+
+    with caplog.at_level("INFO", "lightning_plasticity"), pytest.raises(ValueError, match=re.escape(message)):
+        spectrum(nn.Linear(2, 1), torch.ones(3, 2), loss_fn, **option)
+    assert not caplog.messages
 
 
 def test_too_many_rows_are_refused_if_the_exact_matrix_is_asked_for() -> None:

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import Repair, RepairReport, Reset, ShrinkPerturb
+from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.changes import Changes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -48,6 +50,18 @@ def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, se
     for name, value in model.state_dict().items():
         expected = (1 - s) * old[name].numpy() + s * fresh[name].numpy()
         torch.testing.assert_close(value, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_new_values_of_another_shape_are_refused() -> None:
+    class OneRow(Repair):
+        def changes(self, model: nn.Module, request: Request) -> Changes:
+            return Changes({model.weight: torch.ones(4)})
+
+    model = nn.Linear(4, 3)
+    before = values(model)
+    with pytest.raises(ValueError, match=r"^OneRow: a tensor of shape \(3, 4\) was to get values of shape \(4,\)"):
+        OneRow().repair(model)
+    torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 
 
 def test_shrink_perturb_leaves_norm_layers_buffers_and_frozen_parameters() -> None:

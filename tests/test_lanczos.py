@@ -245,6 +245,17 @@ def test_fast_rank_counts_what_contracts_in_time() -> None:
         assert spectrum.fast_rank(lr, steps) == contracted
     with pytest.raises(ValueError, match="contraction in"):
         spectrum.fast_rank(0.1, 10, contraction=1)
+    with pytest.raises(ValueError, match=r"fast_rank\(lr=0.1, steps=0.5, .*\): lr must be positive, steps at least 1"):
+        spectrum.fast_rank(0.1, 0.5)  # type: ignore[arg-type]
+
+
+def test_what_is_no_threshold_is_named_as_it_was_given() -> None:
+    spectrum = Spectrum(torch.tensor([0.46]).double(), torch.ones(1).double(), 1, exact=True)
+    for value in (-1, math.inf):
+        with pytest.raises(ValueError, match=f"^relative_epsilon={value} must be a finite number, zero or larger"):
+            spectrum.relative_epsilon_rank(value)
+    with pytest.raises(ValueError, match=r"use ggn_spectrum\(method='gram'\)"):
+        spectrum.learnable_fraction()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -581,11 +592,9 @@ def test_squares_that_vanish_or_overflow_do_no_harm(factor: float) -> None:
     assert scaled.negative_mass == pytest.approx(plain.negative_mass, rel=1e-2)
 
 
-def test_products_that_are_not_finite_and_misspelt_options_are_refused() -> None:
+def test_products_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the curvature of the loss .* is NaN or infinite"):
         lanczos_spectrum(Matrix(torch.full((4, 4), math.nan)), num_probes=1, num_steps=3, seed=0)
-    with pytest.raises(ValueError, match="reorthogonalization='parital' must be 'full', 'partial' or 'none'"):
-        lanczos_spectrum(Matrix(torch.eye(4)), num_probes=1, num_steps=3, seed=0, reorthogonalization="parital")  # type: ignore[arg-type]
 
 
 def test_a_number_from_few_start_vectors_is_not_resolved_unless_it_is_right() -> None:

@@ -1166,8 +1166,13 @@ def test_networks_within_metrics_are_not_part_of_the_network() -> None:
 
 
 def test_arguments_and_misuse_are_told() -> None:
-    with pytest.raises(TypeError, match=r"layers and measures are lists of names: write \[...\] around"):
+    with pytest.raises(TypeError, match=r"layers='encoder.\*' must be a list of names: \['encoder.\*'\]"):
         PlasticityMonitor(layers="encoder.*")
+    for misused in (lambda: PlasticityMonitor("x"), lambda: PlasticityMonitor().attach("x")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"module=.x. must be a torch\.nn\.Module"):
+            misused()
+    with pytest.raises(TypeError, match="prefix=3 must be a string"):
+        PlasticityMonitor(prefix=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"measures=\['rank'\] must be some of \['dormant_fraction'"):
         PlasticityMonitor(measures=["rank"])
     with pytest.raises(ValueError, match="compiled='no' must be 'raise' or 'eager'"):

@@ -27,7 +27,7 @@ from lightning_plasticity import (
     PyHessianProbe,
     SpectralCollapseCallback,
 )
-from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
+from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
 from tests.modules import Classifier, LoggingByItself, loader, trainer, weights
@@ -243,8 +243,11 @@ def test_reentrant_checkpoints_are_refused() -> None:
             x = batch[0].clone().requires_grad_()
             return F.cross_entropy(checkpoint(self.net, x, use_reentrant=True), batch[1])
 
-    with pytest.raises(MisconfigurationException, match="pass use_reentrant=False"):
+    with pytest.raises(MisconfigurationException, match="pass use_reentrant=False") as refused:
         trainer(SpectralCollapseCallback(**HESSIAN_ALONE)).fit(Checkpointed(), loader())
+    assert "GGNProbe" not in str(refused.value), "which refuses them too"
+    with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
+        trainer(SpectralCollapseCallback(GGNProbe())).fit(Checkpointed(), loader())
 
 
 def test_a_loss_that_cannot_be_computed_in_float64_is_measured_with_a_warning() -> None:
@@ -432,6 +435,7 @@ def test_history_with_hessians_survives_a_checkpoint(tmp_path: Path) -> None:
         (lambda: HessianProbe(num_probes=True), ValueError, r"HessianProbe\(num_probes=True\)"),
         (lambda: HessianProbe(num_steps=2.5), ValueError, r"HessianProbe\(num_steps=2.5\)"),  # type: ignore[arg-type]
         (lambda: HessianProbe(seed=-1), ValueError, r"HessianProbe\(seed=-1\) must be a whole number, 0 or larger"),
+        (lambda: HessianProbe(seed=2**70), ValueError, rf"seed={2**70} must be a whole number"),
         (lambda: HessianProbe(ggn=64), ValueError, r"HessianProbe\(ggn=64\) must be a GGNProbe or None"),  # type: ignore[arg-type]
         (lambda: PyHessianProbe(num_steps=0), ValueError, r"^PyHessianProbe\(num_steps=0\)"),
         (

@@ -325,6 +325,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Make] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, nesterov=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, fused=True),
     "SGD without momentum": lambda p: torch.optim.SGD(p, lr=1e-4),
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
     "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, foreach=False),
@@ -369,6 +370,50 @@ def test_new_entries_do_not_depend_on_the_past_and_others_go_on_as_before(make: 
         futures.append(torch.cat([parameter.detach(), *_averages(optimizer, parameter)]))
         assert torch.equal(parameter[~mask], twin[~mask]), "kept entries move as if nothing had happened"
     assert torch.equal(*futures)
+
+
+@EVERY_OPTIMIZER
+def test_a_parameter_that_is_new_as_a_whole_goes_on_as_in_a_new_optimizer_and_others_as_before(make: Make) -> None:
+    new, kept = nn.Parameter(torch.rand(4, 5)), nn.Parameter(torch.rand(3))
+    optimizer = make([new, kept])
+    past, future = ([(torch.randn(4, 5), torch.randn(3)) for _ in range(5)] for _ in range(2))
+    both_step(optimizer, new, kept, past)
+    with torch.no_grad():
+        new.fill_(0.5)
+    other = copy.deepcopy(optimizer)
+    twin = other.param_groups[0]["params"]
+    fresh = nn.Parameter(new.detach().clone())
+    clear(optimizer, {new: None})
+    both_step(optimizer, new, kept, future)
+    both_step(other, *twin, future)
+    steps(make([fresh]), fresh, [gradient for gradient, _ in future])
+    assert torch.equal(new, fresh)
+    assert torch.equal(kept, twin[1])
+
+
+def both_step(
+    optimizer: torch.optim.Optimizer, one: nn.Parameter, other: nn.Parameter, gradients: list[tuple[Tensor, Tensor]]
+) -> None:
+    for gradient, other_gradient in gradients:
+        one.grad, other.grad = gradient.clone(), other_gradient.clone()
+        optimizer.step()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Passes its groups on, as many do."""
+
+    def __init__(self, name: str, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        setattr(self, name, inner)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "optim"])  # the latter is ZeroRedundancyOptimizer's
+def test_a_wrapped_optimizer_forgets(name: str) -> None:
+    parameter = nn.Parameter(torch.rand(4, 5))
+    inner = torch.optim.Adam([parameter])
+    steps(inner, parameter, [torch.randn(4, 5)])
+    clear(Wrapper(name, inner), {parameter: None})
+    assert not inner.state
 
 
 def _averages(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:

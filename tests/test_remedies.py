@@ -446,6 +446,26 @@ def test_a_running_remedy_that_fails_is_warned_of_and_training_goes_on() -> None
     assert remedy.steps == 4
 
 
+def compiled_before(module: Classifier) -> None:
+    module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
+    module.net(torch.randn(4, 4))
+
+
+def in_evaluation_mode(module: Classifier) -> None:
+    module.net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.parametrize("deafened", [compiled_before, in_evaluation_mode])
+def test_a_running_remedy_that_hears_nothing_is_warned_of(deafened: Callable[[Classifier], None]) -> None:
+    module = Classifier()
+    deafened(module)
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ContinualBackprop(0.3, 0)])
+    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*hears nothing"):
+        trainer(callback).fit(module, loader())
+    assert "hears nothing" in callback.history[0].errors["ContinualBackprop"]
+
+
 def test_nothing_is_left_in_the_module_when_training_fails() -> None:
     class Failing(Classifier):
         def on_train_batch_end(self, *_: Any) -> None:

@@ -249,6 +249,35 @@ def test_only_training_is_heard(make: Callable[..., UnitReplacement]) -> None:
 
 
 @EVERY
+def test_layers_that_are_trained_unheard_are_an_error(make: Callable[..., UnitReplacement]) -> None:
+    model, remedy = mlp().eval(), make()
+    started(remedy, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"hears nothing .*torch\.compile.*torch\.compiler\.reset\(\).*model\.train\(\)"
+    ):
+        replaced(model, remedy, optimizer, range(2))
+    replaced(model.train(), remedy, optimizer, range(2))
+
+
+@EVERY
+def test_steps_of_others_and_of_before_the_start_are_no_deafness(make: Callable[..., UnitReplacement]) -> None:
+    model, remedy, other = mlp(), make(), nn.Linear(4, 2)
+    optimizers = [torch.optim.Adam(part.parameters()) for part in (model, other)]
+    model(batch(0)).sum().backward()
+    started(remedy, model)
+    optimizers[0].step()  # of a forward pass before the start
+    remedy.after_step(model, optimizers)
+    for number in range(4):
+        train(other, optimizers[1], batch(number))
+        remedy.after_step(model, optimizers)
+    replaced(model, remedy, optimizers[0], range(4))
+    for _ in range(4):
+        optimizers[0].step()  # on the same gradients
+        remedy.after_step(model, optimizers)
+
+
+@EVERY
 def test_units_grow_no_older_without_a_forward_pass(make: Callable[..., UnitReplacement]) -> None:
     model, remedy = mlp(), make()
     started(remedy, model)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, Units, describe_units
@@ -284,6 +285,46 @@ def test_forward_may_return_nothing_or_a_loss() -> None:
 def test_forward_without_a_graph_is_refused() -> None:
     with pytest.raises(ValueError, match=r"forward\(model\) must run the model with gradients, and return its outputs"):
         describe_units(nn.Linear(4, 2), lambda model: 3)
+
+
+def test_what_torch_pruning_cannot_follow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("'int' and 'NoneType'")
+
+    monkeypatch.setattr(tp.DependencyGraph, "_build_dependency", fail)
+    with pytest.raises(ValueError, match=r"^torch-pruning cannot follow Encoder: TypeError: 'int' and 'NoneType'"):
+        describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
+
+
+def test_an_error_of_the_forward_pass_is_not_torch_prunings() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        describe_units(nn.Linear(4, 2), lambda model: model(torch.randn(2, 5)))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recurrent_layers_are_left_out_whatever_they_do_inside(
+    kind: type[nn.RNNBase], num_layers: int, bidirectional: bool, packed: bool
+) -> None:
+    recurrent = kind(4, 6, num_layers=num_layers, bidirectional=bidirectional, batch_first=True)
+    model = nn.ModuleDict(
+        {"before": nn.Linear(3, 4), "recurrent": recurrent, "hidden": nn.Linear(6, 5), "head": nn.Linear(5, 2)}
+    )
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        if packed:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 4]), batch_first=True)  # type: ignore[assignment]
+        state = model["recurrent"](x)[1]  # type: ignore[index]
+        last = (state[0] if isinstance(state, tuple) else state)[-1]
+        return model["head"](model["hidden"](last).relu())  # type: ignore[index]
+
+    x = torch.randn(2, 7, 3)
+    for start in (lambda model: model["before"](x), lambda model: torch.randn(2, 7, 4)):
+        units = describe_units(model, lambda model, start=start: forward(model, start(model)))  # type: ignore[misc]
+        assert list(units.sites) == ["hidden"]
+        assert units.left_out["recurrent"] == "recurrent: its units feed themselves"
 
 
 def test_lazy_layers_are_refused() -> None:

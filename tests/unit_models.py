@@ -130,6 +130,18 @@ class Gru(nn.Module):
         return self.head(F.relu(self.hidden(self.gru(F.relu(self.inputs(x)))[0][:, -1])))
 
 
+class BothWays(nn.Module):
+    """A recurrent layer that puts its directions together itself, and whose inputs no layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, num_layers=2, batch_first=True, bidirectional=True)
+        self.hidden, self.head = nn.Linear(10, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(self.lstm(x)[0][:, -1])))
+
+
 class Shared(nn.Module):
     """One layer twice."""
 
@@ -278,6 +290,7 @@ MODELS = [
         {"hidden": (7, ("head",))},
         {"inputs": "recurrent layer 'gru' reads it", "gru": "recurrent", "head": "logits"},
     ),
+    Model("lstm", BothWays, (3, 5, 4), {"hidden": (7, ("head",))}, {"lstm": "recurrent", "head": "logits"}),
     Model(
         "shared",
         Shared,

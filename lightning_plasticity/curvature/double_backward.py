@@ -50,10 +50,11 @@ Units that are exactly on their kink, as those without bias that see only zeros,
 second derivative there, or one that hides a mistake. The formulas that are checked are the same at any other point.
 """
 
-_REENTRANT = (
+REENTRANT = (
     "reentrant checkpointing hides the parameters of its block and allows no second derivatives: pass "
     "use_reentrant=False to torch.utils.checkpoint.checkpoint"
 )
+"""Said of what has not even first derivatives for the Gauss-Newton matrix."""
 
 _MAX_ASYMMETRY_IN_FLOAT32, _MAX_DIFFERENCE_IN_FLOAT32 = 1e-4, 5e-2
 """The same where the model itself turns to float32 on the way: a norm or a softmax written so, logits.float()."""
@@ -130,7 +131,7 @@ def twice_differentiable_loss(
         nodes = list(reached([edge_of(loss)], {}))
         _check_no_other_parameters(nodes, model)
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-            raise DoubleBackwardError(_REENTRANT)
+            raise DoubleBackwardError(REENTRANT)
         yield loss
 
 
@@ -198,7 +199,7 @@ def _advice(message: str) -> str | None:
             "measure the Gauss-Newton matrix by ggn_spectrum(method='gram'), which needs first derivatives only"
         )
     if "checkpoint" in message and "use_reentrant" in message:
-        return _REENTRANT
+        return REENTRANT
     if "once_differentiable" in message:
         return (
             "a custom autograd.Function is marked once_differentiable, so there is no second derivative: write its "
@@ -433,7 +434,7 @@ def _likely_cause(model: nn.Module, nodes: list[Node]) -> str:
             "composed_weight_norm()"
         )
     if "CheckpointFunctionBackward" in custom:
-        causes.append(_REENTRANT)
+        causes.append(REENTRANT)
     if own := sorted(name.removesuffix("Backward") for name in custom - {"CheckpointFunctionBackward"}):
         causes.append(
             f"custom autograd.Function {', '.join(own)}: its backward must be made of differentiable operations on "

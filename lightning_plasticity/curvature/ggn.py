@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
 from lightning_plasticity.curvature.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.jacobian import TooManyPassesError
-from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
+from lightning_plasticity.curvature.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.outputs import outputs_of
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.products import CurvatureProduct, GaussNewtonProduct
@@ -62,7 +63,8 @@ def ggn_spectrum(
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the samples, a scalar with a graph.
         method: ``"gram"``: exact, with the tangent kernel, from a matrix with a row for each output number of the
             batch. ``"lanczos"``: an estimate by ``num_probes * num_steps`` products, each about two gradients.
-            ``"auto"``: exact, unless that is more work or too large, which is logged.
+            ``"auto"``: exact, unless that is more work, too large, or needs more samples at a time than
+            ``micro_batch_size``, which is logged.
         parameters: Only the parameters whose name matches this pattern (``*`` and ``?`` are wildcards): the block of
             the matrix that belongs to them. By default all that require gradients.
         samples: Number of samples that the loss is a mean over: the :math:`n` of the tangent kernel, of no consequence
@@ -76,7 +78,7 @@ def ggn_spectrum(
         seed: Seed of the start vectors and of the sketch.
         reorthogonalization: What is done to keep the Lanczos vectors orthogonal.
         deflate: Whether what each start vector finds lowers the sampling error of the next.
-        micro_batch_size: Number of samples whose graph is held at a time, for ``"lanczos"``.
+        micro_batch_size: Number of samples whose graph is held at a time, which only an estimate can do with.
         distributed: Whether the processes of a process group each hold a part of the batch. For ``"gram"`` the parts
             are brought together on every process.
         progress: Called with the number of products done and of all of them.
@@ -104,8 +106,12 @@ def ggn_spectrum(
         [4.0, 1.0]
     """
     _check_method(method, sketch, micro_batch_size)
-    if method == "gram" or (method == "auto" and micro_batch_size is None):
-        auto = method == "auto"
+    check_lanczos(num_probes, num_steps, seed, reorthogonalization)
+    check_counts(micro_batch_size=micro_batch_size)
+    auto, reason = method == "auto", None
+    if auto and micro_batch_size is not None:
+        reason = f"micro_batch_size={micro_batch_size}, and the exact matrix needs all samples at once"
+    elif method != "lanczos":
         whole: Any = gathered(batch) if distributed and is_distributed() else batch
         try:
             return gram(
@@ -122,7 +128,9 @@ def ggn_spectrum(
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError) as error:
             if not auto:
                 raise
-            _log.info("estimating the Gauss-Newton spectrum by %d products: %s", num_probes * num_steps, error)
+            reason = str(error)
+    if reason is not None:
+        _log.info("estimating the Gauss-Newton spectrum by %d products: %s", num_probes * num_steps, reason)
     selected = list(trainable_parameters(model, parameters).values())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 

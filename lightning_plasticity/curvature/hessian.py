@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_plasticity.arguments import check_counts
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
-from lightning_plasticity.curvature.lanczos import Reorthogonalization, lanczos_spectrum
+from lightning_plasticity.curvature.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.products import CurvatureProduct, HessianProduct
 from lightning_plasticity.curvature.shards import sharded
@@ -81,6 +82,8 @@ def hessian_spectrum(
     """
     if backend not in ("native", "pyhessian"):
         raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
+    check_lanczos(num_probes, num_steps, seed, reorthogonalization)
+    check_counts(micro_batch_size=micro_batch_size)
     selected = list(trainable_parameters(model, parameters).values())
     if backend == "pyhessian":
         _check_pyhessian_can(parameters, micro_batch_size, distributed=distributed)

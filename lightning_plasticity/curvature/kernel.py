@@ -92,13 +92,15 @@ class TangentKernel:
         return effective_rank_of(self.eigenvalues)
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        r"""Share of the residual that gradient descent can remove, :math:`\sum_k c_k (1 - e^{-2 \eta K \lambda_k})`.
+        r"""Share of the squared residual that gradient descent can remove.
+
+        .. math:: \sum_k c_k \, (1 - e^{-2 \eta K \lambda_k})
 
         Under gradient descent with the kernel frozen as it is now the residual obeys :math:`\dot r = -\Theta r`.
 
         Args:
             lr: Step size :math:`\eta > 0`. ``None`` takes :math:`1 / \lambda_{\max}` of the kernel, which makes the
-                number independent of the scale of the network and of the optimizer.
+                number independent of the scale of the tangent kernel and of the optimizer.
             steps: Number of steps :math:`K \ge 1`.
 
         Returns:

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_plasticity.arguments import check_counts
+from lightning_plasticity.arguments import check_counts, check_seed
 from lightning_plasticity.curvature.estimates import Quadrature
 from lightning_plasticity.curvature.problem import NOT_FINITE, Progress
 from lightning_plasticity.curvature.products import CurvatureProduct
@@ -27,6 +27,18 @@ Reorthogonalization: TypeAlias = Literal["full", "partial", "none"]
 
 _BREAKDOWN = 50
 """In units of the rounding error of a product: below it, what is left of a new direction is rounding error alone."""
+
+
+def check_lanczos(num_probes: int, num_steps: int, seed: int, reorthogonalization: Reorthogonalization) -> None:
+    """What the arguments of :func:`lanczos_spectrum` have to be; for who computes something before it.
+
+    Raises:
+        ValueError: If a number is not positive and whole, or another one is not known.
+    """
+    check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_seed(seed)
+    if reorthogonalization not in get_args(Reorthogonalization):
+        raise ValueError(f"reorthogonalization={reorthogonalization!r} must be 'full', 'partial' or 'none'")
 
 
 def lanczos_spectrum(
@@ -66,7 +78,7 @@ def lanczos_spectrum(
         progress: Told of every product.
 
     Raises:
-        ValueError: If a number is not positive, or a product not finite.
+        ValueError: If a product is not finite.
 
     References:
         Ubaru, Chen and Saad 2017; Ghorbani et al. 2019, arXiv 1901.10159. Deflation: Gambhir, Stathopoulos and Orginos
@@ -74,9 +86,6 @@ def lanczos_spectrum(
         as what to deflate), arXiv 2205.01736; Epperly, Tropp and Webber 2024 (every vector serves both ends), arXiv
         2301.07825.
     """
-    check_counts(num_probes=num_probes, num_steps=num_steps)
-    if reorthogonalization not in get_args(Reorthogonalization):
-        raise ValueError(f"reorthogonalization={reorthogonalization!r} must be 'full', 'partial' or 'none'")
     steps = min(num_steps, product.dimension)
     deflate = deflate and num_probes > 2 and reorthogonalization != "none"
     generator = torch.Generator()

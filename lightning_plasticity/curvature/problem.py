@@ -25,7 +25,7 @@ def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[s
         pattern: Only those whose name matches; ``*`` and ``?`` are wildcards.
 
     Raises:
-        ValueError: If there are none, or they are not all float32 or all float64.
+        ValueError: If there are none, they are not all float32 or all float64, or the pattern is no string.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -40,6 +40,8 @@ def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[s
         )
     if pattern is None:
         return parameters
+    if not isinstance(pattern, str):
+        raise ValueError(f"parameters={pattern!r} must be a pattern of names, such as 'encoder.*', or None")
     every_name = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several
     chosen = {id(parameter) for name, parameter in every_name.items() if fnmatchcase(name, pattern)}
     matching = {name: parameter for name, parameter in parameters.items() if id(parameter) in chosen}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.arguments import check_counts
+from lightning_plasticity.arguments import check_counts, check_seed
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.graph import or_zeros, vector_products
@@ -293,6 +293,7 @@ class _AdaptedHessian(_PyHessian):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _adapted(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], seed: int) -> Iterator[_AdaptedHessian]:
+    check_seed(seed)
     parameters = list(trainable_parameters(model).values())
     with twice_differentiable_loss(model, batch, loss_fn) as loss:
         yield _AdaptedHessian(loss, parameters, seed)

@@ -132,8 +132,7 @@ class Spectrum:
         References:
             arXiv 2509.22335, section 4.
         """
-        if not epsilon >= 0 or math.isinf(epsilon):
-            raise ValueError(f"epsilon={epsilon} must be a finite number, zero or larger")
+        _check_threshold(epsilon=epsilon)
         estimate = self._mean(lambda values, weights: weights[values.abs() > epsilon].sum().item())
         if self.exact:
             return estimate
@@ -175,7 +174,12 @@ class Spectrum:
         )
 
     def relative_epsilon_rank(self, relative_epsilon: float) -> Estimate:
-        r"""Number of directions with :math:`|\lambda_k| > \epsilon_{\mathrm{rel}} \max_j |\lambda_j|`."""
+        r"""Number of directions with :math:`|\lambda_k| > \epsilon_{\mathrm{rel}} \max_j |\lambda_j|`.
+
+        Raises:
+            ValueError: If ``relative_epsilon`` is negative.
+        """
+        _check_threshold(relative_epsilon=relative_epsilon)
         return self.epsilon_rank(relative_epsilon * self.eigenvalues.abs().max().item())
 
     def fast_rank(self, lr: float, steps: int, contraction: float = 0.1) -> Estimate:
@@ -192,15 +196,15 @@ class Spectrum:
         References:
             Definition 4.4 of arXiv 2509.22335.
         """
-        if not lr > 0 or not steps > 0 or not 0 < contraction < 1:
+        if not lr > 0 or not steps >= 1 or not 0 < contraction < 1:
             raise ValueError(
-                f"fast_rank(lr={lr}, steps={steps}, contraction={contraction}): lr and steps must be positive and "
-                "contraction in (0, 1)"
+                f"fast_rank(lr={lr}, steps={steps}, contraction={contraction}): lr must be positive, steps at "
+                "least 1 and contraction in (0, 1)"
             )
         return self.epsilon_rank(-math.log(contraction) / (lr * steps))
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        """Share of the residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
+        """Share of the squared residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
 
         Raises:
             ValueError: If this spectrum was computed without the tangent kernel, which knows the residual.
@@ -208,7 +212,7 @@ class Spectrum:
         if self.kernel is None:
             raise ValueError(
                 "learnable_fraction needs the tangent kernel and its residual, which this spectrum was computed "
-                "without: use ggn_spectrum"
+                "without: use ggn_spectrum(method='gram')"
             )
         return self.kernel.learnable_fraction(lr, steps)
 
@@ -318,6 +322,12 @@ class Spectrum:
         place = nodes.argmax() if largest else nodes.argmin()
         value, residual = nodes[place].item(), residuals[place].item()
         return Estimate(value, lo=value - residual, hi=value + residual)
+
+
+def _check_threshold(**threshold: float) -> None:
+    for name, value in threshold.items():
+        if not value >= 0 or math.isinf(value):
+            raise ValueError(f"{name}={value} must be a finite number, zero or larger")
 
 
 def _between(estimate: Estimate, lo: float, hi: float) -> Estimate:

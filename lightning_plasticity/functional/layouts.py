@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_plasticity.arguments import is_whole
+
 
 def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
     """The dimension that counts the units, by default the one that torch's own layers use.
@@ -48,8 +50,8 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on the meta device holds no numbers to measure")
     if channel_dim is None:
         return tensor.ndim - 1 if tensor.ndim <= 3 else 1
-    if not -tensor.ndim <= channel_dim < tensor.ndim:
-        raise ValueError(f"channel_dim={channel_dim} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
+    if not is_whole(channel_dim) or not -tensor.ndim <= channel_dim < tensor.ndim:
+        raise ValueError(f"channel_dim={channel_dim!r} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
     return channel_dim % tensor.ndim
 
 

@@ -54,6 +54,9 @@ class Activity:
         self._handles = [
             layer.register_forward_pre_hook(self._listeners[name], with_kwargs=True) for name, layer in layers.items()
         ]
+        self._versions = self._versions_in(model)
+        self._unheard_steps = 0
+        self._has_heard = False
 
     def heard(self) -> dict[str, Heard]:
         """What was heard since :meth:`forget` in all processes together, by layer; layers not called are not there.
@@ -69,6 +72,28 @@ class Activity:
             if values:
                 result[name] = Heard(vector[2:].view_as(listener.nothing), values, samples)
         return result
+
+    def is_deaf(self, model: nn.Module, heard: Mapping[str, Heard]) -> bool:
+        """Whether the layers are trained although nothing is heard. To be asked once after every step.
+
+        A step that leaves the layers as they are, such as that of another optimizer, says nothing, and one may belong
+        to a forward pass from before the start.
+
+        Args:
+            model: The model.
+            heard: What was heard of the step.
+        """
+        self._has_heard = self._has_heard or bool(heard)
+        if self._has_heard:
+            return False
+        before, self._versions = self._versions, self._versions_in(model)
+        trained = self._versions != before
+        self._unheard_steps += trained
+        return trained and self._unheard_steps > 1
+
+    def _versions_in(self, model: nn.Module) -> list[int]:
+        """How often each layer's weight was written to."""
+        return [next(model.get_submodule(name).parameters())._version for name in self._listeners]
 
     def forget(self) -> None:
         """Begins anew."""

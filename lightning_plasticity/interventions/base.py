@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity.arguments import is_whole, number
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
 
-When = str | int
+When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
 optimizer steps."""
 
@@ -42,8 +42,13 @@ class Intervention:
 
     def _check_count(self, **argument: int) -> None:
         for name, value in argument.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{self.name}({name}={value!r}) must be a whole number, at least 1")
+
+    def _check_switch(self, **argument: bool) -> None:
+        for name, value in argument.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.name}({name}={value!r}) must be True or False")
 
     def start(
         self,

@@ -105,7 +105,15 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
         name: Name of the intervention, for the report.
         changes: What to do.
         optimizers: The optimizers that may hold state for the parameters.
+
+    Raises:
+        ValueError: If new values have another shape than the old ones.
     """
+    for old, new in changes.values.items():
+        if new.shape != old.shape:
+            raise ValueError(
+                f"{name}: a tensor of shape {tuple(old.shape)} was to get values of shape {tuple(new.shape)}"
+            )
     new_values = {old: new.to(old) for old, new in changes.values.items()}
     counts = {old: int((new != old).count_nonzero()) for old, new in new_values.items()}
     different = {old: new for old, new in new_values.items() if counts[old]}

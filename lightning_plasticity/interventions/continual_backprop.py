@@ -51,7 +51,8 @@ class ContinualBackprop(UnitReplacement):
 
     Raises:
         ValueError: If an argument is out of range; at the start, if ``forward`` is not given or the model has no units.
-        RuntimeError: If :meth:`after_step` comes before :meth:`start`.
+        RuntimeError: If :meth:`after_step` comes before :meth:`start`, or nothing is heard of layers that are trained:
+            in evaluation mode, or in code that was compiled before the start.
 
     References:
         Dohare et al. 2024, Nature 632, arXiv 2306.13812.
@@ -82,6 +83,7 @@ class ContinualBackprop(UnitReplacement):
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._check_switch(transfer_bias=transfer_bias)
         super().__init__(_sums_with_signs if transfer_bias else _sums, seed, initial)
         if not 0 <= number(replacement_rate) <= 1:
             raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
     So the first. (RMSprop, which corrects no bias, makes steps of up to 10 learning rates, as in a new network.)
 
     Args:
-        optimizer: Any optimizer, or a wrapper with the optimizer in ``.optimizer``.
+        optimizer: Any optimizer, or a wrapper with the optimizer in ``.optimizer`` or ``.optim``.
         renewed: The new entries; the parameters already have their new values. Parameters that the optimizer does not
             hold are passed over.
 
@@ -70,7 +71,12 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
         _renew_unknown(optimizer, whole)
     else:
         for parameter in whole:
-            del optimizer.state[parameter]  # made anew at the next step
+            if isinstance(optimizer, torch.optim.SGD) and _group(optimizer, parameter).get("fused"):
+                # torch's fused step wants a buffer of all parameters of a group or of none. One of zeros makes the
+                # first step of a new parameter, but for the factor (1 - dampening) of all later ones.
+                _clear_entries(optimizer, parameter, torch.ones_like(parameter, dtype=torch.bool))
+            else:
+                del optimizer.state[parameter]  # made anew at the next step
     stayed = {key for parameter, entries in partly.items() for key in _clear_entries(optimizer, parameter, entries)}
     if stayed:
         warnings.warn(
@@ -111,8 +117,8 @@ def remembered(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[N
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    inner = [getattr(optimizer, name, None) for name in ("optimizer", "optim")]
+    return next((one for one in inner if isinstance(one, torch.optim.Optimizer)), optimizer)
 
 
 def _affected(optimizer: torch.optim.Optimizer, renewed: Renewed) -> set[nn.Parameter]:
@@ -120,6 +126,10 @@ def _affected(optimizer: torch.optim.Optimizer, renewed: Renewed) -> set[nn.Para
     if isinstance(optimizer, torch.optim.LBFGS):
         return held
     return {parameter for parameter in held if parameter in optimizer.state}
+
+
+def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
@@ -183,8 +193,7 @@ def _at_first(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: st
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(optimizer.defaults["initial_accumulator_value"])
     if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
-        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        return float(group["lr"])
+        return float(_group(optimizer, parameter)["lr"])
     if isinstance(optimizer, torch.optim.ASGD) and key == "ax":
         return parameter.detach()[index]
     return 0.0

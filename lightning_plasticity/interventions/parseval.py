@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity.arguments import are_names, number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.matrices import layers_of
 
@@ -50,8 +50,8 @@ class Parseval(Regularizer):
         super().__init__(coefficient)
         if not 0 < number(gain) < float("inf"):
             raise ValueError(f"Parseval(gain={gain!r}) must be a positive number: the singular values to be kept")
-        if isinstance(exclude, str):
-            raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as [{exclude!r}]")
+        if exclude is not None and not are_names(exclude, at_least=0):
+            raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as ['head'], or None")
         self.gain = gain
         self.exclude = None if exclude is None else tuple(exclude)
 

@@ -54,7 +54,8 @@ class SelfNormalizedReset(UnitReplacement):
 
     Raises:
         ValueError: If an argument is out of range; at the start, if ``forward`` is not given or the model has no units.
-        RuntimeError: If :meth:`after_step` comes before :meth:`start`.
+        RuntimeError: If :meth:`after_step` comes before :meth:`start`, or nothing is heard of layers that are trained:
+            in evaluation mode, or in code that was compiled before the start.
 
     References:
         Farias and Jozefiak 2024, arXiv 2410.20098.

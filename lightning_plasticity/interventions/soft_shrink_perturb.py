@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity.arguments import check_seed, number
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.generators import SendableGenerator
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
@@ -68,8 +68,7 @@ class SoftShrinkPerturb(RunningRemedy):
         if not 0 <= number(noise) < math.inf:
             raise ValueError(f"SoftShrinkPerturb(noise={noise!r}) must be a finite number, at least 0")
         self._check_count(every_n_steps=every_n_steps)
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"SoftShrinkPerturb(seed={seed!r}) must be a whole number")
+        check_seed(seed)
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
         self.generator = SendableGenerator()

@@ -33,8 +33,8 @@ class SpectralRegularizer(Regularizer):
     :math:`\sigma_{\max}` comes from one power iteration a call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, where :math:`u` is that of the last call. The gradient
     is :math:`u v^\top`. The estimate is never too large. A matrix that is new gets 20 iterations: of Gaussian ones the
-    estimate is then 0 % to 4 % too small, and it gets better with every step as long as the weights move little. Calls
-    without gradients do not move :math:`u`, so that the term can be looked at.
+    estimate is then too small by mostly less than 4 %, at most 8 %, and it gets better with every step as long as the
+    weights move little. Calls without gradients do not move :math:`u`, so that the term can be looked at.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`.
@@ -60,6 +60,7 @@ class SpectralRegularizer(Regularizer):
         super().__init__(coefficient)
         if not 1 <= number(power) < float("inf"):
             raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
+        self._check_switch(exact=exact)
         self.power = power
         self.exact = exact
         self._vectors: dict[str, Tensor] = {}

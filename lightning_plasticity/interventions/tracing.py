@@ -96,6 +96,39 @@ def _random_like(value: Tensor) -> Tensor:
     return drawn.to(value)
 
 
+class _Opaque(torch.autograd.Function):
+    """The output of a layer, in a graph that knows no more than what it was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:
+        return output.view_as(output)
+
+
+@contextlib.contextmanager
+def _opaque_recurrent_layers(model: nn.Module) -> Iterator[None]:
+    """Hides what recurrent layers do inside, such as to concatenate, which torch-pruning may not be able to follow."""
+
+    def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        sources = [*_tensors([args, kwargs]), *layer.parameters()]
+
+        def opaque(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return _Opaque.apply(value.detach(), *sources) if value.requires_grad else value  # type: ignore[no-untyped-call]
+            if isinstance(value, nn.utils.rnn.PackedSequence):
+                return value._replace(data=opaque(value.data))
+            return tuple(map(opaque, value)) if isinstance(value, tuple) else value
+
+        return opaque(output)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, RECURRENT)]
+    handles = [layer.register_forward_hook(hide, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class _Trace:
     """What one forward pass showed.
@@ -131,7 +164,15 @@ class _Trace:
             uses.update(_uses(found))
             return found
 
-        graph.build_dependency(model, None, forward_fn=outputs, verbose=False)
+        try:
+            with _opaque_recurrent_layers(model):
+                graph.build_dependency(model, None, forward_fn=outputs, verbose=False)
+        except Exception as error:  # of whatever kind: torch-pruning does not say which it raises
+            if not uses:
+                raise  # in the forward pass
+            raise ValueError(
+                f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: {error}"
+            ) from error
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return cls(model, forward, graph, {**parameters, **dict(model.named_buffers())}, uses, frozen)
 

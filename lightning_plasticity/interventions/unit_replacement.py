@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.arguments import check_seed
 from lightning_plasticity.interventions.activity import Activity, Heard, Statistic
 from lightning_plasticity.interventions.base import RunningRemedy
 from lightning_plasticity.interventions.changes import Changes, RepairReport, apply, tensors_of
@@ -89,6 +90,12 @@ class UnitReplacement(RunningRemedy):
                 "must be called once for this model, before the first training step"
             )
         heard = watch.activity.heard()
+        if watch.activity.is_deaf(model, heard):
+            raise RuntimeError(
+                f"{self.name} hears nothing of {type(model).__name__} while it is trained. Its hooks are not called in "
+                "code that torch.compile compiled before they were there (torch.compiler.reset() has it compiled anew),"
+                " and do not listen in evaluation mode (model.train() ends it)"
+            )
         records, chosen = {}, {}
         for layer, site in watch.units.sites.items():
             called = {name: heard[name] for name in site.consumers if name in heard}
@@ -225,8 +232,7 @@ class _FreshUnits:
     """
 
     def __init__(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r} must be a whole number")
+        check_seed(seed)
         if initial is not None and not isinstance(initial, Mapping):
             raise ValueError(f"initial={initial!r} must be a state_dict(), or None")
         # A state_dict() shares its tensors with the model, which is going to be trained.

@@ -109,7 +109,7 @@ def describe_units(model: nn.Module, forward: Forward) -> Units:
         The units; ``print`` it.
 
     Raises:
-        ValueError: If no tensor with a graph comes out of ``forward``.
+        ValueError: If no tensor with a graph comes out of ``forward``, or torch-pruning cannot follow the model.
 
     References:
         The dependency graph: Fang et al. 2023, arXiv 2301.12900.

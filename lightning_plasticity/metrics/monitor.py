@@ -18,7 +18,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
-from lightning_plasticity.arguments import are_names
+from lightning_plasticity.arguments import are_names, is_whole
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -92,7 +92,8 @@ class PlasticityMonitor(PlasticityMetric):
     ['dormant_fraction', 'dormant_fraction/1']
 
     On a batch in flight, :meth:`attach` before the step and :meth:`detach` after it; nothing is run twice, and no
-    number in the network changes. Modes are left as they are: in training mode, batch norm and dropout before an
+    number in the network changes (but that Transformers in evaluation mode without gradients leave torch's fast path,
+    which rounds differently). Modes are left as they are: in training mode, batch norm and dropout before an
     activation are in what is measured.
 
     A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
@@ -123,6 +124,7 @@ class PlasticityMonitor(PlasticityMetric):
         kwargs: What every metric of torchmetrics takes.
 
     Raises:
+        TypeError: If ``module`` is no module, ``prefix`` no string, or ``layers`` or ``measures`` a single one.
         ValueError: If an argument is out of range; if a layer has another number of units than before; when it is
             attached to a network in which one of ``layers`` can match nothing.
         RuntimeError: When it is attached to a compiled module and ``compiled="raise"``, to a scripted one, or to one
@@ -155,19 +157,22 @@ class PlasticityMonitor(PlasticityMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(layers, str) or isinstance(measures, str):
-            raise TypeError("layers and measures are lists of names: write [...] around a single one")
+        for name, names in (("layers", layers), ("measures", measures)):
+            if isinstance(names, str):
+                raise TypeError(f"{name}={names!r} must be a list of names: [{names!r}]")
         if not are_names(measures) or any(measure not in MEASURES for measure in measures):
             raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
         if compiled not in ("raise", "eager"):
             raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
         for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
-            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            if not is_whole(limit) or limit < 1:
                 raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
         if layers is not None and not are_names(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
-        if channel_dim is not None and (not isinstance(channel_dim, int) or isinstance(channel_dim, bool)):
+        if channel_dim is not None and not is_whole(channel_dim):
             raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix={prefix!r} must be a string")
         self.patterns = None if layers is None else list(layers)
         self.dormant_threshold = valid_threshold(dormant_threshold, "dormant_threshold")
         self.measures = [measure for measure in MEASURES if measure in measures]
@@ -178,7 +183,7 @@ class PlasticityMonitor(PlasticityMetric):
         self.prefix = prefix
         self.forgiving = False
         self.errors: list[str] = []
-        self._network = [] if module is None else [module]  # in a list: not a submodule
+        self._network = [] if module is None else [_checked(module)]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
         self._watch: Watch | None = None
         self._is_persistent = False
@@ -204,7 +209,7 @@ class PlasticityMonitor(PlasticityMetric):
             raise RuntimeError("the monitor is attached already: detach() it first")
         if module is None and not self._network:
             raise RuntimeError("the monitor has no network to watch: PlasticityMonitor(module), or attach(module)")
-        network = self._network[0] if module is None else module
+        network = self._network[0] if module is None else _checked(module)
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
         opaque = compiled_modules(network)
@@ -523,6 +528,12 @@ class PlasticityMonitor(PlasticityMetric):
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         other._network = [memo.get(id(module), module) for module in self._network]  # the copy, if it is copied too
         return other
+
+
+def _checked(module: nn.Module) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module={module!r} must be a torch.nn.Module")
+    return module
 
 
 def _may_match(pattern: str, paths: Collection[str]) -> bool:
