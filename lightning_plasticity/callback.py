@@ -217,7 +217,8 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
-        self._remedies.follow(trainer.optimizers)
+        if self.interventions:
+            self._remedies.follow(trainer.optimizers)
         is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
         is_new_task = is_new_task or self._tasks.announced() or not self.history
         if is_new_task:

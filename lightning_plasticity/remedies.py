@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
@@ -30,6 +29,7 @@ from lightning_plasticity.interventions import (
 from lightning_plasticity.isolation import isolated_rng
 from lightning_plasticity.processes import agree, all_or_none, first_of_all_processes, is_distributed, raise_own
 from lightning_plasticity.sharding import sharded_like, whole
+from lightning_plasticity.step_counts import StepCounts, have_gradients
 from lightning_plasticity.training_loss import BatchInFlight, untouched_schedules
 
 _SAMPLES = 256
@@ -74,16 +74,9 @@ class Remedies:
         self._ready: list[Intervention] = []
         self._ready_for: set[_Trained] = set()
         self._failures = failures
-        self._steps_taken = 0
-        self._hears_steps = False
-        self._handles: dict[torch.optim.Optimizer, RemovableHandle] = {}
-        self._backward_passes = 0
-        self._backward_passes_seen: dict[torch.optim.Optimizer, int] = {}
-        self._met_before_step = self._said_left_out = False
+        self._counts = StepCounts()
+        self._said_left_out = False
         self._have_worked = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": {}, "_backward_passes_seen": {}}  # the optimizers are of the fit
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -110,15 +103,14 @@ class Remedies:
                 )
         self._ready = []
         self._ready_for.clear()
-        self._backward_passes, self._steps_taken = 0, 0
-        self._met_before_step = self._said_left_out = False
+        self._said_left_out = False
         by_hand = not trainer.lightning_module.automatic_optimization
-        self._hears_steps = bool(self._running or (self._regularizers and by_hand))
-        self.follow(trainer.optimizers)
+        listens = bool(self._running or (self._regularizers and by_hand))
+        self._counts.begin(trainer.optimizers, listens=listens)
 
     def end_fit(self) -> None:
         """Leaves nothing in the module and the optimizers."""
-        self.follow([])
+        self._counts.follow([])
         for intervention in self._all:
             try:
                 intervention.stop()
@@ -127,14 +119,7 @@ class Remedies:
 
     def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """A batch begins, to be trained on by these optimizers: there may be new ones since the last."""
-        if [*self._backward_passes_seen] == optimizers:
-            return
-        for gone in self._handles.keys() - optimizers:
-            self._handles.pop(gone).remove()
-        for optimizer in optimizers:
-            self._hear(optimizer)
-        seen = self._backward_passes_seen
-        self._backward_passes_seen = {o: seen.get(o, self._backward_passes) for o in optimizers}
+        self._counts.follow(optimizers)
 
     def rehearse(self, at: BatchInFlight) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
@@ -179,13 +164,12 @@ class Remedies:
 
     def before_backward(self) -> None:
         """Gradients are about to be added to. Passes whose gradients were dropped, without a step, do not count."""
-        for optimizer in self._backward_passes_seen if self._regularizers else ():
-            if not _have_gradients(p for group in optimizer.param_groups for p in group["params"]):
-                self._backward_passes_seen[optimizer] = self._backward_passes
+        if self._regularizers:
+            self._counts.before_backward()
 
     def after_backward(self) -> None:
         """Gradients were added to."""
-        self._backward_passes += 1
+        self._counts.after_backward()
 
     def add_gradients(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
@@ -198,19 +182,15 @@ class Remedies:
         Returns:
             The value of each term.
         """
-        self._hear(optimizer)
+        passes = self._counts.before_step(optimizer)
         if not self._regularizers:
             return {}
-        self._met_before_step = True
-        # One that was made within this batch has seen all but its pass.
-        passes = self._backward_passes - self._backward_passes_seen.get(optimizer, self._backward_passes - 1)
-        self._backward_passes_seen[optimizer] = self._backward_passes
         regularizers = [ready for ready in self._ready if isinstance(ready, Regularizer)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if not module.automatic_optimization and not self._backward_passes:
+        if not module.automatic_optimization and not self._counts.backward_passes:
             passes = 1  # by loss.backward() rather than manual_backward: nobody is told of those
         # No loss at all, an epoch that only updates batch norms, all frozen, or no optimizer at all.
-        if not (regularizers and passes and _have_gradients(parameters)):
+        if not (regularizers and passes and have_gradients(parameters)):
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         terms: dict[str, Tensor] = {}
@@ -263,8 +243,10 @@ class Remedies:
             The repairs that were done, and numbers to log of what runs along.
         """
         numbers: dict[str, float] = {}
-        if self._steps_taken:
-            self._steps_taken = 0
+        steps, by_hand = self._counts.take_steps()
+        if by_hand is not None:
+            self._say_left_out(by_hand)
+        if steps:
             for remedy in (ready for ready in self._ready if isinstance(ready, RunningRemedy)):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
@@ -334,24 +316,16 @@ class Remedies:
         name = self._name(intervention)
         self._failures.add(name, f"{name} {what}", error)
 
-    def _hear(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._hears_steps and optimizer not in self._handles:
-            self._handles[optimizer] = optimizer.register_step_post_hook(self._count_step)
-
-    def _count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.
-        skipped: Any = getattr(optimizer, "found_inf", None)
-        if skipped is None or not bool(skipped):
-            self._steps_taken += 1
-        if self._regularizers and not self._met_before_step and not self._said_left_out:
-            self._said_left_out = True
-            reason = (
-                f"{type(optimizer).__name__} was stepped without Lightning, as with use_pl_optimizer=False: step what "
-                "self.optimizers() returns"
-            )
-            for regularizer in self._regularizers:
-                self._fail(regularizer, "is left out of steps", reason)
-        self._met_before_step = False
+    def _say_left_out(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._said_left_out:
+            return
+        self._said_left_out = True
+        reason = (
+            f"{type(optimizer).__name__} was stepped without Lightning, as with use_pl_optimizer=False: step what "
+            "self.optimizers() returns"
+        )
+        for regularizer in self._regularizers:
+            self._fail(regularizer, "is left out of steps", reason)
 
     def _survived(
         self,
@@ -372,10 +346,6 @@ class Remedies:
 def _trained(trainer: Trainer) -> set[_Trained]:
     parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
-
-
-def _have_gradients(parameters: Iterable[Tensor]) -> bool:
-    return any(parameter.grad is not None for parameter in parameters)
 
 
 def _check_signature(remedy: RunningRemedy) -> None:

@@ -271,10 +271,10 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
 
 
 def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
     if value is None or type(value) is int:
         return value
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
     if isinstance(value, str):
         return str.__str__(value)  # a plain one, which any checkpoint can hold
     if isinstance(value, Integral):
