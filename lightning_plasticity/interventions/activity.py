@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,8 @@ class Activity:
         self._handles = [
             layer.register_forward_pre_hook(self._listeners[name], with_kwargs=True) for name, layer in layers.items()
         ]
-        self._versions = self._versions_in(model)
+        self._unheard = _weights(model, channels)
         self._unheard_steps = 0
-        self._has_heard = False
 
     def heard(self) -> dict[str, Heard]:
         """What was heard since :meth:`forget` in all processes together, by layer; layers not called are not there.
@@ -83,17 +82,10 @@ class Activity:
             model: The model.
             heard: What was heard of the step.
         """
-        self._has_heard = self._has_heard or bool(heard)
-        if self._has_heard:
-            return False
-        before, self._versions = self._versions, self._versions_in(model)
-        trained = self._versions != before
+        before, self._unheard = self._unheard, {} if heard else _weights(model, self._unheard)
+        trained = any(not torch.equal(weight, before[name]) for name, weight in self._unheard.items())
         self._unheard_steps += trained
         return trained and self._unheard_steps > 1
-
-    def _versions_in(self, model: nn.Module) -> list[int]:
-        """How often each layer's weight was written to."""
-        return [next(model.get_submodule(name).parameters())._version for name in self._listeners]
 
     def forget(self) -> None:
         """Begins anew."""
@@ -104,6 +96,12 @@ class Activity:
         """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+
+def _weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Copies, to tell whether they have changed."""
+    weights = {name: next(model.get_submodule(name).parameters()) for name in layers}
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
 class _Listener:

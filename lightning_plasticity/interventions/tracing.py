@@ -115,7 +115,7 @@ def _opaque_recurrent_layers(model: nn.Module) -> Iterator[None]:
             if isinstance(value, Tensor):
                 return _Opaque.apply(value.detach(), *sources) if value.requires_grad else value  # type: ignore[no-untyped-call]
             if isinstance(value, nn.utils.rnn.PackedSequence):
-                return value._replace(data=opaque(value.data))
+                return nn.utils.rnn.PackedSequence(opaque(value.data), *value[1:])
             return tuple(map(opaque, value)) if isinstance(value, tuple) else value
 
         return opaque(output)
