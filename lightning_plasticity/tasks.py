@@ -89,7 +89,7 @@ class TaskDetector:
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         drift_detector: DriftDetector | None = None,
-        drift_statistic: Callable[[Any], float | Tensor] | None = None,
+        drift_statistic: Callable[[Any], Any] | None = None,
     ) -> None:
         if task_key is not None and not callable(task_key):
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
