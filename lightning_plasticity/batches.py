@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
 _PARTS = (Tensor, tuple, list)
+_COLLECTIONS = (dict, list, tuple, set)
 
 
 def batch_size(batch: Any) -> int | None:
@@ -62,7 +65,7 @@ def samples_between(batch: Any, first: int, end: int) -> Any:
 def copied(batch: Any) -> Any:
     """A copy of a batch, which may be changed in place: also of what it holds in objects and numpy arrays."""
     # Clones, since deepcopy refuses tensors with a graph, and of a view copies all that it is a view of.
-    clones = {id(tensor): tensor.detach().clone() for tensor in _tensors_anywhere(batch, set())}
+    clones = _twins(batch)
     try:
         return copy.deepcopy(batch, clones)
     except Exception:  # an object that cannot be copied is shared
@@ -136,7 +139,16 @@ def _lists_of_samples(batch: Any) -> list[tuple[Any, ...] | list[Any]]:
     for item in batch if isinstance(batch, tuple | list) else [batch]:
         apply_to_collection(item, _PARTS, see)
     size, sizes = _most_common_size(beside), {tensor.shape[:1] for tensor in beside if tensor.dim()}
-    return [own for own in lists if len(own) == size and {tensor.shape[:1] for tensor in _tensors(own)} - sizes]
+    return [
+        own
+        for own in lists
+        if len(own) == size and _are_alike(own) and {tensor.shape[:1] for tensor in _tensors(own)} - sizes
+    ]
+
+
+def _are_alike(items: Sequence[Any]) -> bool:
+    """Whether these may be one thing for each sample, and are no pair such as of inputs and labels."""
+    return len({(type(item), getattr(item, "ndim", None), getattr(item, "dtype", None)) for item in items}) == 1
 
 
 def _most_common_size(tensors: Iterable[Tensor]) -> int | None:
@@ -176,19 +188,38 @@ def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
     return taken
 
 
-def _tensors_anywhere(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in a batch, also in the attributes of objects."""
-    if id(value) in seen or isinstance(value, type | ModuleType):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    items = list(value.values()) if isinstance(value, dict) else []
-    items += list(value) if isinstance(value, list | tuple | set) else []
-    items += list(getattr(value, "__dict__", {}).values())
-    for item in items:
-        yield from _tensors_anywhere(item, seen)
+def _twins(batch: Any) -> dict[int, Any]:
+    """What a deep copy of a batch is not to make itself: clones of tensors, and the objects that hold no numbers.
+
+    Others may know those by their identity, and what they refer to, such as a vocabulary, may be large.
+    """
+    holders: dict[int, list[Any]] = {}
+    found: dict[int, Any] = {}
+    ahead, numbers = [batch], []
+    while ahead:
+        value = ahead.pop()
+        if id(value) in found or isinstance(value, type | ModuleType | str | bytes | int | float | None):
+            continue
+        found[id(value)] = value
+        if isinstance(value, Tensor | np.ndarray):
+            numbers.append(value)
+        elif not isinstance(value, Dataset | DataLoader | nn.Module):
+            items = list(value.values()) if isinstance(value, dict) else []
+            items += list(value) if isinstance(value, list | tuple | set) else []
+            own = getattr(value, "__dict__", None)
+            items += own.values() if isinstance(own, dict) else []
+            for item in items:
+                holders.setdefault(id(item), []).append(value)
+            ahead += items
+    changing: set[int] = set()
+    ahead = list(numbers)
+    while ahead:
+        value = ahead.pop()
+        if id(value) not in changing:
+            changing.add(id(value))
+            ahead += holders.get(id(value), [])
+    shared = {key: value for key, value in found.items() if key not in changing and not isinstance(value, _COLLECTIONS)}
+    return shared | {id(value): value.detach().clone() for value in numbers if isinstance(value, Tensor)}
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -155,6 +155,7 @@ class SpectralCollapseCallback(Callback):
         self._checked = False
         self._remedies_started = False
         self._warned_of_early_checkpoint = False
+        self._in_batch = False
 
     def new_task(self, task_id: TaskId = None) -> None:
         """The next training batch is the first of a new task. To be called in every process of several.
@@ -216,6 +217,7 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._in_batch = True
         self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
         if self.interventions:
             self._remedies.follow(trainer.optimizers)
@@ -246,6 +248,7 @@ class SpectralCollapseCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._in_batch = False
         log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._failures)
         self._detected(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
@@ -280,6 +283,7 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._in_batch = False
         self._step_monitor.abandon()
         self._remedies.end_fit()
         self._keep_errors()
@@ -303,7 +307,7 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         unseen = self._steps_before_fit + trainer.global_step - self._steps
-        if trainer.training and unseen > 0 and not self._warned_of_early_checkpoint:
+        if self._in_batch and unseen > 0 and not self._warned_of_early_checkpoint:
             self._warned_of_early_checkpoint = True
             rank_zero_warn(
                 "a checkpoint was saved after an optimizer step and before SpectralCollapseCallback has seen the end "
@@ -488,9 +492,11 @@ class SpectralCollapseCallback(Callback):
             for name, tensor in _named_tensors(module):
                 if id(tensor) in shared:
                     continue
-                if isinstance(tensor, nn.Parameter):
+                try:
                     tensor.copy_(self._initial[name])
-                else:  # a buffer may be expanded, so that nobody can write to it
+                except RuntimeError:  # a buffer may be expanded, so that nobody can write to it
+                    if isinstance(tensor, nn.Parameter):
+                        raise
                     tensor.data = self._initial[name].to(tensor, copy=True)
         return module
 

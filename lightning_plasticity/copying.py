@@ -8,7 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache, partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ StandIn = Callable[[Any], Any]
 
 _NOT_STATE = ("_parameters", "_buffers", "_modules")
 
-_IMMUTABLE = (type, ModuleType, str, bytes, int, float, type(None))
+_IMMUTABLE = (type, ModuleType, str, bytes, int, float, type(None), torch.dtype, torch.device, BuiltinFunctionType)
 
 
 class UncopyableError(ValueError):
@@ -130,7 +130,10 @@ def _items(value: Any) -> list[Any]:
     if isinstance(getattr(value, "__dict__", None), dict):
         items += vars(value).values()
     kind: Any = type(value)
-    return items + [getattr(value, name) for name in _slots(kind) if hasattr(value, name)]
+    for name in _slots(kind):
+        with contextlib.suppress(Exception):  # not assigned yet, or of a __getattr__ or property that raises
+            items.append(getattr(value, name))
+    return items
 
 
 @lru_cache(maxsize=256)  # asked for every object
@@ -148,8 +151,10 @@ def _captured(function: FunctionType) -> list[Any]:
 
 
 def _may_lead_back(function: FunctionType) -> bool:
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    return bool(function.__closure__) or not all(isinstance(value, _IMMUTABLE) for value in defaults)
+    captured = _captured(function)
+    held = (*captured, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    complete = len(captured) == len(function.__closure__ or ())
+    return not complete or not all(isinstance(value, _IMMUTABLE) for value in held)
 
 
 def _unfilled(function: FunctionType) -> FunctionType:

@@ -90,7 +90,7 @@ class Remedies:
             PlasticityWarning: If an average over training steps will keep what is replaced.
         """
         self.end_fit()
-        repairs, running = ([i.name for i in interventions] for interventions in (self._repairs, self._running))
+        repairs, running = ([self._name(i) for i in interventions] for interventions in (self._repairs, self._running))
         averages = dict.fromkeys(weight_averages(trainer), repairs + running)
         averages |= {remedy.name: repairs for remedy in self._running if isinstance(remedy, HareTortoise)}
         for average, replacing in averages.items():
@@ -105,8 +105,9 @@ class Remedies:
         self._ready_for.clear()
         self._said_left_out = False
         by_hand = not trainer.lightning_module.automatic_optimization
-        listens = bool(self._running or (self._regularizers and by_hand))
-        self._counts.begin(trainer.optimizers, listens=listens)
+        needs_steps = bool(self._running)
+        listens = needs_steps or (bool(self._regularizers) and by_hand)
+        self._counts.begin(trainer.optimizers, listens=listens, needs_steps=needs_steps)
 
     def end_fit(self) -> None:
         """Leaves nothing in the module and the optimizers."""
@@ -129,16 +130,13 @@ class Remedies:
                 _report_of(repair, repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=generator))
 
     def outgrown(self, trainer: Trainer) -> bool:
-        """Whether something is trained that was not there, or frozen, whenever they started in this fit.
-
-        What is frozen and trained in turn is new once only.
-        """
+        """Whether something is trained that was not there, or frozen, when they started the last time."""
         return bool(self._running or self._regularizers) and not _trained(trainer) <= self._ready_for
 
     def start(self, at: BatchInFlight) -> None:
         """Gets what runs along ready: before the first batch of every fit and task, and where :meth:`outgrown`."""
         self._ready = []
-        self._ready_for |= _trained(at.trainer)
+        self._ready_for = _trained(at.trainer)
         for intervention in self._all:
             if isinstance(intervention, Repair):
                 continue

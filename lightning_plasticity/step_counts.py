@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +18,7 @@ class StepCounts:
         self.backward_passes = 0
         """How many there were in this fit."""
         self._seen: dict[torch.optim.Optimizer, int] = {}
-        self._listens = False
+        self._listens = self._needs_steps = False
         self._handles: dict[torch.optim.Optimizer, RemovableHandle] = {}
         self._announced = False
         self._steps = 0
@@ -26,16 +27,20 @@ class StepCounts:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": {}, "_seen": {}, "_unannounced": None}  # the optimizers are of the fit
 
-    def begin(self, optimizers: Sequence[torch.optim.Optimizer], *, listens: bool) -> None:
+    def begin(self, optimizers: Sequence[torch.optim.Optimizer], *, listens: bool, needs_steps: bool) -> None:
         """A fit begins.
 
         Args:
             optimizers: Its optimizers.
             listens: Whether steps are to be counted, for which the optimizers get hooks until they are gone.
+            needs_steps: Whether it is an error if one of them takes no hooks.
+
+        Raises:
+            MisconfigurationException: If it is.
         """
         self.backward_passes = self._steps = 0
         self._announced, self._unannounced = False, None
-        self._listens = listens
+        self._listens, self._needs_steps = listens, needs_steps
         self.follow(optimizers)
 
     def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -74,8 +79,16 @@ class StepCounts:
         return taken
 
     def _hear(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._listens and optimizer not in self._handles:
+        if not self._listens or optimizer in self._handles:
+            return
+        try:
             self._handles[optimizer] = optimizer.register_step_post_hook(self._count)
+        except AttributeError as error:
+            if self._needs_steps:
+                raise MisconfigurationException(
+                    f"running remedies cannot tell when {type(optimizer).__name__} takes a step: its constructor does "
+                    "not call that of torch.optim.Optimizer"
+                ) from error
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # Of a fused optimizer a GradScaler calls the step in any case, and tells it there to skip it.

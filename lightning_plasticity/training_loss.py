@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,7 +189,8 @@ class BatchInFlight:
 
     def loss_on(self, module: LightningModule, batch: Any) -> Tensor:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        trained = (p.dtype for p in module.parameters() if p.requires_grad and p.is_floating_point())
+        dtype = next(trained, torch.float32)
         batch = copied(batch)
         if dtype not in HALF:  # inputs that are, autocast would take to the precision of the weights
             batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
@@ -249,7 +251,10 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
     values = [rate.detach().clone() for rate in rates]  # which schedulers change in place
     stepped = _with_those_inside(schedulers(trainer))
     functions = [function for scheduler in stepped for function in getattr(scheduler, "lr_lambdas", ())]
-    kept = [_Kept(vars(one)) for one in (*stepped, *functions) if isinstance(getattr(one, "__dict__", None), dict)]
+    # What repairs may change, a scheduler that holds it too must not bring back.
+    states = {id(held) for one in trainer.optimizers for held in (one.state, one.param_groups, *one.param_groups)}
+    own = [getattr(one, "__dict__", None) for one in (*stepped, *functions)]
+    kept = [_Kept(attributes, states) for attributes in own if isinstance(attributes, dict)]
     try:
         yield
     finally:
@@ -263,16 +268,23 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
 
 
 class _Kept:
-    """The attributes of an object, and what is in their lists and dicts, to be put back into the same ones."""
+    """The attributes of an object, and what is in their collections, to be put back into the same ones."""
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        held = [value for value in attributes.values() if isinstance(value, dict | list)]
-        self._contents = [(value, value.copy()) for value in (attributes, *held)]
+    def __init__(self, attributes: dict[str, Any], not_ours: set[int]) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        ahead: list[Any] = [attributes]
+        seen = set(not_ours)
+        while ahead:
+            value = ahead.pop()
+            if id(value) not in seen and isinstance(value, dict | list | deque):
+                seen.add(id(value))
+                self._contents.append((value, value.copy()))
+                ahead += value.values() if isinstance(value, dict) else value
 
     def put_back(self) -> None:
         for value, content in self._contents:
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.update(content) if isinstance(value, dict) else value.extend(content)
 
 
 def _with_those_inside(given: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -450,3 +451,137 @@ def test_compiled_code_is_not_watched_in_flight_unless_it_was_asked_for(usage: U
         MisconfigurationException, match=r"monitor_every_n_steps: .*PlasticityMonitor\(compiled='eager'\)"
     ):
         run(SpectralCollapseCallback(collapse=NEVER, monitor_every_n_steps=1), usage=usage, make_net=mlp)
+
+
+class Smoothing(torch.optim.lr_scheduler.LRScheduler):
+    """Remembers in a deque and in a list within a dict."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.window: deque[float] = deque(maxlen=3)
+        self.seen: dict[str, list[float]] = {"losses": []}
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return [0.1 / (1 + len(self.window) + 0.1 * len(self.seen["losses"])) for _ in self.base_lrs]
+
+    def remember(self, loss: float) -> None:
+        self.window.append(loss)
+        self.seen["losses"].append(loss)
+        self.step()
+
+
+class SmoothedByHand(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.lr_schedulers().remember(loss.item())  # type: ignore[union-attr]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": Smoothing(optimizer), "frequency": 1000}]
+
+
+def labelled(items: list[Any]) -> dict[str, Any]:
+    x, y = default_collate(items)
+    return {"x": x, "y": y, "task": TASK}
+
+
+TASK = object()
+HEADS = {TASK: 1.0}
+
+
+def plainly(a: Tensor, b: Tensor, scale: float = 2.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return scale * nn.functional.cross_entropy(a, b).to(dtype)
+
+
+def scaled(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda a, b: scale * nn.functional.cross_entropy(a, b)
+
+
+class KnownByIdentity(Classifier):
+    """What a batch or the module holds is looked up by what it is."""
+
+    loss = staticmethod(scaled(2.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {KnownByIdentity.loss: 2.0, plainly: 1.0}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch["x"])
+        terms = [self.weights[loss] * loss(output, batch["y"]) for loss in (KnownByIdentity.loss, plainly)]
+        return HEADS[batch["task"]] * sum(terms)
+
+
+class FrozenInFloat64(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Centred(), self.net)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        noise = torch.zeros(len(batch[0]), 4)
+        return nn.functional.cross_entropy(self.net(batch[0] + noise), batch[1])
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(4, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean).to(x.dtype) + torch.zeros(4)
+
+
+class ViewOfABuffer(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+        self.view = self.scale.view(1, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.net(batch[0] * self.view), batch[1])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.scale.mul_(1.5)
+
+
+def labelled_loader() -> DataLoader[Any]:
+    return DataLoader(loader().dataset, batch_size=4, collate_fn=labelled)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step"
+)  # within training_step, without the callback too
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (SmoothedByHand, loader),
+        (KnownByIdentity, labelled_loader),
+        (FrozenInFloat64, loader),
+        (ViewOfABuffer, loader),
+    ],
+)
+def test_what_is_unusual_in_a_module_or_batch_trains_as_without_the_callback(
+    kind: type[Classifier], data: Callable[[], DataLoader[Any]]
+) -> None:
+    ends = []
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9))
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        module = kind()
+        for _ in range(2):
+            trainer(*callbacks, max_epochs=1).fit(module, data())
+        ends.append(module.state_dict())
+    for one, other in zip(*(end.values() for end in ends), strict=True):
+        assert torch.equal(one, other)
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
+def test_initial_weights_are_seen_through_views_of_buffers() -> None:
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor=False)
+    torch.manual_seed(0)
+    module, data = ViewOfABuffer(), DataLoader(loader().dataset, batch_size=12)
+    for _ in range(2):
+        trainer(callback, max_epochs=2).fit(module, data)
+    initial = [report.metrics["ggn_trace"] / report.metrics["ggn_trace_vs_initial"] for report in callback.history]
+    assert initial[1] == pytest.approx(initial[0], rel=1e-5)

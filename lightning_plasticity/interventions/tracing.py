@@ -249,6 +249,8 @@ class _Trace:
             owner = torch.full((self.graph.get_in_channels(target) or 0,), -1)
             if not len(owner):
                 continue  # a PReLU with one slope for all
+            if max(item.idxs, default=0) >= len(owner):  # as of the cells of an LSTM with projections
+                raise _LeftOut(f"torch-pruning cannot follow its output to {name_of_target!r}")
             owner[item.idxs] = torch.tensor(item.root_idxs)
             if kind in _LAYERS:
                 consumers[name_of_target] = owner

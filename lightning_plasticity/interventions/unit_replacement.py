@@ -94,7 +94,8 @@ class UnitReplacement(RunningRemedy):
             raise RuntimeError(
                 f"{self.name} hears nothing of {type(model).__name__} while it is trained. Its hooks are not called in "
                 "code that torch.compile compiled before they were there (torch.compiler.reset() has it compiled anew),"
-                " and do not listen in evaluation mode (model.train() ends it)"
+                " and do not listen in evaluation mode (model.train() ends it); or these layers are not in use, and "
+                "only something else changes them"
             )
         records, chosen = {}, {}
         for layer, site in watch.units.sites.items():
@@ -197,7 +198,7 @@ class UnitReplacement(RunningRemedy):
 
     def _adopt(self, units: Units) -> None:
         """Every layer with units has a record that fits."""
-        records = {}
+        records = dict(self._records)  # also of layers that are frozen for now
         for layer, site in units.sites.items():
             new = self.new_record(site)
             old = self._records.get(layer, {})
