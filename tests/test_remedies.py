@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -744,3 +745,94 @@ def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: RunningRe
 def state_of(remedy: RunningRemedy) -> list[int]:
     state: list[int] = remedy.state_dict()["generator"].tolist()
     return state
+
+
+class HoldingMoments(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule that looks at what the optimizer remembers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.moments = optimizer.state
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return list(self.base_lrs)
+
+
+def test_an_optimizer_forgets_what_is_reset_although_a_schedule_holds_its_state() -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+            return [optimizer], [HoldingMoments(optimizer)]
+
+    remembered = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            remembered.append(len(trainer.optimizers[0].state))
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ShrinkPerturb(when=2)])
+    trainer(callback, Look()).fit(Scheduled(), loader(batches=4))
+    assert remembered == [4, 0, 4, 0]
+
+
+def test_layers_that_are_trained_in_turn_keep_their_ages_while_they_are_frozen() -> None:
+    class InTurn(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), self.net)
+
+        def on_train_epoch_start(self) -> None:
+            first = self.current_epoch % 2 == 0
+            self.net[0].requires_grad_(first)
+            self.net[3].requires_grad_(not first)
+
+    remedy, ages = ContinualBackprop(replacement_rate=1e-6), []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            ages.append({layer: int(record["age"].max()) for layer, record in remedy._records.items()})
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    trainer(callback, Look(), max_epochs=4).fit(InTurn(), loader(batches=4))
+    assert [own["net.0"] for own in ages] == [4, 4, 8, 8]
+    assert [own.get("net.3.0", 0) for own in ages][1::2] == [4, 8]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As some from elsewhere: its constructor does not call that of torch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state, self.defaults = optimizer.state, optimizer.defaults
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_an_optimizer_that_takes_no_hooks_is_no_hindrance_to_regularizers_and_refused_for_running_remedies() -> None:
+    class ByHand(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(data_loss(self, batch))
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return Wrapper(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    def data_loss(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init()], loss_fn=data_loss)
+    trainer(callback).fit(ByHand(), loader())
+    assert callback.history[0].errors == {}
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[WeightClipping()], loss_fn=data_loss)
+    with pytest.raises(MisconfigurationException, match="when Wrapper takes a step"):
+        trainer(callback).fit(ByHand(), loader())

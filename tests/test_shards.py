@@ -239,3 +239,11 @@ def test_of_sparse_tensors_the_first_samples_are_those_of_the_dense_ones(layout:
         some, labels = first_samples((x.to_sparse(layout=layout), y), samples)
         assert (some.layout, len(labels)) == (layout, min(samples, 7))
         assert torch.equal(some.to_dense(), x[:samples])
+
+
+def test_a_tuple_of_different_things_is_no_list_of_samples() -> None:
+    labels = torch.arange(3)
+    mixed = (torch.zeros(3, 2), (labels, labels.flip(0), torch.tensor(0.3)))
+    assert batch_size(mixed) == 3
+    assert [part.tolist() for part in first_samples(mixed, 2)[1][:2]] == [[0, 1], [2, 1]]
+    assert batch_size({"labelled": (torch.zeros(16, 3), torch.zeros(16)), "others": torch.zeros(2, 3)}) == 16

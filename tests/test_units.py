@@ -402,3 +402,21 @@ def test_positions_are_those_of_the_entries(model: Model) -> None:
                 shape = tensors[name].shape
                 expected = entries(owner, some, shape).flatten().nonzero().flatten()
                 assert torch.equal(positions(owner, some, shape).sort().values, expected)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_what_an_lstm_with_projections_reads_is_left_out_where_torch_pruning_cannot_follow() -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inputs = nn.Linear(6, 8)
+            self.rnn = nn.LSTM(8, 10, proj_size=5, batch_first=True)
+            self.hidden, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, (state, _) = self.rnn(torch.relu(self.inputs(x))[:, None].expand(-1, 4, -1))
+            logits: Tensor = self.head(torch.relu(self.hidden(state[-1])))
+            return logits
+
+    model, x = Projected(), torch.randn(16, 6)
+    assert list(describe_units(model, forward=lambda model: model(x)).sites) == ["hidden"]
