@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_plasticity.copying import IMMUTABLE, held_by
 
 Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
 _PARTS = (Tensor, tuple, list)
@@ -198,16 +199,13 @@ def _twins(batch: Any) -> dict[int, Any]:
     ahead, numbers = [batch], []
     while ahead:
         value = ahead.pop()
-        if id(value) in found or isinstance(value, type | ModuleType | str | bytes | int | float | None):
+        if id(value) in found or isinstance(value, IMMUTABLE):
             continue
         found[id(value)] = value
         if isinstance(value, Tensor | np.ndarray):
             numbers.append(value)
         elif not isinstance(value, Dataset | DataLoader | nn.Module):
-            items = list(value.values()) if isinstance(value, dict) else []
-            items += list(value) if isinstance(value, list | tuple | set) else []
-            own = getattr(value, "__dict__", None)
-            items += own.values() if isinstance(own, dict) else []
+            items = held_by(value)
             for item in items:
                 holders.setdefault(id(item), []).append(value)
             ahead += items

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -22,7 +22,8 @@ StandIn = Callable[[Any], Any]
 
 _NOT_STATE = ("_parameters", "_buffers", "_modules")
 
-_IMMUTABLE = (type, ModuleType, str, bytes, int, float, type(None), torch.dtype, torch.device, BuiltinFunctionType)
+IMMUTABLE = (type, ModuleType, str, bytes, int, float, type(None), torch.dtype, torch.device, BuiltinFunctionType)
+"""Kinds of values that hold on to nothing, or that nobody changes."""
 
 
 class UncopyableError(ValueError):
@@ -93,7 +94,7 @@ def _reached(module: nn.Module, stand_in: StandIn | None, memo: dict[int, Any]) 
     ahead: list[Any] = [module]
     while ahead:
         value = ahead.pop()
-        if id(value) in seen or isinstance(value, _IMMUTABLE):
+        if id(value) in seen or isinstance(value, IMMUTABLE):
             continue
         seen.add(id(value))
         replacement = None if stand_in is None or isinstance(value, nn.Module) else stand_in(value)
@@ -103,7 +104,7 @@ def _reached(module: nn.Module, stand_in: StandIn | None, memo: dict[int, Any]) 
             memo[id(value)] = value.detach().clone()
         else:
             found.append(value)
-            ahead += _items(value)
+            ahead += held_by(value)
     return found
 
 
@@ -112,12 +113,12 @@ def _is_sparse_buffer(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided and not tensor.requires_grad and not isinstance(tensor, nn.Parameter)
 
 
-def _items(value: Any) -> list[Any]:
+def held_by(value: Any) -> list[Any]:
     """What a value holds on to."""
     items: list[Any] = []
     if isinstance(value, dict):
         items += [*value, *value.values()]
-    elif isinstance(value, list | tuple | set | frozenset) or type(value).__name__ == "deque":
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         items += value
     elif isinstance(value, partial):
         items += [value.func, value.args, value.keywords]
@@ -154,7 +155,7 @@ def _may_lead_back(function: FunctionType) -> bool:
     captured = _captured(function)
     held = (*captured, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     complete = len(captured) == len(function.__closure__ or ())
-    return not complete or not all(isinstance(value, _IMMUTABLE) for value in held)
+    return not complete or not all(isinstance(value, IMMUTABLE) for value in held)
 
 
 def _unfilled(function: FunctionType) -> FunctionType:

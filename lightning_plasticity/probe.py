@@ -206,18 +206,8 @@ class HessianProbe(Probe):
 
     @override
     def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
-        def checked(samples: int) -> None:
-            with composed_weight_norm():  # as hessian_spectrum does
-                check_double_backward(make_copy(), first_samples(batch, samples), loss_fn, copy=False)
-
         try:
-            try:
-                checked(_SAMPLES_TO_CHECK)
-            except Exception:
-                if not _needs_whole(make_copy, batch, _SAMPLES_TO_CHECK, loss_fn):
-                    raise
-                with self._asking_for_whole_batches(make_copy, batch, loss_fn):
-                    checked(self.samples)
+            self._check_second_derivatives(make_copy, batch, loss_fn)
         except DoubleBackwardError as error:
             advice = "" if REENTRANT in str(error) else ". Or use GGNProbe(), which needs first derivatives only"
             raise MisconfigurationException(
@@ -264,6 +254,19 @@ class HessianProbe(Probe):
                 distributed=False,  # all processes have the same samples
             )
         return ProbeResult({"hessian": spectrum, **beside}, loss)
+
+    def _check_second_derivatives(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> None:
+        def check(samples: int) -> None:
+            with composed_weight_norm():  # as hessian_spectrum does
+                check_double_backward(make_copy(), first_samples(batch, samples), loss_fn, copy=False)
+
+        try:
+            check(_SAMPLES_TO_CHECK)
+        except Exception:
+            if not _needs_whole(make_copy, batch, _SAMPLES_TO_CHECK, loss_fn):
+                raise
+            with self._asking_for_whole_batches(make_copy, batch, loss_fn):
+                check(self.samples)
 
     def _asking_for_whole_batches(
         self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
-from lightning_plasticity.arguments import check_counts
+from lightning_plasticity.arguments import check_counts, is_whole
 from lightning_plasticity.processes import all_or_none, described, of_all_processes, sum_over_processes
 
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
@@ -93,7 +93,7 @@ class TaskDetector:
     ) -> None:
         if task_key is not None and not callable(task_key):
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
-        if batch_label is not None and (isinstance(batch_label, bool) or not isinstance(batch_label, int | str)):
+        if batch_label is not None and not (is_whole(batch_label) or isinstance(batch_label, str)):
             raise TypeError(f"batch_label={batch_label!r} must be an index or a key of the batch")
         check_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         if every_n_epochs is not None and every_n_steps is not None:

@@ -265,6 +265,12 @@ class Graph:
         return self
 
 
+class Slotted(Graph):
+    """The same without a dict of its own for the parts."""
+
+    __slots__ = ("parts",)
+
+
 class OfGraphs(Busy):
     """Puts what it computes into the graph."""
 
@@ -297,6 +303,7 @@ def arrays(samples: list[Any]) -> tuple[Any, Tensor]:
 CHANGED = (
     Usage("tensor", module=InPlace),
     Usage("object", module=OfGraphs, loader=collated_by(Graph)),
+    Usage("object with slots", module=OfGraphs, loader=collated_by(Slotted)),
     Usage("array", module=OfArrays, loader=collated_by(arrays)),
 )
 

@@ -78,7 +78,7 @@ def lanczos_spectrum(
         progress: Told of every product.
 
     Raises:
-        ValueError: If a product is not finite.
+        ValueError: If an argument is none that :func:`check_lanczos` lets pass, or a product is not finite.
 
     References:
         Ubaru, Chen and Saad 2017; Ghorbani et al. 2019, arXiv 1901.10159. Deflation: Gambhir, Stathopoulos and Orginos
@@ -86,6 +86,7 @@ def lanczos_spectrum(
         as what to deflate), arXiv 2205.01736; Epperly, Tropp and Webber 2024 (every vector serves both ends), arXiv
         2301.07825.
     """
+    check_lanczos(num_probes, num_steps, seed, reorthogonalization)
     steps = min(num_steps, product.dimension)
     deflate = deflate and num_probes > 2 and reorthogonalization != "none"
     generator = torch.Generator()

@@ -94,7 +94,7 @@ class Repair(Intervention, ABC):
     """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
 
     def __init__(self, when: When = "collapse") -> None:
-        if isinstance(when, int) and not isinstance(when, bool):
+        if is_whole(when):
             makes_sense = "steps" in self.occasions and when > 0
         else:
             makes_sense = when in self.occasions and when != "steps"

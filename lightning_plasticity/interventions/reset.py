@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import are_names
+from lightning_plasticity.arguments import are_names, is_whole
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.changes import Changes
 from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
@@ -50,7 +50,7 @@ class Reset(Repair):
         super().__init__(when)
         if layers is not None and not are_names(layers):
             raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")
-        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
+        if last is not None and (not is_whole(last) or last < 1):
             raise ValueError(f"Reset(last={last!r}) must be a number of layers, at least 1, or None")
         if layers is not None and last is not None:
             raise ValueError(f"Reset(layers={layers!r}, last={last}): give one of them, not both")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity.arguments import is_whole, number
 from lightning_plasticity.interventions.activity import Heard, by_unit, other_dims
 from lightning_plasticity.interventions.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.units import Site
@@ -86,7 +86,7 @@ class SelfNormalizedReset(UnitReplacement):
         super().__init__(_firings, seed, initial)
         if not 0 < number(rejection) < 1:
             raise ValueError(f"{self.name}(rejection={rejection!r}) must be in (0, 1): a share of a unit's silences")
-        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+        if not is_whole(cap) or cap < 1:
             raise ValueError(f"{self.name}(cap={cap}) must be at least 1, and whole: a number of samples")
         self.rejection = rejection
         self.cap = cap
