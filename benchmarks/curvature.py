@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate
 from lightning_plasticity.curvature import Estimate, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.lanczos import lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.products import HessianProduct
+from lightning_plasticity.curvature.matrix_free.lanczos import lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.linear_operators import HessianProduct
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
 from lightning_plasticity.curvature.spectrum import Spectrum
 

@@ -38,10 +38,10 @@ from lightning_plasticity.interventions import (
     describe_units,
 )
 from lightning_plasticity.interventions.base import Request
-from lightning_plasticity.interventions.changes import apply
-from lightning_plasticity.interventions.optimizer_state import clear
-from lightning_plasticity.interventions.recycling import recycling
-from tests.unit_models import ResNet
+from lightning_plasticity.interventions.units.unit_reset import recycling
+from lightning_plasticity.interventions.weights.optimizer_state import clear
+from lightning_plasticity.interventions.weights.updates import apply
+from tests.helpers.unit_models import ResNet
 
 LR = 1e-3
 SHOWN = (1, 2, 3, 5, 10, 30, 100)

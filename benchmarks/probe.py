@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.timing import alternate
 from lightning_plasticity.curvature import ggn_spectrum
-from lightning_plasticity.curvature.gram import gram
-from tests.cases import CASES, dense
+from lightning_plasticity.curvature.exact.gram import gram
+from tests.helpers.cases import CASES, dense
 
 
 def cost() -> None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from lightning_plasticity.collapse import Collapse as Collapse
     from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
     from lightning_plasticity.metrics import PlasticityMonitor as PlasticityMonitor
-    from lightning_plasticity.probe import GGNProbe as GGNProbe
-    from lightning_plasticity.probe import HessianProbe as HessianProbe
-    from lightning_plasticity.probe import PyHessianProbe as PyHessianProbe
+    from lightning_plasticity.probes import GGNProbe as GGNProbe
+    from lightning_plasticity.probes import HessianProbe as HessianProbe
+    from lightning_plasticity.probes import PyHessianProbe as PyHessianProbe
     from lightning_plasticity.reports import TaskReport as TaskReport
     from lightning_plasticity.tasks import TaskDetector as TaskDetector
 
@@ -25,11 +25,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Collapse": "collapse",
-    "GGNProbe": "probe",
-    "HessianProbe": "probe",
+    "GGNProbe": "probes",
+    "HessianProbe": "probes",
     "PlasticityMonitor": "metrics",
     "PlasticityWarning": "collapse",
-    "PyHessianProbe": "probe",
+    "PyHessianProbe": "probes",
     "SpectralCollapseCallback": "callback",
     "TaskDetector": "tasks",
     "TaskReport": "reports",

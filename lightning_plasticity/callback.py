@@ -23,23 +23,23 @@ from lightning_plasticity._compat import (
     is_model_parallel,
     is_restoring_for_finder,
 )
-from lightning_plasticity.arguments import check_counts
-from lightning_plasticity.batches import first_samples
+from lightning_plasticity._validation import check_counts
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.failures import Failures, shared
+from lightning_plasticity.distributed.agreement import all_or_none, described, own_error, raise_own
+from lightning_plasticity.distributed.sharded_weights import check_sharding, check_strategy, whole
+from lightning_plasticity.engine.intervention_runner import Remedies
+from lightning_plasticity.engine.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.interventions import Intervention
-from lightning_plasticity.loggers import log_step, log_summary, log_task
+from lightning_plasticity.isolation.batches import first_samples
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.monitoring import StepMonitor, monitored_copy
-from lightning_plasticity.probe import GGNProbe, Probe, ProbeResult
-from lightning_plasticity.processes import all_or_none, described, own_error, raise_own
-from lightning_plasticity.progress import shown_progress
-from lightning_plasticity.remedies import Remedies
+from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
+from lightning_plasticity.reporting.errors import Failures, shared
+from lightning_plasticity.reporting.loggers import log_step, log_summary, log_task
+from lightning_plasticity.reporting.progress import shown_progress
 from lightning_plasticity.reports import TaskReport
-from lightning_plasticity.sharding import check_sharding, check_strategy, whole
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
-from lightning_plasticity.training_loss import BatchInFlight, LossFunction, untouched_schedules
+from lightning_plasticity.training.sandbox import BatchInFlight, LossFunction, untouched_schedules
 
 _STATE_VERSION = 1
 
@@ -64,8 +64,8 @@ class SpectralCollapseCallback(Callback):
     is kept in ``errors`` of the :class:`~lightning_plasticity.reports.TaskReport`, and training goes on.
 
     Args:
-        probe: How the curvature is measured: by default :class:`~lightning_plasticity.probe.GGNProbe`, exactly;
-            :class:`~lightning_plasticity.probe.HessianProbe` sees negative curvature too.
+        probe: How the curvature is measured: by default :class:`~lightning_plasticity.probes.GGNProbe`, exactly;
+            :class:`~lightning_plasticity.probes.HessianProbe` sees negative curvature too.
         collapse: What is called a collapse.
         interventions: What is done about lost plasticity, one after the other: at a collapse, at the start of tasks,
             every so many steps, or all the time.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
-from lightning_plasticity.arguments import check_counts, is_whole
-from lightning_plasticity.processes import all_or_none, described, of_all_processes, sum_over_processes
+from lightning_plasticity._validation import check_counts, is_whole
+from lightning_plasticity.distributed.agreement import all_or_none, described, of_all_processes, sum_over_processes
 
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 

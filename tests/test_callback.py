@@ -26,7 +26,7 @@ from lightning_plasticity import (
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
 from lightning_plasticity.interventions import ReDo, Reset, ShrinkPerturb
-from tests.modules import Classifier, LoggingByItself, loader, tasks_seen, trainer, weights
+from tests.helpers.modules import Classifier, LoggingByItself, loader, tasks_seen, trainer, weights
 
 
 def cross_entropy(module: LightningModule, batch: Any) -> Tensor:

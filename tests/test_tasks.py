@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
-from tests.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
+from tests.helpers.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
 
 def watcher(**options: Any) -> SpectralCollapseCallback:

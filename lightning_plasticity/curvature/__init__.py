@@ -3,13 +3,13 @@
 :func:`ggn_spectrum` answers it for a module, a batch and a loss; :class:`Spectrum` holds the answer.
 """
 
-from lightning_plasticity.curvature.any_loss import loss_of
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
+from lightning_plasticity.curvature.exact.custom_losses import loss_of
+from lightning_plasticity.curvature.exact.gram import TooManyRowsError
+from lightning_plasticity.curvature.exact.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.ggn import ggn_spectrum
-from lightning_plasticity.curvature.gram import TooManyRowsError
 from lightning_plasticity.curvature.hessian import hessian_spectrum
 from lightning_plasticity.curvature.kernel import TangentKernel
-from lightning_plasticity.curvature.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 __all__ = [

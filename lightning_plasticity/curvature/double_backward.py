@@ -20,12 +20,18 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_plasticity.copying import copy_module
-from lightning_plasticity.curvature.graph import edge_of, gradients, or_zeros, reached, vector_products
-from lightning_plasticity.curvature.precision import full_precision
-from lightning_plasticity.curvature.problem import NOT_FINITE, Batch, LossFunction, check_loss, trainable_parameters
-from lightning_plasticity.curvature.randomness import normal
-from lightning_plasticity.isolation import differentiable_recurrence, isolated_rng, probing
+from lightning_plasticity.curvature.autograd_graph import edge_of, gradients, or_zeros, reached, vector_products
+from lightning_plasticity.curvature.problem import (
+    NOT_FINITE,
+    Batch,
+    LossFunction,
+    check_loss,
+    full_precision,
+    normal,
+    trainable_parameters,
+)
+from lightning_plasticity.isolation.module_copy import copy_module
+from lightning_plasticity.isolation.state import differentiable_recurrence, isolated_rng, probing
 
 _MAX_ASYMMETRY = 1e-9
 r"""Allowed :math:`|u^\top H v - v^\top H u|`, relative to their size.

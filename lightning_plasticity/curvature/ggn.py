@@ -7,19 +7,19 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_plasticity.arguments import check_counts
+from lightning_plasticity._validation import check_counts
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
-from lightning_plasticity.curvature.gram import TooManyRowsError, gram
-from lightning_plasticity.curvature.jacobian import TooManyPassesError
-from lightning_plasticity.curvature.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.outputs import outputs_of
+from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram
+from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
+from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
+from lightning_plasticity.curvature.exact.outputs import outputs_of
+from lightning_plasticity.curvature.exact.recording import Recording
+from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct, GaussNewtonProduct
+from lightning_plasticity.curvature.matrix_free.micro_batches import sharded
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
-from lightning_plasticity.curvature.products import CurvatureProduct, GaussNewtonProduct
-from lightning_plasticity.curvature.recording import Recording
-from lightning_plasticity.curvature.rows import JacobianTooLargeError
-from lightning_plasticity.curvature.shards import sharded
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.processes import gathered, is_distributed
+from lightning_plasticity.distributed.agreement import gathered, is_distributed
 
 _AUTO_MAX_ROWS = 4096
 """Rows up to which the exact matrix is the cheaper way: its eigenvalues take as long as some hundred products."""

@@ -6,14 +6,14 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_plasticity.arguments import check_counts
+from lightning_plasticity._validation import check_counts
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
-from lightning_plasticity.curvature.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct, HessianProduct
+from lightning_plasticity.curvature.matrix_free.micro_batches import sharded
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
-from lightning_plasticity.curvature.products import CurvatureProduct, HessianProduct
-from lightning_plasticity.curvature.shards import sharded
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.processes import is_distributed
+from lightning_plasticity.distributed.agreement import is_distributed
 
 
 def hessian_spectrum(
@@ -47,7 +47,8 @@ def hessian_spectrum(
         parameters: Only the parameters whose name matches this pattern (``*`` and ``?`` are wildcards): the block of
             the Hessian that belongs to them.
         reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
-            ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see :func:`~lightning_plasticity.curvature.lanczos`).
+            ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see
+            :func:`~lightning_plasticity.curvature.matrix_free.lanczos.lanczos`).
         deflate: Whether what each start vector finds lowers the sampling error of the next, from three of them on and
             at no further products: much where few eigenvalues stand out, as in a collapsed network, little where the
             rank is large.

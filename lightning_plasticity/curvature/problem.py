@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -15,6 +16,8 @@ LossFunction = Callable[[Any, Batch], Tensor]
 
 Progress = Callable[[int, int], None]
 """Called after each product with a matrix: the number of those done, and of all of them at most."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
@@ -73,3 +76,49 @@ NOT_FINITE = (
     "or a norm of zero, or a logarithm, in the model and the loss"
 )
 """Said of a matrix or a gradient that is not finite."""
+
+
+class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
+    """Switches autocast off within every torch function, also where the code in between has switched it on.
+
+    Rounding errors of half precision are larger than most eigenvalues.
+
+    Raises:
+        ValueError: If something with a gradient is computed in half precision nonetheless.
+
+    Example:
+        >>> x = torch.ones(2, 2, requires_grad=True)
+        >>> with full_precision(), torch.autocast("cpu", torch.bfloat16):
+        ...     product = x @ x
+        >>> product.dtype
+        torch.float32
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called for every torch function."""
+        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                result = func(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype in HALF and result.requires_grad:
+            raise ValueError(
+                f"the model or the loss computes {getattr(func, '__name__', func)!r} in {result.dtype}, in which "
+                "curvature drowns in rounding errors: pass a loss_fn without casts to half precision"
+            )
+        return result
+
+
+def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal numbers, drawn on the CPU in float64.
+
+    Args:
+        shape: The shape.
+        like: A tensor of the precision and on the device that the result shall have.
+        generator: A CPU generator; by default one seeded with 0.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(like)

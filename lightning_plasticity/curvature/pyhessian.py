@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.arguments import check_counts, check_seed
+from lightning_plasticity._validation import check_counts, check_seed
+from lightning_plasticity.curvature.autograd_graph import or_zeros, vector_products
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.graph import or_zeros, vector_products
 from lightning_plasticity.curvature.problem import (
     NOT_FINITE,
     Batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_plasticity.arguments import is_whole
+from lightning_plasticity._validation import is_whole
 
 
 def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of
 
 SRANK_DELTA = 0.01

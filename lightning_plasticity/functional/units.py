@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
 
 DORMANT_THRESHOLD = 0.025

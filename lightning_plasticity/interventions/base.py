@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.arguments import is_whole, number
-from lightning_plasticity.interventions.changes import Changes, RepairReport, apply
+from lightning_plasticity._validation import is_whole, number
+from lightning_plasticity.interventions.weights.updates import Changes, RepairReport, apply
 
 When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
-from lightning_plasticity.interventions.activity import Heard, by_unit, other_dims
-from lightning_plasticity.interventions.changes import Changes, Part
-from lightning_plasticity.interventions.unit_replacement import Record, UnitReplacement
-from lightning_plasticity.interventions.units import Site, Units
+from lightning_plasticity._validation import number
+from lightning_plasticity.interventions.units.groups import Site, Units
+from lightning_plasticity.interventions.units.layer_statistics import Heard, by_unit, other_dims
+from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
+from lightning_plasticity.interventions.weights.updates import Changes, Part
 
 _ROWS = 100
 """Rows of a weight at a time: 400 kB where there are 1000 columns. Measured: 20 to 250 differ little."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
+from lightning_plasticity.distributed.agreement import mean_over_processes
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.changes import Changes, nothing_renewed
-from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
-from lightning_plasticity.isolation import probing
-from lightning_plasticity.processes import mean_over_processes
+from lightning_plasticity.interventions.weights.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
+from lightning_plasticity.interventions.weights.updates import Changes, nothing_renewed
+from lightning_plasticity.isolation.state import probing
 
 
 class DASH(Repair):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
+from lightning_plasticity.distributed.agreement import mean_over_processes
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
 from lightning_plasticity.interventions.base import Regularizer, RunningRemedy
-from lightning_plasticity.interventions.matrices import widened
-from lightning_plasticity.isolation import probing
-from lightning_plasticity.processes import mean_over_processes
+from lightning_plasticity.interventions.weights.matrices import widened
+from lightning_plasticity.isolation.state import probing
 
 Forward = Callable[[nn.Module], object]
 
@@ -281,7 +281,7 @@ def _copied(cell: CellType) -> CellType:
 
 def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, Tensor], int]:
     """Feature matrices of all forward passes together, and how many samples these were."""
-    from lightning_plasticity.interventions.features import hidden_features  # imports torchmetrics
+    from lightning_plasticity.activations.features import hidden_features  # imports torchmetrics
 
     found: dict[str, list[Tensor]] = {}
     total = 0

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.changes import Changes
-from lightning_plasticity.interventions.linear_layers import CONVOLUTIONS, TRANSPOSED, LinearParameter, weights
+from lightning_plasticity.interventions.weights.linear_layers import CONVOLUTIONS, TRANSPOSED, LinearParameter, weights
+from lightning_plasticity.interventions.weights.updates import Changes
 
 
 class FIRE(Repair):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.changes import Changes, RepairReport, apply, nothing_renewed
-from lightning_plasticity.interventions.initialization import NORM_LAYERS
+from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS
+from lightning_plasticity.interventions.weights.updates import Changes, RepairReport, apply, nothing_renewed
 
 
 class HareTortoise(RunningRemedy):

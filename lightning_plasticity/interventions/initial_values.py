@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.matrices import widened
+from lightning_plasticity.interventions.weights.matrices import widened
 
 
 class InitialValueRegularizer(Regularizer):

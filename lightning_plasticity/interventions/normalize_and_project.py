@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.linear_layers import weights
+from lightning_plasticity.interventions.weights.linear_layers import weights
 
 
 class NormalizeAndProject(RunningRemedy):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import are_names, number
+from lightning_plasticity._validation import are_names, number
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.matrices import layers_of
+from lightning_plasticity.interventions.weights.matrices import layers_of
 
 
 class Parseval(Regularizer):

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
-from lightning_plasticity.interventions.activity import by_unit
+from lightning_plasticity._validation import number
+from lightning_plasticity.distributed.agreement import mean_over_processes
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.changes import Changes
-from lightning_plasticity.interventions.linear_layers import TRANSPOSED
-from lightning_plasticity.interventions.recycling import recycling
-from lightning_plasticity.interventions.tracing import recorded_inputs
-from lightning_plasticity.interventions.units import Site, Units, channel_dim, describe_units
-from lightning_plasticity.isolation import probing
-from lightning_plasticity.processes import mean_over_processes
+from lightning_plasticity.interventions.units.dependency_graph import recorded_inputs
+from lightning_plasticity.interventions.units.groups import Site, Units, channel_dim, describe_units
+from lightning_plasticity.interventions.units.layer_statistics import by_unit
+from lightning_plasticity.interventions.units.unit_reset import recycling
+from lightning_plasticity.interventions.weights.linear_layers import TRANSPOSED
+from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.isolation.state import probing
 
 
 class _Recycling(Repair):

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import are_names, is_whole
+from lightning_plasticity._validation import are_names, is_whole
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.changes import Changes
-from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
-from lightning_plasticity.isolation import probing
+from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS, fresh_values
+from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.isolation.state import probing
 
 
 class Reset(Repair):

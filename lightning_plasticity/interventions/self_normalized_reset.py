@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import is_whole, number
-from lightning_plasticity.interventions.activity import Heard, by_unit, other_dims
-from lightning_plasticity.interventions.unit_replacement import Record, UnitReplacement
-from lightning_plasticity.interventions.units import Site
+from lightning_plasticity._validation import is_whole, number
+from lightning_plasticity.interventions.units.groups import Site
+from lightning_plasticity.interventions.units.layer_statistics import Heard, by_unit, other_dims
+from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 
 _BUCKETS_PER_OCTAVE = 8
 """Silences below 14 samples have a bucket each; longer ones share it with others, less than 2^(1/8) = 9 % longer."""

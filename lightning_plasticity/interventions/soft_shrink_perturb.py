@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import check_seed, number
+from lightning_plasticity._validation import check_seed, number
 from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.generators import SendableGenerator
-from lightning_plasticity.interventions.initialization import NORM_LAYERS, fresh_values
+from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS, SendableGenerator, fresh_values
 
 _DRAWS = 8
 """Fresh weights that a scale is taken from: a bias has few entries."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.matrices import layers_of
+from lightning_plasticity.interventions.weights.matrices import layers_of
 
 _FIRST_ITERATIONS = 20
 """For a matrix that is new: from a random vector, one is not enough."""

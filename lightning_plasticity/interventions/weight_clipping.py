@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.arguments import number
+from lightning_plasticity._validation import number
 from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.linear_layers import linear_parameters
+from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
 
 
 class WeightClipping(RunningRemedy):

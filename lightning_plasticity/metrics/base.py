@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self, override
 
-from lightning_plasticity.processes import agree
+from lightning_plasticity.distributed.agreement import agree
 
 
 class PlasticityMetric(Metric):

@@ -18,7 +18,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
-from lightning_plasticity.arguments import are_names, is_whole
+from lightning_plasticity._validation import are_names, is_whole
+from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
+from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, Watch
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -36,8 +38,6 @@ from lightning_plasticity.functional.units import (
     valid_threshold,
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
-from lightning_plasticity.metrics.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
-from lightning_plasticity.metrics.watching import ACTIVATION_NAMES, Watch
 
 SHARES_OF_UNITS = ("dormant_fraction", "dead_fraction")
 RANKS = ("effective_rank", "stable_rank", "srank")

@@ -1,0 +1,1 @@
+"""Track the hidden activations of a network while it runs."""

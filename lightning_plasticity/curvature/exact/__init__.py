@@ -1,0 +1,1 @@
+"""Build the loss-weighted Gram matrix without forming a Jacobian."""

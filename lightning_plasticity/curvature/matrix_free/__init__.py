@@ -1,0 +1,1 @@
+"""Estimate spectra from matrix-vector products."""

@@ -1,0 +1,1 @@
+"""Keep the ranks of a distributed run in agreement."""

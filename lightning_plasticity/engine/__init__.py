@@ -1,0 +1,1 @@
+"""Measure, decide and repair at the start of a task, on any torch module."""

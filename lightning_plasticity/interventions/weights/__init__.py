@@ -1,0 +1,1 @@
+"""Read, draw and replace the weights of layers."""

@@ -1,0 +1,1 @@
+"""Run a network without leaving a trace in it."""

@@ -1,0 +1,1 @@
+"""Show what was measured: loggers, figures, progress bars and errors."""

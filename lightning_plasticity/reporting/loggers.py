@@ -1,0 +1,97 @@
+"""Where people see it: every logger gets the numbers, TensorBoard the spectra and a picture too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_plasticity._compat import is_lightning
+from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.distributed.agreement import described
+from lightning_plasticity.reporting.errors import Failures
+from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
+from lightning_plasticity.reports import TaskReport
+
+BY_STEP = "plasticity/"
+"""Prefix of names logged at the number of optimizer steps over all fits."""
+
+BY_TASK = "plasticity_by_task/"
+"""Prefix of names logged at the number of the task."""
+
+
+IN_TRAINING = "plasticity_training/"
+"""Prefix of names logged while training, at the number of optimizer steps over all fits."""
+
+
+def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, failures: Failures) -> None:
+    """Logs what was seen of a batch in flight."""
+
+    def log(logger: Logger) -> None:  # a dict for each: it may keep it, or change it
+        logger.log_metrics({IN_TRAINING + name: value for name, value in numbers.items()}, step=step)
+
+    if numbers:
+        _for_each(loggers, log, failures)
+
+
+def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) -> None:
+    """Logs the numbers of one task, and to TensorBoard the spectrum as a histogram."""
+    numbers = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
+
+    def log(logger: Logger) -> None:
+        logger.log_metrics({BY_STEP + name: value for name, value in numbers.items()}, step=report.step)
+        logger.log_metrics({BY_TASK + name: value for name, value in numbers.items()}, step=report.task)
+        if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
+            _log_histograms(logger, report, report.spectrum)
+
+    _for_each(loggers, log, failures)
+
+
+def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], failures: Failures) -> None:
+    """Logs a picture of the whole history to TensorBoard."""
+
+    def log(logger: Logger) -> None:
+        if is_lightning(logger, TensorBoardLogger):
+            pixels = _pixels(plot_history(history))
+            logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
+
+    if any(report.spectrum is not None for report in history):
+        _for_each(loggers, log, failures)
+
+
+def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], failures: Failures) -> None:
+    for logger in loggers:
+        try:
+            log(logger)
+        except Exception as error:  # whatever is wrong with a logger must not end the run
+            name = type(logger).__name__
+            failures.add(name, f"{name} could not log the plasticity of the network", described(error))
+
+
+def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:
+    """The same bins for every task, one step a task: TensorBoard's Histograms tab shows them as a ridge plot."""
+    for sign, negative in (("", False), ("negative_", True)):
+        values, counts = log_eigenvalues(spectrum, negative=negative)
+        if not len(values):
+            continue
+        logger.experiment.add_histogram_raw(
+            f"{BY_TASK}log10_{report.matrix}_{sign}eigenvalues",
+            min=values.min().item(),
+            max=values.max().item(),
+            num=round(counts.sum().item()),
+            sum=(counts * values).sum().item(),
+            sum_squares=(counts * values.square()).sum().item(),
+            bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
+            bucket_counts=torch.histogram(values, LOG_EIGENVALUE_EDGES, weight=counts).hist.tolist(),
+            global_step=report.task,
+        )
+
+
+def _pixels(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,0 +1,1 @@
+"""Connect the engine to the Trainer of Lightning."""

@@ -1,0 +1,178 @@
+"""Two processes that train together: what they report, decide and repair is the same in both, and training too."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_plasticity import Collapse, GGNProbe, SpectralCollapseCallback, TaskDetector
+from lightning_plasticity.curvature import ggn_spectrum
+from lightning_plasticity.distributed.agreement import reachable
+from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, ShrinkPerturb
+from tests.helpers.modules import Classifier, trainer, weights
+from tests.helpers.processes import in_two_processes
+
+STEPS = 6
+
+
+class Decay(Regularizer):
+    def penalty(self, model: nn.Module) -> Tensor:
+        return self.coefficient * torch.stack([p.pow(4).sum() for p in model.parameters()]).sum()
+
+
+class Seeing(Classifier):
+    """Keeps the batches that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch)
+
+
+class Decayed(Seeing):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + Decay(0.1).penalty(self)
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    size = 8 * STEPS
+    x, y = torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+    return TensorDataset(x, y, torch.arange(size) // (size - 1))  # one sample of another task
+
+
+def fit(
+    rank: int,
+    *interventions: Intervention,
+    module: type[Seeing] = Seeing,
+    collapse: Collapse = Collapse(below=1e-9),  # noqa: B008  (immutable)
+    detector: Callable[[], TaskDetector] = TaskDetector,
+    with_callback: bool = True,
+) -> dict[str, Any]:
+    """Two fits in one of two processes; each sees every other sample."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
+    torch.manual_seed(0)
+    net = module()
+    with torch.no_grad():
+        net.net[0].bias[::3] = -100  # dead
+    callback = SpectralCollapseCallback(
+        GGNProbe(samples=6),
+        collapse=collapse,
+        interventions=interventions,
+        task_detector=detector(),
+        monitor_every_n_steps=2,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            trainer(
+                *[callback] * with_callback,
+                strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False),
+                devices=2,
+            ).fit(net, DataLoader(data(), batch_size=4))
+    return {
+        "weights": weights(net),
+        "noise": torch.rand(3),
+        "history": [report.to_dict() for report in callback.history],
+        "seen": net.seen,
+    }
+
+
+def plain(rank: int) -> dict[str, Any]:
+    return fit(rank, with_callback=False)
+
+
+def watched(rank: int) -> dict[str, Any]:
+    return fit(rank)
+
+
+def regularized(rank: int) -> dict[str, Any]:
+    return fit(rank, Decay(0.1))
+
+
+def regularized_by_hand(rank: int) -> dict[str, Any]:
+    return fit(rank, module=Decayed, with_callback=False)
+
+
+def repaired(rank: int) -> dict[str, Any]:
+    always = Collapse(below=1, relative_to=None)
+    return fit(rank, ReDo(), ShrinkPerturb(0.1, when=2), collapse=always)
+
+
+def labelled(rank: int) -> dict[str, Any]:
+    return fit(rank, detector=lambda: TaskDetector(batch_label=2))
+
+
+def everything(rank: int) -> dict[str, dict[str, Any]]:
+    jobs = (plain, watched, regularized, regularized_by_hand, repaired, labelled)
+    return {job.__name__: job(rank) for job in jobs}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[dict[str, Any]]]:
+    one, other = in_two_processes(everything)
+    return {name: [one[name], other[name]] for name in one}
+
+
+def test_processes_end_with_the_same_weights_and_reports(runs: dict[str, list[dict[str, Any]]]) -> None:
+    for one, other in runs.values():
+        assert torch.equal(one["weights"], other["weights"])
+        assert str(one["history"]) == str(other["history"])
+
+
+def test_training_is_bit_identical_with_and_without_the_callback(runs: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(runs["watched"][0]["history"]) == 2
+    for without, with_callback in zip(runs["plain"], runs["watched"], strict=True):
+        assert torch.equal(with_callback["weights"], without["weights"])
+        assert torch.equal(with_callback["noise"], without["noise"])
+
+
+def test_the_probe_sees_samples_of_both(runs: dict[str, list[dict[str, Any]]]) -> None:
+    torch.manual_seed(0)
+    net = Classifier()
+    with torch.no_grad():
+        net.net[0].bias[::3] = -100
+    x, y = (torch.cat([run["seen"][0][part][:3] for run in runs["watched"]]) for part in (0, 1))
+    expected = ggn_spectrum(net, (x, y), lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1]))
+    report = runs["watched"][0]["history"][0]
+    assert report["metrics"]["epsilon_rank"] == expected.epsilon_rank(1e-2)
+    assert report["metrics"]["ggn_trace"] == pytest.approx(float(expected.trace), rel=1e-6)
+    dead = (net.net[0](x) <= 0).all(0)
+    assert report["metrics"]["dead_fraction"] == dead.double().mean() >= 3 / 8
+
+
+def test_a_regularizer_equals_the_same_term_in_training_step(runs: dict[str, list[dict[str, Any]]]) -> None:
+    by_callback, by_hand = runs["regularized"][0]["weights"], runs["regularized_by_hand"][0]["weights"]
+    assert (by_callback - by_hand).abs().max() <= 1e-6
+    assert (by_callback - runs["plain"][0]["weights"]).abs().max() > 1e-3
+
+
+def test_repairs_are_decided_together(runs: dict[str, list[dict[str, Any]]]) -> None:
+    first, second = runs["repaired"][0]["history"]
+    assert {0, 3, 6} <= set(first["repairs"][0]["units"]["net.0"].tolist())
+    assert [repair["step"] for repair in first["repairs"]] == [0, 2, 4, 6]
+    assert [repair["step"] for repair in second["repairs"]] == [6, 8, 10, 12]
+
+
+def test_a_task_begins_in_both_when_one_sees_its_label(runs: dict[str, list[dict[str, Any]]]) -> None:
+    steps = [[step for step, batch in enumerate(run["seen"]) if 1 in batch[2]] for run in runs["labelled"]]
+    assert sorted(map(len, steps)) == [0, 2], "one of them sees it, in both epochs"
+    begun = [(report["task_id"], report["step"]) for report in runs["labelled"][0]["history"]]
+    assert begun == [(0, 0), (1, min(steps[0] + steps[1]))]
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "expected"),
+    [("cpu", "nccl", "cuda"), ("cuda:1", "nccl", "cuda:1"), ("cpu", "gloo", "cpu"), ("cuda:1", "gloo", "cuda:1")],
+)
+def test_what_is_on_the_cpu_is_sent_by_nccl_from_the_gpu(device: str, backend: str, expected: str) -> None:
+    assert reachable(torch.device(device), backend) == torch.device(expected)

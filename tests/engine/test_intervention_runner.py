@@ -1,0 +1,838 @@
+"""Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
+
+import copy
+import inspect
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector, interventions
+from lightning_plasticity.interventions import (
+    DASH,
+    FIRE,
+    L2ER,
+    ContinualBackprop,
+    EffectiveRankRegularizer,
+    HareTortoise,
+    Intervention,
+    L2Init,
+    NormalizeAndProject,
+    Parseval,
+    ReDo,
+    ReGraMa,
+    Regularizer,
+    Repair,
+    RepairReport,
+    Reset,
+    RunningRemedy,
+    SelfNormalizedReset,
+    ShrinkPerturb,
+    SoftShrinkPerturb,
+    SpectralRegularizer,
+    WassersteinInit,
+    WeightClipping,
+)
+from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
+from tests.helpers.processes import in_another_process
+from tests.helpers.usages import Quartic, half_precision
+
+NEVER = Collapse(below=1e-9)
+
+
+class Regularized(Classifier):
+    """The same term in training_step."""
+
+    term: Regularizer | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3:
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.term is None else loss + self.term.penalty(self)
+
+
+class BySGD(Regularized):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class ByFusedAdam(Regularized):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2, fused=True)
+
+
+class BySparseGradients(BySGD):
+    """An embedding whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = (4 * batch[0][:, 0].abs()).long().clamp(max=9)
+        return super().training_step((self.embedding(tokens), batch[1]), batch_idx)
+
+
+class ByLossBackward(BySGD):
+    """Manual optimization of which Lightning is not told when gradients are added to."""
+
+    use_pl_optimizer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers(use_pl_optimizer=self.use_pl_optimizer)
+        optimizer.zero_grad()
+        if loss is not None:
+            loss.backward()
+        optimizer.step()
+
+
+class Skipping(BySGD):
+    """Trains on every other batch, as by Lightning's own example of ``optimizer_step``."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class AccumulatingItself(Skipping):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class WithNewOptimizers(BySGD):
+    """Each epoch is trained by a new optimizer."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(BySGD, {}, id="plain"),
+        pytest.param(BySGD, {"accumulate_grad_batches": 3}, id="accumulation with a short last window"),
+        pytest.param(BySGD, "scaler", id="fp16"),
+        pytest.param(ByFusedAdam, "scaler", id="fp16 and a fused optimizer"),
+        pytest.param(BySparseGradients, {}, id="sparse gradients"),
+        pytest.param(ByLossBackward, {}, id="loss.backward()"),
+        pytest.param(Skipping, {}, id="gradients that are dropped"),
+        pytest.param(AccumulatingItself, {}, id="gradients that are kept"),
+        pytest.param(WithNewOptimizers, {}, id="new optimizers"),
+    ],
+)
+def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[Regularized], options: Any) -> None:
+    ends = []
+    for by_callback in (False, True):
+        torch.manual_seed(0)
+        module = kind()
+        if not by_callback:
+            module.term = Quartic(0.1)
+        callback = SpectralCollapseCallback(
+            collapse=NEVER, interventions=[Quartic(0.1)] if by_callback else [], loss_fn=cross_entropy
+        )
+        fitted = half_precision() if options == "scaler" else options
+        trainer(callback, max_epochs=2, **fitted).fit(module, loader(batches=5))
+        ends.append(weights(module))
+    torch.manual_seed(0)
+    plain = kind()
+    trainer(max_epochs=2, **(half_precision() if options == "scaler" else options)).fit(plain, loader(batches=5))
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6
+    assert (ends[0] - weights(plain)).abs().max() > 1e-3, "without the term it is another training"
+
+
+def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path: Path) -> None:
+    logger = MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1)])
+    module = Classifier()
+    first = Quartic(0.1).penalty(module).item()
+    trainer(callback, logger=logger, log_every_n_steps=2).fit(module, loader(batches=6))
+    penalties = logger.values("plasticity_training/Quartic/penalty")
+    assert list(penalties) == [1, 3, 5]
+    assert 0 < penalties[1] != first
+
+
+def test_several_of_a_kind_are_numbered_in_logs_and_reports() -> None:
+    logger, remedies = MemoryLogger(), [Counting(), Counting(fails=[2])]
+    repairs = [Noting(2), Noting(3)]
+    terms = [Quartic(0.1), Quartic(0.2)]
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[*terms, *remedies, *repairs])
+    with pytest.warns(PlasticityWarning, match="Counting_2 failed and changed nothing, training goes on: no luck"):
+        trainer(callback, logger=logger).fit(Classifier(), loader(batches=3))
+    first, second = (logger.values(f"plasticity_training/{name}/penalty") for name in ("Quartic", "Quartic_2"))
+    assert second == pytest.approx({step: 2 * value for step, value in first.items()})
+    assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3}
+    assert logger.values("plasticity_training/Counting_2/units") == {1: 1, 3: 3}
+    report = callback.history[0]
+    assert report.errors == {"Counting_2": "ValueError: no luck"}
+    assert [(repair.name, repair.step) for repair in report.repairs] == [("Noting", 2), ("Noting_2", 3)]
+
+
+class NotFinite(Regularizer):
+    """Fails at some of its calls."""
+
+    def __init__(self, fails: Sequence[int]) -> None:
+        super().__init__(1.0)
+        self.calls, self.fails = -1, fails
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        self.calls += 1
+        return weights_term(model) * (float("nan") if self.calls in self.fails else 0.0)
+
+
+def weights_term(model: nn.Module) -> Tensor:
+    return torch.stack([p.square().sum() for p in model.parameters()]).sum()
+
+
+def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> None:
+    module = Classifier()
+    before = weights(module)
+    with pytest.raises(ValueError, match="a gradient is not finite"):
+        trainer(SpectralCollapseCallback(interventions=[NotFinite([0])])).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+    ends = []
+    for fails in ([], [1]):
+        torch.manual_seed(0)
+        module = Classifier()
+        fitted = trainer(SpectralCollapseCallback(interventions=[NotFinite(fails)]))
+        if fails:
+            with pytest.warns(PlasticityWarning, match="left out of this step, training goes on: a gradient is not"):
+                fitted.fit(module, loader())
+        else:
+            fitted.fit(module, loader())
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+class Counting(RunningRemedy):
+    """Counts what it is asked, and fails at some steps."""
+
+    def __init__(self, fails: Sequence[int] = ()) -> None:
+        self.events: list[str] = []
+        self.steps, self.fails = 0, fails
+        self.handle: Any = None
+
+    def start(self, model: nn.Module, **_: Any) -> None:
+        self.stop()
+        self.events.append("start")
+        self.handle = model.register_forward_pre_hook(lambda *_: None)
+
+    def after_step(self, model: nn.Module, optimizers: Any = (), **_: Any) -> RepairReport | None:
+        self.steps += 1
+        if self.steps in self.fails:
+            raise ValueError("no luck")
+        return RepairReport(self.name, {"net.0": torch.arange(self.steps)})
+
+    def stop(self) -> None:
+        if self.handle is not None:
+            self.events.append("stop")
+            self.handle.remove()
+            self.handle = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def test_a_running_remedy_starts_before_the_first_step_and_acts_after_each(tmp_path: Path) -> None:
+    remedy, module, logger = Counting(), Classifier(), MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    trainer(callback, logger=logger).fit(module, loader(batches=4))
+    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"], 4, 0)
+    assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3, 4: 4}
+    trainer(callback, accumulate_grad_batches=3).fit(module, loader(batches=4))
+    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"] * 2, 6, 0)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
+    class Overflowing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 1 and not self.trainer.sanity_checking else loss
+
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
+    assert remedy.steps == 3
+
+
+def test_steps_that_a_fused_optimizer_skips_are_none() -> None:
+    """It undoes the scaling itself: its ``step`` is called, and does nothing."""
+
+    class Overflowing(ByFusedAdam):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return Classifier.training_step(self, batch, 0) * (float("inf") if batch_idx == 1 else 1)
+
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
+    assert remedy.steps == 3
+
+
+class RawOptimizer(ByLossBackward):
+    use_pl_optimizer = False
+
+
+def test_a_regularizer_that_is_never_asked_says_so_once_and_running_remedies_act() -> None:
+    remedy = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1), remedy], loss_fn=cross_entropy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=2).fit(RawOptimizer(), loader())
+    said = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
+    expected = "SGD was stepped without Lightning, as with use_pl_optimizer=False: step what self.optimizers() returns"
+    assert said == [f"Quartic is left out of steps, training goes on: {expected}"]
+    assert callback.history[0].errors == {"Quartic": expected}
+    assert remedy.steps == 6
+
+
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_batch_start"])
+def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
+    class Renewing(Classifier):
+        renewals = 0
+
+    def renew(self: Renewing, *_: Any) -> None:
+        self.renewals += 1
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    setattr(Renewing, when, renew)
+    remedy, module = Counting(), Renewing()
+    fitted = trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), max_epochs=2)
+    fitted.fit(module, loader(batches=3))
+    assert remedy.steps == 6
+    assert module.renewals > 1
+    assert not fitted.optimizers[0]._optimizer_step_post_hooks
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the head alone, and all of it from the third epoch on."""
+
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
+
+
+class OfWhatIsTrained(BySGD):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Growing(BySGD):
+    """Gets another class in the middle of a task."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            self.net[2] = nn.Linear(8, 4)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+IN_THE_MIDDLE = pytest.mark.parametrize(
+    ("kind", "others"),
+    [pytest.param(OfWhatIsTrained, [Unfreezing()], id="unfrozen"), pytest.param(Growing, [], id="grown")],
+)
+
+
+class FromTheirBeginning(Callback):
+    """Starts a term before anything is trained: what it remembers already stays."""
+
+    def __init__(self, term: Regularizer) -> None:
+        self.term = term
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.term.start(module)
+
+
+@IN_THE_MIDDLE
+def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_the_term(
+    kind: type[Regularized], others: list[Callback]
+) -> None:
+    ends, callback = [], SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init(0.1)], loss_fn=cross_entropy)
+    for term in (None, L2Init(0.1)):
+        torch.manual_seed(0)
+        module = kind()
+        module.term = term
+        hand = [callback] if term is None else [FromTheirBeginning(term)]
+        trainer(*copy.deepcopy(others), *hand, max_epochs=4).fit(module, loader())
+        ends.append(weights(module))
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6
+    assert [report.errors for report in callback.history] == [{}]
+
+
+@IN_THE_MIDDLE
+@pytest.mark.parametrize(
+    "make", [WassersteinInit, lambda: HareTortoise(0.9, 3), NormalizeAndProject, SoftShrinkPerturb]
+)
+def test_remedies_take_up_what_is_trained_only_from_the_middle_of_a_task(
+    make: Callable[[], Intervention], kind: type[Regularized], others: list[Callback]
+) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[make()])
+    trainer(callback, *copy.deepcopy(others), max_epochs=4).fit(kind(), loader())
+    assert [report.errors for report in callback.history] == [{}]
+
+
+def test_remedies_start_again_only_for_what_is_new() -> None:
+    class InTurn(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+
+    remedy, module = Counting(), InTurn()
+    module.net[0].requires_grad_(False)
+    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])).fit(module, loader(batches=8))
+    assert remedy.events.count("start") == 2
+
+
+@pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
+def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: Callable[[], Intervention]) -> None:
+    class Two(Classifier):
+        task = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Linear(4, 3)  # of no hidden units
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy((self.second if self.task else self.net)(batch[0]), batch[1])
+
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[make()], monitor=False), Two()
+    trainer(callback).fit(module, loader())
+    module.task = 1
+    with pytest.warns(
+        PlasticityWarning, match="could not get ready for this task and rests, training goes on: .* has no units"
+    ):
+        trainer(callback).fit(module, loader())
+    module.task = 0
+    trainer(callback).fit(module, loader())
+    assert (len(callback.history), hooks(module)) == (3, 0)
+
+
+def test_a_running_remedy_that_fails_is_warned_of_and_training_goes_on() -> None:
+    remedy, module = Counting(fails=[2]), Classifier()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    with pytest.warns(PlasticityWarning, match="Counting failed and changed nothing, training goes on: no luck"):
+        trainer(callback).fit(module, loader(batches=4))
+    assert remedy.steps == 4
+
+
+def compiled_before(module: Classifier) -> None:
+    module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
+    module.net(torch.randn(4, 4))
+
+
+def in_evaluation_mode(module: Classifier) -> None:
+    module.net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.parametrize("deafened", [compiled_before, in_evaluation_mode])
+def test_a_running_remedy_that_hears_nothing_is_warned_of(deafened: Callable[[Classifier], None]) -> None:
+    module = Classifier()
+    deafened(module)
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ContinualBackprop(0.3, 0)])
+    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*hears nothing"):
+        trainer(callback).fit(module, loader())
+    assert "hears nothing" in callback.history[0].errors["ContinualBackprop"]
+
+
+def test_nothing_is_left_in_the_module_when_training_fails() -> None:
+    class Failing(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("out of luck")
+
+    remedy, module = Counting(), Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(SpectralCollapseCallback(interventions=[remedy])).fit(module, loader())
+    assert (remedy.events, hooks(module)) == (["start", "stop"], 0)
+    assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+class Noting(Repair):
+    """Notes when it is called, and changes one weight."""
+
+    def __init__(self, when: Any, fails: bool = False) -> None:
+        super().__init__(when)
+        self.fails = fails
+
+    def changes(self, model: nn.Module, request: Any) -> Any:
+        return Reset(["net.2"]).changes(model, request)
+
+
+@pytest.mark.parametrize(
+    ("when", "by_task"),
+    [("task", [[], [8], [16]]), (5, [[5], [10, 15], [20]]), (8, [[8], [16], [24]]), ("collapse", [[], [], []])],
+)
+def test_repairs_are_done_when_they_are_asked_for(when: Any, by_task: list[list[int]]) -> None:
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[Noting(when)]), Classifier()
+    for _ in range(3):
+        trainer(callback, max_epochs=2).fit(module, loader(batches=4))
+    assert [[repair.step for repair in report.repairs] for report in callback.history] == by_task
+
+
+@pytest.mark.parametrize("when", ["never", "steps", 0, -3, 1.5, True, None])
+def test_other_times_are_refused(when: Any) -> None:
+    with pytest.raises(ValueError, match=rf"ReDo\(when={when!r}\) must be 'collapse' or 'task' or a number"):
+        ReDo(when=when)
+
+
+class Busy(Classifier):
+    """A training_step that leaves traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("batches", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        self.batches += 1
+        self.log("calls", float(self.calls))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("intervention", [ReDo(), ReGraMa(0.1)], ids=lambda i: i.name)
+def test_units_are_recycled_at_a_collapse_as_by_hand_and_training_step_leaves_no_traces(
+    intervention: ReDo | ReGraMa, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, logger = Busy(), MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=Collapse(below=1, relative_to=None), interventions=[intervention])
+    with torch.no_grad():
+        module.net[0].bias[::2] = -100
+    by_hand, first = Busy(), next(iter(loader(batches=1)))
+    by_hand.load_state_dict(module.state_dict())
+    expected = intervention.repair(
+        by_hand,
+        forward=lambda model: model.net(first[0]),
+        loss=lambda model: F.cross_entropy(model.net(first[0]), first[1]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    with pytest.warns(PlasticityWarning):
+        trainer(callback, max_steps=1, logger=logger).fit(module, DataLoader(TensorDataset(*first), batch_size=4))
+    report = callback.history[0].repairs[0]
+    assert report.units.keys() == {"net.0"}
+    assert torch.equal(report.units["net.0"], expected.units["net.0"])
+    assert report.num_parameters_changed == expected.num_parameters_changed
+    assert (module.calls, module.batches) == (1, 1)
+    assert logger.values("calls") == {0: 1}
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
+    F.cross_entropy(by_hand.net(first[0]), first[1]).backward()
+    optimizer.step()
+    assert torch.equal(weights(module), weights(by_hand))
+
+
+def test_units_are_recycled_every_so_many_steps() -> None:
+    torch.manual_seed(0)
+    module = Busy()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ReDo(threshold=0.5, when=2)])
+    trainer(callback).fit(module, loader(batches=5))
+    repairs = callback.history[0].repairs
+    assert [repair.step for repair in repairs] == [2, 4]
+    assert repairs[0].units["net.0"].numel() > 0
+    assert module.calls == 5
+
+
+def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path) -> None:
+    def callback(*interventions: Intervention) -> SpectralCollapseCallback:
+        return SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
+
+    torch.manual_seed(0)
+    fitted = trainer(callback(Counting(), ShrinkPerturb()), enable_checkpointing=False)
+    fitted.fit(Classifier(), loader())
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+
+    again = Counting()
+    resumed = trainer(callback(again, ShrinkPerturb()), max_epochs=2)
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.steps == 6
+
+    other = Counting()
+    with pytest.warns(PlasticityWarning, match=r"interventions \['Counting', 'ShrinkPerturb'\], now they are"):
+        trainer(callback(other), max_epochs=2).fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert other.steps == 3
+
+
+def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="must hold instances of Repair, RunningRemedy or Regularizer"):
+        SpectralCollapseCallback(interventions=[Intervention()])
+
+
+EVERY_ONE: list[Callable[[], Intervention]] = [
+    lambda: ReDo(threshold=0.5, when="task"),
+    lambda: ReGraMa(threshold=0.5, when=4),
+    lambda: Reset(last=1, when=4),
+    lambda: ShrinkPerturb(0.1, when=3),
+    lambda: FIRE(when="task"),
+    lambda: DASH(when="task"),
+    lambda: ContinualBackprop(replacement_rate=0.2, maturity_threshold=2),
+    lambda: SelfNormalizedReset(rejection=0.5),
+    lambda: WeightClipping(kappa=0.3),
+    NormalizeAndProject,
+    lambda: HareTortoise(every_n_steps=4),
+    SoftShrinkPerturb,
+    SpectralRegularizer,
+    Parseval,
+    L2Init,
+    WassersteinInit,
+    lambda: EffectiveRankRegularizer(every_n_samples=12),
+    lambda: L2ER(every_n_samples=12),  # an epoch: batches that wait are not kept in a checkpoint
+]
+
+
+def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
+    kinds = [getattr(interventions, name) for name in interventions.__all__]
+    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | RunningRemedy | Regularizer)}
+    concrete -= {Repair, RunningRemedy, Regularizer}
+    assert {type(make()) for make in EVERY_ONE} == concrete
+    table = (Path(__file__).parents[2] / "docs" / "interventions.md").read_text()
+    rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
+    assert rows[2:] == [kind.__name__ for kind in (type(make()) for make in EVERY_ONE)]
+
+
+class Deep(Busy):
+    """Some of its units are silent most of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        with torch.no_grad():
+            self.net[0].bias -= 0.8
+
+
+@pytest.mark.parametrize("make", EVERY_ONE, ids=lambda make: make().name)
+def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
+    make: Callable[[], Intervention], tmp_path: Path
+) -> None:
+    def fit(epochs: int, intervention: Intervention | None, path: Path | None = None) -> tuple[Deep, Any, Any]:
+        torch.manual_seed(0)
+        module = Deep()
+        callback = SpectralCollapseCallback(
+            collapse=NEVER,
+            interventions=[] if intervention is None else [intervention],
+            task_detector=TaskDetector(every_n_epochs=2),
+            monitor=False,
+        )
+        fitted = trainer(callback, max_epochs=epochs)
+        batches = DataLoader(loader(batches=3).dataset, batch_size=4)
+        fitted.fit(module, batches, ckpt_path=path)
+        fitted.save_checkpoint(tmp_path / "last.ckpt")
+        return module, callback, fitted
+
+    plain, _, _ = fit(6, None)
+    whole, first, _ = fit(6, make())
+    assert not torch.equal(weights(whole), weights(plain)), "it did nothing"
+    assert whole.calls == plain.calls
+    assert hooks(whole) == hooks(plain)
+    fit(3, make())
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed, second, _ = fit(6, make(), tmp_path / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
+
+
+def everything() -> list[Intervention]:
+    """One of each kind, with its defaults but for when it acts."""
+    kinds = [kind for name in interventions.__all__ if inspect.isclass(kind := getattr(interventions, name))]
+    remedies = [kind for kind in kinds if issubclass(kind, Intervention) and not inspect.isabstract(kind)]
+    return [kind() for kind in remedies if kind not in (Intervention, RunningRemedy)]
+
+
+@pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)
+    ends = []
+    for _ in range(2):
+        callback = make_copy(callback)
+        torch.manual_seed(0)
+        trainer(callback).fit(Classifier(), loader())
+        ends.append(len(callback.history))
+    assert ends == [1, 2]
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
+def test_a_copy_made_while_training_takes_nothing_away() -> None:
+    class Copying(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            copy.deepcopy(remedy).stop()
+
+    ends = []
+    for others in ([], [Copying()]):
+        torch.manual_seed(0)
+        module, remedy = Classifier(), ContinualBackprop(0.5, 0)
+        trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), *others).fit(module, loader(8))
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+def test_an_optimizer_of_frozen_parameters_is_left_alone() -> None:
+    class HalfFrozen(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            self.net[0].requires_grad_(False)
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+    module = HalfFrozen()
+    before = module.net[0].weight.clone(), module.net[2].weight.clone()
+    callback = SpectralCollapseCallback(
+        collapse=NEVER,
+        interventions=[Quartic(1.0)],
+        loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1]),
+    )
+    trainer(callback).fit(module, loader())
+    assert callback.history[0].errors == {}
+    assert torch.equal(module.net[0].weight, before[0])
+    assert not torch.equal(module.net[2].weight, before[1])
+
+
+def test_without_optimizer_there_is_nothing_to_regularize() -> None:
+    class Still(Classifier):
+        def configure_optimizers(self) -> None:  # type: ignore[override]
+            pass
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(1.0)])
+    with pytest.warns(UserWarning, match="configure_optimizers. returned .None."):
+        trainer(callback).fit(Still(), loader())
+    assert callback.history[0].errors == {}
+
+
+@pytest.mark.parametrize("remedy", [ContinualBackprop(), SelfNormalizedReset(), SoftShrinkPerturb(seed=3)])
+def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: RunningRemedy) -> None:
+    """As ``strategy="ddp_spawn"`` does."""
+    assert in_another_process(state_of, remedy) == state_of(remedy)
+
+
+def state_of(remedy: RunningRemedy) -> list[int]:
+    state: list[int] = remedy.state_dict()["generator"].tolist()
+    return state
+
+
+class HoldingMoments(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule that looks at what the optimizer remembers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.moments = optimizer.state
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return list(self.base_lrs)
+
+
+def test_an_optimizer_forgets_what_is_reset_although_a_schedule_holds_its_state() -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+            return [optimizer], [HoldingMoments(optimizer)]
+
+    remembered = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            remembered.append(len(trainer.optimizers[0].state))
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ShrinkPerturb(when=2)])
+    trainer(callback, Look()).fit(Scheduled(), loader(batches=4))
+    assert remembered == [4, 0, 4, 0]
+
+
+def test_layers_that_are_trained_in_turn_keep_their_ages_while_they_are_frozen() -> None:
+    class InTurn(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), self.net)
+
+        def on_train_epoch_start(self) -> None:
+            first = self.current_epoch % 2 == 0
+            self.net[0].requires_grad_(first)
+            self.net[3].requires_grad_(not first)
+
+    remedy, ages = ContinualBackprop(replacement_rate=1e-6), []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            ages.append({layer: int(record["age"].max()) for layer, record in remedy._records.items()})
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    trainer(callback, Look(), max_epochs=4).fit(InTurn(), loader(batches=4))
+    assert [own["net.0"] for own in ages] == [4, 4, 8, 8]
+    assert [own.get("net.3.0", 0) for own in ages][1::2] == [4, 8]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As some from elsewhere: its constructor does not call that of torch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state, self.defaults = optimizer.state, optimizer.defaults
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_an_optimizer_that_takes_no_hooks_is_no_hindrance_to_regularizers_and_refused_for_running_remedies() -> None:
+    class ByHand(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(data_loss(self, batch))
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return Wrapper(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    def data_loss(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init()], loss_fn=data_loss)
+    trainer(callback).fit(ByHand(), loader())
+    assert callback.history[0].errors == {}
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[WeightClipping()], loss_fn=data_loss)
+    with pytest.raises(MisconfigurationException, match="when Wrapper takes a step"):
+        trainer(callback).fit(ByHand(), loader())

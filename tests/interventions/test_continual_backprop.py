@@ -1,0 +1,362 @@
+"""ContinualBackprop replaces what its rule says, when it says, and nothing is left of the old units."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from lightning_plasticity.interventions import ContinualBackprop
+from tests.helpers.unit_models import TwoHeads
+
+ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[np.ndarray], np.ndarray]]] = {
+    "relu": (nn.ReLU, lambda z: np.maximum(z, 0)),
+    "tanh": (nn.Tanh, np.tanh),
+}
+
+
+def mlp(sizes: list[int], activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def arrays(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in model[::2]]
+
+
+def hidden(
+    weights: list[tuple[np.ndarray, np.ndarray]], x: np.ndarray, phi: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    result = []
+    for weight, bias in weights[:-1]:
+        x = phi(x @ weight.T + bias)
+        result.append(x)
+    return result
+
+
+class ByHand:
+    """The rule for one layer, unit by unit."""
+
+    def __init__(self, size: int, rate: float, maturity: int, decay: float) -> None:
+        self.rate, self.maturity, self.decay = rate, maturity, decay
+        self.utility, self.age, self.counter = [0.0] * size, [0] * size, 0.0
+
+    def step(self, h: np.ndarray, outgoing: np.ndarray) -> list[int]:
+        for i in range(len(self.age)):
+            contribution = np.abs(h[:, i]).mean() * np.abs(outgoing[:, i]).sum()
+            self.utility[i] = self.decay * self.utility[i] + (1 - self.decay) * contribution
+            self.age[i] += 1
+        mature = [i for i, age in enumerate(self.age) if age > self.maturity]
+        self.counter += self.rate * len(mature)
+        replaced = []
+        while self.counter >= 1:
+            lowest = min(mature, key=lambda i: self.utility[i] / (1 - self.decay ** self.age[i]))
+            mature.remove(lowest)
+            replaced.append(lowest)
+            self.counter -= 1
+        for i in replaced:
+            self.utility[i], self.age[i] = 0.0, 0
+        return sorted(replaced)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: Tensor) -> None:
+    optimizer.zero_grad()
+    for x in batches:
+        output = model(x)
+        outputs = output if isinstance(output, tuple) else (output,)
+        sum((one - 1).square().mean() for one in outputs).backward()
+    optimizer.step()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=3, max_size=5),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    rate=st.sampled_from([0.01, 0.07, 0.3, 1.0]),
+    maturity=st.sampled_from([0, 1, 4]),
+    decay=st.sampled_from([0.0, 0.9, 0.99]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_whole_training_equals_the_rule_in_numpy(
+    sizes: list[int], activation: str, rate: float, maturity: int, decay: float, seed: int
+) -> None:
+    """Which units are replaced at which step, utilities, ages and every weight."""
+    torch.manual_seed(seed)
+    make, phi = ACTIVATIONS[activation]
+    model = mlp(sizes, make)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    remedy = ContinualBackprop(rate, maturity, decay, seed=seed)
+    remedy.start(model, forward=lambda model: model(torch.randn(4, sizes[0], dtype=torch.float64)))
+    rules = [ByHand(size, rate, maturity, decay) for size in sizes[1:-1]]
+    for _ in range(15):
+        x = torch.randn(5, sizes[0], dtype=torch.float64)
+        h = hidden(arrays(model), x.numpy(), phi)
+        train(model, optimizer, x)
+        before = arrays(model)
+        report = remedy.after_step(model, [optimizer])
+        after = arrays(model)
+
+        replaced = [rule.step(h[i], before[i + 1][0]) for i, rule in enumerate(rules)]
+        found = {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
+        assert found == {f"{2 * i}": units for i, units in enumerate(replaced) if units}
+        for i, (weight, bias) in enumerate(before):
+            rows = replaced[i] if i < len(replaced) else []
+            columns = replaced[i - 1] if i else []
+            new_weight, new_bias = after[i]
+            kept = np.ones_like(weight, dtype=bool)
+            kept[rows], kept[:, columns] = False, False
+            np.testing.assert_array_equal(new_weight[kept], weight[kept])
+            np.testing.assert_array_equal(np.delete(new_bias, rows), np.delete(bias, rows))
+            assert (new_weight[:, columns] == 0).all(), "zeros win over fresh rows"
+            fresh = np.delete(new_weight[rows], columns, axis=1)
+            assert (fresh != np.delete(weight[rows], columns, axis=1)).all()
+            assert (np.abs(fresh) <= 1 / np.sqrt(weight.shape[1])).all(), "torch's own initialisation"
+        layers = remedy.state_dict()["layers"]
+        for i, rule in enumerate(rules):
+            record = layers[f"{2 * i}"]
+            assert record["age"].tolist() == rule.age
+            assert record["counter"].item() == pytest.approx(rule.counter, abs=1e-12)
+            np.testing.assert_allclose(record["utility"], rule.utility, rtol=1e-12, atol=0)
+
+
+def constant_units(values: list[float], outgoing: list[list[float]]) -> nn.Sequential:
+    """Hidden units that say the same whatever comes in."""
+    model = mlp([2, len(values), len(outgoing)])
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor(values))
+        model[2].weight.copy_(torch.tensor(outgoing))
+    return model
+
+
+X = torch.ones(4, 2, dtype=torch.float64)
+
+
+def started(model: nn.Module, remedy: ContinualBackprop, x: Tensor = X) -> ContinualBackprop:
+    remedy.start(model, forward=lambda model: model(x))
+    return remedy
+
+
+def step(model: nn.Module, remedy: ContinualBackprop, *batches: Tensor) -> dict[str, list[int]]:
+    """A step of length zero."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(model, optimizer, *batches or (X,))
+    report = remedy.after_step(model, [optimizer])
+    return {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
+
+
+def test_the_lowest_utility_is_replaced_and_not_the_highest() -> None:
+    """peers 3.9; in lop-jax [5, 1, 4, 2, 3] and two to replace gives {5, 4}."""
+    model = constant_units([5.0, 1, 4, 2, 3], [[1.0] * 5])
+    assert step(model, started(model, ContinualBackprop(0.4, 0))) == {"0": [1, 3]}
+
+
+def test_utility_is_activation_times_outgoing_weights() -> None:
+    model = constant_units([5.0, 1, 4], [[0.1, 2, -1], [0.1, 2, 1]])  # 1, 4, 8
+    assert step(model, started(model, ContinualBackprop(1 / 3, 0))) == {"0": [0]}
+
+
+def test_the_average_is_corrected_by_the_age_of_the_unit_itself() -> None:
+    """peers 3.8: a young unit's average is near zero, and without correction it would be replaced again and again."""
+    model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
+    remedy = started(model, ContinualBackprop(0.0, 2))
+    for _ in range(200):
+        step(model, remedy)
+    state = remedy.state_dict()
+    record = state["layers"]["0"]
+    record["utility"], record["age"] = record["utility"].clone(), record["age"].clone()
+    record["utility"][0], record["age"][0] = 0, 0  # as new, and it says more than unit 1
+    remedy.load_state_dict(state)
+    for _ in range(3):
+        step(model, remedy)
+    utility = remedy.state_dict()["layers"]["0"]["utility"]
+    assert utility[0] < utility[1], "what the raw averages say"
+    remedy.replacement_rate = 1 / 3
+    assert step(model, remedy) == {"0": [1]}
+
+
+def test_units_that_are_not_mature_are_safe() -> None:
+    model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
+    remedy = started(model, ContinualBackprop(1.0, 3))
+    assert [step(model, remedy) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
+    assert [step(model, remedy) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
+
+
+def test_shares_of_units_add_up_over_steps() -> None:
+    """Neither truncated nor drawn: 3 units at 0.25 make one after 2 steps, and another after 3, 4 and 6."""
+    model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
+    remedy = started(model, ContinualBackprop(0.25, 0))
+    counts = [len(step(model, remedy).get("0", [])) for _ in range(8)]
+    assert counts == [0, 1, 1, 1, 0, 1, 1, 1]
+
+
+def test_replaced_units_stay_unheard_until_the_next_step() -> None:
+    """peers 3.7: reset inside backward, the step refills the zeroed column from stale gradients and moments."""
+    torch.manual_seed(0)
+    model = mlp([3, 8, 8, 2])
+    x = torch.randn(16, 3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    remedy = started(model, ContinualBackprop(0.5, 3), x)
+    for _ in range(3):
+        train(model, optimizer, x)
+        assert remedy.after_step(model, [optimizer]) is None
+    optimizer.zero_grad()
+    weights = copy.deepcopy(model.state_dict())
+    (model(x) - 1).square().mean().backward()
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    optimizer.step()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    report = remedy.after_step(model, [optimizer])
+    assert report is not None
+    for consumer, units in ((model[2], report.units["0"]), (model[4], report.units["2"])):
+        assert len(units) == 4
+        assert (consumer.weight[:, units] == 0).all()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert (optimizer.state[consumer.weight][key][:, units] == 0).all(), "peers 3.3: moments in place"
+    kept = [unit for unit in range(8) if unit not in report.units["2"].tolist()]
+    assert (optimizer.state[model[4].weight]["exp_avg"][:, kept] != 0).all()
+    for producer, units in ((model[0], report.units["0"]), (model[2], report.units["2"])):
+        for parameter in (producer.weight, producer.bias):
+            assert (optimizer.state[parameter]["exp_avg"][units] == 0).all()
+    assert all(int(state["step"]) == 4 for state in optimizer.state.values()), "peers 3.3: the common step count stays"
+    assert all(map(torch.equal, gradients, (parameter.grad for parameter in model.parameters())))
+
+
+def test_incoming_weights_are_drawn_first_and_then_outgoing_ones_become_zero() -> None:
+    """peers 3.5: all units of both layers at once."""
+    model = mlp([3, 4, 5, 2])
+    assert step(
+        model, started(model, ContinualBackprop(1.0, 0), torch.randn(4, 3).double()), torch.randn(4, 3).double()
+    ) == {
+        "0": [0, 1, 2, 3],
+        "2": [0, 1, 2, 3, 4],
+    }
+    assert (model[0].weight != 0).all()
+    assert (model[2].weight == 0).all()
+    assert (model[2].bias != 0).all()
+    assert (model[4].weight == 0).all()
+
+
+def test_new_units_differ_from_each_other_and_from_the_last_ones_in_their_place() -> None:
+    model = mlp([3, 4, 2])
+    x = torch.randn(4, 3).double()
+    remedy = started(model, ContinualBackprop(1.0, 0), x)
+    rows = []
+    for _ in range(3):
+        step(model, remedy, x)
+        rows += model[0].weight.detach().clone().tolist()
+    assert len({tuple(row) for row in rows}) == 12
+
+
+def test_the_mean_of_a_replaced_unit_goes_to_the_biases_in_the_right_order() -> None:
+    """peers 3.10: in the reference the mean is cleared before it is read, and no bias ever moves."""
+    model = constant_units([2.0, 1, 3], [[1.0, 0.25, 1], [-1, 0.5, 1]])
+    before, bias = model(X), model[2].bias.detach().clone()
+    assert step(model, started(model, ContinualBackprop(1 / 3, 0, transfer_bias=True))) == {"0": [1]}
+    torch.testing.assert_close(model[2].bias - bias, torch.tensor([0.25, 0.5]).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(model(X), before, rtol=1e-12, atol=0)
+
+
+def test_the_mean_is_signed_and_averaged_over_steps() -> None:
+    model = mlp([1, 2, 1], nn.Tanh)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [3.0]]))
+        model[0].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[0.5, 5.0]]))
+    xs = [torch.full((3, 1), value).double() for value in (-1.0, 0.5, 2.0)]
+    remedy = started(model, ContinualBackprop(1 / 2, 2, 0.8, transfer_bias=True), xs[0])
+    bias = model[2].bias.item()
+    assert [step(model, remedy, x) for x in xs] == [{}, {}, {"0": [0]}]
+    shares = np.array([0.8**2, 0.8, 1]) * 0.2 / (1 - 0.8**3)
+    mean = (shares * np.tanh([-1.0, 0.5, 2.0])).sum()
+    assert model[2].bias.item() - bias == pytest.approx(0.5 * mean, rel=1e-12)
+
+
+def test_biases_stay_by_default() -> None:
+    model = constant_units([2.0, 1, 3], [[1.0, 0.25, 1], [-1, 0.5, 1]])
+    bias = model[2].bias.detach().clone()
+    assert step(model, started(model, ContinualBackprop(1 / 3, 0))) == {"0": [1]}
+    assert torch.equal(model[2].bias, bias)
+
+
+def test_optimizers_remember_biases_that_only_gain() -> None:
+    model = constant_units([2.0, 1, 3], [[1.0, 0.25, 1], [-1, 0.5, 1]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-9)
+    remedy = started(model, ContinualBackprop(1 / 3, 0, transfer_bias=True))
+    train(model, optimizer, X)
+    moments = optimizer.state[model[2].bias]["exp_avg"].clone()
+    assert remedy.after_step(model, [optimizer]) is not None
+    assert torch.equal(optimizer.state[model[2].bias]["exp_avg"], moments)
+    assert (moments != 0).all()
+
+
+CONSUMERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)),
+    "conv": lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 2)),
+    "strided": lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 2, stride=2)),
+    "groups": lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 2, groups=2)),
+    "transposed": lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, stride=2)),
+}
+
+
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=list(CONSUMERS))
+def test_utility_and_mean_are_right_for_every_kind_of_consumer(build: Callable[[], nn.Module]) -> None:
+    """By what happens: constant units say |h| times the change of the output, if all weights are positive."""
+    torch.manual_seed(0)
+    model = build().double()
+    x = torch.zeros(2, 1, 6, 6).double()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([0.3, 0.1, 0.4, 0.2]))
+        model[-1].weight.abs_()
+    averaged = isinstance(model[-1], nn.ConvTranspose2d)  # its taps fall on different positions
+
+    def outputs(model: nn.Module) -> Tensor:
+        return model(x).detach().mean((2, 3)) if averaged else model(x).detach()
+
+    before, gone = outputs(model), []
+    for unit in range(4):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin[0].bias[unit] = 0
+        lost = (before - outputs(twin))[0].unflatten(0, (len(before[0]), -1)).flatten(1).mean(1).sum()
+        gone.append(lost * (model[-1].stride[0] ** 2 if averaged else 1))
+    remedy = started(model, ContinualBackprop(0.0, 0, 0.9, transfer_bias=True), x)
+    step(model, remedy, x)
+    utility = remedy.state_dict()["layers"]["0"]["utility"] / 0.1
+    torch.testing.assert_close(utility, torch.stack(gone), rtol=1e-10, atol=0)
+    remedy.replacement_rate = 1 / 4
+    assert step(model, remedy, x) == {"0": [int(utility.argmin())]}
+    torch.testing.assert_close(outputs(model), before, rtol=1e-10, atol=0)
+
+
+def test_two_heads_add_up_and_only_those_called_count() -> None:
+    model = TwoHeads().double()
+    x = torch.rand(5, 4).double()
+    remedy = started(model, ContinualBackprop(0.0, 0, 0.0), x)
+    h = F.relu(model.trunk(x)).mean(0)
+    both = sum(h * head.weight.abs().sum(0) for head in (model.policy, model.value))
+    step(model, remedy, x)
+    torch.testing.assert_close(remedy.state_dict()["layers"]["trunk"]["utility"], both.detach(), rtol=1e-12, atol=0)
+    model.policy(F.relu(model.trunk(x)))
+    remedy.after_step(model)
+    one = h * model.policy.weight.abs().sum(0)
+    torch.testing.assert_close(remedy.state_dict()["layers"]["trunk"]["utility"], one.detach(), rtol=1e-12, atol=0)
+
+
+def test_arguments_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match=r"ContinualBackprop\(replacement_rate=1.5\) must be in \[0, 1\]"):
+        ContinualBackprop(1.5)
+    with pytest.raises(ValueError, match=r"ContinualBackprop\(maturity_threshold=-1\) must be at least 0"):
+        ContinualBackprop(maturity_threshold=-1)
+    with pytest.raises(ValueError, match=r"ContinualBackprop\(decay=1\) must be in \[0, 1\)"):
+        ContinualBackprop(decay=1)

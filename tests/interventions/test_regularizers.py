@@ -1,0 +1,694 @@
+"""Regularizers are their formulas, count what they should, remember what they must, and touch nothing else."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lightning_plasticity.interventions import (
+    L2ER,
+    L2Init,
+    Parseval,
+    Regularizer,
+    SpectralRegularizer,
+    WassersteinInit,
+)
+from tests.helpers.unit_models import Encoder, Functional, ResNet, TwoHeads
+
+MAKERS: dict[str, Callable[[], Regularizer]] = {
+    "spectral": lambda: SpectralRegularizer(0.3),
+    "spectral, exact": lambda: SpectralRegularizer(0.3, exact=True),
+    "parseval": lambda: Parseval(0.3),
+    "l2 init": lambda: L2Init(0.3),
+    "wasserstein": lambda: WassersteinInit(0.3),
+    "l2-er": lambda: L2ER(weight_decay=0.3),
+}
+EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+REMEMBERING = pytest.mark.parametrize("make", [L2Init, WassersteinInit])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """In float64, away from its initialisation, gains and biases too."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(64, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)),
+    ).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    return model
+
+
+def started(make: Callable[[], Regularizer], model: nn.Module, moved: float = 0.3) -> Regularizer:
+    """A regularizer that has seen the model before it moved."""
+    regularizer = make()
+    regularizer.start(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(moved * torch.randn(parameter.shape, generator=generator(1)).to(parameter))
+    return regularizer
+
+
+def gradients(penalty: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(penalty, parameters, materialize_grads=True), strict=True))
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_spectral_regularization_equals_its_formula_in_numpy(power: int) -> None:
+    model = network()
+    expected = 0.0
+    for layer in (model[0], model[4], model[7]):
+        weight, bias = array(layer.weight), array(layer.bias)
+        sigma = np.linalg.svd(weight.reshape(len(weight), -1), compute_uv=False)[0]
+        expected += (sigma**power - 1) ** 2 + np.linalg.norm(bias) ** (2 * power)
+    for norm in (model[1], model[5]):
+        expected += ((array(norm.weight) - 1) ** 2).sum() + np.linalg.norm(array(norm.bias)) ** (2 * power)
+    exact = SpectralRegularizer(0.7, power, exact=True).penalty(model).item()
+    assert exact == pytest.approx(0.7 * expected, rel=1e-12)
+
+
+def test_spectral_target_is_one_and_not_two() -> None:
+    """Public code charges 1 for a matrix whose largest singular value is 1 (peers 3.17)."""
+    layer = nn.Linear(5, 3, bias=False).double()
+    nn.init.orthogonal_(layer.weight)
+    for exact in (False, True):
+        assert SpectralRegularizer(1, exact=exact).penalty(layer).item() == pytest.approx(0, abs=1e-20)
+        with torch.no_grad():
+            twice = copy.deepcopy(layer)
+            twice.weight.mul_(2)
+        assert SpectralRegularizer(1, exact=exact).penalty(twice).item() == pytest.approx((2**2 - 1) ** 2)
+
+
+def test_spectral_bias_term_has_the_power_of_the_matrices() -> None:
+    """``‖b‖^2k``: public code has ``‖b‖²`` for k = 2 (peers 3.17)."""
+    layer = nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3))
+        layer.bias.copy_(torch.tensor([1.0, 2.0, 2.0]))
+    for power in (1, 2, 3):
+        assert SpectralRegularizer(1, power).penalty(layer).item() == pytest.approx(3.0 ** (2 * power))
+
+
+def test_spectral_regularization_flattens_kernels_to_outputs_by_the_rest() -> None:
+    """(out, in · kh · kw), and not another grouping of the entries (peers 3.17)."""
+    conv = nn.Conv2d(3, 4, 2, bias=False).double()
+    sigma = np.linalg.svd(array(conv.weight).reshape(4, 12), compute_uv=False)[0]
+    penalty = SpectralRegularizer(1, exact=True).penalty(conv).item()
+    assert penalty == pytest.approx((sigma**2 - 1) ** 2, rel=1e-12)
+    transposed = nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False).double()
+    kernel = array(transposed.weight)  # (in, out / groups, kh, kw)
+    rows = [kernel[2 * (out // 3) : 2 * (out // 3) + 2, out % 3].ravel() for out in range(6)]
+    sigma = np.linalg.svd(np.stack(rows), compute_uv=False)[0]
+    penalty = SpectralRegularizer(1, exact=True).penalty(transposed).item()
+    assert penalty == pytest.approx((sigma**2 - 1) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dims", [{}, {"kdim": 3, "vdim": 5}])
+def test_queries_keys_values_and_outputs_of_attention_are_a_matrix_each(dims: dict[str, int]) -> None:
+    attention = nn.MultiheadAttention(6, 2, **dims).double()
+    with torch.no_grad():
+        attention.in_proj_bias.copy_(torch.arange(18) / 18)
+        attention.out_proj.bias.copy_(torch.arange(6) / 6)
+    matrices = [attention.out_proj.weight]
+    if dims:
+        matrices += [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    else:
+        matrices += [*attention.in_proj_weight.chunk(3)]
+    biases = [*attention.in_proj_bias.chunk(3), attention.out_proj.bias]
+    expected = sum((np.linalg.norm(array(matrix), 2) ** 2 - 1) ** 2 for matrix in matrices)
+    expected += sum(np.linalg.norm(array(bias)) ** 4 for bias in biases)
+    penalty = SpectralRegularizer(1, exact=True).penalty(attention).item()
+    assert penalty == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_gates_of_recurrent_layers_are_a_matrix_each() -> None:
+    lstm = nn.LSTM(3, 4, proj_size=2, bias=False).double()
+    matrices = [*lstm.weight_ih_l0.chunk(4), *lstm.weight_hh_l0.chunk(4), lstm.weight_hr_l0]
+    expected = sum((np.linalg.norm(array(matrix), 2) ** 2 - 1) ** 2 for matrix in matrices)
+    assert SpectralRegularizer(1, exact=True).penalty(lstm).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 3)])
+def test_parseval_equals_its_formula_in_numpy(shape: tuple[int, int]) -> None:
+    """A tall matrix lacks the constant that it cannot get below; the gradient is the same."""
+    model = nn.Sequential(nn.Linear(*shape[::-1]), nn.Linear(shape[0], 2)).double()
+    weight = model[0].weight
+    out, into = shape
+    expected = np.linalg.norm(array(weight) @ array(weight).T - 1.5**2 * np.eye(out)) ** 2
+    penalty = Parseval(0.7, gain=1.5).penalty(model)
+    assert penalty.item() == pytest.approx(0.7 * (expected - 1.5**4 * max(out - into, 0)), rel=1e-12)
+    written = 0.7 * (weight @ weight.T - 1.5**2 * torch.eye(out, dtype=torch.float64)).square().sum()
+    found, given_ = gradients(penalty, model), gradients(written, model)
+    torch.testing.assert_close(found, given_, rtol=1e-12, atol=1e-12)
+
+
+def test_l2_init_equals_its_formula_in_numpy() -> None:
+    model = network()
+    before = {name: array(parameter).copy() for name, parameter in model.named_parameters()}
+    regularizer = started(lambda: L2Init(0.7), model)
+    moved = {
+        name: array(parameter) - before[name]
+        for name, parameter in model.named_parameters()
+        if name[0] not in "15"  # the norm layers
+    }
+    penalty = regularizer.penalty(model)
+    assert penalty.item() == pytest.approx(0.35 * sum((step**2).sum() for step in moved.values()), rel=1e-12)
+    for name, gradient in gradients(penalty, model).items():
+        np.testing.assert_allclose(array(gradient), 0.7 * moved[name] if name in moved else 0, rtol=1e-12)
+
+
+def test_wasserstein_equals_its_formula_in_numpy() -> None:
+    model = network()
+    before = {name: np.sort(array(parameter).ravel()) for name, parameter in model.named_parameters()}
+    regularizer = started(lambda: WassersteinInit(0.7), model)
+    expected = sum(
+        ((np.sort(array(parameter).ravel()) - before[name]) ** 2).sum() for name, parameter in model.named_parameters()
+    )
+    assert regularizer.penalty(model).item() == pytest.approx(0.7 * expected, rel=1e-12)
+
+
+def test_the_l2_part_of_l2er_is_over_every_trainable_parameter() -> None:
+    model = network()
+    penalty = L2ER(weight_decay=0.7).penalty(model)
+    assert penalty.item() == pytest.approx(
+        0.35 * sum((array(parameter) ** 2).sum() for parameter in model.parameters()), rel=1e-12
+    )
+    for name, gradient in gradients(penalty, model).items():
+        torch.testing.assert_close(gradient, 0.7 * model.get_parameter(name).detach(), rtol=1e-12, atol=0)
+
+
+@EVERY
+def test_gradients_equal_finite_differences(make: Callable[[], Regularizer]) -> None:
+    """With the power iteration converged: only then is its gradient that of the singular value."""
+    model = network()
+    regularizer = started(make, model)
+    for _ in range(3000 if isinstance(regularizer, SpectralRegularizer) and not regularizer.exact else 1):
+        penalty = regularizer.penalty(model)
+    picks = generator(2)
+    for name, gradient in gradients(penalty, model).items():
+        direction = torch.randn(gradient.shape, generator=picks, dtype=torch.float64)
+        parameter, values = model.get_parameter(name), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * 1e-6)
+                values.append(regularizer.penalty(model).item())
+                parameter.sub_(direction, alpha=sign * 1e-6)
+        slope = (values[0] - values[1]) / 2e-6
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+# Invariants
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 2**31), scale=st.floats(2, 1e3))
+def test_the_power_iteration_never_exceeds_the_spectral_norm_and_converges_to_it(
+    rows: int, columns: int, seed: int, scale: float
+) -> None:
+    layer = nn.Linear(columns, rows, bias=False).double()
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64))[0] for n in (rows, columns)
+    )
+    size = min(rows, columns)
+    values = scale * torch.tensor([1.0, *[0.8] * (size - 1)], dtype=torch.float64)  # a gap, or it may take for ever
+    with torch.no_grad():
+        layer.weight.copy_(left[:, :size] * values @ right[:, :size].T)
+    regularizer = SpectralRegularizer(1, power=1)
+    norms = [1 + regularizer.penalty(layer).item() ** 0.5 for _ in range(80)]  # above 1: one root only
+    assert max(norms) <= scale * (1 + 1e-12)
+    assert norms[-1] == pytest.approx(scale, rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 8), columns=st.integers(1, 8), gain=st.floats(0.1, 3), seed=st.integers(0, 2**31))
+def test_parseval_is_zero_for_orthogonal_matrices_only(rows: int, columns: int, gain: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(columns, rows), nn.Linear(rows, 1)).double()
+    regularizer = Parseval(1, gain)
+    assert regularizer.penalty(model).item() > 0
+    nn.init.orthogonal_(model[0].weight, gain)
+    assert regularizer.penalty(model).item() == pytest.approx(0, abs=1e-20 * gain**4 * 100)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), moved=st.floats(1e-3, 2))
+def test_wasserstein_does_not_see_permutations_and_is_at_most_the_distance(seed: int, moved: float) -> None:
+    model = nn.Linear(6, 5).double()
+    regularizer = WassersteinInit(1)
+    regularizer.start(model)
+    with torch.no_grad():
+        order = torch.randperm(30, generator=generator(seed))
+        model.weight.copy_(model.weight.flatten()[order].view(5, 6))
+    assert regularizer.penalty(model).item() == 0
+    l2 = L2Init(2)
+    l2.start(model)
+    with torch.no_grad():
+        model.weight.add_(torch.randn(5, 6, generator=generator(seed)), alpha=moved)
+    assert 0 < regularizer.penalty(model).item() <= l2.penalty(model).item() * (1 + 1e-12)
+
+
+@REMEMBERING
+def test_the_distance_from_the_start_is_zero_at_the_start(make: type[L2Init]) -> None:
+    model = network()
+    regularizer = make()
+    regularizer.start(model)
+    penalty = regularizer.penalty(model)
+    assert penalty.item() == 0
+    assert all(not gradient.any() for gradient in gradients(penalty, model).values())
+
+
+@EVERY
+def test_no_penalty_is_negative(make: Callable[[], Regularizer]) -> None:
+    for seed in range(5):
+        model = network(seed)
+        assert started(make, model).penalty(model).item() >= 0
+
+
+@EVERY
+@pytest.mark.parametrize("fill", [0.0, 1e-30, 1e10])
+def test_penalty_and_gradient_are_finite_for_extreme_weights(make: Callable[[], Regularizer], fill: float) -> None:
+    model = network()
+    regularizer = started(make, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(fill)
+    for _ in range(2):
+        penalty = regularizer.penalty(model)
+        assert penalty.isfinite()
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients(penalty, model).values())
+
+
+def test_the_power_iteration_recovers_from_a_matrix_that_was_zero() -> None:
+    layer = nn.Linear(5, 4, bias=False).double()
+    weight = layer.weight.detach().clone()
+    regularizer = SpectralRegularizer(1, power=1)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert regularizer.penalty(layer).item() == 1
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    for _ in range(500):
+        penalty = regularizer.penalty(layer).item()
+    assert penalty == pytest.approx((np.linalg.norm(array(weight), 2) - 1) ** 2, rel=1e-9)
+
+
+# The power iteration
+
+
+def test_one_call_is_one_power_iteration_of_vectors_without_a_graph() -> None:
+    layer = nn.Linear(7, 5, bias=False).double()
+    regularizer = SpectralRegularizer(1, power=1)
+    regularizer.penalty(layer)
+    weight, u = array(layer.weight), array(regularizer.state_dict()["vectors"]["weight"])
+    with torch.no_grad():
+        layer.weight.add_(0.1 * torch.randn(5, 7))
+    weight = array(layer.weight)
+    v = weight.T @ u / np.linalg.norm(weight.T @ u)
+    sigma = np.linalg.norm(weight @ v)
+    penalty = regularizer.penalty(layer)
+    assert penalty.item() == pytest.approx((sigma - 1) ** 2, rel=1e-12)
+    new = regularizer.state_dict()["vectors"]["weight"]
+    np.testing.assert_allclose(array(new), weight @ v / sigma, rtol=1e-12)
+    gradient = gradients(penalty, layer)["weight"]
+    np.testing.assert_allclose(array(gradient), 2 * (sigma - 1) * np.outer(array(new), v), rtol=1e-10, atol=1e-14)
+
+
+def test_the_first_estimate_is_within_a_few_percent_and_gets_better() -> None:
+    layer = nn.Linear(1000, 784, bias=False)
+    nn.init.normal_(layer.weight)
+    regularizer = SpectralRegularizer(1, power=1)
+    truth = torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
+    first, *_, last = (1 + regularizer.penalty(layer).item() ** 0.5 for _ in range(200))
+    assert 0.95 * truth < first < last <= truth * (1 + 1e-5)
+    assert last > 0.995 * truth
+
+
+def test_a_look_at_the_penalty_does_not_move_the_power_iteration() -> None:
+    model, regularizer = network(), SpectralRegularizer()
+    regularizer.penalty(model)
+    before = regularizer.state_dict()
+    with torch.no_grad():
+        value = regularizer.penalty(model)
+        assert torch.equal(value, regularizer.penalty(model))
+    torch.testing.assert_close(regularizer.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(value, regularizer.penalty(model).detach())
+
+
+def test_a_head_that_grows_gets_a_vector_of_its_own_and_others_keep_theirs() -> None:
+    model, regularizer = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), SpectralRegularizer()
+    regularizer.penalty(model)
+    grown = copy.deepcopy(model)
+    grown[2] = nn.Linear(6, 5)
+    other = copy.deepcopy(regularizer)
+    regularizer.penalty(model)
+    other.penalty(grown)
+    vectors, others = regularizer.state_dict()["vectors"], other.state_dict()["vectors"]
+    assert torch.equal(vectors["0.weight"], others["0.weight"])
+    assert others["2.weight"].shape == (5,)
+
+
+# What counts
+
+
+@EVERY
+def test_frozen_parameters_do_not_count(make: Callable[[], Regularizer]) -> None:
+    model = network()
+    regularizer = started(make, model)
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    twin, other = copy.deepcopy(model), copy.deepcopy(regularizer)
+    with torch.no_grad():
+        for parameter in (*twin[0].parameters(), *twin[1].parameters()):
+            parameter.mul_(5)
+    assert torch.equal(regularizer.penalty(model), other.penalty(twin))
+    regularizer.penalty(model).backward()
+    with_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient <= {"4", "5", "7"}
+    assert "4" in with_gradient
+
+
+@EVERY
+def test_tied_parameters_count_once(make: Callable[[], Regularizer]) -> None:
+    class Tied(nn.Module):
+        def __init__(self, twice: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+            if twice:
+                self.embed, self.b = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+                self.embed.weight = self.b.weight = self.a.weight
+                self.head = self._modules.pop("head")  # registered last again
+
+    values = []
+    for twice in (False, True):
+        model = Tied(twice)
+        values.append(started(make, model).penalty(model))
+    assert torch.equal(*values)
+
+
+def test_embeddings_tokens_and_slopes_have_no_spectral_norm() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.embed = nn.Parameter(torch.randn(1, 1, 4)), nn.Embedding(7, 4)
+            self.slope, self.head = nn.PReLU(4), nn.Linear(4, 2)
+
+    model = Model()
+    for regularizer in (SpectralRegularizer(1, exact=True), SpectralRegularizer(1)):
+        moved = {name for name, value in gradients(regularizer.penalty(model), model).items() if value.any()}
+        assert moved == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("build", [Encoder, ResNet])
+def test_every_matrix_bias_and_gain_of_real_networks_is_regularized(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    moved = {name for name, value in gradients(SpectralRegularizer().penalty(model), model).items() if value.any()}
+    assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embed")}
+
+
+def test_the_last_layer_is_free_of_parseval_or_those_that_are_named() -> None:
+    model = Functional()  # registers its head first
+    moved = {name for name, value in gradients(Parseval().penalty(model), model).items() if value.any()}
+    assert moved == {"head.weight", "second.weight"}, "documented: the last one registered is left free"
+    moved = {name for name, value in gradients(Parseval(exclude=["head"]).penalty(model), model).items() if value.any()}
+    assert moved == {"first.weight", "second.weight"}
+    heads = TwoHeads()
+    regularizer = Parseval(exclude=["policy", "value"])
+    assert {name for name, value in gradients(regularizer.penalty(heads), heads).items() if value.any()} == {
+        "trunk.weight"
+    }
+    nested = nn.ModuleDict({"body": nn.Linear(3, 3), "heads": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))})
+    excluded = gradients(Parseval(exclude=["heads"]).penalty(nested), nested)
+    assert {name for name, value in excluded.items() if value.any()} == {"body.weight"}
+
+
+def test_of_parametrized_layers_the_weight_that_comes_out_has_a_spectral_norm() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(5, 4).double())
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(3)
+        layer.bias.zero_()
+    sigma = np.linalg.norm(array(layer.weight), 2)
+    for penalty in (SpectralRegularizer(1, exact=True).penalty(layer), Parseval(1, exclude=[]).penalty(layer)):
+        found = gradients(penalty, layer)
+        assert found["parametrizations.weight.original0"].any()
+    assert SpectralRegularizer(1, exact=True).penalty(layer).item() == pytest.approx((sigma**2 - 1) ** 2, rel=1e-12)
+    layer.parametrizations.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Parseval: .* has no trainable matrix"):
+        Parseval(1, exclude=[]).penalty(layer)
+
+
+def test_a_parametrization_with_state_is_left_as_it_was() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(5, 4))
+    before = copy.deepcopy(layer.state_dict())
+    SpectralRegularizer().penalty(layer)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    assert all(module.training for module in layer.modules())
+    assert parametrize.is_parametrized(layer, "weight")
+
+
+def test_l2_init_pulls_the_parameters_behind_a_parametrization() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(5, 4))
+    regularizer = started(L2Init, layer)
+    assert set(regularizer.state_dict()["initial"]) == {name for name, _ in layer.named_parameters()}
+    assert all(value.any() for value in gradients(regularizer.penalty(layer), layer).values())
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(make: Callable[[], Regularizer], dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    regularizer, twin = make(), network().to(dtype).float()
+    other = make()
+    regularizer.start(model)
+    other.start(twin)
+    with torch.no_grad():
+        for parameter, same in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.mul_(300)  # squares and their sums overflow float16
+            same.copy_(parameter)
+    penalty, expected = regularizer.penalty(model), other.penalty(twin)
+    assert penalty.dtype == torch.float32
+    torch.testing.assert_close(penalty, expected)
+    assert next(iter(gradients(penalty, model).values())).dtype == dtype
+
+
+@EVERY
+def test_autocast_does_not_matter(make: Callable[[], Regularizer]) -> None:
+    model = network().float()
+    regularizer = started(make, model)
+    other = copy.deepcopy(regularizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = regularizer.penalty(model)
+    assert penalty.dtype == torch.float32
+    assert torch.equal(penalty, other.penalty(model))
+
+
+# In a loop
+
+
+@EVERY
+def test_training_with_the_penalty_equals_a_loop_that_adds_its_gradient(make: Callable[[], Regularizer]) -> None:
+    x, results = torch.randn(8, 2, 6, 6, dtype=torch.float64), []
+    for by_hand in (False, True):
+        model = network()
+        regularizer = make()
+        regularizer.start(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            if by_hand:
+                found = gradients(regularizer.penalty(model), model)
+                loss.backward()
+                for name, parameter in model.named_parameters():
+                    parameter.grad += found[name]
+            else:
+                (loss + regularizer.penalty(model)).backward()
+            optimizer.step()
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_l2_init_in_a_loop_equals_decay_toward_the_start_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    twin = copy.deepcopy(model)
+    start = [parameter.detach().clone() for parameter in twin.parameters()]
+    x, regularizer = torch.randn(8, 4, dtype=torch.float64), L2Init(0.5)
+    regularizer.start(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(x).square().mean() + regularizer.penalty(model)).backward()
+        optimizer.step()
+        found = torch.autograd.grad(twin(x).square().mean(), list(twin.parameters()))
+        with torch.no_grad():
+            for parameter, gradient, first in zip(twin.parameters(), found, start, strict=True):
+                parameter -= 0.1 * (gradient + 0.5 * (parameter - first))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_spectral_regularization_by_itself_pulls_spectral_norms_to_one() -> None:
+    model = network()
+    regularizer = SpectralRegularizer(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        regularizer.penalty(model).backward()
+        optimizer.step()
+    for layer in (model[0], model[4], model[7]):
+        assert np.linalg.norm(array(layer.weight).reshape(len(layer.weight), -1), 2) == pytest.approx(1, abs=1e-3)
+    assert model[5].weight.tolist() == pytest.approx([1] * 6, abs=1e-3)
+
+
+@EVERY
+def test_state_survives_a_checkpoint_and_training_goes_on_to_the_last_bit(
+    make: Callable[[], Regularizer], tmp_path: Path
+) -> None:
+    x = torch.randn(8, 2, 6, 6, dtype=torch.float64)
+
+    def steps(model: nn.Module, regularizer: Regularizer, count: int) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(count):
+            optimizer.zero_grad()
+            (model(x).square().mean() + regularizer.penalty(model)).backward()
+            optimizer.step()
+
+    model = network()
+    regularizer = make()
+    regularizer.start(model)
+    steps(model, regularizer, 3)
+    torch.save({"model": model.state_dict(), "regularizer": regularizer.state_dict()}, tmp_path / "checkpoint")
+    steps(model, regularizer, 3)
+
+    state = torch.load(tmp_path / "checkpoint", weights_only=True)
+    resumed, restored = network(seed=1), make()
+    resumed.load_state_dict(state["model"])
+    restored.load_state_dict(state["regularizer"])
+    restored.start(resumed)  # what is remembered stays
+    steps(resumed, restored, 3)
+    torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(restored.state_dict(), regularizer.state_dict(), rtol=0, atol=0)
+
+
+@EVERY
+def test_state_shares_no_memory_with_the_regularizer(make: Callable[[], Regularizer]) -> None:
+    model = network()
+    regularizer = started(make, model)
+    regularizer.penalty(model)
+    state = regularizer.state_dict()
+    kept = copy.deepcopy(state)
+    regularizer.penalty(model)
+    restored = make()
+    restored.load_state_dict(state)
+    restored.penalty(model)
+    torch.testing.assert_close(state, kept, rtol=0, atol=0)
+
+
+@EVERY
+def test_nothing_but_the_penalty_happens(make: Callable[[], Regularizer]) -> None:
+    model = network()
+    regularizer = started(make, model)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        assert not regularizer.penalty(model).requires_grad
+    assert regularizer.penalty(model).requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@EVERY
+def test_regularizers_are_deterministic_and_do_not_depend_on_the_global_generator(
+    make: Callable[[], Regularizer],
+) -> None:
+    values = []
+    for seed in range(2):
+        model = network()
+        torch.manual_seed(seed)
+        regularizer = started(make, model)
+        values.append(torch.stack([regularizer.penalty(model) for _ in range(3)]))
+    assert torch.equal(*values)
+
+
+# What goes wrong
+
+
+@REMEMBERING
+def test_a_start_that_is_missing_is_asked_for(make: type[L2Init]) -> None:
+    with pytest.raises(RuntimeError, match=rf"{make.__name__} does not know where parameter 'weight' .* call start"):
+        make().penalty(nn.Linear(3, 2))
+
+
+@REMEMBERING
+def test_a_head_that_grows_asks_for_another_start_which_leaves_the_rest(make: type[L2Init]) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    regularizer = started(make, model)
+    first = regularizer.state_dict()["initial"]["0.weight"]
+    model[2] = nn.Linear(6, 5)
+    with pytest.raises(RuntimeError, match=r"parameter '2.weight' of shape \(5, 6\) began \(it was 18 numbers\)"):
+        regularizer.penalty(model)
+    regularizer.start(model)
+    assert regularizer.penalty(model).item() > 0
+    state = regularizer.state_dict()["initial"]
+    assert torch.equal(state["0.weight"], first)
+    assert state["2.weight"].sort().values.equal(make().remembered(model[2].weight.detach()).sort().values)
+
+
+@REMEMBERING
+def test_what_is_remembered_is_kept_in_full_where_the_model_is_not(make: type[L2Init]) -> None:
+    model = nn.Linear(5, 4)
+    regularizer = make()
+    regularizer.start(model)
+    before = regularizer.state_dict()
+    regularizer.penalty(model.bfloat16())
+    torch.testing.assert_close(regularizer.state_dict(), before, rtol=0, atol=0)
+    assert regularizer.state_dict()["initial"]["weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SpectralRegularizer(-1), r"SpectralRegularizer\(coefficient=-1\) must be a finite number, at least 0"),
+        (lambda: SpectralRegularizer(power=0.5), r"SpectralRegularizer\(power=0.5\) must be a finite number, at least"),
+        (lambda: SpectralRegularizer(power=math.nan), r"SpectralRegularizer\(power=nan\)"),
+        (lambda: Parseval(gain=0), r"Parseval\(gain=0\) must be a positive number"),
+        (lambda: Parseval(exclude="head"), r"Parseval\(exclude='head'\) must be a list of names, such as \['head'\]"),
+        (lambda: L2Init(math.inf), r"L2Init\(coefficient=inf\) must be a finite number"),
+        (lambda: WassersteinInit(math.nan), r"WassersteinInit\(coefficient=nan\)"),
+        (lambda: L2ER(weight_decay=-1), r"L2ER\(weight_decay=-1\) must be a finite number, at least 0"),
+        (lambda: Parseval().penalty(nn.Linear(3, 2)), r"Parseval: Linear has no trainable matrix apart from \[''\]"),
+        (lambda: Parseval(exclude=["top"]).penalty(TwoHeads()), r"Parseval: there is no layer \['top'\] in TwoHeads"),
+        (lambda: SpectralRegularizer().penalty(nn.Embedding(3, 2)), "Embedding has no trainable layer with a weight"),
+        (lambda: SpectralRegularizer().penalty(nn.LazyLinear(3)), "LazyLinear is lazy and was never called"),
+        (lambda: L2Init().start(nn.LazyLinear(3)), "L2Init: parameter 'weight' is lazy: call the model once before"),
+        (lambda: L2Init().penalty(nn.ReLU()), "L2Init: ReLU has no trainable parameter to regularize"),
+        (lambda: L2ER().penalty(nn.ReLU()), "L2ER: ReLU has no trainable parameter to regularize"),
+    ],
+)
+def test_bad_arguments_are_named(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

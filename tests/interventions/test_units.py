@@ -1,0 +1,422 @@
+"""Units are found on any architecture, and recycling dead ones changes nothing that the network says."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from lightning_plasticity.interventions import ReDo, Units, describe_units
+from lightning_plasticity.interventions.units.groups import entries, positions
+from lightning_plasticity.interventions.units.unit_reset import recycling
+from lightning_plasticity.interventions.weights.updates import apply
+from tests.helpers.unit_models import MODELS, Encoder, Model, ResNet
+
+EVERY = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+WITH_SITES = pytest.mark.parametrize("case", [case for case in MODELS if case.sites], ids=lambda case: case.name)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def inputs(case: Model, seed: int = 0) -> Tensor:
+    return torch.randn(case.shape, generator=generator(seed))
+
+
+def trained(case: Model) -> nn.Module:
+    """After a few steps: running statistics, biases and norms are none of a new network's."""
+    model = case.build()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=1e-2)
+    for seed in range(3):
+        optimizer.zero_grad()
+        sum(output.square().mean() for output in outputs(model, inputs(case, seed))).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    optimizer.zero_grad()
+    return model
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    result = model(x)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def evaluated(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.eval()
+    with torch.no_grad():
+        return outputs(model, x)
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def silence(model: nn.Module, units: Units, chosen: dict[str, Tensor]) -> None:
+    """Makes units dead whatever their activation: every entry that makes them is zero."""
+    state = model.state_dict()
+    for layer, some in chosen.items():
+        for name, owner in units.sites[layer].incoming.items():
+            value = 1.0 if name.endswith("running_var") else 0.0
+            state[name][torch.isin(owner, some).expand(state[name].shape)] = value
+
+
+def some_units(case: Model, seed: int = 0) -> dict[str, Tensor]:
+    return {
+        layer: torch.randperm(count, generator=generator(seed))[: max(1, count // 3)].sort().values
+        for layer, (count, _) in case.sites.items()
+    }
+
+
+@EVERY
+def test_units_are_found_and_every_other_layer_has_its_reason(case: Model) -> None:
+    x = inputs(case)
+    model = case.build()
+    units = describe_units(model, lambda model: model(x))
+    assert {name: (site.num_units, tuple(site.consumers)) for name, site in units.sites.items()} == case.sites
+    for layer, reason in case.left_out.items():
+        assert reason in units.left_out[layer]
+    layers = {name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)}
+    assert layers <= set(units.sites) | set(units.left_out), "no layer is passed over in silence"
+    for layer in [*units.sites, *units.left_out]:
+        assert any(line.startswith(f"{layer} ") for line in str(units).splitlines())
+
+
+@EVERY
+def test_tracing_leaves_no_trace(case: Model) -> None:
+    x = inputs(case)
+    model = trained(case).train()
+    next(part for part in model.modules() if not list(part.children())).eval()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    tensors = [*model.parameters(), *model.buffers()]
+
+    def state() -> list[object]:
+        return [
+            *((id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
+            *(id(tensor) for tensor in [*model.parameters(), *model.buffers()]),
+            *((p.grad is not None and p.grad.data_ptr(), p._version) for p in model.parameters()),
+            *((part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()),
+            *(sorted(part.__dict__) for part in model.modules()),
+            torch.get_rng_state().tolist(),
+            torch.is_grad_enabled(),
+        ]
+
+    before, weights = state(), values(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        describe_units(model, lambda model: model(x))
+    assert state() == before
+    torch.testing.assert_close(values(model), weights, rtol=0, atol=0)
+    assert all(bool((parameter.grad == 2).all()) for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_tracing_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_fails_is_put_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = values(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        describe_units(model, lambda model: model(torch.ones(2, 5)))
+    torch.testing.assert_close(values(model), before, rtol=0, atol=0)
+
+
+@WITH_SITES
+@pytest.mark.parametrize("seed", range(3))
+def test_recycling_dead_units_leaves_the_output_bit_equal(case: Model, seed: int) -> None:
+    model, x = trained(case), inputs(case, seed)
+    units = describe_units(model, lambda model: model(x))
+    dead = some_units(case, seed)
+    silence(model, units, dead)
+    before = evaluated(model, x)
+    report = ReDo(threshold=0).repair(model, forward=lambda model: model(x), generator=generator(seed))
+    for layer, some in dead.items():
+        assert set(some.tolist()) <= set(report.units[layer].tolist())
+    for layer, site in units.sites.items():
+        weight = model.get_parameter(f"{layer}.weight")
+        for unit in dead[layer]:
+            own = (site.incoming[f"{layer}.weight"] == unit).expand_as(weight)
+            assert bool((weight[own] != 0).any()), "it has new incoming weights"
+    assert all(map(torch.equal, before, evaluated(model, x)))
+
+
+@WITH_SITES
+def test_recycling_any_unit_changes_nothing_but_its_entries(case: Model) -> None:
+    model, x = trained(case), inputs(case)
+    units = describe_units(model, lambda model: model(x))
+    for layer, some in some_units(case).items():
+        site, one = units.sites[layer], copy.deepcopy(model)
+        old = values(one)
+        report = apply("test", recycling(one, units, {layer: some}, generator()), [])
+        assert {name: chosen.tolist() for name, chosen in report.units.items()} == {layer: some.tolist()}
+        changed = 0
+        for name, new in one.state_dict().items():
+            owner = site.incoming.get(name, site.outgoing.get(name, torch.tensor(-1)))
+            theirs = torch.isin(owner, some).expand(new.shape)
+            assert torch.equal(new[~theirs], old[name][~theirs]), name
+            if name in site.outgoing:
+                assert bool((new[theirs] == 0).all())
+            changed += int((new != old[name]).sum()) if name in dict(one.named_parameters()) else 0
+        assert report.num_parameters_changed == changed > 0
+
+
+@WITH_SITES
+def test_after_recycling_the_network_says_what_it_says_without_these_units(case: Model) -> None:
+    model, x = trained(case), inputs(case)
+    units = describe_units(model, lambda model: model(x))
+    chosen = some_units(case)
+    layer, some = next(iter(chosen.items()))
+    without = copy.deepcopy(model)
+    for name, owner in units.sites[layer].outgoing.items():
+        weight = without.state_dict()[name]
+        weight[torch.isin(owner, some).expand(weight.shape)] = 0
+    apply("test", recycling(model, units, {layer: some}, generator()), [])
+    assert all(map(torch.equal, evaluated(model, x), evaluated(without, x)))
+
+
+def test_a_unit_of_a_convolution_before_flatten_is_a_block_of_columns_channel_slowest() -> None:
+    """Public code zeroes one column per channel, or takes the channel for the fastest index (peers 3.2)."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    units = describe_units(model, lambda model: model(torch.randn(2, 1, 6, 6)))
+    assert units.sites["0"].outgoing["3.weight"].tolist() == [[channel for channel in range(3) for _ in range(16)]]
+    apply("test", recycling(model, units, {"0": torch.tensor([1])}, generator()), [])
+    assert (model[3].weight == 0).all(dim=0).nonzero().flatten().tolist() == list(range(16, 32))
+
+
+def test_columns_of_a_grouped_convolution_are_those_of_the_units_group() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2))
+    units = describe_units(model, lambda model: model(torch.randn(2, 1, 3, 3)))
+    apply("test", recycling(model, units, {"0": torch.tensor([3])}, generator()), [])
+    assert (model[2].weight == 0).nonzero()[:, :2].tolist() == [[3, 1], [4, 1], [5, 1]]
+
+
+def test_batch_norm_between_goes_back_to_that_of_a_new_network() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
+            tensor.fill_(5)
+    model[1].num_batches_tracked.fill_(9)
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    apply("test", recycling(model, units, {"0": torch.tensor([1])}, generator()), [])
+    assert model[1].weight.tolist() == model[1].running_var.tolist() == [5, 1, 5]
+    assert model[1].bias.tolist() == model[1].running_mean.tolist() == [5, 0, 5]
+    assert model[1].num_batches_tracked == 9
+
+
+def test_the_consumer_is_who_reads_the_units_and_not_who_is_registered_next() -> None:
+    """peers 3.1."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.second, self.first = nn.Linear(3, 2), nn.Linear(5, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.second(self.first(x).relu()).relu())
+
+    x = torch.randn(6, 4)
+    units = describe_units(Backwards(), lambda model: model(x))
+    assert {layer: list(site.consumers) for layer, site in units.sites.items()} == {
+        "second": ["out"],
+        "first": ["second"],
+    }
+
+
+def test_zeros_win_where_the_units_of_adjacent_layers_cross() -> None:
+    """Public code resets layer by layer, and rows overwrite the zeros of the layer before (peers 3.5)."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    apply("test", recycling(model, units, {"0": torch.tensor([2]), "2": torch.tensor([1, 4])}, generator()), [])
+    assert (model[2].weight[:, 2] == 0).all()
+    assert (model[2].weight[[1, 4]] != 0).sum() == 2 * 4
+
+
+def test_what_passes_by_the_graph_is_noticed() -> None:
+    """A trained network may hide its dependences: here a gate that is closed, and units that are dead."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.gate = nn.Linear(4, 5), nn.Linear(5, 2), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x))
+            return self.second(h) + self.gate * h.detach().sum(1, keepdim=True)
+
+    model = Hidden()
+    with torch.no_grad():
+        model.first.bias.fill_(-100)
+    assert "other ways" in describe_units(model, lambda model: model(torch.randn(8, 4))).left_out["first"]
+
+
+def test_units_of_the_features_that_a_model_returns_are_left_out() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = torch.relu(self.first(x))
+            return {"logits": self.second(features), "features": features}
+
+    units = describe_units(Features(), lambda model: model(torch.randn(8, 4)))
+    assert not units.sites
+    assert set(units.left_out) == {"first", "second"}
+
+
+def test_forward_may_return_nothing_or_a_loss() -> None:
+    x = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def nothing(model: nn.Module) -> None:
+        model(x)
+
+    forwards: list[Callable[[nn.Module], object]] = [nothing, lambda model: model(x).square().mean()]
+    for forward in forwards:
+        assert list(describe_units(model, forward).sites) == ["0"]
+
+
+def test_forward_without_a_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"forward\(model\) must run the model with gradients, and return its outputs"):
+        describe_units(nn.Linear(4, 2), lambda model: 3)
+
+
+def test_what_torch_pruning_cannot_follow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("'int' and 'NoneType'")
+
+    monkeypatch.setattr(tp.DependencyGraph, "_build_dependency", fail)
+    with pytest.raises(ValueError, match=r"^torch-pruning cannot follow Encoder: TypeError: 'int' and 'NoneType'"):
+        describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
+
+
+def test_an_error_of_the_forward_pass_is_not_torch_prunings() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        describe_units(nn.Linear(4, 2), lambda model: model(torch.randn(2, 5)))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recurrent_layers_are_left_out_whatever_they_do_inside(
+    kind: type[nn.RNNBase], num_layers: int, bidirectional: bool, packed: bool
+) -> None:
+    recurrent = kind(4, 6, num_layers=num_layers, bidirectional=bidirectional, batch_first=True)
+    model = nn.ModuleDict(
+        {"before": nn.Linear(3, 4), "recurrent": recurrent, "hidden": nn.Linear(6, 5), "head": nn.Linear(5, 2)}
+    )
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        if packed:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 4]), batch_first=True)  # type: ignore[assignment]
+        state = model["recurrent"](x)[1]  # type: ignore[index]
+        last = (state[0] if isinstance(state, tuple) else state)[-1]
+        return model["head"](model["hidden"](last).relu())  # type: ignore[index]
+
+    x = torch.randn(2, 7, 3)
+    for start in (lambda model: model["before"](x), lambda model: torch.randn(2, 7, 4)):
+        units = describe_units(model, lambda model, start=start: forward(model, start(model)))  # type: ignore[misc]
+        assert list(units.sites) == ["hidden"]
+        assert units.left_out["recurrent"] == "recurrent: its units feed themselves"
+
+
+def test_lazy_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="lazy layers that were never called"):
+        describe_units(nn.Sequential(nn.LazyLinear(2)), lambda model: model(torch.ones(1, 3)))
+
+
+def test_models_on_the_meta_device_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, device="meta"), nn.ReLU(), nn.Linear(4, 2, device="meta"))
+    with pytest.raises(ValueError, match="Sequential is on the meta device, where weights have no values"):
+        describe_units(model, lambda model: model(torch.ones(1, 3, device="meta")))
+
+
+def test_computed_weights_are_left_out() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    assert list(units.sites) == ["2"]
+    assert units.left_out["0"] == "its weight is computed from other parameters"
+
+
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_units_read_by_computed_weights_are_left_out(computed: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), computed(nn.Linear(5, 2)))
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    assert list(units.sites) == ["0"]
+    assert units.left_out["2"] == "the weight of '4', which belongs to its units, is computed from other parameters"
+
+
+def test_units_that_a_computed_depthwise_convolution_passes_on_are_left_out() -> None:
+    depthwise = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), depthwise, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    units = describe_units(model, lambda model: model(torch.randn(3, 2, 6, 6)))
+    assert not units.sites
+    assert units.left_out["0"] == "the weight of '1', which belongs to its units, is computed from other parameters"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"4": torch.tensor([0])}, "units of '4' cannot be recycled: logits: no layer reads it"),
+        ({"7": torch.tensor([0])}, "units of '7' cannot be recycled: it is no layer of the model with units"),
+        ({"0": torch.tensor([6])}, r"units \[6\] of '0' must be in 0 ... 5"),
+    ],
+)
+def test_units_that_are_not_there_are_refused(chosen: dict[str, Tensor], message: str) -> None:
+    model, x = MODELS[0].build(), inputs(MODELS[0])
+    units = describe_units(model, lambda model: model(x))
+    with pytest.raises(ValueError, match=message):
+        recycling(model, units, chosen, generator())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_resnet_of_full_width_has_its_eight_sites() -> None:
+    model, x = ResNet(64, classes=10), torch.randn(2, 3, 16, 16)
+    assert list(describe_units(model, lambda model: model(x)).sites) == [f"layers.{i}.conv1" for i in range(8)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_positions_are_those_of_the_entries(model: Model) -> None:
+    module = model.build()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for site in describe_units(module, lambda module: module(torch.rand(model.shape))).sites.values():
+        for some in (torch.tensor([0]), torch.arange(site.num_units), torch.tensor([], dtype=torch.long)):
+            for name, owner in {**site.incoming, **site.outgoing}.items():
+                shape = tensors[name].shape
+                expected = entries(owner, some, shape).flatten().nonzero().flatten()
+                assert torch.equal(positions(owner, some, shape).sort().values, expected)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_what_an_lstm_with_projections_reads_is_left_out_where_torch_pruning_cannot_follow() -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inputs = nn.Linear(6, 8)
+            self.rnn = nn.LSTM(8, 10, proj_size=5, batch_first=True)
+            self.hidden, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, (state, _) = self.rnn(torch.relu(self.inputs(x))[:, None].expand(-1, 4, -1))
+            logits: Tensor = self.head(torch.relu(self.hidden(state[-1])))
+            return logits
+
+    model, x = Projected(), torch.randn(16, 6)
+    assert list(describe_units(model, forward=lambda model: model(x)).sites) == ["hidden"]

@@ -1,0 +1,162 @@
+"""Private names are read by those whose they are; those of Lightning only by ``_compat``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# What other modules than _compat may import from Lightning: its documented packages.
+PUBLIC = {
+    "lightning",
+    "lightning.pytorch",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.cli",
+    "lightning.pytorch.demos.boring_classes",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins.precision",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer.states",
+    "lightning.pytorch.tuner",
+    "lightning.pytorch.utilities",
+    "lightning.pytorch.utilities.exceptions",
+    "lightning.pytorch.utilities.rank_zero",
+}
+
+# Names with an underscore that modules of the package may read from others than self. None is Lightning's.
+ALLOWED = {
+    # torch.nn.Module: what it holds, which has no public name that can be written to, and how it is loaded and moved
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_pre_hooks",
+    "_apply",
+    "_load_from_state_dict",
+    # torch: base classes of layers, and what layers name so that no public name tells
+    "_ConvNd",
+    "_ConvTransposeNd",
+    "_NormBase",
+    "_weight_norm",
+    # torch: of what a tensor is a view, how often it was changed in place, and what its graph has saved
+    "_base",
+    "_is_view",
+    "_version",
+    "_saved_dim",
+    # torch: what recurrent layers keep of their weights besides
+    "_flat_weights",
+    "_flat_weight_refs",
+    # torch: whether a module is compiled, and whether code runs within torch.func or a backward pass
+    "_C",
+    "_compiled_call_impl",
+    "_current_graph_task_id",
+    "_functorch",
+    "_torchdynamo_orig_callable",
+    # torchmetrics: whether compute() is about all processes; sync_on_compute is heard only when a metric is made
+    "_to_sync",
+    # this package: another object of the same class, and methods of a base class
+    "_agree_on_shapes",
+    "_look",
+    "_network",
+}
+
+# Names without an underscore that Lightning does not document, or not what is behind them.
+UNDOCUMENTED = {"fit_loop", "lr_scheduler_configs", "scaler", "train_progress_bar", "train_progress_bar_id"}
+
+ROOT = Path(__file__).parents[2]
+
+
+def violations(source: str) -> list[str]:
+    """Names of others that a module reads although they are not public."""
+    return [f"line {line}: {name}" for line, name in reads(ast.parse(source)) if name not in ALLOWED]
+
+
+def reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Private names that are read from others than ``self`` and ``cls``, be it as text."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(attr=name) if is_private(name):
+                yield node.lineno, name
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=name), *_]):
+                if is_private(name):
+                    yield node.lineno, name
+            case ast.Call(
+                func=ast.Attribute(value=ast.Attribute(attr="__dict__")), args=[ast.Constant(value=name), *_]
+            ):
+                if is_private(name):
+                    yield node.lineno, name
+
+
+def imports(source: str) -> list[str]:
+    """What a module imports from Lightning that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        modules: dict[str, list[str]] = {}
+        if isinstance(node, ast.Import):
+            modules = {alias.name: [] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            modules = {node.module: [alias.name for alias in node.names]}
+        for module, names in modules.items():
+            if module.split(".")[0] in ("lightning", "pytorch_lightning"):
+                if module not in PUBLIC:
+                    found.append(module)
+                found += [f"{module}.{name}" for name in names if is_private(name)]
+    return found
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and (name in UNDOCUMENTED or (name.startswith("_") and not name.startswith("__")))
+
+
+def files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "_compat.py"]
+
+
+def test_only_compat_imports_what_is_not_public_in_lightning() -> None:
+    found = {
+        str(path.relative_to(ROOT)): imports(path.read_text())
+        for path in files("lightning_plasticity", "tests", "examples", "benchmarks")
+    }
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_only_compat_reads_private_names_of_others() -> None:
+    found = {str(path.relative_to(ROOT)): violations(path.read_text()) for path in files("lightning_plasticity")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_every_name_that_may_be_read_is_read() -> None:
+    read = {name for path in files("lightning_plasticity") for _, name in reads(ast.parse(path.read_text()))}
+    assert read >= ALLOWED
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "trainer._logger_connector.should_update_logs",
+        "trainer.lr_scheduler_configs[0]",
+        "part._trainer = None",
+        "getattr(module, '_compiler_ctx', None)",
+        "module.__dict__.get('_compiler_ctx')",
+        "self._trainer._results",
+    ],
+)
+def test_private_reads_would_be_found(source: str) -> None:
+    assert len(violations(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector",
+        "from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature",
+        "from lightning.pytorch.utilities import _something",
+        "import lightning.pytorch.loops",
+        "def later():\n    from pytorch_lightning.loops import _FitLoop",
+    ],
+)
+def test_private_imports_would_be_found(source: str) -> None:
+    assert imports(source)
