@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.timing import alternate
 from lightning_plasticity.curvature import Estimate, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.matrix_free.lanczos import lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.matrix_free.linear_operators import HessianProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import HessianLinearOperator
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
 from lightning_plasticity.curvature.spectrum import Spectrum
 
@@ -94,7 +94,7 @@ def products() -> None:
 
     for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
         parameters = list(model.parameters())
-        product = HessianProduct(loss_fn(model, batch), parameters)
+        product = HessianLinearOperator(loss_fn(model, batch), parameters)
         vector = torch.randn(product.dimension)
         pieces = [torch.randn_like(parameter) for parameter in parameters]
         gradients = torch.autograd.grad(loss_fn(model, batch), parameters, create_graph=True)
@@ -153,7 +153,7 @@ def densities(rounds: int) -> None:
 def sharpness() -> None:
     """Products until the residual bound of λmax is below 10⁻³ of it."""
     for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
-        product = HessianProduct(loss_fn(model, batch), list(model.parameters()))
+        product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
         start = torch.randn(product.dimension)
         for steps in range(2, 200):
             run = lanczos(product, start, steps)
@@ -165,7 +165,7 @@ def sharpness() -> None:
 def deflation() -> None:
     """Products until the ε-rank of a Hessian with a known rank has an error of 5 %, and the memory of a run."""
     for name, (model, batch) in {"94 % dead": dead(), "after 5 tasks": after_tasks(), "at init": small()}.items():
-        product = HessianProduct(loss_fn(model, batch), list(model.parameters()))
+        product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
         identity = torch.eye(product.dimension)
         values = torch.linalg.eigvalsh(torch.stack([product(row) for row in identity]).double())
         spectra = {
@@ -184,7 +184,7 @@ def deflation() -> None:
                 flush=True,
             )
     model, batch = mlp(64)
-    product = HessianProduct(loss_fn(model, batch), list(model.parameters()))
+    product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
     steps, vector = 20, torch.randn(product.dimension)
     run = peak_memory(lambda: lanczos_spectrum(product, num_probes=3, num_steps=steps, seed=0)) / product.dimension
     within = peak_memory(lambda: product(vector)) / product.dimension

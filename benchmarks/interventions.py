@@ -29,18 +29,18 @@ from lightning_plasticity.interventions import (
     ReDo,
     ReGraMa,
     Regularizer,
-    RunningRemedy,
     SelfNormalizedReset,
     SoftShrinkPerturb,
     SpectralRegularizer,
+    StepIntervention,
     WassersteinInit,
     WeightClipping,
     describe_units,
 )
 from lightning_plasticity.interventions.base import Request
-from lightning_plasticity.interventions.units.unit_reset import recycling
-from lightning_plasticity.interventions.weights.optimizer_state import clear
-from lightning_plasticity.interventions.weights.updates import apply
+from lightning_plasticity.interventions.units.unit_reset import plan_reset
+from lightning_plasticity.interventions.weights.optimizer_state import reset_state
+from lightning_plasticity.interventions.weights.updates import apply_update
 from tests.helpers.unit_models import ResNet
 
 LR = 1e-3
@@ -85,10 +85,10 @@ def step_sizes(
     for _ in range(1000):
         step(after=False)
     units = describe_units(model, lambda model: model(torch.randn(8, 64)))
-    changes = recycling(model, units, {"2": torch.arange(16)}, torch.Generator().manual_seed(0))
-    apply("benchmark", changes, [])
+    changes = plan_reset(model, units, {"2": torch.arange(16)}, torch.Generator().manual_seed(0))
+    apply_update("benchmark", changes, [])
     positions = {p: part.positions for p, part in changes.parts.items() if isinstance(p, nn.Parameter)}
-    clear(optimizer, positions)
+    reset_state(optimizer, positions)
     masks = {}
     for parameter in (model[2].weight, model[4].weight):
         flat = torch.zeros(parameter.numel(), dtype=torch.bool)
@@ -239,7 +239,7 @@ def cost_of_step(model: nn.Module, x: Tensor, intervention: Intervention, rounds
                 loss = loss + intervention.penalty(own)
             loss.backward()
             optimizer.step()
-            if treated and isinstance(intervention, RunningRemedy):
+            if treated and isinstance(intervention, StepIntervention):
                 intervention.after_step(own, [optimizer], forward=lambda model: model(x))
             seconds[treated].append(time.process_time() - start)
 

@@ -26,18 +26,18 @@ from torch import nn
 __all__ = [
     "DummyLogger",
     "compiled_methods",
-    "fetches_batches",
     "fit_datamodule",
-    "forgets_callbacks",
     "gradient_scale",
+    "has_full_weights",
     "is_fsdp_internal",
     "is_lightning",
     "is_logging_step",
     "is_model_parallel",
     "is_restoring_for_finder",
-    "is_whole",
     "schedulers",
+    "spawns_processes",
     "takes_batch_index",
+    "takes_dataloader_iter",
     "training_description",
     "weight_averages",
 ]
@@ -106,7 +106,7 @@ def takes_batch_index(training_step: Callable[..., Any]) -> bool:
     return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
 
 
-def fetches_batches(training_step: Callable[..., Any]) -> bool:
+def takes_dataloader_iter(training_step: Callable[..., Any]) -> bool:
     """Whether it is given the iterator over the batches, rather than a batch."""
     return is_param_in_hook_signature(training_step, "dataloader_iter", explicit=True)
 
@@ -128,13 +128,13 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return scale
 
 
-def is_whole(strategy: object) -> bool:
+def has_full_weights(strategy: object) -> bool:
     """Whether the weights are whole on every device, and gradients what they are called."""
     exceptions = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
     return is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not exceptions
 
 
-def forgets_callbacks(strategy: object) -> bool:
+def spawns_processes(strategy: object) -> bool:
     """Whether each fit is in processes with copies of the callbacks, of which nothing comes back (``ddp_spawn``)."""
     return getattr(strategy, "_start_method", "popen") != "popen"
 

@@ -8,17 +8,17 @@ from numbers import Real
 from typing import Any, TypeGuard
 
 
-def number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """The value, if it is a number; else NaN, which is in no range."""
     return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
 
 
-def is_whole(value: Any) -> TypeGuard[int]:
+def is_int(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def are_names(value: Any, *, at_least: int = 1) -> bool:
+def is_str_list(value: Any, *, at_least: int = 1) -> bool:
     """Whether these are names, that many or more."""
     return (
         isinstance(value, Collection)
@@ -28,14 +28,14 @@ def are_names(value: Any, *, at_least: int = 1) -> bool:
     )
 
 
-def check_counts(**counts: int | None) -> None:
+def check_positive_ints(**counts: int | None) -> None:
     """What every number of something has to be; ``None`` stands for no limit.
 
     Raises:
         ValueError: If one is not a positive whole number.
     """
     for name, count in counts.items():
-        if count is not None and (not is_whole(count) or count < 1):
+        if count is not None and (not is_int(count) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number, 1 or larger")
 
 
@@ -45,5 +45,5 @@ def check_seed(seed: int) -> None:
     Raises:
         ValueError: If it is something else.
     """
-    if not is_whole(seed) or not -(2**63) <= seed < 2**64:
+    if not is_int(seed) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed!r} must be a whole number, from -2**63 to 2**64 - 1")

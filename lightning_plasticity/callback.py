@@ -17,29 +17,29 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_plasticity._compat import (
-    fetches_batches,
-    forgets_callbacks,
     is_logging_step,
     is_model_parallel,
     is_restoring_for_finder,
+    spawns_processes,
+    takes_dataloader_iter,
 )
-from lightning_plasticity._validation import check_counts
+from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
-from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, numbers, resolved_number
-from lightning_plasticity.distributed.agreement import all_or_none, described, own_error, raise_own
-from lightning_plasticity.distributed.sharded_weights import check_sharding, check_strategy, whole
-from lightning_plasticity.engine.intervention_runner import Remedies
+from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, resolved_value, to_log_dict
+from lightning_plasticity.distributed.agreement import all_or_none, format_error, local_error, raise_local_error
+from lightning_plasticity.distributed.sharded_weights import check_sharding, check_strategy, gather_full_parameters
+from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.interventions import Intervention
-from lightning_plasticity.isolation.batches import first_samples
+from lightning_plasticity.isolation.batches import slice_batch
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
-from lightning_plasticity.reporting.errors import Failures, shared
+from lightning_plasticity.reporting.errors import ErrorLog, gather_errors
 from lightning_plasticity.reporting.loggers import log_step, log_summary, log_task
 from lightning_plasticity.reporting.progress import shown_progress
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
-from lightning_plasticity.training.sandbox import BatchInFlight, LossFunction, untouched_schedules
+from lightning_plasticity.training.sandbox import LossFunction, ProbeContext, preserve_schedulers
 
 _STATE_VERSION = 1
 
@@ -133,17 +133,17 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
-        check_counts(monitor_every_n_steps=monitor_every_n_steps)
+        check_positive_ints(monitor_every_n_steps=monitor_every_n_steps)
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._monitor_is_wanted = monitor is not True  # what nobody asked for must not end a run
-        self._failures = Failures()
-        self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps, self._failures)
+        self._errors = ErrorLog()
+        self._step_monitor = StepMonitor(self.monitor, monitor_every_n_steps, self._errors)
         self.probe = probe if probe is not None else GGNProbe()
         self.collapse = collapse
-        self._remedies = Remedies(interventions, self._failures)
-        self.interventions = self._remedies.interventions
+        self._runner = InterventionRunner(interventions, self._errors)
+        self.interventions = self._runner.interventions
         self.history: list[TaskReport] = []
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         self._loss_fn = loss_fn
@@ -173,14 +173,14 @@ class SpectralCollapseCallback(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy, self.interventions)
-        if forgets_callbacks(trainer.strategy):
+        if spawns_processes(trainer.strategy):
             rank_zero_warn(
                 "this strategy trains in processes that are started for each fit: history, and all that "
                 "SpectralCollapseCallback remembers for the next fit, such as the initial weights, end with them (logs "
                 "and checkpoints do not). Use strategy='ddp' to have them",
                 category=PlasticityWarning,
             )
-        if fetches_batches(pl_module.training_step):
+        if takes_dataloader_iter(pl_module.training_step):
             raise MisconfigurationException(
                 f"{type(pl_module).__name__}.training_step(dataloader_iter) fetches its batches itself, so that there "
                 "is none to probe on: write training_step(batch, batch_idx)"
@@ -212,35 +212,35 @@ class SpectralCollapseCallback(Callback):
             self._steps = trainer.global_step
         self._steps_before_fit = self._steps - trainer.global_step
         self._tasks_before_fit = len(self.history)
-        self._remedies.begin_fit(trainer)
+        self._runner.begin_fit(trainer)
         self._remedies_started = self._warned_of_early_checkpoint = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._in_batch = True
-        self._step_monitor.abandon()  # of a batch that was skipped: the probe's copy must not be watched
+        self._step_monitor.cancel()  # of a batch that was skipped: the probe's copy must not be watched
         if self.interventions:
-            self._remedies.follow(trainer.optimizers)
+            self._runner.track(trainer.optimizers)
         is_new_task = self._detected(lambda: self._tasks.new_task(trainer, pl_module, batch))
-        is_new_task = is_new_task or self._tasks.announced() or not self.history
+        is_new_task = is_new_task or self._tasks.consume_announcement() or not self.history
         if is_new_task:
             self._share_errors()
-        if is_new_task or not self._remedies_started or self._remedies.outgrown(trainer):
-            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn, batch_idx)
+        if is_new_task or not self._remedies_started or self._runner.needs_restart(trainer):
+            at = ProbeContext(trainer, pl_module, batch, self._loss_fn, batch_idx)
             try:
-                with self._tasks.not_listening():
+                with self._tasks.paused():
                     seen = self._look(at, is_new_task=is_new_task)
                 self._step_monitor.begin(pl_module, self._steps)
             except BaseException:  # an error before the first task, or an interruption: another fit may begin the task
                 if is_new_task:
-                    self._tasks.take_back()
+                    self._tasks.postpone()
                 if not self.history:
                     self._initial = {}
                 raise
             if seen is not None:
                 if self.interventions:
-                    self._step_monitor.put_off()  # what repairs run must not be watched
-                with self._tasks.not_listening():
+                    self._step_monitor.postpone()  # what repairs run must not be watched
+                with self._tasks.paused():
                     self._start_task(*seen)
         self._step_monitor.begin(pl_module, self._steps)
 
@@ -249,51 +249,51 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = False
-        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._failures)
+        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._errors)
         self._detected(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._steps_before_fit + trainer.global_step
         if self.interventions:
-            at = BatchInFlight(trainer, pl_module, batch, self._loss_fn, batch_idx)
-            with self._tasks.not_listening():
-                repairs, numbers = self._remedies.after_batch(at, step_before, self._steps)
+            at = ProbeContext(trainer, pl_module, batch, self._loss_fn, batch_idx)
+            with self._tasks.paused():
+                repairs, numbers = self._runner.after_batch(at, step_before, self._steps)
             self.history[-1].repairs += repairs
-            log_step(trainer.loggers, numbers, self._steps, self._failures)
+            log_step(trainer.loggers, numbers, self._steps, self._errors)
         self._keep_errors()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._remedies.before_backward()
+        self._runner.before_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remedies.after_backward()
+        self._runner.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        terms = self._remedies.add_gradients(trainer, pl_module, optimizer)
+        terms = self._runner.add_gradients(trainer, pl_module, optimizer)
         if terms and is_logging_step(trainer):
             values = {name: term.item() for name, term in terms.items()}
-            log_step(trainer.loggers, values, self._steps, self._failures)
+            log_step(trainer.loggers, values, self._steps, self._errors)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_monitor.abandon()
+        self._step_monitor.cancel()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._in_batch = False
-        self._step_monitor.abandon()
-        self._remedies.end_fit()
+        self._step_monitor.cancel()
+        self._runner.end_fit()
         self._keep_errors()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_monitor.abandon()
-        self._remedies.end_fit()
+        self._step_monitor.cancel()
+        self._runner.end_fit()
         if len(self.history) > self._tasks_before_fit:
-            log_summary(trainer.loggers, self.history, self._failures)
+            log_summary(trainer.loggers, self.history, self._errors)
         self._share_errors()
 
     @override
@@ -331,7 +331,7 @@ class SpectralCollapseCallback(Callback):
             "steps": self._steps,
             "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
-            "interventions": self._remedies.state_dict(),
+            "interventions": self._runner.state_dict(),
         }
 
     @override
@@ -350,19 +350,19 @@ class SpectralCollapseCallback(Callback):
         self._steps = state_dict["steps"]
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
-        self._remedies.load_state_dict(state_dict["interventions"])
+        self._runner.load_state_dict(state_dict["interventions"])
 
     def _detected(self, ask: Callable[[], bool | None]) -> bool:
         """What the task detector says; nothing if it fails, after the first task."""
         try:
             return bool(ask())
         except Exception as error:
-            if not self.history or isinstance(own_error(error), UnusableDetectorError):
-                raise_own(error)
-            self._failures.add("task_detector", "whether a task is new could not be told", error)
+            if not self.history or isinstance(local_error(error), UnusableDetectorError):
+                raise_local_error(error)
+            self._errors.record("task_detector", "whether a task is new could not be told", error)
             return False
 
-    def _look(self, at: BatchInFlight, *, is_new_task: bool) -> tuple[BatchInFlight, TaskReport] | None:
+    def _look(self, at: ProbeContext, *, is_new_task: bool) -> tuple[ProbeContext, TaskReport] | None:
         """Takes a close look at the start of a task, or of a fit that goes on with one, and gets remedies ready.
 
         Nothing is repaired yet: what cannot work is an error while no weight has changed.
@@ -374,18 +374,18 @@ class SpectralCollapseCallback(Callback):
         with contextlib.ExitStack() as looking:
             try:
                 at = at.joined(self.probe.samples)
-                looking.enter_context(whole(at.module))
+                looking.enter_context(gather_full_parameters(at.module))
             except Exception as error:
                 missed, message = self._missed(error)
                 if is_new_task:
                     rank_zero_warn(message, category=PlasticityWarning)
                     self.history.append(missed)
-                    log_task(at.trainer.loggers, missed, self._failures)
+                    log_task(at.trainer.loggers, missed, self._errors)
                 elif self.interventions:
-                    self._failures.add("interventions", "interventions could not get ready and rest", error)
+                    self._errors.record("interventions", "interventions could not get ready and rest", error)
                 return None  # the next batch gets them ready
             report = self._report(at) if is_new_task else None
-            self._remedies.start(at)
+            self._runner.start(at)
         self._remedies_started = True
         return None if report is None else (at, report)
 
@@ -399,23 +399,23 @@ class SpectralCollapseCallback(Callback):
             Exception: What has failed, if nothing has ever been seen.
         """
         if not self._has_probed():
-            raise_own(error)
+            raise_local_error(error)
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
-        report.errors["probe"] = described(error)
+        report.errors["probe"] = format_error(error)
         return report, (
             f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
         )
 
-    def _report(self, at: BatchInFlight) -> TaskReport:
+    def _report(self, at: ProbeContext) -> TaskReport:
         """What is seen of the network at the start of a task."""
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps)
         try:
             with all_or_none():
                 is_initial = self._remember_initial(at.module)
-                with untouched_schedules(at.trainer):
+                with preserve_schedulers(at.trainer):
                     message = self._probe_task(report, at, is_initial=is_initial)
                 if not self._has_probed():
-                    self._remedies.rehearse(at)
+                    self._runner.dry_run(at)
         except Exception as error:
             report, message = self._missed(error)
         # What rank 0 saw counts for all: rounding may differ from device to device, decisions must not.
@@ -424,20 +424,20 @@ class SpectralCollapseCallback(Callback):
             rank_zero_warn(message, category=PlasticityWarning)
         return TaskReport.from_dict(state)
 
-    def _start_task(self, at: BatchInFlight, report: TaskReport) -> None:
+    def _start_task(self, at: ProbeContext, report: TaskReport) -> None:
         self.history.append(report)
-        report.repairs = self._remedies.at_task(at, report.task, report.step, collapsed=report.collapsed)
-        log_task(at.trainer.loggers, report, self._failures)
+        report.repairs = self._runner.at_task(at, report.task, report.step, collapsed=report.collapsed)
+        log_task(at.trainer.loggers, report, self._errors)
 
     def _keep_errors(self) -> None:
         if self.history:
-            self._failures.move_to(self.history[-1].errors)
+            self._errors.flush_into(self.history[-1].errors)
 
     def _share_errors(self) -> None:
         """What has failed in one process alone, such as a logger, is known to all of them at the end of a task."""
         self._keep_errors()
         if self.history:
-            self.history[-1].errors = shared(self.history[-1].errors)
+            self.history[-1].errors = gather_errors(self.history[-1].errors)
 
     def _remember_initial(self, pl_module: LightningModule) -> bool:
         """Keeps the first value of every parameter and buffer, and of those that appear or grow later.
@@ -456,7 +456,7 @@ class SpectralCollapseCallback(Callback):
                 self._initial[name] = tensor.detach().cpu().clone()
         return is_initial
 
-    def _probe_task(self, report: TaskReport, at: BatchInFlight, *, is_initial: bool) -> str | None:
+    def _probe_task(self, report: TaskReport, at: ProbeContext, *, is_initial: bool) -> str | None:
         """Fills the report; returns what to warn of."""
         if not self._checked:
             warning = self.probe.check(at.copy, at.batch, at.loss_on)
@@ -472,19 +472,19 @@ class SpectralCollapseCallback(Callback):
             )
             references = measure(initial.spectra, initial_features)
         metric = self.collapse.metric
-        verdict = self.collapse.judge(
+        verdict = self.collapse.evaluate(
             values[metric],
-            earlier=[resolved_number(earlier.metrics, metric) for earlier in self.history],
+            earlier=[resolved_value(earlier.metrics, metric) for earlier in self.history],
             initial=references[metric],
         )
         report.matrix = self.probe.matrices[0]
         report.spectrum = now.spectra[report.matrix]
         by_layer = {name: value for name, value in features.items() if name not in values}
-        report.metrics = {**numbers(values, references), "probe_loss": now.loss, **by_layer}
+        report.metrics = {**to_log_dict(values, references), "probe_loss": now.loss, **by_layer}
         report.collapsed = verdict.collapsed
-        return verdict.message if verdict.collapsed or verdict.withheld else None
+        return verdict.message if verdict.collapsed or verdict.inconclusive else None
 
-    def _initial_copy(self, at: BatchInFlight) -> LightningModule:
+    def _initial_copy(self, at: ProbeContext) -> LightningModule:
         """A copy of the module with its initial weights."""
         module = at.copy()
         shared = {id(tensor) for _, tensor in _named_tensors(at.module)}  # by a __deepcopy__ of the user's
@@ -501,7 +501,7 @@ class SpectralCollapseCallback(Callback):
         return module
 
     def _seen(
-        self, make_copy: Callable[[], LightningModule], at: BatchInFlight, doing: str, *, monitored: bool = True
+        self, make_copy: Callable[[], LightningModule], at: ProbeContext, doing: str, *, monitored: bool = True
     ) -> tuple[ProbeResult, dict[str, float]]:
         """What the probe and the monitor see of a copy."""
         with shown_progress(at.trainer, doing) as progress:
@@ -515,7 +515,7 @@ class SpectralCollapseCallback(Callback):
         if self.monitor is None:
             return {}
         try:
-            features = monitored_copy(self.monitor, make_copy(), first_samples(batch, self.probe.samples), loss_fn)
+            features = monitored_copy(self.monitor, make_copy(), slice_batch(batch, self.probe.samples), loss_fn)
             if not features and self.collapse.metric in self.monitor.measures:
                 raise MisconfigurationException(
                     f"Collapse(metric={self.collapse.metric!r}) watches hidden layers, and the monitor has seen none: "
@@ -525,8 +525,8 @@ class SpectralCollapseCallback(Callback):
         except Exception as error:
             if self._monitor_is_wanted or self.collapse.metric in self.monitor.measures:
                 raise
-            reason = f"{described(error)}; monitor=False stops trying"
-            self._failures.add("monitor", "the activations could not be monitored", reason)
+            reason = f"{format_error(error)}; monitor=False stops trying"
+            self._errors.record("monitor", "the activations could not be monitored", reason)
             return {}
 
 

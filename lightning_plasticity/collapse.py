@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_plasticity._validation import number
+from lightning_plasticity._validation import as_float
 from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 
@@ -25,12 +25,12 @@ class Verdict:
     Args:
         collapsed: Whether the value is below the threshold.
         message: One sentence with the numbers.
-        withheld: Whether nothing can be said, since a number that it depends on is not resolved.
+        inconclusive: Whether nothing can be said, since a number that it depends on is not resolved.
     """
 
     collapsed: bool
     message: str
-    withheld: bool = False
+    inconclusive: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Collapse:
         ValueError: If an argument is not one of these.
 
     Example:
-        >>> verdict = Collapse().judge(0.63, earlier=[0.80, 0.86, 0.95], initial=0.80)
+        >>> verdict = Collapse().evaluate(0.63, earlier=[0.80, 0.86, 0.95], initial=0.80)
         >>> verdict.collapsed
         True
         >>> print(verdict.message)
@@ -66,8 +66,8 @@ class Collapse:
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or self.metric not in DIAGNOSTICS:
             raise ValueError(f"Collapse(metric={self.metric!r}) is not a diagnostic; choose one of {list(DIAGNOSTICS)}")
-        if not DIAGNOSTICS[self.metric].falls:
-            falling = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.falls]
+        if not DIAGNOSTICS[self.metric].higher_is_better:
+            falling = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.higher_is_better]
             raise ValueError(
                 f"Collapse(metric={self.metric!r}) rises when a network collapses, so that an alarm below a threshold "
                 f"would ring for healthy ones; choose one of {falling}"
@@ -83,16 +83,16 @@ class Collapse:
                     f"Collapse(metric={self.metric!r}, relative_to={self.relative_to!r}): it can be negative, and a "
                     "share of a negative number is no threshold; write relative_to=None and the value itself as below"
                 )
-            if not math.isfinite(number(self.below)):
+            if not math.isfinite(as_float(self.below)):
                 raise ValueError(f"Collapse(below={self.below!r}) must be a finite number")
             return
-        bounded = self.relative_to is not None or DIAGNOSTICS[self.metric].is_share
-        below = number(self.below)
+        bounded = self.relative_to is not None or DIAGNOSTICS[self.metric].is_fraction
+        below = as_float(self.below)
         if not (0 < below <= 1 if bounded else 0 < below < math.inf):
             allowed = "in (0, 1]: a share, 0.8 for 80 %" if bounded else "a positive number"
             raise ValueError(f"Collapse(below={self.below!r}) must be {allowed}")
 
-    def judge(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
+    def evaluate(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
         """Decides about the value of the metric at the start of a task.
 
         Args:
@@ -104,12 +104,12 @@ class Collapse:
         task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
         if math.isnan(value):
             unknown = "is not a number, so whether this is a collapse cannot be told"
-            return Verdict(False, f"task {task}: {diagnostic.title} {unknown}", withheld=True)
+            return Verdict(False, f"task {task}: {diagnostic.title} {unknown}", inconclusive=True)
         if not is_resolved(self.metric, value):
-            return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", withheld=True)
+            return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", inconclusive=True)
         if self.relative_to == "initial" and not is_resolved(self.metric, initial):
             of_what = "of the initial weights on this batch"
-            return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", withheld=True)
+            return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", inconclusive=True)
         numbers = enumerate([*earlier, value])
         known = [(number, task) for task, number in numbers if number is not None and not math.isnan(number)]
         best, best_task = max(known, key=lambda pair: pair[0])
@@ -125,7 +125,7 @@ class Collapse:
             comparisons.append(_share(value, best, f"of its best (task {best_task})"))
         if not diagnostic.can_be_negative and is_resolved(self.metric, initial):
             comparisons.append(_share(value, initial, "of what the initial weights would have on this batch"))
-        shown = f"{value:.2f}" if diagnostic.is_share else f"{value:.3g}"
+        shown = f"{value:.2f}" if diagnostic.is_fraction else f"{value:.3g}"
         message = f"task {task}: {diagnostic.title} {shown}, " + " and ".join(comparisons)
         if collapsed:
             message += ": the network is losing its plasticity"

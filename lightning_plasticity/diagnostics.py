@@ -40,9 +40,9 @@ class Diagnostic:
         of: Computes it from the spectrum of the matrix; ``None`` for what
             :class:`~lightning_plasticity.PlasticityMonitor` measures.
         source: What it is derived from.
-        is_share: Whether it lies in [0, 1].
+        is_fraction: Whether it lies in [0, 1].
         can_be_negative: Whether a share of it may mean nothing.
-        falls: Whether a fall of it is a collapse, rather than a rise.
+        higher_is_better: Whether a fall of it is a collapse, rather than a rise.
         uncertainty: What is logged beside it: attributes of the :class:`~lightning_plasticity.curvature.Estimate`.
     """
 
@@ -51,9 +51,9 @@ class Diagnostic:
     meaning: str
     of: Callable[[Spectrum], float] | None
     source: Source = "ggn"
-    is_share: bool = False
+    is_fraction: bool = False
     can_be_negative: bool = False
-    falls: bool = True
+    higher_is_better: bool = True
     uncertainty: tuple[str, ...] = ()
 
 
@@ -69,7 +69,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "learnable fraction",
             "share of the task's residual that 100 gradient steps at rate 1/λmax can remove, kernel frozen",
             lambda spectrum: spectrum.learnable_fraction(),
-            is_share=True,
+            is_fraction=True,
         ),
         Diagnostic(
             "ntk_effective_rank",
@@ -88,7 +88,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "ε-rank as a share of the parameters",
             f"share of all Gauss-Newton eigenvalues above {EPSILON:g}",
             lambda spectrum: spectrum.epsilon_fraction(EPSILON),
-            is_share=True,
+            is_fraction=True,
         ),
         Diagnostic(
             "relative_epsilon_rank",
@@ -128,7 +128,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             f"share of all Hessian eigenvalues whose size is above {EPSILON:g}",
             lambda spectrum: spectrum.epsilon_fraction(EPSILON),
             source="hessian",
-            is_share=True,
+            is_fraction=True,
             uncertainty=_ERROR_AND_BRACKET,
         ),
         Diagnostic(
@@ -178,7 +178,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "sum of the sizes of the negative eigenvalues of the Hessian over the sum of all sizes",
             lambda spectrum: spectrum.negative_mass,
             source="hessian",
-            is_share=True,
+            is_fraction=True,
             uncertainty=_ERROR,
         ),
         Diagnostic(
@@ -187,8 +187,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "share of the hidden units that are active far less than their layer (0.025 of its mean)",
             None,
             source="features",
-            is_share=True,
-            falls=False,
+            is_fraction=True,
+            higher_is_better=False,
         ),
         Diagnostic(
             "dead_fraction",
@@ -196,8 +196,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "share of the hidden units that are zero on every sample",
             None,
             source="features",
-            is_share=True,
-            falls=False,
+            is_fraction=True,
+            higher_is_better=False,
         ),
         Diagnostic(
             "effective_rank",
@@ -254,7 +254,7 @@ def is_resolved(name: str, value: float) -> bool:
     return "resolved" not in DIAGNOSTICS[name].uncertainty or not isinstance(value, Estimate) or value.resolved
 
 
-def numbers(values: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
+def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
     """What is kept and logged of the diagnostics of a network, as plain floats.
 
     Args:
@@ -276,6 +276,6 @@ def numbers(values: Mapping[str, float], references: Mapping[str, float]) -> dic
     return {name: number for name, number in result.items() if name in values or math.isfinite(number)}
 
 
-def resolved_number(metrics: Mapping[str, float], name: str) -> float | None:
+def resolved_value(metrics: Mapping[str, float], name: str) -> float | None:
     """A diagnostic among what was kept of a task; ``None`` if it is not there or was not resolved."""
     return metrics.get(name) if metrics.get(f"{name}_resolved", 1.0) else None

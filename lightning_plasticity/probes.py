@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_seed, is_whole
+from lightning_plasticity._validation import check_seed, is_int
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
     REENTRANT,
@@ -26,9 +26,9 @@ from lightning_plasticity.curvature.double_backward import (
 from lightning_plasticity.curvature.exact.gram import gram
 from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
 from lightning_plasticity.diagnostics import Matrix
-from lightning_plasticity.distributed.agreement import described
-from lightning_plasticity.isolation.batches import batch_size, first_samples
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.distributed.agreement import format_error
+from lightning_plasticity.isolation.batches import batch_size, slice_batch
+from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.training.sandbox import LossFunction
 
 MakeCopy = Callable[[], LightningModule]
@@ -137,7 +137,7 @@ class GGNProbe(Probe):
         while True:
             try:
                 known = None if available is None else samples
-                module, some = _in_full_precision(make_copy(), first_samples(batch, samples))
+                module, some = _in_full_precision(make_copy(), slice_batch(batch, samples))
                 with _asking_for_whole_batches(advice, make_copy, batch, samples, loss_fn):
                     result = gram(module, some, loss_fn, samples=known, max_rows=self.max_rows)
                 return ProbeResult({"ggn": result.spectrum()}, result.loss)
@@ -239,7 +239,7 @@ class HessianProbe(Probe):
             loss = value.item() if isinstance(value, Tensor) and value.numel() == 1 else loss
             return value
 
-        module, some = _in_full_precision(make_copy(), first_samples(batch, self.samples))
+        module, some = _in_full_precision(make_copy(), slice_batch(batch, self.samples))
         with self._asking_for_whole_batches(make_copy, batch, loss_fn):
             spectrum = hessian_spectrum(
                 module,
@@ -257,7 +257,7 @@ class HessianProbe(Probe):
     def _check_second_derivatives(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> None:
         def check(samples: int) -> None:
             with composed_weight_norm():  # as hessian_spectrum does
-                check_double_backward(make_copy(), first_samples(batch, samples), loss_fn, copy=False)
+                check_double_backward(make_copy(), slice_batch(batch, samples), loss_fn, copy=False)
 
         try:
             check(_SAMPLES_TO_CHECK)
@@ -338,8 +338,8 @@ def _asking_for_whole_batches(
         if not _needs_whole(make_copy, batch, samples, loss_fn):
             raise
         raise MisconfigurationException(
-            f"{described(error)}. The loss can be computed on all {batch_size(batch)} samples of the batch, and not on "
-            f"the first {samples} alone: write {advice}"
+            f"{format_error(error)}. The loss can be computed on all {batch_size(batch)} samples of the batch, and not "
+            f"on the first {samples} alone: write {advice}"
         ) from error
 
 
@@ -349,19 +349,19 @@ def _needs_whole(make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFun
     def works(batch: Any) -> bool:
         module, batch = _in_full_precision(make_copy(), batch)
         try:
-            with probing(module), full_precision():
+            with probe_mode(module), full_precision():
                 loss_fn(module, batch)
         except Exception:
             return False
         return True
 
-    return samples < (batch_size(batch) or 0) and not works(first_samples(batch, samples)) and works(batch)
+    return samples < (batch_size(batch) or 0) and not works(slice_batch(batch, samples)) and works(batch)
 
 
 def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
     for name in names:
         value = getattr(probe, name)
-        if not is_whole(value) or value < at_least:
+        if not is_int(value) or value < at_least:
             raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
 
 

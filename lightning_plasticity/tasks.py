@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
-from lightning_plasticity._validation import check_counts, is_whole
-from lightning_plasticity.distributed.agreement import all_or_none, described, of_all_processes, sum_over_processes
+from lightning_plasticity._validation import check_positive_ints, is_int
+from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
 
 TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
 
@@ -93,9 +93,9 @@ class TaskDetector:
     ) -> None:
         if task_key is not None and not callable(task_key):
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
-        if batch_label is not None and not (is_whole(batch_label) or isinstance(batch_label, str)):
+        if batch_label is not None and not (is_int(batch_label) or isinstance(batch_label, str)):
             raise TypeError(f"batch_label={batch_label!r} must be an index or a key of the batch")
-        check_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        check_positive_ints(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them")
         complete = callable(getattr(drift_detector, "update", None)) and hasattr(drift_detector, "drift_detected")
@@ -133,7 +133,7 @@ class TaskDetector:
             self._announced, self._announced_id = True, task_id
 
     @contextlib.contextmanager
-    def not_listening(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What is announced in here is said in a probe or a repair, not in training, and is forgotten."""
         before, self._is_listening = self._is_listening, False
         try:
@@ -141,14 +141,14 @@ class TaskDetector:
         finally:
             self._is_listening = before
 
-    def announced(self) -> bool:
+    def consume_announcement(self) -> bool:
         """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
         if self._announced:
             self.task_id, self._announced = self._announced_id, False
             return True
         return False
 
-    def take_back(self) -> None:
+    def postpone(self) -> None:
         """What was a new task a moment ago has not begun: the next training batch is its first."""
         self._announced = True
 
@@ -172,7 +172,7 @@ class TaskDetector:
         period = self._period_of(trainer)
         if self._batch_label is not None:
             with all_or_none():
-                everywhere: list[set[int | str]] = of_all_processes(_labels(batch, self._batch_label))
+                everywhere: list[set[int | str]] = all_gather_object(_labels(batch, self._batch_label))
             new_labels = sorted(set().union(*everywhere) - self._labels, key=str)
             self._labels.update(new_labels)
             key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
@@ -234,18 +234,18 @@ class TaskDetector:
                 raise
             raise UnusableDetectorError(
                 f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
-                f"{described(error)}"
+                f"{format_error(error)}"
             ) from error
 
     def _watch(self, value: float) -> None:
         """Announces a new task if the value, in the mean of all processes, is of another distribution."""
-        values: list[float] = of_all_processes(value)
+        values: list[float] = all_gather_object(value)
         if not math.isfinite(mean := sum(values) / len(values)):
             return  # after one NaN a detector would have no mean to compare with any more
         self._update(self._drift_detector, mean)
         self._has_watched = True
         # That of a process which has failed before has seen less than the others: one is enough.
-        detected = bool(sum_over_processes(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
+        detected = bool(all_reduce_sum(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
         if detected and not self._announced:  # whose name would be lost
             self.announce()
 

@@ -10,9 +10,9 @@ from lightning_plasticity.curvature import Estimate
 
 def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
     rule = Collapse()
-    assert not rule.judge(0.77, earlier=[0.5, 0.95], initial=0.9).collapsed
-    assert rule.judge(0.75, earlier=[0.5, 0.95], initial=0.9).collapsed
-    assert not rule.judge(0.3, earlier=[], initial=0.9).collapsed, "the first task has nothing to be compared with"
+    assert not rule.evaluate(0.77, earlier=[0.5, 0.95], initial=0.9).collapsed
+    assert rule.evaluate(0.75, earlier=[0.5, 0.95], initial=0.9).collapsed
+    assert not rule.evaluate(0.3, earlier=[], initial=0.9).collapsed, "the first task has nothing to be compared with"
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
 )
 def test_references(relative_to: str | None, value: float, collapsed: bool) -> None:
     rule = Collapse(relative_to=relative_to)  # type: ignore[arg-type]
-    assert rule.judge(value, earlier=[0.5, 0.95], initial=0.9).collapsed is collapsed
+    assert rule.evaluate(value, earlier=[0.5, 0.95], initial=0.9).collapsed is collapsed
 
 
 def test_the_sentence_names_task_value_and_both_comparisons() -> None:
-    verdict = Collapse().judge(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
+    verdict = Collapse().evaluate(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
     assert verdict.message == (
         "task 12: learnable fraction 0.63, 66 % of its best (task 2) and 79 % of what the initial weights would have "
         "on this batch: the network is losing its plasticity"
@@ -39,22 +39,22 @@ def test_the_sentence_names_task_value_and_both_comparisons() -> None:
 
 
 def test_the_sentence_says_first_where_the_first_task_is_the_reference() -> None:
-    verdict = Collapse("epsilon_rank", relative_to="first").judge(35, earlier=[None, 485], initial=70)
+    verdict = Collapse("epsilon_rank", relative_to="first").evaluate(35, earlier=[None, 485], initial=70)
     assert verdict.message.startswith("task 2: ε-rank 35, 7 % of its first (task 1) and 50 % of what")
 
 
 def test_failed_probes_do_not_count() -> None:
-    verdict = Collapse().judge(0.5, earlier=[None, 0.9, None], initial=0.9)
+    verdict = Collapse().evaluate(0.5, earlier=[None, 0.9, None], initial=0.9)
     assert verdict.collapsed
     assert "its best (task 1)" in verdict.message
 
 
 def test_nothing_learnable_ever_is_no_collapse_and_no_division_by_zero() -> None:
-    assert not Collapse().judge(0.0, earlier=[0.0], initial=0.0).collapsed
+    assert not Collapse().evaluate(0.0, earlier=[0.0], initial=0.0).collapsed
 
 
 def test_counts_may_have_a_threshold_above_one_without_a_reference() -> None:
-    assert Collapse("epsilon_rank", below=50, relative_to=None).judge(49, earlier=[], initial=400).collapsed
+    assert Collapse("epsilon_rank", below=50, relative_to=None).evaluate(49, earlier=[], initial=400).collapsed
 
 
 RANK = Collapse("hessian_epsilon_rank")
@@ -63,8 +63,8 @@ RESOLVED = Estimate(40.0, standard_error=2.0, lo=38.0, hi=43.0)
 
 
 def test_the_verdict_on_an_unresolved_rank_is_withheld() -> None:
-    verdict = RANK.judge(UNRESOLVED, earlier=[1e5], initial=1e5)
-    assert verdict.withheld
+    verdict = RANK.evaluate(UNRESOLVED, earlier=[1e5], initial=1e5)
+    assert verdict.inconclusive
     assert not verdict.collapsed
     assert verdict.message.startswith(
         "task 1: ε-rank of the Hessian is not resolved (it is somewhere between 50 and 3.47e+03), so whether this is a "
@@ -74,10 +74,10 @@ def test_the_verdict_on_an_unresolved_rank_is_withheld() -> None:
 
 def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
     by_initial = Collapse("hessian_epsilon_rank", relative_to="initial")
-    verdict = by_initial.judge(RESOLVED, earlier=[40.0], initial=UNRESOLVED)
-    assert verdict.withheld
+    verdict = by_initial.evaluate(RESOLVED, earlier=[40.0], initial=UNRESOLVED)
+    assert verdict.inconclusive
     assert "of the initial weights on this batch is not resolved" in verdict.message
-    by_best = RANK.judge(RESOLVED, earlier=[100.0], initial=UNRESOLVED)
+    by_best = RANK.evaluate(RESOLVED, earlier=[100.0], initial=UNRESOLVED)
     assert by_best.collapsed
     assert "initial weights" not in by_best.message
 
@@ -85,13 +85,13 @@ def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
 @pytest.mark.parametrize("relative_to", ["best", "first"])
 def test_a_task_whose_number_was_nan_is_no_reference(relative_to: str) -> None:
     rule = Collapse("effective_rank", relative_to=relative_to)  # type: ignore[arg-type]
-    assert rule.judge(1.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
-    assert not rule.judge(5.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
+    assert rule.evaluate(1.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
+    assert not rule.evaluate(5.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
 
 
 def test_nothing_can_be_said_of_what_is_not_a_number() -> None:
-    verdict = Collapse("effective_rank").judge(math.nan, earlier=[6.0], initial=6.0)
-    assert (verdict.collapsed, verdict.withheld) == (False, True)
+    verdict = Collapse("effective_rank").evaluate(math.nan, earlier=[6.0], initial=6.0)
+    assert (verdict.collapsed, verdict.inconclusive) == (False, True)
     assert "task 1: effective rank of the features is not a number, so whether this is a collapse cannot be told" in (
         verdict.message
     )
@@ -100,13 +100,15 @@ def test_nothing_can_be_said_of_what_is_not_a_number() -> None:
 def test_brackets_do_not_matter_to_what_is_no_rank() -> None:
     wide = Estimate(1.0, lo=-9.0, hi=9.0)
     assert not wide.resolved
-    assert Collapse("hessian_lambda_max", below=2.0, relative_to=None).judge(wide, earlier=[], initial=wide).collapsed
+    assert (
+        Collapse("hessian_lambda_max", below=2.0, relative_to=None).evaluate(wide, earlier=[], initial=wide).collapsed
+    )
 
 
 def test_what_can_be_negative_is_compared_with_a_value() -> None:
     rule = Collapse("hessian_lambda_min", below=-3.0, relative_to=None)
-    assert not rule.judge(-2.0, earlier=[], initial=-1.0).collapsed
-    verdict = rule.judge(-4.0, earlier=[-1.0], initial=-1.0)
+    assert not rule.evaluate(-2.0, earlier=[], initial=-1.0).collapsed
+    verdict = rule.evaluate(-4.0, earlier=[-1.0], initial=-1.0)
     assert verdict.collapsed
     assert verdict.message == (
         "task 1: smallest eigenvalue of the Hessian -4, below -3: the network is losing its plasticity"

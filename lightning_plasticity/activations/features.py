@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.activations.tracker import Watch
+from lightning_plasticity.activations.tracker import ActivationTracker
 from lightning_plasticity.functional.layouts import rows_of
 
 
@@ -52,7 +52,7 @@ class _Kept:
         self.samples = 0
         self.output = torch.empty(0)
 
-    def wants(self, name: str) -> bool:
+    def selects(self, name: str) -> bool:
         return True
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
@@ -66,12 +66,12 @@ class _Kept:
         self.features.setdefault(name, []).append(rows)
         self.samples = self.samples or samples
 
-    def forgives(self, error: Exception) -> bool:
+    def tolerates(self, error: Exception) -> bool:
         return False
 
 
-class _WatchWithGraph(Watch):
-    """Hands over the tensor itself, where a :class:`Watch` shows detached ones."""
+class _WatchWithGraph(ActivationTracker):
+    """Hands over the tensor itself, where a :class:`ActivationTracker` shows detached ones."""
 
     def __init__(self, root: nn.Module, kept: _Kept, chosen: Collection[str]) -> None:
         super().__init__(root, kept, chosen)

@@ -27,14 +27,15 @@ from lightning_plasticity.activations.unit_axes import (
     axes_after,
     counting_units,
     functions,
+    infer_unit_dim,
     is_weight,
     last_counts_units,
-    settle,
-    undecided,
+    new_axes,
     weighs_numbers,
 )
 from lightning_plasticity.functional.layouts import channel_dim_of
 from lightning_plasticity.isolation.batches import tensors_in
+from lightning_plasticity.layers import RECURRENT_LAYERS
 
 ACTIVATIONS = functions(
     "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ celu celu_ selu selu_ gelu silu silu_ "
@@ -77,17 +78,14 @@ _OF_THE_SHAPE_ALONE = functions(
 _STARTING = {*ACTIVATIONS, *MAKERS}
 """Functions whose results have something to be remembered, whatever goes in."""
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that return activations and call their activation functions where nobody sees it."""
 
-
-class Observer(Protocol):
+class ActivationSink(Protocol):
     """Who is told of the activations."""
 
     channel_dim: int | None
     """The dimension that counts units, if somebody has said so."""
 
-    def wants(self, name: str) -> bool:
+    def selects(self, name: str) -> bool:
         """Whether the activations of this name are of interest."""
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> Any:
@@ -100,7 +98,7 @@ class Observer(Protocol):
         dimensions the last one is no assumption, and still not certain.
         """
 
-    def forgives(self, error: Exception) -> bool:
+    def tolerates(self, error: Exception) -> bool:
         """Whether the network goes on although one of these has failed."""
 
 
@@ -167,7 +165,7 @@ class _Origin:
     result: _Activations | None = None
 
 
-class Watch(TorchFunctionMode):
+class ActivationTracker(TorchFunctionMode):
     """While started, reports what the activation functions of a network return.
 
     Activations belong to a hidden layer if they flow into a further layer with weights: a linear one, a convolution, a
@@ -184,7 +182,7 @@ class Watch(TorchFunctionMode):
         chosen: Paths of modules whose results are reported too, whatever becomes of them.
     """
 
-    def __init__(self, root: nn.Module, observer: Observer, chosen: Collection[str]) -> None:
+    def __init__(self, root: nn.Module, observer: ActivationSink, chosen: Collection[str]) -> None:
         super().__init__()
         self.saw_activations = False
         self.saw_hidden_layer = False
@@ -260,7 +258,7 @@ class Watch(TorchFunctionMode):
         inputs = [*tensors_in((args, kwargs))]
         origins = [(tensor, origin) for tensor in inputs if (origin := self._origin(tensor)) is not None]
         axes = [(tensor, origin.axes) for tensor, origin in origins if len(origin.axes) == tensor.ndim]
-        settle(func, args, kwargs, inputs, axes)
+        infer_unit_dim(func, args, kwargs, inputs, axes)
         if func in _LAYERS and not self._calls[-1].of_a_metric:
             self.layers_with_weights.update(id(tensor) for tensor in inputs[1:2])
         activations = tuple(dict.fromkeys(a for _, origin in origins for a in origin.activations if not a.reported))
@@ -316,7 +314,7 @@ class Watch(TorchFunctionMode):
             activations = self._keep(name, output)
             if activations is not None:
                 self._report(activations)
-        elif isinstance(module, _RECURRENT):
+        elif isinstance(module, RECURRENT_LAYERS):
             self._remember(output, _Origin(last_counts_units(output.ndim)))
             self._observe(caller, call.path, output, numbered=False)
             origin = self._origin(output)
@@ -330,7 +328,7 @@ class Watch(TorchFunctionMode):
         """Keeps what is to be known of activations with the tensor, to be reported when a layer takes it."""
         self.saw_activations = True
         name = caller.number(base) if numbered else base
-        if caller.of_a_metric or not self._observer.wants(name):
+        if caller.of_a_metric or not self._observer.selects(name):
             return
         self._keep(name, output)
 
@@ -356,13 +354,13 @@ class Watch(TorchFunctionMode):
                 return None
             dims = [channel_dim_of(tensor) if known is None else known]
             if known is None and tensor.ndim > 2:
-                axes = undecided(axes, (1, tensor.ndim - 1), tensor.ndim)
+                axes = new_axes(axes, (1, tensor.ndim - 1), tensor.ndim)
                 dims += [dim for dim, names in enumerate(axes) if names and dim != dims[0]]
             try:
                 observed = {dim: self._observer.observe(tensor, dim) for dim in dims}
                 return _Activations(name, axes, observed, certain=known is not None)
             except Exception as error:
-                if not self._observer.forgives(error):
+                if not self._observer.tolerates(error):
                     raise
                 return None
 
@@ -387,7 +385,7 @@ class Watch(TorchFunctionMode):
             try:
                 self._observer.report(activations.name, statistics, assumed=assumed, certain=certain)
             except Exception as error:
-                if not self._observer.forgives(error):
+                if not self._observer.tolerates(error):
                     raise
         observed.clear()  # the tensor may live on
 

@@ -72,7 +72,7 @@ _REFLECTED = functions("__rmatmul__")
 _OF_ANOTHER_KIND = functions("stack hstack vstack dstack outer kron one_hot diag_embed cov corrcoef fold view_as_real")
 
 
-def undecided(axes: Sequence[Axes], dims: Iterable[int], ndim: int) -> tuple[Axes, ...]:
+def new_axes(axes: Sequence[Axes], dims: Iterable[int], ndim: int) -> tuple[Axes, ...]:
     """The same, with an axis of its own for each of these dimensions that stands for nothing yet."""
     named = list(axes) or [NOTHING] * ndim
     for dim in dims:
@@ -98,7 +98,7 @@ def is_weight(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
-def settle(
+def infer_unit_dim(
     func: Function,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],

@@ -4,7 +4,7 @@
 """
 
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.exact.custom_losses import loss_of
+from lightning_plasticity.curvature.exact.custom_losses import custom_loss
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError
 from lightning_plasticity.curvature.exact.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.ggn import ggn_spectrum
@@ -19,7 +19,7 @@ __all__ = [
     "TangentKernel",
     "TooManyRowsError",
     "UnsupportedModelError",
+    "custom_loss",
     "ggn_spectrum",
     "hessian_spectrum",
-    "loss_of",
 ]

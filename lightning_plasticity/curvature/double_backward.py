@@ -31,7 +31,7 @@ from lightning_plasticity.curvature.problem import (
     trainable_parameters,
 )
 from lightning_plasticity.isolation.module_copy import copy_module
-from lightning_plasticity.isolation.state import differentiable_recurrence, isolated_rng, probing
+from lightning_plasticity.isolation.state import differentiable_recurrence, isolated_rng, probe_mode
 
 _MAX_ASYMMETRY = 1e-9
 r"""Allowed :math:`|u^\top H v - v^\top H u|`, relative to their size.
@@ -110,7 +110,7 @@ def second_derivatives(model: nn.Module) -> Iterator[None]:
     Raises:
         DoubleBackwardError: If torch has no second derivative of an operation.
     """
-    with probing(model), explained_errors(), double_backward_ready(model), composed_weight_norm(), full_precision():
+    with probe_mode(model), explained_errors(), double_backward_ready(model), composed_weight_norm(), full_precision():
         yield
 
 
@@ -266,7 +266,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         with isolated_rng(), double_backward_ready(model), precision:
             return loss_fn(model, double_batch)
 
-    with _in_float64(model), probing(model):
+    with _in_float64(model), probe_mode(model):
         parameters = trainable_parameters(model)
         _jitter(parameters.values(), generator)
         try:

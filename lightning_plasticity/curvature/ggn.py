@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_plasticity._validation import check_counts
+from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
@@ -15,11 +15,11 @@ from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeE
 from lightning_plasticity.curvature.exact.outputs import outputs_of
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct, GaussNewtonProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, GGNLinearOperator
 from lightning_plasticity.curvature.matrix_free.micro_batches import sharded
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.distributed.agreement import gathered, is_distributed
+from lightning_plasticity.distributed.agreement import all_gather_batch, is_distributed
 
 _AUTO_MAX_ROWS = 4096
 """Rows up to which the exact matrix is the cheaper way: its eigenvalues take as long as some hundred products."""
@@ -54,8 +54,8 @@ def ggn_spectrum(
     The matrix is taken with the model in evaluation mode (no dropout, BatchNorm with its running statistics). Any model
     will do; fast are the layers in ``LAYER_RULES``. The Jacobian by any other parameter costs a backward pass for each
     output number, which is logged. Losses are made of those in ``LOSS_RULES``: cross-entropy and its relatives, squared
-    error, Huber's loss, and :func:`loss_of` for any other. Closed forms are checked against autograd before they are
-    used.
+    error, Huber's loss, and :func:`custom_loss` for any other. Closed forms are checked against autograd before they
+    are used.
 
     Args:
         model: Any module. Nothing in it is changed.
@@ -107,12 +107,12 @@ def ggn_spectrum(
     """
     _check_method(method, sketch, micro_batch_size)
     check_lanczos(num_probes, num_steps, seed, reorthogonalization)
-    check_counts(micro_batch_size=micro_batch_size)
+    check_positive_ints(micro_batch_size=micro_batch_size)
     auto, reason = method == "auto", None
     if auto and micro_batch_size is not None:
         reason = f"micro_batch_size={micro_batch_size}, and the exact matrix needs all samples at once"
     elif method != "lanczos":
-        whole: Any = gathered(batch) if distributed and is_distributed() else batch
+        whole: Any = all_gather_batch(batch) if distributed and is_distributed() else batch
         try:
             return gram(
                 model,
@@ -134,10 +134,10 @@ def ggn_spectrum(
     selected = list(trainable_parameters(model, parameters).values())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def build(part: Batch) -> CurvatureProduct:
+    def build(part: Batch) -> CurvatureLinearOperator:
         recording = Recording({})
         with twice_differentiable_loss(model, part, loss_fn, recording) as loss:
-            return GaussNewtonProduct(loss, outputs_of(loss, recording.loss_calls, names), selected)
+            return GGNLinearOperator(loss, outputs_of(loss, recording.loss_calls, names), selected)
 
     with second_derivatives(model):
         return lanczos_spectrum(

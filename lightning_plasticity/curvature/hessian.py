@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_plasticity._validation import check_counts
+from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct, HessianProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, HessianLinearOperator
 from lightning_plasticity.curvature.matrix_free.micro_batches import sharded
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.spectrum import Spectrum
@@ -84,7 +84,7 @@ def hessian_spectrum(
     if backend not in ("native", "pyhessian"):
         raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
     check_lanczos(num_probes, num_steps, seed, reorthogonalization)
-    check_counts(micro_batch_size=micro_batch_size)
+    check_positive_ints(micro_batch_size=micro_batch_size)
     selected = list(trainable_parameters(model, parameters).values())
     if backend == "pyhessian":
         _check_pyhessian_can(parameters, micro_batch_size, distributed=distributed)
@@ -94,9 +94,9 @@ def hessian_spectrum(
             model, batch, loss_fn, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress
         )
 
-    def build(part: Batch) -> CurvatureProduct:
+    def build(part: Batch) -> CurvatureLinearOperator:
         with twice_differentiable_loss(model, part, loss_fn) as loss:
-            return HessianProduct(loss, selected)
+            return HessianLinearOperator(loss, selected)
 
     with second_derivatives(model):
         return lanczos_spectrum(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity._validation import check_counts, check_seed
+from lightning_plasticity._validation import check_positive_ints, check_seed
 from lightning_plasticity.curvature.autograd_graph import or_zeros, vector_products
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
@@ -90,7 +90,7 @@ def pyhessian_spectrum(
         >>> [round(value, 4) for value in spectrum.eigenvalues.tolist()]  # of (2/n) xᵀx
         [1.0, 4.0]
     """
-    check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_positive_ints(num_probes=num_probes, num_steps=num_steps)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         steps = min(num_steps, hessian.num_parameters)
         hessian.report(progress, num_probes * steps)
@@ -143,7 +143,7 @@ def pyhessian_top_eigenvalues(
         >>> [round(value, 3) for value in values.tolist()]
         [4.0, 1.0]
     """
-    check_counts(k=k, max_steps=max_steps)
+    check_positive_ints(k=k, max_steps=max_steps)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         if k > hessian.num_parameters:
             raise ValueError(f"k={k} is more than the {hessian.num_parameters} parameters have eigenvalues")
@@ -180,7 +180,7 @@ def pyhessian_trace(
         >>> round(trace, 4), round(trace.standard_error, 4)  # a diagonal matrix has no sampling error
         (5.0, 0.0)
     """
-    check_counts(num_probes=num_probes)
+    check_positive_ints(num_probes=num_probes)
     with _adapted(model, batch, loss_fn, seed) as hessian:
         each = torch.tensor([hessian.trace(maxIter=1, tol=0.0)[0] for _ in range(num_probes)], dtype=torch.float64)
     error = each.std().item() / math.sqrt(num_probes) if num_probes > 1 else math.nan

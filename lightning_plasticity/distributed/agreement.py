@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_plasticity.isolation.batches import concatenated
+from lightning_plasticity.isolation.batches import concat_batches
 
 _together: ContextVar[bool] = ContextVar("together", default=False)
 
 
-class FailedTogetherError(RuntimeError):
+class PeerFailedError(RuntimeError):
     """What processes were doing together has failed in one of them; the cause is the error of this one, if it has any.
 
     Processes that have this error have it at the same point, with the same words.
     """
 
 
-class LostProcessesError(BaseException):
+class CommunicationError(BaseException):
     """Whether the others have failed is not known, so that weights may differ from here on: nothing to be survived."""
 
 
@@ -34,29 +34,29 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def of_all_processes(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each of the processes that train together has, in the order of their ranks."""
     if not is_distributed():
         return [value]
     packed = pickle.dumps(value)  # what cannot be sent is found out before the others wait for it
-    agree(at="an exchange")
+    sync_errors(at="an exchange")
     own = torch.distributed.get_rank()
-    return [value if rank == own else pickle.loads(theirs) for rank, theirs in enumerate(_exchanged(packed))]
+    return [value if rank == own else pickle.loads(theirs) for rank, theirs in enumerate(_all_gather(packed))]
 
 
-def gathered(batch: Any) -> Any:
+def all_gather_batch(batch: Any) -> Any:
     """One batch of the samples of all processes."""
-    return concatenated(of_all_processes(batch), like=batch)
+    return concat_batches(all_gather_object(batch), like=batch)
 
 
-def first_of_all_processes(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the first of the processes that train together has."""
     if not is_distributed():
         return value
     is_first = torch.distributed.get_rank() == 0
     packed = [pickle.dumps(value) if is_first else b""]
-    agree(at="what the first has")
-    with reaching_all():
+    sync_errors(at="what the first has")
+    with fatal_if_unreachable():
         torch.distributed.broadcast_object_list(packed, 0)
     return value if is_first else pickle.loads(packed[0])
 
@@ -65,7 +65,7 @@ def first_of_all_processes(value: Any) -> Any:
 def all_or_none() -> Iterator[None]:
     """What is done inside is done by all processes that train together, or fails in all of them.
 
-    An error in one is a :class:`FailedTogetherError` in each. The others have it where they next :func:`agree`: at a
+    An error in one is a :class:`PeerFailedError` in each. The others have it where they next :func:`sync_errors`: at a
     sum over processes, which the one that has failed will not come to; before changes of the model become final; or at
     the end. In a single process, errors are what they are.
     """
@@ -75,17 +75,17 @@ def all_or_none() -> Iterator[None]:
     token = _together.set(True)
     try:
         yield
-        agree(at="the end")
-    except FailedTogetherError:
+        sync_errors(at="the end")
+    except PeerFailedError:
         raise
     except Exception as error:
-        agree(error)
+        sync_errors(error)
         raise
     finally:
         _together.reset(token)
 
 
-def agree(error: Exception | None = None, at: str = "the next point of agreement") -> None:
+def sync_errors(error: Exception | None = None, at: str = "the next point of agreement") -> None:
     """Inside of :func:`all_or_none`: all processes have come to the next point of agreement, or one to its end.
 
     Args:
@@ -93,48 +93,48 @@ def agree(error: Exception | None = None, at: str = "the next point of agreement
         at: Which point this is.
 
     Raises:
-        FailedTogetherError: If it has ended in one of them, with the words of the first that it has; or if they have
+        PeerFailedError: If it has ended in one of them, with the words of the first that it has; or if they have
             come to different points, as where a model takes another path in each, and would wait for each other.
         LostProcessesError: If this cannot be known.
     """
     if not _together.get():
         return
     point = zlib.crc32(at.encode())
-    with reaching_all():
-        device = reachable(torch.device("cpu"), torch.distributed.get_backend())
+    with fatal_if_unreachable():
+        device = backend_device(torch.device("cpu"), torch.distributed.get_backend())
         most = torch.tensor([error is not None, point, -point], dtype=torch.int64, device=device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         failed, last, first = most.tolist()
     if not failed and last == -first:
         return
     if not failed:
-        raise FailedTogetherError(f"the processes do not do the same, but come to {' and '.join(_exchanged(at))}")
-    errors = _exchanged(None if error is None else described(error))
+        raise PeerFailedError(f"the processes do not do the same, but come to {' and '.join(_all_gather(at))}")
+    errors = _all_gather(None if error is None else format_error(error))
     rank, words = next((rank, words) for rank, words in enumerate(errors) if words is not None)
-    raise FailedTogetherError(f"in process {rank}: {words}" if rank else words) from error
+    raise PeerFailedError(f"in process {rank}: {words}" if rank else words) from error
 
 
-def own_error(error: Exception) -> BaseException:
+def local_error(error: Exception) -> BaseException:
     """The error of this process, where it has one of its own; else what it has heard of the others'."""
-    own = error.__cause__ if isinstance(error, FailedTogetherError) else None
+    own = error.__cause__ if isinstance(error, PeerFailedError) else None
     return own or error
 
 
-def raise_own(error: Exception) -> NoReturn:
-    """Raises :func:`own_error`."""
-    raise own_error(error)
+def raise_local_error(error: Exception) -> NoReturn:
+    """Raises :func:`local_error`."""
+    raise local_error(error)
 
 
-def described(error: Exception | str) -> str:
+def format_error(error: Exception | str) -> str:
     """An error in words: also one without a message, such as a MemoryError, and with the cause that another hides."""
-    if isinstance(error, str | FailedTogetherError):
+    if isinstance(error, str | PeerFailedError):
         return str(error)
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     cause = error.__cause__
-    return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({described(cause)})"
+    return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({format_error(cause)})"
 
 
-def sum_over_processes(value: Tensor, of: str = "") -> Tensor:
+def all_reduce_sum(value: Tensor, of: str = "") -> Tensor:
     """The sum of a tensor over the processes of ``torch.distributed``; the tensor itself if there is one only.
 
     Every process must ask at the same point. What is decided from it is then the same everywhere.
@@ -145,38 +145,38 @@ def sum_over_processes(value: Tensor, of: str = "") -> Tensor:
     """
     if not is_distributed():
         return value
-    total = value.to(reachable(value.device, torch.distributed.get_backend()), copy=True)
-    agree(at=f"a sum of {of or 'tensors'} of shape {tuple(value.shape)}")
-    with reaching_all():
+    total = value.to(backend_device(value.device, torch.distributed.get_backend()), copy=True)
+    sync_errors(at=f"a sum of {of or 'tensors'} of shape {tuple(value.shape)}")
+    with fatal_if_unreachable():
         torch.distributed.all_reduce(total)
     return total.to(value.device)
 
 
-def reachable(device: torch.device, backend: str) -> torch.device:
+def backend_device(device: torch.device, backend: str) -> torch.device:
     """Where a tensor of this device must be to be sent: NCCL knows nothing but what is on the GPU of the process."""
     return torch.device("cuda") if backend == "nccl" and device.type != "cuda" else device
 
 
-def _exchanged(value: Any) -> list[Any]:
+def _all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    with reaching_all():
+    with fatal_if_unreachable():
         torch.distributed.all_gather_object(values, value)
     values[torch.distributed.get_rank()] = value
     return values
 
 
 @contextlib.contextmanager
-def reaching_all() -> Iterator[None]:
+def fatal_if_unreachable() -> Iterator[None]:
     """Inside of :func:`all_or_none`, an error in what processes exchange is none that they could agree on."""
     try:
         yield
     except Exception as error:
         if not _together.get():
             raise
-        raise LostProcessesError(f"processes that train together cannot reach each other: {error}") from error
+        raise CommunicationError(f"processes that train together cannot reach each other: {error}") from error
 
 
-def mean_over_processes(value: Tensor, of: str = "") -> Tensor:
-    """As :func:`sum_over_processes`, the mean."""
-    total = sum_over_processes(value, of)
+def all_reduce_mean(value: Tensor, of: str = "") -> Tensor:
+    """As :func:`all_reduce_sum`, the mean."""
+    total = all_reduce_sum(value, of)
     return total if total is value else total / torch.distributed.get_world_size()

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plasticity._compat import is_fsdp_internal, is_model_parallel, is_whole
-from lightning_plasticity.distributed.agreement import agree, all_or_none, reaching_all
-from lightning_plasticity.interventions import Intervention, Repair, RunningRemedy
+from lightning_plasticity._compat import has_full_weights, is_fsdp_internal, is_model_parallel
+from lightning_plasticity.distributed.agreement import all_or_none, fatal_if_unreachable, sync_errors
+from lightning_plasticity.interventions import Intervention, Repair, StepIntervention
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -26,7 +26,7 @@ def check_strategy(strategy: Strategy, interventions: Sequence[Intervention]) ->
     Raises:
         MisconfigurationException: If it does not, or if an intervention does not.
     """
-    if is_whole(strategy):
+    if has_full_weights(strategy):
         return
     name = type(strategy).__name__
     if not is_model_parallel(strategy):
@@ -41,7 +41,7 @@ def check_strategy(strategy: Strategy, interventions: Sequence[Intervention]) ->
             f"SpectralCollapseCallback does not work with {name}(tensor_parallel_size={size}): use "
             "tensor_parallel_size=1, and fully_shard in configure_model"
         )
-    changing = [i.name for i in interventions if isinstance(i, Repair | RunningRemedy)]
+    changing = [i.name for i in interventions if isinstance(i, Repair | StepIntervention)]
     if changing:
         raise MisconfigurationException(
             f"{' and '.join(changing)} cannot change weights that {name} shards: what works with it is to measure, and "
@@ -72,7 +72,7 @@ def check_sharding(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
+def gather_full_parameters(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     """While inside, the module is what it would be had ``fully_shard`` never seen it.
 
     Its parameters are whole, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
@@ -91,7 +91,7 @@ def whole(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
     hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     try:
         with all_or_none():
-            wholes = _gathered([parameter for parameter in module.parameters() if _is_sharded(parameter)])
+            wholes = _gather([parameter for parameter in module.parameters() if _is_sharded(parameter)])
             for part in list(module.modules()):
                 for registered in _dicts_with_hooks(part):
                     internal = {key: hook for key, hook in registered.items() if is_fsdp_internal(hook)}
@@ -147,7 +147,7 @@ def _imported(module: str, name: str) -> tuple[type, ...]:
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
-def _gathered(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
+def _gather(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
     """The whole parameter for each sharded one.
 
     A process that lacks the memory finds out, and says so, before the others wait for its share.
@@ -155,8 +155,8 @@ def _gathered(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
     largest = max(parameters, key=Tensor.numel)
     room = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (*parameters, largest, largest)]
     del room  # which keeps it for us, where memory is that of a GPU
-    agree(at="weights that are made whole")
-    with reaching_all():
+    sync_errors(at="weights that are made whole")
+    with fatal_if_unreachable():
         return {p: nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parameters}
 
 

@@ -18,25 +18,25 @@ from torch import Tensor
 from lightning_plasticity._compat import gradient_scale, weight_averages
 from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.distributed.agreement import (
-    agree,
     all_or_none,
-    first_of_all_processes,
+    broadcast_object,
     is_distributed,
-    raise_own,
+    raise_local_error,
+    sync_errors,
 )
-from lightning_plasticity.distributed.sharded_weights import sharded_like, whole
-from lightning_plasticity.engine.step_counter import StepCounts, have_gradients
+from lightning_plasticity.distributed.sharded_weights import gather_full_parameters, sharded_like
+from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import (
     HareTortoise,
     Intervention,
     Regularizer,
     Repair,
     RepairReport,
-    RunningRemedy,
+    StepIntervention,
 )
 from lightning_plasticity.isolation.state import isolated_rng
-from lightning_plasticity.reporting.errors import Failures
-from lightning_plasticity.training.sandbox import BatchInFlight, untouched_schedules
+from lightning_plasticity.reporting.errors import ErrorLog
+from lightning_plasticity.training.sandbox import ProbeContext, preserve_schedulers
 
 _SAMPLES = 256
 """How many samples repairs between tasks see at most, of all processes together."""
@@ -45,7 +45,7 @@ _Trained = tuple[int, torch.Size]
 """A parameter that is trained, by its place among those of the optimizers: the same in all processes."""
 
 
-class Remedies:
+class InterventionRunner:
     """Conducts interventions in the training loop.
 
     One that cannot work on the module is an error before any weight has changed. From then on one that fails changes
@@ -53,34 +53,34 @@ class Remedies:
 
     Args:
         interventions: What to do, in this order.
-        failures: Where those that fail are told of.
+        errors: Where those that fail are told of.
 
     Raises:
         TypeError: If it is no list of interventions, or one of them cannot be called as it has to be.
     """
 
-    def __init__(self, interventions: Sequence[Intervention], failures: Failures) -> None:
+    def __init__(self, interventions: Sequence[Intervention], errors: ErrorLog) -> None:
         if isinstance(interventions, Intervention):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
         if not isinstance(interventions, Iterable):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions")
         interventions = list(interventions)  # of what can be gone through only once, too
         for intervention in interventions:
-            if not isinstance(intervention, Repair | RunningRemedy | Regularizer):
+            if not isinstance(intervention, Repair | StepIntervention | Regularizer):
                 raise TypeError(
-                    f"interventions=[{intervention!r}] must hold instances of Repair, RunningRemedy or Regularizer, "
+                    f"interventions=[{intervention!r}] must hold instances of Repair, StepIntervention or Regularizer, "
                     "such as ShrinkPerturb()"
                 )
-            if isinstance(intervention, RunningRemedy):
+            if isinstance(intervention, StepIntervention):
                 _check_signature(intervention)
         self._repairs = [i for i in interventions if isinstance(i, Repair)]
-        self._running = [i for i in interventions if isinstance(i, RunningRemedy)]
+        self._running = [i for i in interventions if isinstance(i, StepIntervention)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
         self._all = interventions
         self._ready: list[Intervention] = []
         self._ready_for: set[_Trained] = set()
-        self._failures = failures
-        self._counts = StepCounts()
+        self._errors = errors
+        self._counts = StepCounter()
         self._said_left_out = False
         self._have_worked = False
 
@@ -117,29 +117,29 @@ class Remedies:
 
     def end_fit(self) -> None:
         """Leaves nothing in the module and the optimizers."""
-        self._counts.follow([])
+        self._counts.track([])
         for intervention in self._all:
             try:
                 intervention.stop()
             except Exception as error:  # another error, or the end of the run, is not to be hidden by it
                 self._fail(intervention, "could not be stopped", error)
 
-    def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def track(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """A batch begins, to be trained on by these optimizers: there may be new ones since the last."""
-        self._counts.follow(optimizers)
+        self._counts.track(optimizers)
 
-    def rehearse(self, at: BatchInFlight) -> None:
+    def dry_run(self, at: ProbeContext) -> None:
         """Tries the repairs on copies: one that cannot work is an error now, not at a collapse."""
-        with untouched_schedules(at.trainer):
+        with preserve_schedulers(at.trainer):
             for repair in self._repairs:
                 generator = torch.Generator().manual_seed(0)
                 _report_of(repair, repair.repair(at.copy(), forward=at.loss, loss=at.loss, generator=generator))
 
-    def outgrown(self, trainer: Trainer) -> bool:
+    def needs_restart(self, trainer: Trainer) -> bool:
         """Whether something is trained that was not there, or frozen, when they started the last time."""
         return bool(self._running or self._regularizers) and not _trained(trainer) <= self._ready_for
 
-    def start(self, at: BatchInFlight) -> None:
+    def start(self, at: ProbeContext) -> None:
         """Gets what runs along ready: before the first batch of every fit and task, and where :meth:`outgrown`."""
         self._ready = []
         self._ready_for = _trained(at.trainer)
@@ -147,17 +147,17 @@ class Remedies:
             if isinstance(intervention, Repair):
                 continue
             try:
-                with all_or_none(), untouched_schedules(at.trainer):
+                with all_or_none(), preserve_schedulers(at.trainer):
                     intervention.start(at.module, forward=at.loss, make_copy=at.copy)
                 self._ready.append(intervention)
             except Exception as error:
                 if not self._have_worked:
-                    raise_own(error)
+                    raise_local_error(error)
                 self._fail(intervention, "could not get ready for this task and rests", error)
-                _even_out([intervention])
+                _sync_state([intervention])
         self._have_worked = self._have_worked or self._rehearse_regularizers(at)
 
-    def at_task(self, at: BatchInFlight, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
+    def at_task(self, at: ProbeContext, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
         """The repairs that are due at the start of a task."""
         due = [
             number
@@ -194,14 +194,14 @@ class Remedies:
         if not module.automatic_optimization and not self._counts.backward_passes:
             passes = 1  # by loss.backward() rather than manual_backward: nobody is told of those
         # No loss at all, an epoch that only updates batch norms, all frozen, or no optimizer at all.
-        if not (regularizers and passes and have_gradients(parameters)):
+        if not (regularizers and passes and any_grad(parameters)):
             return {}
         share = passes / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         terms: dict[str, Tensor] = {}
         totals: list[Tensor | None] = [None] * len(parameters)
         failed: list[tuple[Regularizer, Exception]] = []
         try:
-            with whole(module) as wholes:
+            with gather_full_parameters(module) as wholes:
                 of_wholes = [wholes.get(parameter, parameter) for parameter in parameters]
                 for regularizer in regularizers:
                     try:
@@ -216,9 +216,9 @@ class Remedies:
             failed = [(regularizer, error) for regularizer in regularizers]
         for regularizer, reason in failed:
             if not self._have_worked:
-                raise_own(reason)
+                raise_local_error(reason)
             self._fail(regularizer, "failed and was left out of this step", reason)
-        _even_out([regularizer for regularizer, _ in failed])
+        _sync_state([regularizer for regularizer, _ in failed])
         self._have_worked = True
         factor = share * gradient_scale(trainer, optimizer)
         for parameter, gradient in zip(parameters, totals, strict=True):
@@ -233,9 +233,7 @@ class Remedies:
                 parameter.grad.add_(share_of_gradient, alpha=factor)
         return terms
 
-    def after_batch(
-        self, at: BatchInFlight, step_before: int, step: int
-    ) -> tuple[list[RepairReport], dict[str, float]]:
+    def after_batch(self, at: ProbeContext, step_before: int, step: int) -> tuple[list[RepairReport], dict[str, float]]:
         """What is due after the optimizer steps of a batch.
 
         Args:
@@ -247,11 +245,11 @@ class Remedies:
             The repairs that were done, and numbers to log of what runs along.
         """
         numbers: dict[str, float] = {}
-        steps, by_hand = self._counts.take_steps()
+        steps, by_hand = self._counts.pop_steps()
         if by_hand is not None:
             self._say_left_out(by_hand)
         if steps:
-            for remedy in (ready for ready in self._ready if isinstance(ready, RunningRemedy)):
+            for remedy in (ready for ready in self._ready if isinstance(ready, StepIntervention)):
                 act = partial(remedy.after_step, at.module, at.trainer.optimizers)
                 report = self._survived(remedy, at, act, weights=list(at.module.parameters()))
                 if report is not None and report.units:
@@ -281,7 +279,7 @@ class Remedies:
         for intervention, state in zip(self._all, states, strict=True):
             intervention.load_state_dict(state["state"])
 
-    def _rehearse_regularizers(self, at: BatchInFlight) -> bool:
+    def _rehearse_regularizers(self, at: ProbeContext) -> bool:
         """Tries copies of the regularizers on a copy: returns whether it could be done, raises if they cannot work."""
         if not self._regularizers:
             return True
@@ -297,10 +295,10 @@ class Remedies:
                 for regularizer in regularizers:
                     _term_and_gradients(regularizer, module, parameters)
         except Exception as error:
-            raise_own(error)
+            raise_local_error(error)
         return True
 
-    def _repair(self, at: BatchInFlight, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
+    def _repair(self, at: ProbeContext, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
         reports = []
         for number in due:
             repair, generator = self._repairs[number], torch.Generator().manual_seed(seed + number)
@@ -318,7 +316,7 @@ class Remedies:
 
     def _fail(self, intervention: Intervention, what: str, error: Exception | str) -> None:
         name = self._name(intervention)
-        self._failures.add(name, f"{name} {what}", error)
+        self._errors.record(name, f"{name} {what}", error)
 
     def _say_left_out(self, optimizer: torch.optim.Optimizer) -> None:
         if self._said_left_out:
@@ -334,16 +332,16 @@ class Remedies:
     def _survived(
         self,
         intervention: Intervention,
-        at: BatchInFlight,
+        at: ProbeContext,
         act: Callable[..., object],
         weights: Sequence[Tensor] = (),
     ) -> RepairReport | None:
         try:
-            with all_or_none(), untouched_schedules(at.trainer):
+            with all_or_none(), preserve_schedulers(at.trainer):
                 return _report_of(intervention, act(forward=at.loss, make_copy=at.copy))
         except Exception as error:
             self._fail(intervention, "failed and changed nothing", error)
-            _even_out([intervention], weights)
+            _sync_state([intervention], weights)
             return None
 
 
@@ -352,7 +350,7 @@ def _trained(trainer: Trainer) -> set[_Trained]:
     return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
 
 
-def _check_signature(remedy: RunningRemedy) -> None:
+def _check_signature(remedy: StepIntervention) -> None:
     signature = inspect.signature(remedy.after_step)
     try:
         signature.bind(None, [], forward=None, make_copy=None)
@@ -374,7 +372,7 @@ def _report_of(intervention: Intervention, returned: object) -> RepairReport | N
     return None
 
 
-def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
+def _sync_state(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
     """After a failure, which one process may have had alone: all have what the first remembers, and its weights.
 
     One that is half way may have changed its state, or, if it works in place, weights. What differs would grow apart.
@@ -384,8 +382,8 @@ def _even_out(interventions: Sequence[Intervention], weights: Sequence[Tensor] =
     with all_or_none():
         for intervention in interventions:
             state = apply_to_collection(intervention.state_dict(), Tensor, Tensor.cpu)  # as in a checkpoint
-            intervention.load_state_dict(first_of_all_processes(state))
-        agree()
+            intervention.load_state_dict(broadcast_object(state))
+        sync_errors()
         for tensor in weights:
             torch.distributed.broadcast(tensor.detach(), 0)
 

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_plasticity.distributed.agreement import all_or_none, sum_over_processes
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
+from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.reporting.errors import Failures
+from lightning_plasticity.reporting.errors import ErrorLog
 from lightning_plasticity.training.sandbox import LossFunction
 
 
@@ -36,7 +36,7 @@ def monitored_copy(
     monitor._to_sync = False  # all processes have the same samples; sync_on_compute is heard at the construction only
     monitor.compiled = "eager"  # as everything is in a probe
     monitor.to(module.device)
-    with probing(module), monitor.attach(module):
+    with probe_mode(module), monitor.attach(module):
         loss_fn(module, batch)
     return values_of(monitor) if monitor.layers else {}
 
@@ -59,14 +59,14 @@ class StepMonitor:
     Args:
         monitor: Says what is measured. It is not changed.
         every_n_steps: The number of optimizer steps from one look to the next; ``None``: never.
-        failures: Where it says what it could not see.
+        errors: Where it says what it could not see.
     """
 
-    def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None, failures: Failures) -> None:
+    def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None, errors: ErrorLog) -> None:
         self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
-        self._monitor.forgiving = True  # a monitor never kills a run
+        self._monitor.suppress_errors = True  # a monitor never kills a run
         self._every_n_steps = every_n_steps
-        self._failures = failures
+        self._errors = errors
         self.last: int | None = None
         """The optimizer step of the last look, for checkpoints."""
         self._has_succeeded = False
@@ -91,16 +91,16 @@ class StepMonitor:
                 self._monitor.to(module.device)
                 self._monitor.attach(module)
         except Exception as error:
-            self.abandon()
+            self.cancel()
             if not self._has_succeeded:
                 self.last = None  # another fit would find out at its first step, too
                 raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
             self._failed(error)
 
-    def put_off(self) -> None:
+    def postpone(self) -> None:
         """If it has begun, it will when it is told the next time."""
         if self._monitor.attached:
-            self.abandon()
+            self.cancel()
             self.last = None
 
     def end(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class StepMonitor:
                 if self._monitor.errors:
                     self._failed(self._monitor.errors[0])
                     self._monitor.errors.clear()
-                seen = sum_over_processes(torch.tensor(float(len(self._monitor.layers))))
+                seen = all_reduce_sum(torch.tensor(float(len(self._monitor.layers))))
                 values = values_of(self._monitor) if seen else {}
         except Exception as error:
             self._failed(error)
@@ -121,10 +121,10 @@ class StepMonitor:
         self._has_succeeded = True
         return values
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Leaves nothing in the module."""
         if self._monitor.attached:
             self._monitor.detach()
 
     def _failed(self, error: Exception | str) -> None:
-        self._failures.add("monitor", "some activations could not be monitored", error)
+        self._errors.record("monitor", "some activations could not be monitored", error)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
-class StepCounts:
+class StepCounter:
     """Counts backward passes and optimizer steps as they are taken, by whomever."""
 
     def __init__(self) -> None:
@@ -41,22 +41,22 @@ class StepCounts:
         self.backward_passes = self._steps = 0
         self._announced, self._unannounced = False, None
         self._listens, self._needs_steps = listens, needs_steps
-        self.follow(optimizers)
+        self.track(optimizers)
 
-    def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def track(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """These are the optimizers now; of the others nothing is kept."""
         if [*self._seen] == optimizers:
             return
         for gone in self._handles.keys() - optimizers:
             self._handles.pop(gone).remove()
         for optimizer in optimizers:
-            self._hear(optimizer)
+            self._register_hook(optimizer)
         self._seen = {optimizer: self._seen.get(optimizer, self.backward_passes) for optimizer in optimizers}
 
     def before_backward(self) -> None:
         """Gradients are about to be added to. Passes whose gradients were dropped, without a step, do not count."""
         for optimizer in self._seen:
-            if not have_gradients(p for group in optimizer.param_groups for p in group["params"]):
+            if not any_grad(p for group in optimizer.param_groups for p in group["params"]):
                 self._seen[optimizer] = self.backward_passes
 
     def after_backward(self) -> None:
@@ -65,20 +65,20 @@ class StepCounts:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> int:
         """Lightning is about to step an optimizer: how many backward passes there were since it did the last time."""
-        self._hear(optimizer)
+        self._register_hook(optimizer)
         self._announced = True
         # One that was made within this batch has seen all but its pass.
         passes = self.backward_passes - self._seen.get(optimizer, self.backward_passes - 1)
         self._seen[optimizer] = self.backward_passes
         return passes
 
-    def take_steps(self) -> tuple[int, torch.optim.Optimizer | None]:
+    def pop_steps(self) -> tuple[int, torch.optim.Optimizer | None]:
         """How many steps there were since this was asked, and an optimizer that was stepped without Lightning."""
         taken = self._steps, self._unannounced
         self._steps, self._unannounced = 0, None
         return taken
 
-    def _hear(self, optimizer: torch.optim.Optimizer) -> None:
+    def _register_hook(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._listens or optimizer in self._handles:
             return
         try:
@@ -100,6 +100,6 @@ class StepCounts:
         self._announced = False
 
 
-def have_gradients(parameters: Iterable[Tensor]) -> bool:
+def any_grad(parameters: Iterable[Tensor]) -> bool:
     """Whether any of them has one."""
     return any(parameter.grad is not None for parameter in parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import is_whole
+from lightning_plasticity._validation import is_int
 
 
 def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
@@ -50,7 +50,7 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on the meta device holds no numbers to measure")
     if channel_dim is None:
         return tensor.ndim - 1 if tensor.ndim <= 3 else 1
-    if not is_whole(channel_dim) or not -tensor.ndim <= channel_dim < tensor.ndim:
+    if not is_int(channel_dim) or not -tensor.ndim <= channel_dim < tensor.ndim:
         raise ValueError(f"channel_dim={channel_dim!r} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
     return channel_dim % tensor.ndim
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import number
+from lightning_plasticity._validation import as_float
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of
 
 SRANK_DELTA = 0.01
@@ -140,7 +140,7 @@ def valid_delta(delta: float) -> float:
     Raises:
         ValueError: If it is out of range.
     """
-    if not 0 <= number(delta) < 1:
+    if not 0 <= as_float(delta) < 1:
         raise ValueError(f"delta={delta!r} must be in [0, 1): it is the share of the singular values left out, as 0.01")
     return delta
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import number
+from lightning_plasticity._validation import as_float
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
 
 DORMANT_THRESHOLD = 0.025
@@ -169,7 +169,7 @@ def valid_threshold(threshold: float, name: str = "threshold") -> float:
     Raises:
         ValueError: If it is out of range.
     """
-    if not 0 <= number(threshold) <= 1:
+    if not 0 <= as_float(threshold) <= 1:
         raise ValueError(
             f"{name}={threshold!r} must be in [0, 1]: it is a share of the layer's mean magnitude, such as 0.025"
         )

@@ -1,6 +1,6 @@
 """What is done about lost plasticity: remedies for a module and its optimizers, without Lightning."""
 
-from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, RunningRemedy
+from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, StepIntervention
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
 from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
@@ -15,7 +15,7 @@ from lightning_plasticity.interventions.self_normalized_reset import SelfNormali
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
-from lightning_plasticity.interventions.units.groups import Site, Units, describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 from lightning_plasticity.interventions.weight_clipping import WeightClipping
 from lightning_plasticity.interventions.weights.updates import RepairReport
@@ -37,12 +37,12 @@ __all__ = [
     "Repair",
     "RepairReport",
     "Reset",
-    "RunningRemedy",
     "SelfNormalizedReset",
     "ShrinkPerturb",
-    "Site",
     "SoftShrinkPerturb",
     "SpectralRegularizer",
+    "StepIntervention",
+    "UnitGroup",
     "Units",
     "WassersteinInit",
     "WeightClipping",

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity._validation import is_whole, number
-from lightning_plasticity.interventions.weights.updates import Changes, RepairReport, apply
+from lightning_plasticity._validation import as_float, is_int
+from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 
 When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
@@ -33,7 +33,7 @@ class Request:
 
 
 class Intervention:
-    """A remedy for lost plasticity: a :class:`Repair`, a :class:`RunningRemedy` or a :class:`Regularizer`."""
+    """A remedy for lost plasticity: a :class:`Repair`, a :class:`StepIntervention` or a :class:`Regularizer`."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Intervention:
 
     def _check_count(self, **argument: int) -> None:
         for name, value in argument.items():
-            if not is_whole(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{self.name}({name}={value!r}) must be a whole number, at least 1")
 
     def _check_switch(self, **argument: bool) -> None:
@@ -94,7 +94,7 @@ class Repair(Intervention, ABC):
     """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
 
     def __init__(self, when: When = "collapse") -> None:
-        if is_whole(when):
+        if is_int(when):
             makes_sense = "steps" in self.occasions and when > 0
         else:
             makes_sense = when in self.occasions and when != "steps"
@@ -131,10 +131,10 @@ class Repair(Intervention, ABC):
         stage = model if make_copy is None else make_copy()
         losses = [loss] if callable(loss) else list(loss or ())
         changes = self.changes(stage, Request(forward, _mean(losses), generator, losses))
-        return apply(self.name, changes if stage is model else changes.on(model, stage), optimizers)
+        return apply_update(self.name, changes if stage is model else changes.on(model, stage), optimizers)
 
     @abstractmethod
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         """Says what to change, and changes nothing."""
 
 
@@ -144,7 +144,7 @@ def _mean(losses: Sequence[Loss]) -> Loss | None:
     return lambda model: torch.stack([loss(model) for loss in losses]).mean()
 
 
-class RunningRemedy(Intervention, ABC):
+class StepIntervention(Intervention, ABC):
     """An intervention that acts after every optimizer step. Those to come implement :meth:`after_step`.
 
     In a plain loop::
@@ -208,7 +208,7 @@ class Regularizer(Intervention, ABC):
     """
 
     def __init__(self, coefficient: float) -> None:
-        if not 0 <= number(coefficient) < float("inf"):
+        if not 0 <= as_float(coefficient) < float("inf"):
             raise ValueError(f"{self.name}(coefficient={coefficient!r}) must be a finite number, at least 0")
         self.coefficient = coefficient
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.interventions.units.groups import Site, Units
-from lightning_plasticity.interventions.units.layer_statistics import Heard, by_unit, other_dims
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
-from lightning_plasticity.interventions.weights.updates import Changes, Part
+from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS
 
 _ROWS = 100
 """Rows of a weight at a time: 400 kB where there are 1000 columns. Measured: 20 to 250 differ little."""
@@ -85,15 +86,15 @@ class ContinualBackprop(UnitReplacement):
     ) -> None:
         self._check_switch(transfer_bias=transfer_bias)
         super().__init__(_sums_with_signs if transfer_bias else _sums, seed, initial)
-        if not 0 <= number(replacement_rate) <= 1:
+        if not 0 <= as_float(replacement_rate) <= 1:
             raise ValueError(
                 f"{self.name}(replacement_rate={replacement_rate!r}) must be in [0, 1]: a share of the units"
             )
-        if not number(maturity_threshold) >= 0:
+        if not as_float(maturity_threshold) >= 0:
             raise ValueError(
                 f"{self.name}(maturity_threshold={maturity_threshold!r}) must be at least 0: a number of steps"
             )
-        if not 0 <= number(decay) < 1:
+        if not 0 <= as_float(decay) < 1:
             raise ValueError(f"{self.name}(decay={decay!r}) must be in [0, 1)")
         self.replacement_rate = replacement_rate
         self.maturity_threshold = maturity_threshold
@@ -101,7 +102,7 @@ class ContinualBackprop(UnitReplacement):
         self.transfer_bias = transfer_bias
 
     @override
-    def new_record(self, site: Site) -> Record:
+    def new_record(self, site: UnitGroup) -> Record:
         record = {
             "utility": torch.zeros(site.num_units, dtype=torch.float64),
             "age": torch.zeros(site.num_units, dtype=torch.long),
@@ -116,7 +117,7 @@ class ContinualBackprop(UnitReplacement):
 
     @override
     def updated(
-        self, model: nn.Module, site: Site, record: Record, heard: Mapping[str, Heard]
+        self, model: nn.Module, site: UnitGroup, record: Record, heard: Mapping[str, LayerStatistics]
     ) -> tuple[Record, Tensor]:
         contribution = torch.zeros(site.num_units, dtype=torch.float64)
         new = dict(record)
@@ -138,7 +139,7 @@ class ContinualBackprop(UnitReplacement):
         return new, utility.argsort(stable=True)[:count].sort().values
 
     @override
-    def restarted(self, site: Site, record: Record, units: Tensor) -> Record:
+    def restarted(self, site: UnitGroup, record: Record, units: Tensor) -> Record:
         new = dict(record)
         for key in ("utility", "age"):
             new[key] = record[key].index_fill(0, units, 0)
@@ -151,12 +152,12 @@ class ContinualBackprop(UnitReplacement):
     @override
     def changes(
         self, model: nn.Module, units: Units, records: Mapping[str, Record], chosen: Mapping[str, Tensor]
-    ) -> Changes:
+    ) -> WeightUpdate:
         changes = super().changes(model, units, records, chosen)
         if self.transfer_bias:
             gains: dict[nn.Parameter, Tensor] = {}
             for layer, some in chosen.items():
-                for bias, gain in self._gains(model, units.sites[layer], records[layer], some).items():
+                for bias, gain in self._gains(model, units.groups[layer], records[layer], some).items():
                     gains[bias] = gains.get(bias, 0) + gain
             for bias, gain in gains.items():
                 changes.parts[bias] = _raised(bias, gain, changes.parts.get(bias))
@@ -168,7 +169,7 @@ class ContinualBackprop(UnitReplacement):
     def _correction(self, record: Record) -> Tensor:
         return 1 - self.decay ** record["age"].double()
 
-    def _gains(self, model: nn.Module, site: Site, record: Record, units: Tensor) -> dict[nn.Parameter, Tensor]:
+    def _gains(self, model: nn.Module, site: UnitGroup, record: Record, units: Tensor) -> dict[nn.Parameter, Tensor]:
         """What the consumers' biases gain when units go, by the outgoing weights of before."""
         correction = self._correction(record)
         gains = {}
@@ -180,13 +181,13 @@ class ContinualBackprop(UnitReplacement):
         return gains
 
 
-def _raised(bias: nn.Parameter, gain: Tensor, fresh: Part | None) -> Part:
+def _raised(bias: nn.Parameter, gain: Tensor, fresh: SparseUpdate | None) -> SparseUpdate:
     """A bias after its gain; entries that are drawn anew gain nothing."""
     values, renewed = bias.detach().cpu().double() + gain, torch.zeros(len(bias), dtype=torch.bool)
     if fresh is not None:
         values[fresh.positions] = fresh.values.double()
         renewed[fresh.positions] = True
-    return Part(torch.arange(len(bias)), values, renewed)
+    return SparseUpdate(torch.arange(len(bias)), values, renewed)
 
 
 def _sums(x: Tensor, dim: int) -> Tensor:
@@ -203,7 +204,7 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     """Sum of the absolute weights of each input channel of a linear or convolution layer, ``(channels,)``."""
     assert isinstance(consumer.weight, Tensor)
     weight, dtype = consumer.weight.detach(), torch.promote_types(consumer.weight.dtype, torch.float32)
-    if isinstance(consumer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
     groups_of_rows = weight.unflatten(0, (groups, -1))
@@ -228,6 +229,6 @@ def _response(consumer: nn.Module, inputs: Tensor) -> Tensor:
     dtype = torch.promote_types(consumer.weight.dtype, torch.float32)
     weight: Tensor = consumer.weight.detach().to(dtype).unflatten(0, (groups, -1))
     weight = weight.reshape(*weight.shape[:3], -1).sum(-1) if weight.ndim > 3 else weight
-    if isinstance(consumer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         weight = weight.transpose(1, 2) / math.prod(consumer.stride)
     return (weight @ inputs.to(weight).view(groups, -1, 1)).flatten().cpu().double()

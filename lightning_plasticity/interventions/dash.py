@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.distributed.agreement import mean_over_processes
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.weights.linear_layers import CONVOLUTIONS, RECURRENT, linear_parameters
-from lightning_plasticity.interventions.weights.updates import Changes, nothing_renewed
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
+from lightning_plasticity.interventions.weights.updates import WeightUpdate, keep_optimizer_state
+from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.layers import CONVOLUTIONS, RECURRENT_LAYERS
 
 
 class DASH(Repair):
@@ -59,14 +60,14 @@ class DASH(Repair):
 
     def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < number(alpha) <= 1:
+        if not 0 < as_float(alpha) <= 1:
             raise ValueError(f"DASH(alpha={alpha!r}) must be in (0, 1]: the weight of the latest mini-batch")
-        if not 0 <= number(shrinkage) <= 1:
+        if not 0 <= as_float(shrinkage) <= 1:
             raise ValueError(f"DASH(shrinkage={shrinkage!r}) must be in [0, 1]: the smallest factor")
         self.alpha, self.shrinkage = alpha, shrinkage
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         if not request.losses:
             raise ValueError(
                 "DASH needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets)), or a list of "
@@ -74,7 +75,7 @@ class DASH(Repair):
             )
         vectors: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}  # with the dimensions that make one vector
         for name, part in linear_parameters(model).items():
-            if not isinstance(part.layer, RECURRENT):
+            if not isinstance(part.layer, RECURRENT_LAYERS):
                 first = 0 if part.is_bias else 2 if isinstance(part.layer, CONVOLUTIONS) else 1
                 vectors[name] = part.parameter, tuple(range(first, part.parameter.ndim))
         wanted = self._wanted(model, request, [parameter for parameter, _ in vectors.values()])
@@ -86,14 +87,14 @@ class DASH(Repair):
                 old = parameter.detach()
                 factor = _cosine(wanted[parameter], old, dims).clamp(self.shrinkage, 1)
                 values[parameter] = (old.double() * factor).to(old)
-        return Changes(values, nothing_renewed(values))
+        return WeightUpdate(values, keep_optimizer_state(values))
 
     def _wanted(self, model: nn.Module, request: Request, parameters: list[nn.Parameter]) -> dict[Tensor, Tensor]:
         """The moving average of the negative gradients of each parameter that is used."""
         averages: dict[Tensor, Tensor] = {}
         if not parameters:
             return averages
-        with probing(model):
+        with probe_mode(model):
             for loss in request.losses:
                 gradients = torch.autograd.grad(loss(model), parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -107,7 +108,7 @@ class DASH(Repair):
                         averages[parameter].sub_(gradient, alpha=self.alpha)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         return {
-            parameter: mean_over_processes(average, names.get(parameter, "")) for parameter, average in averages.items()
+            parameter: all_reduce_mean(average, names.get(parameter, "")) for parameter, average in averages.items()
         }
 
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.distributed.agreement import mean_over_processes
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
-from lightning_plasticity.interventions.base import Regularizer, RunningRemedy
-from lightning_plasticity.interventions.weights.matrices import widened
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.interventions.base import Regularizer, StepIntervention
+from lightning_plasticity.interventions.weights.matrices import at_least_float32
+from lightning_plasticity.isolation.state import probe_mode
 
 Forward = Callable[[nn.Module], object]
 
 
-class EffectiveRankRegularizer(RunningRemedy):
+class EffectiveRankRegularizer(StepIntervention):
     r"""Raises the effective rank of the hidden layers' features by a gradient step of its own every so many samples.
 
     .. math:: \theta \leftarrow \theta + \eta\,\nabla_\theta \frac{1}{L} \sum_\ell
@@ -71,10 +71,10 @@ class EffectiveRankRegularizer(RunningRemedy):
     """
 
     def __init__(self, learning_rate: float = 1e-3, every_n_samples: int = 500, max_norm: float = 1000) -> None:
-        if not 0 <= number(learning_rate) < float("inf"):
+        if not 0 <= as_float(learning_rate) < float("inf"):
             raise ValueError(f"{self.name}(learning_rate={learning_rate!r}) must be a finite number, at least 0")
         self._check_count(every_n_samples=every_n_samples)
-        if not number(max_norm) > 0:
+        if not as_float(max_norm) > 0:
             raise ValueError(f"{self.name}(max_norm={max_norm!r}) must be positive; float('inf') never clips")
         self.learning_rate = learning_rate
         self.every_n_samples = every_n_samples
@@ -93,7 +93,7 @@ class EffectiveRankRegularizer(RunningRemedy):
         """Sees whether there are features, and how many samples a minibatch holds, if it can run the model."""
         if forward is not None and self._samples_per_batch is None:
             stage = model if make_copy is None else make_copy()
-            with probing(stage), torch.no_grad():
+            with probe_mode(stage), torch.no_grad():
                 self._count(stage, [forward])
 
     @override
@@ -112,7 +112,7 @@ class EffectiveRankRegularizer(RunningRemedy):
             )
         self.start(model, forward=forward, make_copy=make_copy)
         assert self._samples_per_batch is not None
-        self._waiting.append(_as_of_now(forward))
+        self._waiting.append(_bind_closure(forward))
         if len(self._waiting) * self._samples_per_batch >= self.every_n_samples:
             self._step(model, model if make_copy is None else make_copy())
 
@@ -132,7 +132,7 @@ class EffectiveRankRegularizer(RunningRemedy):
         Returns:
             The mean effective rank of the hidden layers times ``-coefficient``, a scalar with a graph.
         """
-        with probing(model):
+        with probe_mode(model):
             return -coefficient * _mean_rank(_features(model, [forward])[0])
 
     @override
@@ -148,12 +148,12 @@ class EffectiveRankRegularizer(RunningRemedy):
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         twins = dict(stage.named_parameters())
         waiting, self._waiting = self._waiting, []  # also if it fails: a broken minibatch must not come again
-        with probing(stage):
+        with probe_mode(stage):
             rank = _mean_rank(self._count(stage, waiting))
             if not rank.requires_grad:  # whatever leads to the features is frozen
                 return
             found = torch.autograd.grad(rank, [twins[name] for name in parameters], materialize_grads=True)
-        gradients = [mean_over_processes(gradient) for gradient in found]
+        gradients = [all_reduce_mean(gradient) for gradient in found]
         norm = sum(gradient.double().square().sum().item() for gradient in gradients) ** 0.5
         if 0 < norm < float("inf"):
             size = self.learning_rate * min(1.0, self.max_norm / norm)
@@ -165,11 +165,11 @@ class EffectiveRankRegularizer(RunningRemedy):
         """The features; takes note of the number of samples, the same number in all processes."""
         features, samples = _features(stage, forwards)
         per_batch = torch.tensor(samples / len(forwards), device=next(iter(features.values())).device)
-        self._samples_per_batch = mean_over_processes(per_batch).item()
+        self._samples_per_batch = all_reduce_mean(per_batch).item()
         return features
 
 
-class L2ER(RunningRemedy, Regularizer):
+class L2ER(StepIntervention, Regularizer):
     r"""L2-ER: steps that raise the effective rank of the features, and an L2 penalty in the loss.
 
     .. math:: \text{in the loss: } \frac{w}{2} \lVert \theta \rVert^2, \qquad
@@ -209,14 +209,16 @@ class L2ER(RunningRemedy, Regularizer):
         every_n_samples: int = 500,
         max_norm: float = 1000,
     ) -> None:
-        if not 0 <= number(weight_decay) < float("inf"):
+        if not 0 <= as_float(weight_decay) < float("inf"):
             raise ValueError(f"{self.name}(weight_decay={weight_decay!r}) must be a finite number, at least 0")
         super().__init__(weight_decay)
-        self.rank_regularizer = _RankPart(learning_rate, every_n_samples, max_norm)
+        self.rank_regularizer = _NamedRankRegularizer(learning_rate, every_n_samples, max_norm)
 
     @override
     def penalty(self, model: nn.Module) -> Tensor:
-        terms = [widened(parameter).square().sum() for parameter in model.parameters() if parameter.requires_grad]
+        terms = [
+            at_least_float32(parameter).square().sum() for parameter in model.parameters() if parameter.requires_grad
+        ]
         if not terms:
             raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")
         return 0.5 * self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
@@ -256,13 +258,13 @@ class L2ER(RunningRemedy, Regularizer):
         self.rank_regularizer.load_state_dict(state)
 
 
-class _RankPart(EffectiveRankRegularizer):
+class _NamedRankRegularizer(EffectiveRankRegularizer):
     """Speaks in the name of the whole."""
 
     name = "L2ER"
 
 
-def _as_of_now(forward: Forward) -> Forward:
+def _bind_closure(forward: Forward) -> Forward:
     """The function with the variables it uses as they are now: it is called when a loop has gone on to other inputs."""
     if not isinstance(forward, FunctionType):
         return forward

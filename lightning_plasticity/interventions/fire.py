@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.weights.linear_layers import CONVOLUTIONS, TRANSPOSED, LinearParameter, weights
-from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, weights
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from lightning_plasticity.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 
 class FIRE(Repair):
@@ -65,7 +66,7 @@ class FIRE(Repair):
         self.iterations = iterations
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         kept = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         values: dict[Tensor, Tensor] = {}
         for name, weight in weights(model).items():
@@ -76,7 +77,7 @@ class FIRE(Repair):
             new = self._renewed(weight)
             if new is not None:
                 values[weight.parameter] = new
-        return Changes(values)
+        return WeightUpdate(values)
 
     def _renewed(self, weight: LinearParameter) -> Tensor | None:
         layer, old = weight.layer, weight.parameter.detach()
@@ -85,8 +86,8 @@ class FIRE(Repair):
         if weight.key == "in_proj_weight":
             queries, keys, values = old.chunk(3)
             return torch.cat([self._isometry(queries).to(old), self._isometry(keys).to(old), values])
-        if isinstance(layer, CONVOLUTIONS) and not isinstance(layer, TRANSPOSED):
-            groups: int = layer.groups  # type: ignore[assignment]
+        if isinstance(layer, CONVOLUTIONS) and not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+            groups: int = layer.groups
             if groups > 1 and old.shape[1] == 1:  # depthwise
                 return None
             kernels = old.reshape(groups, -1, old.shape[1], old[0, 0].numel())

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS
-from lightning_plasticity.interventions.weights.updates import Changes, RepairReport, apply, nothing_renewed
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity.interventions.weights.updates import (
+    RepairReport,
+    WeightUpdate,
+    apply_update,
+    keep_optimizer_state,
+)
+from lightning_plasticity.layers import NORM_LAYERS
 
 
-class HareTortoise(RunningRemedy):
+class HareTortoise(StepIntervention):
     r"""Every so many steps the network (the hare) goes back to the moving average of itself (the tortoise).
 
     .. math:: \bar\theta \leftarrow \beta\,\bar\theta + (1 - \beta)\,\theta \ \text{after each step}, \qquad
@@ -50,7 +55,7 @@ class HareTortoise(RunningRemedy):
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
-        if not 0 <= number(decay) < 1:
+        if not 0 <= as_float(decay) < 1:
             raise ValueError(f"HareTortoise(decay={decay!r}) must be in [0, 1): the share of the average that stays")
         self._check_count(every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
@@ -90,7 +95,7 @@ class HareTortoise(RunningRemedy):
         if self.steps % self.every_n_steps:
             return None
         values = {tensor: self.tortoise[name] for name, tensor in hare.items()}
-        return apply(self.name, Changes(values, nothing_renewed(values)), optimizers)
+        return apply_update(self.name, WeightUpdate(values, keep_optimizer_state(values)), optimizers)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.weights.matrices import widened
+from lightning_plasticity.interventions.weights.matrices import at_least_float32
 
 
 class InitialValueRegularizer(Regularizer):
     """Remembers something of every trainable parameter at the start, and measures how far it has gone.
 
-    Those to come implement :meth:`remembered` and :meth:`distance`. Tied parameters count once.
+    Those to come implement :meth:`rollback_on_error` and :meth:`distance`. Tied parameters count once.
     """
 
     def __init__(self, coefficient: float) -> None:
@@ -50,7 +50,7 @@ class InitialValueRegularizer(Regularizer):
                     f"({before}): call start(model) before training, and again when the model has changed"
                 )
             initial = self._initial[name] = self._initial[name].to(parameter.device)
-            wide = widened(parameter)
+            wide = at_least_float32(parameter)
             terms.append(self.distance(wide, initial.to(wide.dtype)))
         if not terms:
             raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")

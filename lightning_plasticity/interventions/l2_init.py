@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS
+from lightning_plasticity.layers import NORM_LAYERS
 
 
 class L2Init(InitialValueRegularizer):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import RunningRemedy
+from lightning_plasticity.interventions.base import StepIntervention
 from lightning_plasticity.interventions.weights.linear_layers import weights
 
 
-class NormalizeAndProject(RunningRemedy):
+class NormalizeAndProject(StepIntervention):
     r"""Brings each weight matrix back to its initial norm after each optimizer step.
 
     .. math:: W \leftarrow \frac{\|W_0\|_F}{\|W\|_F}\, W

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import are_names, number
+from lightning_plasticity._validation import as_float, is_str_list
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.weights.matrices import layers_of
+from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
 class Parseval(Regularizer):
@@ -48,16 +48,16 @@ class Parseval(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
         super().__init__(coefficient)
-        if not 0 < number(gain) < float("inf"):
+        if not 0 < as_float(gain) < float("inf"):
             raise ValueError(f"Parseval(gain={gain!r}) must be a positive number: the singular values to be kept")
-        if exclude is not None and not are_names(exclude, at_least=0):
+        if exclude is not None and not is_str_list(exclude, at_least=0):
             raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as ['head'], or None")
         self.gain = gain
         self.exclude = None if exclude is None else tuple(exclude)
 
     @override
     def penalty(self, model: nn.Module) -> Tensor:
-        layers = {name: layer.matrices for name, layer in layers_of(model).items() if layer.matrices}
+        layers = {name: layer.matrices for name, layer in weight_matrices(model).items() if layer.matrices}
         excluded = (*layers,)[-1:] if self.exclude is None else self.exclude
         missing = set(excluded) - {name for name, _ in model.named_modules()}
         if missing:

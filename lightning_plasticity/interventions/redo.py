@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.distributed.agreement import mean_over_processes
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import Repair, Request, When
 from lightning_plasticity.interventions.units.dependency_graph import recorded_inputs
-from lightning_plasticity.interventions.units.groups import Site, Units, channel_dim, describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
 from lightning_plasticity.interventions.units.layer_statistics import by_unit
-from lightning_plasticity.interventions.units.unit_reset import recycling
-from lightning_plasticity.interventions.weights.linear_layers import TRANSPOSED
-from lightning_plasticity.interventions.weights.updates import Changes
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.interventions.units.unit_reset import plan_reset
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, input_channel_dim
 
 
-class _Recycling(Repair):
+class _ThresholdReset(Repair):
     """Recycles the units whose score is at most ``threshold`` times the mean score of their layer."""
 
     def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None, when: When) -> None:
         super().__init__(when)
-        if not number(threshold) >= 0:
+        if not as_float(threshold) >= 0:
             raise ValueError(f"{self.name}(threshold={threshold!r}) must be at least 0: a share of the mean")
         if initial is not None and not isinstance(initial, Mapping):
             raise ValueError(f"{self.name}(initial={initial!r}) must be a state_dict(), or None")
@@ -39,15 +39,15 @@ class _Recycling(Repair):
         )
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         if request.forward is None:
             raise ValueError(
                 f"{self.name} needs to see the model run: repair(model, forward=lambda model: model(inputs))"
             )
         units = describe_units(model, request.forward)
-        scores = {layer: mean_over_processes(s, layer) for layer, s in self.scores(model, units, request).items()}
+        scores = {layer: all_reduce_mean(s, layer) for layer, s in self.scores(model, units, request).items()}
         chosen = {layer: self._dormant(layer, score) for layer, score in scores.items()}
-        return recycling(model, units, chosen, request.generator, self.initial)
+        return plan_reset(model, units, chosen, request.generator, self.initial)
 
     @abstractmethod
     def scores(self, model: nn.Module, units: Units, request: Request) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class _Recycling(Repair):
         return (score <= self.threshold * score.mean()).nonzero().flatten()
 
 
-class ReDo(_Recycling):
+class ReDo(_ThresholdReset):
     r"""Recycles dormant units: those whose mean absolute activation is small beside that of their layer.
 
     .. math:: s_i = \frac{\mathrm E|h_i|}{\mathrm{mean}_k\,\mathrm E|h_k|} \le \tau
@@ -104,13 +104,13 @@ class ReDo(_Recycling):
     @override
     def scores(self, model: nn.Module, units: Units, request: Request) -> dict[str, Tensor]:
         assert request.forward is not None
-        consumers = [name for site in units.sites.values() for name in site.consumers]
-        with probing(model), torch.no_grad(), recorded_inputs(model, consumers) as inputs:
+        consumers = [name for site in units.groups.values() for name in site.consumers]
+        with probe_mode(model), torch.no_grad(), recorded_inputs(model, consumers) as inputs:
             request.forward(model)
-        return {layer: _activity(model, site, inputs) for layer, site in units.sites.items()}
+        return {layer: _activity(model, site, inputs) for layer, site in units.groups.items()}
 
 
-class ReGraMa(_Recycling):
+class ReGraMa(_ThresholdReset):
     r"""Recycles units that have stopped learning: those whose incoming weights have small gradients.
 
     .. math:: s_i = \frac{\mathrm{mean}|\partial L/\partial w_{\mathrm{in},i}|}{\mathrm{mean}_k\,
@@ -146,7 +146,7 @@ class ReGraMa(_Recycling):
         super().__init__(threshold, initial, when)
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         if request.loss is None:
             raise ValueError(
                 "ReGraMa needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets))"
@@ -157,22 +157,22 @@ class ReGraMa(_Recycling):
     @override
     def scores(self, model: nn.Module, units: Units, request: Request) -> dict[str, Tensor]:
         assert request.loss is not None
-        weights = {layer: model.get_parameter(f"{layer}.weight" if layer else "weight") for layer in units.sites}
+        weights = {layer: model.get_parameter(f"{layer}.weight" if layer else "weight") for layer in units.groups}
         if not weights:
             return {}
-        with probing(model):
+        with probe_mode(model):
             gradients = torch.autograd.grad(request.loss(model), list(weights.values()), materialize_grads=True)
         return {
-            layer: _by_unit(gradient, dim=1 if isinstance(model.get_submodule(layer), TRANSPOSED) else 0)
-            for layer, gradient in zip(units.sites, gradients, strict=True)
+            layer: _by_unit(gradient, dim=1 if isinstance(model.get_submodule(layer), TRANSPOSED_CONVOLUTIONS) else 0)
+            for layer, gradient in zip(units.groups, gradients, strict=True)
         }
 
 
-def _activity(model: nn.Module, site: Site, inputs: Mapping[str, Tensor]) -> Tensor:
+def _activity(model: nn.Module, site: UnitGroup, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean absolute value of each unit where it is heard, the largest over the layers that hear it."""
     heard = []
     for name, owner in site.consumers.items():
-        dim = channel_dim(model.get_submodule(name))
+        dim = input_channel_dim(model.get_submodule(name))
         x = inputs[name].detach().double().abs().movedim(dim, 0).flatten(1).mean(1).cpu()
         heard.append(by_unit(x, owner, site.num_units) / owner[owner >= 0].bincount(minlength=site.num_units))
     return torch.stack(heard).amax(0)

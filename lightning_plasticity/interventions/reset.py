@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import are_names, is_whole
+from lightning_plasticity._validation import is_int, is_str_list
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS, fresh_values
-from lightning_plasticity.interventions.weights.updates import Changes
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.interventions.weights.initialization import fresh_values
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.layers import NORM_LAYERS
 
 
 class Reset(Repair):
@@ -48,18 +49,18 @@ class Reset(Repair):
 
     def __init__(self, layers: Sequence[str] | None = None, last: int | None = None, when: When = "collapse") -> None:
         super().__init__(when)
-        if layers is not None and not are_names(layers):
+        if layers is not None and not is_str_list(layers):
             raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")
-        if last is not None and (not is_whole(last) or last < 1):
+        if last is not None and (not is_int(last) or last < 1):
             raise ValueError(f"Reset(last={last!r}) must be a number of layers, at least 1, or None")
         if layers is not None and last is not None:
             raise ValueError(f"Reset(layers={layers!r}, last={last}): give one of them, not both")
         self.layers, self.last = layers, last
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         chosen = self._named(model) if self.last is None else self._used_last(model, request.forward, self.last)
-        return Changes(fresh_values(model, chosen, request.generator))
+        return WeightUpdate(fresh_values(model, chosen, request.generator))
 
     def _named(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(model.named_modules())
@@ -100,7 +101,7 @@ def _in_order_of_use(model: nn.Module, forward: Callable[[nn.Module], object]) -
     holders = [module for module in model.modules() if list(module.parameters(recurse=False))]
     handles = [module.register_forward_pre_hook(note) for module in holders]
     try:
-        with probing(model), torch.no_grad():
+        with probe_mode(model), torch.no_grad():
             forward(model)
     finally:
         for handle in handles:

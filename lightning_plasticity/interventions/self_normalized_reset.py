@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import is_whole, number
-from lightning_plasticity.interventions.units.groups import Site
-from lightning_plasticity.interventions.units.layer_statistics import Heard, by_unit, other_dims
+from lightning_plasticity._validation import as_float, is_int
+from lightning_plasticity.interventions.units.groups import UnitGroup
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 
 _BUCKETS_PER_OCTAVE = 8
@@ -84,16 +84,16 @@ class SelfNormalizedReset(UnitReplacement):
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(_firings, seed, initial)
-        if not 0 < number(rejection) < 1:
+        if not 0 < as_float(rejection) < 1:
             raise ValueError(f"{self.name}(rejection={rejection!r}) must be in (0, 1): a share of a unit's silences")
-        if not is_whole(cap) or cap < 1:
+        if not is_int(cap) or cap < 1:
             raise ValueError(f"{self.name}(cap={cap}) must be at least 1, and whole: a number of samples")
         self.rejection = rejection
         self.cap = cap
         self._buckets = _buckets(cap)
 
     @override
-    def new_record(self, site: Site) -> Record:
+    def new_record(self, site: UnitGroup) -> Record:
         return {
             "silence": torch.zeros(site.num_units, dtype=torch.long),
             "past silences": torch.zeros(site.num_units, len(self._buckets), dtype=torch.int32),
@@ -101,7 +101,7 @@ class SelfNormalizedReset(UnitReplacement):
 
     @override
     def updated(
-        self, model: nn.Module, site: Site, record: Record, heard: Mapping[str, Heard]
+        self, model: nn.Module, site: UnitGroup, record: Record, heard: Mapping[str, LayerStatistics]
     ) -> tuple[Record, Tensor]:
         firings = [by_unit(one.sums[0], site.consumers[name], site.num_units) for name, one in heard.items()]
         fired = torch.stack(firings).sum(0) > 0
@@ -120,7 +120,7 @@ class SelfNormalizedReset(UnitReplacement):
         )
 
     @override
-    def restarted(self, site: Site, record: Record, units: Tensor) -> Record:
+    def restarted(self, site: UnitGroup, record: Record, units: Tensor) -> Record:
         return {key: value.index_fill(0, units, 0) for key, value in record.items()}
 
     def _bucket(self, silence: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
+from lightning_plasticity._validation import as_float
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS, fresh_values
-from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.interventions.weights.initialization import fresh_values
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from lightning_plasticity.layers import NORM_LAYERS
 
 
 class ShrinkPerturb(Repair):
@@ -36,14 +37,14 @@ class ShrinkPerturb(Repair):
 
     def __init__(self, s: float = 0.8, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < number(s) <= 1:
+        if not 0 < as_float(s) <= 1:
             raise ValueError(f"ShrinkPerturb(s={s!r}) must be in (0, 1]: the share of the way to fresh weights")
         self.s = s
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
-        return Changes(
+        return WeightUpdate(
             {
                 old: fresh if self.s == 1 else torch.lerp(old.detach(), fresh.to(old), self.s)
                 for old, fresh in fresh_values(model, modules, request.generator).items()

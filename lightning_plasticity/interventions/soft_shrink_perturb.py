@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_seed, number
-from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS, SendableGenerator, fresh_values
+from lightning_plasticity._validation import as_float, check_seed
+from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, fresh_values
+from lightning_plasticity.layers import NORM_LAYERS
 
 _DRAWS = 8
 """Fresh weights that a scale is taken from: a bias has few entries."""
 
 
-class SoftShrinkPerturb(RunningRemedy):
+class SoftShrinkPerturb(StepIntervention):
     r"""Shrinks all weights a little after each optimizer step, and adds a little noise.
 
     .. math:: \theta \leftarrow \lambda\,\theta + \sigma\, s \odot \xi, \qquad \xi \sim \mathcal N(0, 1)
@@ -60,17 +61,17 @@ class SoftShrinkPerturb(RunningRemedy):
     """
 
     def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
-        if not 0 <= number(shrink) <= 1:
+        if not 0 <= as_float(shrink) <= 1:
             raise ValueError(
                 f"SoftShrinkPerturb(shrink={shrink!r}) must be in [0, 1]: the share of the weights that stays"
             )
-        if not 0 <= number(noise) < math.inf:
+        if not 0 <= as_float(noise) < math.inf:
             raise ValueError(f"SoftShrinkPerturb(noise={noise!r}) must be a finite number, at least 0")
         self._check_count(every_n_steps=every_n_steps)
         check_seed(seed)
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
-        self.generator = SendableGenerator()
+        self.generator = PicklableGenerator()
         self.generator.manual_seed(seed)
         self.scales: dict[str, Tensor] = {}
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
+from lightning_plasticity._validation import as_float
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.weights.matrices import layers_of
+from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 _FIRST_ITERATIONS = 20
 """For a matrix that is new: from a random vector, one is not enough."""
@@ -58,7 +58,7 @@ class SpectralRegularizer(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
         super().__init__(coefficient)
-        if not 1 <= number(power) < float("inf"):
+        if not 1 <= as_float(power) < float("inf"):
             raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
         self._check_switch(exact=exact)
         self.power = power
@@ -68,11 +68,11 @@ class SpectralRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms: list[Tensor] = []
-        for layer in layers_of(model).values():
+        for layer in weight_matrices(model).values():
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
-            terms += [shift.square().sum().pow(self.power) for shift in layer.shifts]
-            terms += [(gain - 1).square().sum() for gain in layer.gains]
+            terms += [shift.square().sum().pow(self.power) for shift in layer.biases]
+            terms += [(gain - 1).square().sum() for gain in layer.scales]
         return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     @override

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import number
-from lightning_plasticity.interventions.base import RunningRemedy
+from lightning_plasticity._validation import as_float
+from lightning_plasticity.interventions.base import StepIntervention
 from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
 
 
-class WeightClipping(RunningRemedy):
+class WeightClipping(StepIntervention):
     r"""Clips weights and biases after each optimizer step.
 
     .. math:: \theta \leftarrow \mathrm{clamp}\Bigl(\theta, -\frac{\kappa}{\sqrt{\mathrm{fan\_in}}},
@@ -47,7 +47,7 @@ class WeightClipping(RunningRemedy):
     """
 
     def __init__(self, kappa: float = 2.0) -> None:
-        if not 0 < number(kappa) < math.inf:
+        if not 0 < as_float(kappa) < math.inf:
             raise ValueError(f"WeightClipping(kappa={kappa!r}) must be a finite number, greater than 0")
         self.kappa = kappa
 

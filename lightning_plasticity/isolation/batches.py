@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_plasticity.isolation.module_copy import IMMUTABLE, held_by
+from lightning_plasticity.isolation.module_copy import IMMUTABLE, referents
 
 Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
 _PARTS = (Tensor, tuple, list)
@@ -35,11 +35,11 @@ def batch_size(batch: Any) -> int | None:
     return len(lists[0]) if lists else _most_common_size(_tensors(batch))
 
 
-def first_samples(batch: Any, samples: int) -> Any:
+def slice_batch(batch: Any, samples: int) -> Any:
     """A copy of the first samples of a batch (:func:`samples_between`).
 
     Example:
-        >>> x, y, scale = first_samples((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
+        >>> x, y, scale = slice_batch((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
         >>> x.shape, y.shape, scale.shape
         (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
     """
@@ -53,20 +53,20 @@ def samples_between(batch: Any, first: int, end: int) -> Any:
     """
     size = batch_size(batch)
     if first == 0 and (size is None or size <= end):
-        return copied(batch)
+        return clone_batch(batch)
 
     def take(part: Part) -> Any:
         if not isinstance(part, Tensor):
-            return copied(part[first:end])
+            return clone_batch(part[first:end])
         return (_rows(part, first, end) if _by_sample(part, size) else part).detach().clone()
 
     return _apply_to_parts(batch, take)
 
 
-def copied(batch: Any) -> Any:
+def clone_batch(batch: Any) -> Any:
     """A copy of a batch, which may be changed in place: also of what it holds in objects and numpy arrays."""
     # Clones, since deepcopy refuses tensors with a graph, and of a view copies all that it is a view of.
-    clones = _twins(batch)
+    clones = _deepcopy_memo(batch)
     try:
         return copy.deepcopy(batch, clones)
     except Exception:  # an object that cannot be copied is shared
@@ -80,7 +80,7 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
         yield samples_between(batch, first, first + size)
 
 
-def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
+def concat_batches(batches: Sequence[Any], like: Any = None) -> Any:
     """One batch of the samples of several of the same structure, in their order.
 
     Args:
@@ -88,7 +88,7 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
         like: One of them, on the device that the result shall be on; by default the first.
 
     Example:
-        >>> concatenated([{"x": torch.zeros(2, 3)}, {"x": torch.ones(1, 3)}])["x"].shape
+        >>> concat_batches([{"x": torch.zeros(2, 3)}, {"x": torch.ones(1, 3)}])["x"].shape
         torch.Size([3, 3])
     """
     sizes = [batch_size(batch) for batch in batches]
@@ -100,7 +100,7 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
     def join(part: Part) -> Any:
         column = next(columns)
         if not isinstance(part, Tensor):
-            return type(part)(item for own in column for item in moved(own, like=part))
+            return type(part)(item for own in column for item in to_device(own, like=part))
         if not all(_by_sample(own, size) for own, size in zip(column, sizes, strict=True)):
             return part
         return torch.cat([own.to(part.device) for own in column])
@@ -108,7 +108,7 @@ def concatenated(batches: Sequence[Any], like: Any = None) -> Any:
     return _apply_to_parts(batches[0] if like is None else like, join)
 
 
-def moved(batch: Any, like: Any) -> Any:
+def to_device(batch: Any, like: Any) -> Any:
     """The batch on the device of another one."""
     device = next((tensor.device for tensor in _tensors(like)), torch.device("cpu"))
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
@@ -189,7 +189,7 @@ def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
     return taken
 
 
-def _twins(batch: Any) -> dict[int, Any]:
+def _deepcopy_memo(batch: Any) -> dict[int, Any]:
     """What a deep copy of a batch is not to make itself: clones of tensors, and the objects that hold no numbers.
 
     Others may know those by their identity, and what they refer to, such as a vocabulary, may be large.
@@ -205,7 +205,7 @@ def _twins(batch: Any) -> dict[int, Any]:
         if isinstance(value, Tensor | np.ndarray):
             numbers.append(value)
         elif not isinstance(value, Dataset | DataLoader | nn.Module):
-            items = held_by(value)
+            items = referents(value)
             for item in items:
                 holders.setdefault(id(item), []).append(value)
             ahead += items

@@ -104,7 +104,7 @@ def _reached(module: nn.Module, stand_in: StandIn | None, memo: dict[int, Any]) 
             memo[id(value)] = value.detach().clone()
         else:
             found.append(value)
-            ahead += held_by(value)
+            ahead += referents(value)
     return found
 
 
@@ -113,7 +113,7 @@ def _is_sparse_buffer(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided and not tensor.requires_grad and not isinstance(tensor, nn.Parameter)
 
 
-def held_by(value: Any) -> list[Any]:
+def referents(value: Any) -> list[Any]:
     """What a value holds on to."""
     items: list[Any] = []
     if isinstance(value, dict):

@@ -37,7 +37,7 @@ def _eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every module into evaluation mode; restores each one's mode and buffers, also after an exception.
 
     Modules do not hear of it: some do more in their ``train`` and ``eval``, such as to merge weights.
@@ -95,14 +95,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
+def probe_mode(model: nn.Module) -> Iterator[None]:
     """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     if device == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")
     with (
         isolated_rng(),
-        evaluation_mode(model),
+        eval_mode(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device, enabled=False),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self, override
 
-from lightning_plasticity.distributed.agreement import agree
+from lightning_plasticity.distributed.agreement import sync_errors
 
 
 class PlasticityMetric(Metric):
@@ -60,7 +60,7 @@ class PlasticityMetric(Metric):
         distributed_available: Callable[[], bool] | None = None,
     ) -> None:
         if should_sync and not self._is_synced and dist.is_available() and dist.is_initialized():
-            agree()
+            sync_errors()
             self._agree_on_shapes(process_group or self.process_group)
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 

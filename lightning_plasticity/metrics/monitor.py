@@ -18,9 +18,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import are_names, is_whole
+from lightning_plasticity._validation import is_int, is_str_list
 from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
-from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, Watch
+from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, ActivationTracker
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -160,16 +160,16 @@ class PlasticityMonitor(PlasticityMetric):
         for name, names in (("layers", layers), ("measures", measures)):
             if isinstance(names, str):
                 raise TypeError(f"{name}={names!r} must be a list of names: [{names!r}]")
-        if not are_names(measures) or any(measure not in MEASURES for measure in measures):
+        if not is_str_list(measures) or any(measure not in MEASURES for measure in measures):
             raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
         if compiled not in ("raise", "eager"):
             raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
         for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
-            if not is_whole(limit) or limit < 1:
+            if not is_int(limit) or limit < 1:
                 raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
-        if layers is not None and not are_names(layers):
+        if layers is not None and not is_str_list(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
-        if channel_dim is not None and not is_whole(channel_dim):
+        if channel_dim is not None and not is_int(channel_dim):
             raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
         if not isinstance(prefix, str):
             raise TypeError(f"prefix={prefix!r} must be a string")
@@ -181,16 +181,16 @@ class PlasticityMonitor(PlasticityMetric):
         self.max_samples = max_samples
         self.max_units = max_units
         self.prefix = prefix
-        self.forgiving = False
+        self.suppress_errors = False
         self.errors: list[str] = []
         self._network = [] if module is None else [_checked(module)]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
-        self._watch: Watch | None = None
+        self._watch: ActivationTracker | None = None
         self._is_persistent = False
         self._offered: set[str] = set()
         self._assumed: set[str] = set()
-        self._unfit: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._rejected: dict[str, str] = {}
+        self._warned: set[str] = set()
 
     def attach(self, module: nn.Module | None = None) -> Self:
         """Begins to watch the network; also as ``with monitor.attach(module): ...``.
@@ -230,11 +230,11 @@ class PlasticityMonitor(PlasticityMetric):
             )
         chosen = paths.intersection(self.patterns or ())
         self._offered = set(chosen)
-        watch = Watch(network, self, chosen)
+        watch = ActivationTracker(network, self, chosen)
         with ExitStack() as stack:
             if self.compiled == "eager" and compiler_is_loaded():
                 stack.enter_context(uncompiled())
-            stack.callback(self._look_back, watch)
+            stack.callback(self._warn_gaps, watch)
             stack.callback(watch.stop)
             watch.start()
             self._attachment, self._watch = stack.pop_all(), watch
@@ -320,7 +320,7 @@ class PlasticityMonitor(PlasticityMetric):
             result |= {f"{self.prefix}{measure}/{layer}": values[measure] for layer, values in by_layer.items()}
         return result
 
-    def wants(self, name: str) -> bool:
+    def selects(self, name: str) -> bool:
         """Whether this layer is to be measured."""
         self._offered.add(name)
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -343,11 +343,11 @@ class PlasticityMonitor(PlasticityMetric):
             rows = rows[chosen.to(rows.device)].double()
         return _Statistics(units, sums, rows)
 
-    def forgives(self, error: Exception) -> bool:
+    def tolerates(self, error: Exception) -> bool:
         """Whether the forward pass goes on when something cannot be measured; what is wrong is kept in ``errors``."""
-        if self.forgiving:
+        if self.suppress_errors:
             self.errors.append(str(error))
-        return self.forgiving
+        return self.suppress_errors
 
     def report(self, name: str, observed: _Statistics, *, assumed: bool, certain: bool) -> None:
         """Adds the statistics of a layer. What is not certain of it does not end the forward pass."""
@@ -358,7 +358,7 @@ class PlasticityMonitor(PlasticityMetric):
         except ValueError as error:
             if certain and name not in self._assumed:
                 raise
-            self._unfit[name] = str(error)
+            self._rejected[name] = str(error)
 
     @override
     def persistent(self, mode: bool = False) -> None:
@@ -444,7 +444,7 @@ class PlasticityMonitor(PlasticityMetric):
         padded = torch.nn.functional.pad(rows * signs, (0, -units % self.max_units))
         return padded.reshape(len(rows), -1, self.max_units).sum(1)
 
-    def _look_back(self, watch: Watch) -> None:
+    def _warn_gaps(self, watch: ActivationTracker) -> None:
         if watch.saw_compiled_code:
             rank_zero_warn(
                 "code compiled by torch.compile has run while PlasticityMonitor was attached, and its activations were "
@@ -466,11 +466,11 @@ class PlasticityMonitor(PlasticityMetric):
                 "modules that return them, PlasticityMonitor(layers=[...])",
                 category=UserWarning,
             )
-        for error in self._unfit.values():
+        for error in self._rejected.values():
             rank_zero_warn(f"some activations were left out: {error}", category=UserWarning)
-        self._unfit.clear()
-        unclear = sorted(self._assumed - self._told)
-        self._told.update(unclear)
+        self._rejected.clear()
+        unclear = sorted(self._assumed - self._warned)
+        self._warned.update(unclear)
         if unclear:
             rank_zero_warn(
                 f"no layer before or behind {', '.join(unclear)} tells which dimension counts units: it is taken to be "

@@ -5,16 +5,16 @@ from __future__ import annotations
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_plasticity.collapse import PlasticityWarning
-from lightning_plasticity.distributed.agreement import described, of_all_processes
+from lightning_plasticity.distributed.agreement import all_gather_object, format_error
 
 
-class Failures:
+class ErrorLog:
     """Failures that training survives: each is warned of, and the first of each culprit is kept."""
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
 
-    def add(self, who: str, what: str, error: Exception | str) -> None:
+    def record(self, who: str, what: str, error: Exception | str) -> None:
         """Warns of a failure.
 
         Args:
@@ -22,23 +22,23 @@ class Failures:
             what: What follows from it.
             error: Why.
         """
-        rank_zero_warn(f"{what}, training goes on: {str(error) or described(error)}", category=PlasticityWarning)
-        self._first.setdefault(who, described(error))
+        rank_zero_warn(f"{what}, training goes on: {str(error) or format_error(error)}", category=PlasticityWarning)
+        self._first.setdefault(who, format_error(error))
 
-    def move_to(self, errors: dict[str, str]) -> None:
+    def flush_into(self, errors: dict[str, str]) -> None:
         """Adds the first error of each to those that are known of it, if none is; begins anew."""
         for who, error in self._first.items():
             errors.setdefault(who, error)
         self._first.clear()
 
 
-def shared(errors: dict[str, str]) -> dict[str, str]:
+def gather_errors(errors: dict[str, str]) -> dict[str, str]:
     """The errors of all processes that train together, the same in each of them. To be asked for at the same point.
 
     Warns:
         PlasticityWarning: Of those that the first process, the one that is heard, has not had itself.
     """
-    first, *others = of_all_processes(errors)
+    first, *others = all_gather_object(errors)
     everywhere: dict[str, str] = dict(first)
     for rank, theirs in enumerate(others, start=1):
         for who in theirs.keys() - everywhere.keys():

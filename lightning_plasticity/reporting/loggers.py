@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
-from lightning_plasticity.distributed.agreement import described
-from lightning_plasticity.reporting.errors import Failures
+from lightning_plasticity.distributed.agreement import format_error
+from lightning_plasticity.reporting.errors import ErrorLog
 from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
 from lightning_plasticity.reports import TaskReport
 
@@ -28,17 +28,17 @@ IN_TRAINING = "plasticity_training/"
 """Prefix of names logged while training, at the number of optimizer steps over all fits."""
 
 
-def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, failures: Failures) -> None:
+def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, errors: ErrorLog) -> None:
     """Logs what was seen of a batch in flight."""
 
     def log(logger: Logger) -> None:  # a dict for each: it may keep it, or change it
         logger.log_metrics({IN_TRAINING + name: value for name, value in numbers.items()}, step=step)
 
     if numbers:
-        _for_each(loggers, log, failures)
+        _for_each(loggers, log, errors)
 
 
-def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) -> None:
+def log_task(loggers: Iterable[Logger], report: TaskReport, errors: ErrorLog) -> None:
     """Logs the numbers of one task, and to TensorBoard the spectrum as a histogram."""
     numbers = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
 
@@ -48,10 +48,10 @@ def log_task(loggers: Iterable[Logger], report: TaskReport, failures: Failures) 
         if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
             _log_histograms(logger, report, report.spectrum)
 
-    _for_each(loggers, log, failures)
+    _for_each(loggers, log, errors)
 
 
-def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], failures: Failures) -> None:
+def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], errors: ErrorLog) -> None:
     """Logs a picture of the whole history to TensorBoard."""
 
     def log(logger: Logger) -> None:
@@ -60,16 +60,16 @@ def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], failur
             logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
 
     if any(report.spectrum is not None for report in history):
-        _for_each(loggers, log, failures)
+        _for_each(loggers, log, errors)
 
 
-def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], failures: Failures) -> None:
+def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], errors: ErrorLog) -> None:
     for logger in loggers:
         try:
             log(logger)
         except Exception as error:  # whatever is wrong with a logger must not end the run
             name = type(logger).__name__
-            failures.add(name, f"{name} could not log the plasticity of the network", described(error))
+            errors.record(name, f"{name} could not log the plasticity of the network", format_error(error))
 
 
 def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:

@@ -113,7 +113,7 @@ def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
     values = {report.task: report.metrics.get(name, float("nan")) for report in probed}
     relative = [report.metrics.get(f"{name}_vs_initial", float("nan")) for report in probed]
     axes.plot(tasks, list(values.values()), "o-", markersize=3, label="the network")
-    if DIAGNOSTICS[name].is_share:  # of the same size
+    if DIAGNOSTICS[name].is_fraction:  # of the same size
         axes.plot(tasks, relative, "--", color="gray", label="relative to its initial weights")
     alarms = [report.task for report in probed if report.collapsed]
     axes.plot(alarms, [values[task] for task in alarms], "rv", label="collapse")

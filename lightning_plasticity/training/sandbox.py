@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning, schedulers, takes_batch_index
 from lightning_plasticity.curvature.problem import HALF
 from lightning_plasticity.distributed.agreement import (
-    FailedTogetherError,
+    PeerFailedError,
+    all_gather_batch,
     all_or_none,
-    first_of_all_processes,
-    gathered,
+    broadcast_object,
     is_distributed,
 )
 from lightning_plasticity.distributed.sharded_weights import is_device_mesh
-from lightning_plasticity.isolation.batches import copied, first_samples, moved
+from lightning_plasticity.isolation.batches import clone_batch, slice_batch, to_device
 from lightning_plasticity.isolation.module_copy import UncopyableError, copy_module
 from lightning_plasticity.isolation.state import default_dtype
 
@@ -146,7 +146,7 @@ def isolated_copy(module: LightningModule, trainer: Trainer, *, share_uncopyable
 
 
 @dataclass(frozen=True)
-class BatchInFlight:
+class ProbeContext:
     """A batch that is being trained on, and what it takes to look at it without the run noticing.
 
     Args:
@@ -163,7 +163,7 @@ class BatchInFlight:
     loss_fn: LossFunction | None = None
     batch_idx: int = 0
 
-    def joined(self, samples: int) -> BatchInFlight:
+    def joined(self, samples: int) -> ProbeContext:
         """The first samples of all processes that train together, the same in each of them; of one process: itself.
 
         To be asked for by all processes at the same point.
@@ -173,10 +173,10 @@ class BatchInFlight:
         share = -(-samples // torch.distributed.get_world_size())
         try:
             with all_or_none():
-                batch = gathered(first_samples(self.batch, share))
-        except FailedTogetherError:  # not to be joined, such as sequences of different lengths: rank 0 shall do
+                batch = all_gather_batch(slice_batch(self.batch, share))
+        except PeerFailedError:  # not to be joined, such as sequences of different lengths: rank 0 shall do
             with all_or_none():
-                batch = moved(first_of_all_processes(first_samples(self.batch, samples)), like=self.batch)
+                batch = to_device(broadcast_object(slice_batch(self.batch, samples)), like=self.batch)
         return replace(self, batch=batch)
 
     def copy(self) -> LightningModule:
@@ -191,17 +191,17 @@ class BatchInFlight:
         """The same on another batch, of which it is given a copy: some are changed in place, as by augmentations."""
         trained = (p.dtype for p in module.parameters() if p.requires_grad and p.is_floating_point())
         dtype = next(trained, torch.float32)
-        batch = copied(batch)
+        batch = clone_batch(batch)
         if dtype not in HALF:  # inputs that are, autocast would take to the precision of the weights
             batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
-        with _put_back(module), default_dtype(dtype):
+        with preserve_attributes(module), default_dtype(dtype):
             if self.loss_fn is not None:
                 return self.loss_fn(module, batch)
             return training_loss(module, batch, self.batch_idx)
 
 
 @contextlib.contextmanager
-def _put_back(module: LightningModule) -> Iterator[None]:
+def preserve_attributes(module: LightningModule) -> Iterator[None]:
     """Undoes what is assigned to attributes: a hidden state, carried on to the next batch, belongs to this one.
 
     And what is drawn from the random numbers of loaders, which are those of the original.
@@ -240,7 +240,7 @@ def _nothing(*_: object, **__: object) -> None:
 
 
 @contextlib.contextmanager
-def untouched_schedules(trainer: Trainer) -> Iterator[None]:
+def preserve_schedulers(trainer: Trainer) -> Iterator[None]:
     """Puts learning rates and schedulers back: a ``training_step`` that steps them itself reaches the real ones.
 
     They stay the objects that they are, and so does what they hold: others may hold it too.
@@ -249,12 +249,12 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     rates = [value for setting in settings for value in setting.values() if isinstance(value, Tensor)]
     values = [rate.detach().clone() for rate in rates]  # which schedulers change in place
-    stepped = _with_those_inside(schedulers(trainer))
+    stepped = _with_nested_schedulers(schedulers(trainer))
     functions = [function for scheduler in stepped for function in getattr(scheduler, "lr_lambdas", ())]
     # What repairs may change, a scheduler that holds it too must not bring back.
     states = {id(held) for one in trainer.optimizers for held in (one.state, one.param_groups, *one.param_groups)}
     own = [getattr(one, "__dict__", None) for one in (*stepped, *functions)]
-    kept = [_Kept(attributes, states) for attributes in own if isinstance(attributes, dict)]
+    kept = [_Snapshot(attributes, states) for attributes in own if isinstance(attributes, dict)]
     try:
         yield
     finally:
@@ -267,7 +267,7 @@ def untouched_schedules(trainer: Trainer) -> Iterator[None]:
             one.put_back()
 
 
-class _Kept:
+class _Snapshot:
     """The attributes of an object, and what is in their collections, to be put back into the same ones."""
 
     def __init__(self, attributes: dict[str, Any], not_ours: set[int]) -> None:
@@ -287,18 +287,18 @@ class _Kept:
             value.update(content) if isinstance(value, dict) else value.extend(content)
 
 
-def _with_those_inside(given: Sequence[Any]) -> list[Any]:
+def _with_nested_schedulers(given: Sequence[Any]) -> list[Any]:
     """Schedulers, and those that they hold, as a warm-up the one that follows it."""
     found = list(given)
     for scheduler in found:  # which grows
-        held = _schedulers_in(getattr(scheduler, "__dict__", {}))
+        held = _nested_schedulers(getattr(scheduler, "__dict__", {}))
         found += [one for one in held if not any(one is other for other in found)]
     return found
 
 
-def _schedulers_in(value: Any) -> Iterator[LRScheduler]:
+def _nested_schedulers(value: Any) -> Iterator[LRScheduler]:
     if isinstance(value, LRScheduler):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _schedulers_in(item)
+            yield from _nested_schedulers(item)

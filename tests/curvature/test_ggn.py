@@ -23,7 +23,12 @@ from lightning_plasticity.curvature import (
 )
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
 from lightning_plasticity.curvature.exact.gram import gram
-from lightning_plasticity.curvature.exact.hessian_factors import DenseRoot, DiagonalRoot, Root, SoftmaxRoot
+from lightning_plasticity.curvature.exact.hessian_factors import (
+    DenseFactor,
+    DiagonalFactor,
+    HessianFactor,
+    SoftmaxFactor,
+)
 from lightning_plasticity.curvature.exact.outputs import Outputs, outputs_of
 from lightning_plasticity.curvature.exact.recording import Recording
 from tests.helpers.cases import CASES, Case, classes, dense
@@ -240,19 +245,19 @@ def test_roots_multiply_as_their_matrices_do(seed: int, blocks: int, size: int) 
     probabilities = random(blocks, size).softmax(1)
     strength = random(blocks, 1)
     softmax = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
-    roots: list[tuple[Root, Tensor]] = [
-        (SoftmaxRoot(strength, probabilities), strength[..., None] * softmax),
-        (DiagonalRoot(strength), strength[..., None].square()),
+    roots: list[tuple[HessianFactor, Tensor]] = [
+        (SoftmaxFactor(strength, probabilities), strength[..., None] * softmax),
+        (DiagonalFactor(strength), strength[..., None].square()),
     ]
     matrices = random(blocks, size, size)
-    roots.append((DenseRoot(matrices), matrices @ matrices.mT))
+    roots.append((DenseFactor(matrices), matrices @ matrices.mT))
     for root, hessian in roots:
         matrix = root.dense()
         assert matrix.shape == (root.shape[0], root.shape[1], root.shape[1])
         torch.testing.assert_close(matrix @ matrix.mT, hessian, rtol=1e-12, atol=1e-14)
         vectors = random(*root.shape)
-        torch.testing.assert_close(root.times(vectors), (matrix @ vectors[..., None])[..., 0])
-        torch.testing.assert_close(root.transposed_times(vectors), (matrix.mT @ vectors[..., None])[..., 0])
+        torch.testing.assert_close(root.matvec(vectors), (matrix @ vectors[..., None])[..., 0])
+        torch.testing.assert_close(root.transposed_matvec(vectors), (matrix.mT @ vectors[..., None])[..., 0])
 
 
 @each_case
@@ -268,7 +273,7 @@ def test_the_hessian_by_the_outputs_times_a_vector_is_that_of_autograd(case: Cas
     (gradient,) = torch.autograd.grad(case.loss(logits, batch[1]), logits, create_graph=True)
     vector = torch.randn_like(logits)
     (expected,) = torch.autograd.grad(gradient, logits, vector, materialize_grads=True)
-    actual = outputs[0].hessian_times(vector.reshape(outputs[0].shape)).reshape(expected.shape)
+    actual = outputs[0].hessian_matvec(vector.reshape(outputs[0].shape)).reshape(expected.shape)
     assert (actual - expected).norm() <= 1e-9 * max(expected.norm().item(), vector.norm().item())
 
 

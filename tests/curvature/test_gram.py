@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, ggn_spectrum, loss_of
+from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, custom_loss, ggn_spectrum
 from lightning_plasticity.curvature.exact.gram import gram
 from tests.helpers.cases import CASES, ROW_BY_ROW_CASES, Case, Positions, classes, dense
 
@@ -401,10 +401,13 @@ def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
         (lambda m, x: F.nll_loss(m(x).log_softmax(0), torch.arange(5) % 2), "not computed by"),
         (lambda m, x: F.nll_loss(m(x), torch.arange(5) % 2), "not computed by"),
         (lambda m, x: F.binary_cross_entropy(m(x).square().clamp(max=1), torch.ones(5, 2)), "not computed by"),
-        (lambda m, x: loss_of(m(x), lambda f: -f.square().mean()), "not convex at these outputs"),
-        (lambda m, x: -loss_of(m(x), lambda f: f.square().mean()), "not convex at these outputs"),
-        (lambda m, x: loss_of(m(x), lambda f: (f.square() + m.bias).mean()), "nothing with a gradient but the outputs"),
-        (lambda m, x: loss_of(m(x), lambda f: f.square()), "returns a scalar"),
+        (lambda m, x: custom_loss(m(x), lambda f: -f.square().mean()), "not convex at these outputs"),
+        (lambda m, x: -custom_loss(m(x), lambda f: f.square().mean()), "not convex at these outputs"),
+        (
+            lambda m, x: custom_loss(m(x), lambda f: (f.square() + m.bias).mean()),
+            "nothing with a gradient but the outputs",
+        ),
+        (lambda m, x: custom_loss(m(x), lambda f: f.square()), "returns a scalar"),
         (lambda m, x: m(x).square().mean(), "not computed by torch.nn.functional.cross_entropy"),
         (lambda m, x: regress(m, x) + m.weight.square().sum(), "depends on 'weight' other than through"),
         (lambda m, x: F.mse_loss((p := m(x).chunk(2, -1))[0], torch.zeros(5, 1)) + p[1].square().mean(), "other than"),

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
 from lightning_plasticity.curvature.matrix_free.lanczos import _Orthogonality, _run, lanczos, lanczos_spectrum
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
 from tests.helpers.cases import CASES, Case, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-class Matrix(CurvatureProduct):
+class Matrix(CurvatureLinearOperator):
     """A matrix that is known."""
 
     def __init__(self, matrix: Tensor, *, semidefinite: bool = False) -> None:
@@ -355,7 +355,7 @@ def collapsed() -> Tensor:
     return after_tasks(20, 16, 16, 5)
 
 
-class Diagonal(CurvatureProduct):
+class Diagonal(CurvatureLinearOperator):
     """A matrix in the basis of its eigenvectors: Gaussian start vectors are the same in every basis."""
 
     def __init__(self, values: Tensor) -> None:

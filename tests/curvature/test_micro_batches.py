@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature import Spectrum, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
 from lightning_plasticity.curvature.matrix_free.micro_batches import MicroBatched
-from lightning_plasticity.isolation.batches import batch_size, concatenated, first_samples, micro_batches
+from lightning_plasticity.isolation.batches import batch_size, concat_batches, micro_batches, slice_batch
 from tests.helpers.processes import in_two_processes
 
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 30}
@@ -58,7 +58,7 @@ def test_a_product_holds_the_graph_of_one_micro_batch_at_a_time() -> None:
     held: list[int] = []
     alive = 0
 
-    class Counted(CurvatureProduct):
+    class Counted(CurvatureLinearOperator):
         def __init__(self, part: dict[str, Tensor]) -> None:
             nonlocal alive
             super().__init__(parameters, loss_fn(network, part).item())
@@ -128,10 +128,10 @@ def test_batches_come_apart_and_together() -> None:
     whole = batch()
     pieces = list(micro_batches(whole, 3))
     assert [batch_size(piece) for piece in pieces] == [3, 3, 1]
-    for name, tensor in concatenated(pieces).items():
+    for name, tensor in concat_batches(pieces).items():
         assert torch.equal(tensor, whole[name])
     with pytest.raises(ValueError, match=r"batches that hold \[3, 1\] tensors cannot be joined"):
-        concatenated([whole, {"x": whole["x"]}])
+        concat_batches([whole, {"x": whole["x"]}])
 
 
 def test_a_single_process_is_not_distributed_and_pyhessian_knows_no_pieces() -> None:
@@ -213,8 +213,8 @@ def test_the_first_samples_of_a_batch_are_the_smaller_batch_and_pieces_join_agai
     whole = make(n)
     assert batch_size(whole) == n
     for samples in range(1, n + 1):
-        assert_same(first_samples(whole, samples), make(samples))
-        assert_same(concatenated(list(micro_batches(whole, samples))), whole)
+        assert_same(slice_batch(whole, samples), make(samples))
+        assert_same(concat_batches(list(micro_batches(whole, samples))), whole)
 
 
 def test_two_views_beside_two_numbers_are_not_two_samples() -> None:
@@ -236,7 +236,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 def test_of_sparse_tensors_the_first_samples_are_those_of_the_dense_ones(layout: torch.layout) -> None:
     x, y = torch.eye(7).roll(1, 0), torch.arange(7)
     for samples in (5, 7, 9):
-        some, labels = first_samples((x.to_sparse(layout=layout), y), samples)
+        some, labels = slice_batch((x.to_sparse(layout=layout), y), samples)
         assert (some.layout, len(labels)) == (layout, min(samples, 7))
         assert torch.equal(some.to_dense(), x[:samples])
 
@@ -245,5 +245,5 @@ def test_a_tuple_of_different_things_is_no_list_of_samples() -> None:
     labels = torch.arange(3)
     mixed = (torch.zeros(3, 2), (labels, labels.flip(0), torch.tensor(0.3)))
     assert batch_size(mixed) == 3
-    assert [part.tolist() for part in first_samples(mixed, 2)[1][:2]] == [[0, 1], [2, 1]]
+    assert [part.tolist() for part in slice_batch(mixed, 2)[1][:2]] == [[0, 1], [2, 1]]
     assert batch_size({"labelled": (torch.zeros(16, 3), torch.zeros(16)), "others": torch.zeros(2, 3)}) == 16

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, GGNProbe, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
-from lightning_plasticity.distributed.agreement import reachable
+from lightning_plasticity.distributed.agreement import backend_device
 from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, ShrinkPerturb
 from tests.helpers.modules import Classifier, trainer, weights
 from tests.helpers.processes import in_two_processes
@@ -175,4 +175,4 @@ def test_a_task_begins_in_both_when_one_sees_its_label(runs: dict[str, list[dict
     [("cpu", "nccl", "cuda"), ("cuda:1", "nccl", "cuda:1"), ("cpu", "gloo", "cpu"), ("cuda:1", "gloo", "cuda:1")],
 )
 def test_what_is_on_the_cpu_is_sent_by_nccl_from_the_gpu(device: str, backend: str, expected: str) -> None:
-    assert reachable(torch.device(device), backend) == torch.device(expected)
+    assert backend_device(torch.device(device), backend) == torch.device(expected)

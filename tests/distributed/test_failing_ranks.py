@@ -32,13 +32,13 @@ from lightning_plasticity.interventions import (
     Intervention,
     ReDo,
     Regularizer,
-    RunningRemedy,
     ShrinkPerturb,
     SpectralRegularizer,
+    StepIntervention,
     effective_rank,
 )
-from lightning_plasticity.interventions.units.layer_statistics import Activity
-from lightning_plasticity.interventions.weights import updates as changes
+from lightning_plasticity.interventions.units.layer_statistics import UnitStatistics
+from lightning_plasticity.interventions.weights import updates
 from lightning_plasticity.training import sandbox as training_loss
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_two_processes
@@ -46,7 +46,7 @@ from tests.helpers.processes import in_two_processes
 FITS, STEPS = 3, 4
 
 
-class InPlace(RunningRemedy):
+class InPlace(StepIntervention):
     """Changes one tensor after the other, and remembers how often it was asked."""
 
     def __init__(self) -> None:
@@ -205,25 +205,25 @@ def watch_inputs() -> TaskDetector:
 
 CASES = {
     "working a repair out": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
-    "applying a repair": Case((changes, "clear", 1, True), shrink, "ShrinkPerturb"),
+    "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
     "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
     "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
-    "hearing activity": Case((Activity, "heard", 3), replace_units, "ContinualBackprop"),
-    "replacing units": Case((changes, "clear", 3), replace_units, "ContinualBackprop"),
+    "hearing activity": Case((UnitStatistics, "heard", 3), replace_units, "ContinualBackprop"),
+    "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
     "getting ready": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
     "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
-    "a batch that waits": Case((effective_rank, "_as_of_now", 1), raise_ranks, "EffectiveRankRegularizer"),
+    "a batch that waits": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
     "a penalty": Case((remedies, "_term_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
     "its gradient": Case((remedies, "_term_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
     "the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
     "the end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
-    "the monitor of the probe": Case((monitoring, "probing", 2), None, "monitor"),
+    "the monitor of the probe": Case((monitoring, "probe_mode", 2), None, "monitor"),
     "the monitor in flight": Case((PlasticityMonitor, "attach", 6, True), None, "monitor"),
     "what the monitor has seen": Case((monitoring, "values_of", 6), None, "monitor"),
     "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
     "a statistic": Case((Detecting, "statistic", 6), None, "task_detector", watch_inputs),
-    "joining batches": Case((training_loss, "gathered", 2)),
+    "joining batches": Case((training_loss, "all_gather_batch", 2)),
     "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
 }
 
@@ -261,12 +261,12 @@ def summed_together(*names: str) -> None:
     """As where a model takes another path in each process."""
     with processes.all_or_none():
         for name in names:
-            processes.sum_over_processes(torch.ones(2), name)
+            processes.all_reduce_sum(torch.ones(2), name)
 
 
 def sent_together(value: object) -> None:
     with processes.all_or_none():
-        processes.of_all_processes(value)
+        processes.all_gather_object(value)
 
 
 def error_of(work: Callable[[], object]) -> str:
@@ -332,19 +332,19 @@ def test_tasks_begin_in_both_although_a_detector_has_failed_in_one(name: str, ru
 
 @pytest.mark.parametrize("what", FIRST)
 def test_what_fails_at_first_is_an_error_in_both(what: str, runs: dict[str, list[Any]]) -> None:
-    assert runs[f"first {what}"] == ["FailedTogetherError: in process 1: MemoryError: no more", "MemoryError: no more"]
+    assert runs[f"first {what}"] == ["PeerFailedError: in process 1: MemoryError: no more", "MemoryError: no more"]
 
 
 def test_not_to_know_what_another_remembers_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    assert runs["state after a failure"] == ["FailedTogetherError: in process 1: MemoryError: no more"] * 2
+    assert runs["state after a failure"] == ["PeerFailedError: in process 1: MemoryError: no more"] * 2
 
 
 def test_what_cannot_be_sent_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    assert runs["unsendable"] == ["FailedTogetherError: in process 1: TypeError: not to be sent"] * 2
+    assert runs["unsendable"] == ["PeerFailedError: in process 1: TypeError: not to be sent"] * 2
 
 
 def test_not_to_do_the_same_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    differ = "FailedTogetherError: the processes do not do the same, but come to a sum of "
+    differ = "PeerFailedError: the processes do not do the same, but come to a sum of "
     assert runs["another sum"] == [f"{differ}net of shape (2,) and a sum of other of shape (2,)"] * 2
     assert runs["a sum less"] == [f"{differ}more of shape (2,) and the end"] * 2
 
@@ -361,7 +361,7 @@ def test_not_to_know_of_the_others_is_not_survived(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(processes, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
-    with pytest.raises(processes.LostProcessesError, match="cannot reach each other: connection closed by peer"):
+    with pytest.raises(processes.CommunicationError, match="cannot reach each other: connection closed by peer"):
         survive_what_can_be_survived()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.distributed.sharded_weights import sharded_like, whole
+from lightning_plasticity.distributed.sharded_weights import gather_full_parameters, sharded_like
 from lightning_plasticity.isolation.module_copy import copy_module
 from tests.helpers.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
@@ -145,13 +145,13 @@ def facts(name: str) -> dict[str, bool]:
     with torch.no_grad():
         call(sharded, x)  # which leaves parameters gathered
     found["is gathered"] = inside(sharded) != before
-    with contextlib.suppress(KeyError), whole(sharded) as wholes:
+    with contextlib.suppress(KeyError), gather_full_parameters(sharded) as wholes:
         copied = copy_module(sharded)
         found["its parameters are found"] = same([wholes[p] for p in parameters], [*expected.parameters()])
         pieces = [sharded_like(p, wholes[p].detach()) for p in parameters]
         raise KeyError
     found["is as before"] = inside(sharded) == before
-    with whole(sharded):
+    with gather_full_parameters(sharded):
         again = copy_module(sharded)
     found["is as before, again"] = inside(sharded) == before
     found["pieces are cut as they are"] = same([p.to_local() for p in pieces], [p.to_local() for p in parameters])
@@ -185,7 +185,7 @@ def test_a_sharded_module_is_made_whole_and_left_as_it_was(name: str, found: lis
 def test_nothing_happens_to_a_module_that_is_not_sharded() -> None:
     module = layers()
     before = inside(module)
-    with whole(module) as wholes:
+    with gather_full_parameters(module) as wholes:
         assert inside(module) == before
         assert not wholes
     assert sharded_like(module[0].weight, gradient := torch.ones(7, 4)) is gradient

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, SpectralCollapseCallback
-from lightning_plasticity._compat import is_model_parallel, is_whole
+from lightning_plasticity._compat import has_full_weights, is_model_parallel
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.distributed import sharded_weights as sharding_module
-from lightning_plasticity.distributed.agreement import FailedTogetherError
+from lightning_plasticity.distributed.agreement import PeerFailedError
 from lightning_plasticity.interventions import (
     L2ER,
     L2Init,
@@ -335,9 +335,9 @@ def failed(rank: int, name: str, number: int) -> dict[str, Any]:
 
 
 FAILED = {
-    "memory for the first task": ("_gathered", 1),
-    "memory for a step": ("_gathered", 3),
-    "memory for a later task": ("_gathered", 2 + STEPS),
+    "memory for the first task": ("_gather", 1),
+    "memory for a step": ("_gather", 3),
+    "memory for a later task": ("_gather", 2 + STEPS),
     "a later task half way": ("_unsharded", 7 * (1 + STEPS) + 4),
 }
 
@@ -361,7 +361,7 @@ def everything(rank: int) -> dict[str, Any]:
     for what, (name, number) in FAILED.items():
         try:
             results[what] = failed(rank, name, number)
-        except (MemoryError, FailedTogetherError) as error:
+        except (MemoryError, PeerFailedError) as error:
             results[what] = f"{type(error).__name__}: {error}"
     results["refused"] = refused(rank)
     results["resumed"] = resumed(rank, save_distributed_checkpoint=False)
@@ -484,7 +484,7 @@ def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -
 
 def test_whoever_lacks_the_memory_for_whole_weights_does_not_let_the_others_wait(runs: Runs) -> None:
     words = "in process 1: MemoryError: no more"
-    assert runs["memory for the first task"] == [f"FailedTogetherError: {words}", "MemoryError: no more"]
+    assert runs["memory for the first task"] == [f"PeerFailedError: {words}", "MemoryError: no more"]
     for name, who, task in (
         ("memory for a step", "L2Init", 0),
         ("memory for a later task", "probe", 1),
@@ -557,7 +557,7 @@ def test_strategies_that_shard_in_other_ways_are_refused(package: str, name: str
 def test_strategies_that_are_derived_from_supported_ones_are_supported(package: str) -> None:
     strategies = pytest.importorskip(f"{package}.strategies")
     for kind in (strategies.SingleDeviceStrategy, strategies.DDPStrategy):
-        assert is_whole(derived(kind)())
+        assert has_full_weights(derived(kind)())
         assert not is_model_parallel(derived(kind)())
     assert is_model_parallel(derived(strategies.ModelParallelStrategy)())
-    assert not is_whole(derived(strategies.ModelParallelStrategy)())
+    assert not has_full_weights(derived(strategies.ModelParallelStrategy)())

@@ -35,11 +35,11 @@ from lightning_plasticity.interventions import (
     Repair,
     RepairReport,
     Reset,
-    RunningRemedy,
     SelfNormalizedReset,
     ShrinkPerturb,
     SoftShrinkPerturb,
     SpectralRegularizer,
+    StepIntervention,
     WassersteinInit,
     WeightClipping,
 )
@@ -229,7 +229,7 @@ def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> N
     assert torch.equal(*ends)
 
 
-class Counting(RunningRemedy):
+class Counting(StepIntervention):
     """Counts what it is asked, and fails at some steps."""
 
     def __init__(self, fails: Sequence[int] = ()) -> None:
@@ -586,7 +586,7 @@ def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path
 
 
 def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
-    with pytest.raises(TypeError, match="must hold instances of Repair, RunningRemedy or Regularizer"):
+    with pytest.raises(TypeError, match="must hold instances of Repair, StepIntervention or Regularizer"):
         SpectralCollapseCallback(interventions=[Intervention()])
 
 
@@ -614,8 +614,8 @@ EVERY_ONE: list[Callable[[], Intervention]] = [
 
 def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
     kinds = [getattr(interventions, name) for name in interventions.__all__]
-    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | RunningRemedy | Regularizer)}
-    concrete -= {Repair, RunningRemedy, Regularizer}
+    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | StepIntervention | Regularizer)}
+    concrete -= {Repair, StepIntervention, Regularizer}
     assert {type(make()) for make in EVERY_ONE} == concrete
     table = (Path(__file__).parents[2] / "docs" / "interventions.md").read_text()
     rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
@@ -667,7 +667,7 @@ def everything() -> list[Intervention]:
     """One of each kind, with its defaults but for when it acts."""
     kinds = [kind for name in interventions.__all__ if inspect.isclass(kind := getattr(interventions, name))]
     remedies = [kind for kind in kinds if issubclass(kind, Intervention) and not inspect.isabstract(kind)]
-    return [kind() for kind in remedies if kind not in (Intervention, RunningRemedy)]
+    return [kind() for kind in remedies if kind not in (Intervention, StepIntervention)]
 
 
 @pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
@@ -737,12 +737,12 @@ def test_without_optimizer_there_is_nothing_to_regularize() -> None:
 
 
 @pytest.mark.parametrize("remedy", [ContinualBackprop(), SelfNormalizedReset(), SoftShrinkPerturb(seed=3)])
-def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: RunningRemedy) -> None:
+def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: StepIntervention) -> None:
     """As ``strategy="ddp_spawn"`` does."""
     assert in_another_process(state_of, remedy) == state_of(remedy)
 
 
-def state_of(remedy: RunningRemedy) -> list[int]:
+def state_of(remedy: StepIntervention) -> list[int]:
     state: list[int] = remedy.state_dict()["generator"].tolist()
     return state
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.metrics.monitor import MEASURES
-from lightning_plasticity.reporting.errors import Failures
+from lightning_plasticity.reporting.errors import ErrorLog
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer
 
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_monitored_does_not_end_a_run(monkeypatch: pytest.MonkeyP
     original = PlasticityMonitor.observe
 
     def failing(self: PlasticityMonitor, *arguments: Any) -> Any:
-        if self.forgiving:
+        if self.suppress_errors:
             raise ValueError("no such layer")
         return original(self, *arguments)
 
@@ -275,13 +275,13 @@ def test_a_monitor_that_fails_after_it_has_worked_does_not_end_a_run(monkeypatch
     calls = {"attach": 0, "compute": 0}
 
     def failing_attach(self: PlasticityMonitor, module: nn.Module) -> PlasticityMonitor:
-        calls["attach"] += self.forgiving
+        calls["attach"] += self.suppress_errors
         if calls["attach"] == 2:
             raise RuntimeError("compiled meanwhile")
         return attach(self, module)
 
     def failing_compute(self: PlasticityMonitor) -> dict[str, Tensor]:
-        calls["compute"] += self.forgiving
+        calls["compute"] += self.suppress_errors
         if calls["compute"] == 2:
             raise ArithmeticError("no convergence")
         return compute(self)
@@ -303,7 +303,7 @@ def test_names_that_can_match_nothing_end_a_run_at_once() -> None:
     monitor = PlasticityMonitor(module.net, layers=["1"])  # "net.1" in what the callback watches
     with pytest.raises(ValueError, match=r"layers=\['1'\] can match nothing in Classifier, .*\['net'\]"):
         trainer(SpectralCollapseCallback(monitor=monitor)).fit(module, loader())
-    step_monitor = StepMonitor(monitor, 1, Failures())
+    step_monitor = StepMonitor(monitor, 1, ErrorLog())
     with pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: layers=\['1'\] can match nothing"):
         step_monitor.begin(module, 0)
     assert hooks(module) == 0

@@ -14,7 +14,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from lightning_plasticity.curvature import loss_of
+from lightning_plasticity.curvature import custom_loss
 
 Batch = tuple[Tensor, Tensor]
 
@@ -436,15 +436,17 @@ CLOSED_FORM_CASES = [
     Case("Huber loss", regression(2), lambda f, y: F.huber_loss(f, 2 * y, delta=0.7)),
     Case("smooth L1 loss", regression(2), lambda f, y: F.smooth_l1_loss(f, 2 * y, reduction="sum", beta=0.5)),
     Case(
-        "any loss", mlp, lambda f, y: loss_of(f, lambda f: f.gather(1, y[:, None]).neg().exp().mean() + f.pow(4).mean())
+        "any loss",
+        mlp,
+        lambda f, y: custom_loss(f, lambda f: f.gather(1, y[:, None]).neg().exp().mean() + f.pow(4).mean()),
     ),
-    Case("any loss, with another", mlp, lambda f, y: F.cross_entropy(f, y) + loss_of(f, lambda f: f.cosh().mean())),
+    Case("any loss, with another", mlp, lambda f, y: F.cross_entropy(f, y) + custom_loss(f, lambda f: f.cosh().mean())),
     Case(
         "any loss that couples samples",
         mlp,
-        lambda f, y: loss_of(f, lambda f: f.mean(0).exp().sum() + f.square().sum()),
+        lambda f, y: custom_loss(f, lambda f: f.mean(0).exp().sum() + f.square().sum()),
     ),
-    Case("any loss that is linear", regression(2), lambda f, y: F.mse_loss(f, y) + loss_of(f, lambda f: f.sum())),
+    Case("any loss that is linear", regression(2), lambda f, y: F.mse_loss(f, y) + custom_loss(f, lambda f: f.sum())),
     Case(
         "one output, no dimension for it",
         lambda: (Squeezed(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 5), classes(6, 2).float()),

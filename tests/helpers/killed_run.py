@@ -27,7 +27,7 @@ from lightning_plasticity.interventions import (
     ShrinkPerturb,
     SpectralRegularizer,
 )
-from lightning_plasticity.interventions.weights import updates as changes
+from lightning_plasticity.interventions.weights import updates
 from lightning_plasticity.probes import GGNProbe
 from tests.helpers.modules import MemoryLogger, trainer
 
@@ -140,7 +140,9 @@ def killed_at_call(owner: Any, name: str, number: int) -> Any:
 
 INSIDE: dict[str, Callable[[int], Any]] = {
     "probe": lambda number: killed_at_call(GGNProbe, "measure", number),
-    "repair": lambda number: killed_at_call(changes, "clear", number),  # weights and optimizers are new, counts are not
+    "repair": lambda number: killed_at_call(
+        updates, "reset_state", number
+    ),  # weights and optimizers are new, counts are not
     "checkpoint": lambda number: killed_at_call(Trainer, "save_checkpoint", number),
 }
 

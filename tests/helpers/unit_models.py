@@ -18,15 +18,15 @@ class Model:
         name: Its name.
         build: Makes the module.
         shape: Of its input.
-        sites: Number of units of each layer that has some to be recycled, and the consumers of them.
-        left_out: A part of the reason, by name of the layer.
+        groups: Number of units of each layer that has some to be recycled, and the consumers of them.
+        excluded: A part of the reason, by name of the layer.
     """
 
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    sites: dict[str, tuple[int, tuple[str, ...]]]
-    left_out: dict[str, str]
+    groups: dict[str, tuple[int, tuple[str, ...]]]
+    excluded: dict[str, str]
 
 
 class Functional(nn.Module):

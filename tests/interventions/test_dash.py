@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions import DASH, Repair
 from lightning_plasticity.interventions.base import Loss, Request
-from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from tests.helpers.processes import in_two_processes
 
 
@@ -210,10 +210,10 @@ def test_gradients_that_are_not_finite_are_an_error_and_change_nothing() -> None
 
 
 class Spy(Repair):
-    def changes(self, model: nn.Module, request: Request) -> Changes:
+    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
         assert request.loss is not None
         self.loss, self.losses = request.loss(model).item(), [loss(model).item() for loss in request.losses]
-        return Changes({})
+        return WeightUpdate({})
 
 
 def test_other_repairs_take_the_mean_of_several_losses() -> None:

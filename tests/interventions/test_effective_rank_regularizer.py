@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.functional import effective_rank
-from lightning_plasticity.interventions import L2ER, EffectiveRankRegularizer, Regularizer, RunningRemedy
+from lightning_plasticity.interventions import L2ER, EffectiveRankRegularizer, Regularizer, StepIntervention
 from tests.helpers.processes import in_two_processes
 from tests.helpers.unit_models import MODELS, Encoder, Functional, Gru, Model, ResNet
 
@@ -421,7 +421,7 @@ def test_processes_average_the_gradients_and_stay_equal() -> None:
 def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
     remedy = L2ER(learning_rate=0.1, weight_decay=0.5, every_n_samples=20)
     assert isinstance(remedy, Regularizer)
-    assert isinstance(remedy, RunningRemedy)
+    assert isinstance(remedy, StepIntervention)
     model, twin, x = mlp(), mlp(), inputs()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     other = torch.optim.Adam(twin.parameters(), lr=1e-2, weight_decay=0.5)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, ReGraMa, Repair, Reset
 from lightning_plasticity.interventions.base import Request
-from lightning_plasticity.interventions.weights.optimizer_state import clear
-from lightning_plasticity.interventions.weights.updates import apply
+from lightning_plasticity.interventions.weights.optimizer_state import reset_state
+from lightning_plasticity.interventions.weights.updates import apply_update
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -364,7 +364,7 @@ def test_new_entries_do_not_depend_on_the_past_and_others_go_on_as_before(make: 
             parameter[mask] = 0.5
         other = copy.deepcopy(optimizer)
         twin = other.param_groups[0]["params"][0]
-        clear(optimizer, {parameter: mask})
+        reset_state(optimizer, {parameter: mask})
         steps(optimizer, parameter, later)
         steps(other, twin, later)
         futures.append(torch.cat([parameter.detach(), *_averages(optimizer, parameter)]))
@@ -383,7 +383,7 @@ def test_a_parameter_that_is_new_as_a_whole_goes_on_as_in_a_new_optimizer_and_ot
     other = copy.deepcopy(optimizer)
     twin = other.param_groups[0]["params"]
     fresh = nn.Parameter(new.detach().clone())
-    clear(optimizer, {new: None})
+    reset_state(optimizer, {new: None})
     both_step(optimizer, new, kept, future)
     both_step(other, *twin, future)
     steps(make([fresh]), fresh, [gradient for gradient, _ in future])
@@ -412,7 +412,7 @@ def test_a_wrapped_optimizer_forgets(name: str) -> None:
     parameter = nn.Parameter(torch.rand(4, 5))
     inner = torch.optim.Adam([parameter])
     steps(inner, parameter, [torch.randn(4, 5)])
-    clear(Wrapper(name, inner), {parameter: None})
+    reset_state(Wrapper(name, inner), {parameter: None})
     assert not inner.state
 
 
@@ -493,7 +493,7 @@ def test_factored_moments_become_zero_where_all_their_weights_are_new() -> None:
     mask[1] = True
     mask[:, 3] = True
     mask[0, 0] = True
-    clear(optimizer, {parameter: mask})
+    reset_state(optimizer, {parameter: mask})
     state = optimizer.state[parameter]
     assert (state["row_var"].flatten() == 0).tolist() == [False, True, False, False]
     assert (state["col_var"].flatten() == 0).tolist() == [False, False, False, True, False]
@@ -573,7 +573,7 @@ def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, method, failing)
                 try:
-                    apply("ReDo", planned, [optimizer])
+                    apply_update("ReDo", planned, [optimizer])
                 except RuntimeError:
                     failures[method] += 1
                 else:

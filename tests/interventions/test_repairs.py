@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions import Repair, RepairReport, Reset, ShrinkPerturb
 from lightning_plasticity.interventions.base import Request
-from lightning_plasticity.interventions.weights.updates import Changes
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,8 +54,8 @@ def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, se
 
 def test_new_values_of_another_shape_are_refused() -> None:
     class OneRow(Repair):
-        def changes(self, model: nn.Module, request: Request) -> Changes:
-            return Changes({model.weight: torch.ones(4)})
+        def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
+            return WeightUpdate({model.weight: torch.ones(4)})
 
     model = nn.Linear(4, 3)
     before = values(model)

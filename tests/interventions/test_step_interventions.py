@@ -23,14 +23,14 @@ from lightning_plasticity.interventions import (
     NormalizeAndProject,
     Repair,
     Reset,
-    RunningRemedy,
     ShrinkPerturb,
     SoftShrinkPerturb,
+    StepIntervention,
     WeightClipping,
 )
 from tests.helpers.unit_models import MODELS, Encoder, Functional, Gru, Model, ResNet
 
-REMEDIES: dict[str, Callable[[], RunningRemedy]] = {
+REMEDIES: dict[str, Callable[[], StepIntervention]] = {
     "WeightClipping": lambda: WeightClipping(0.7),
     "NormalizeAndProject": NormalizeAndProject,
     "HareTortoise": lambda: HareTortoise(0.6, every_n_steps=3),
@@ -63,7 +63,7 @@ def move(model: nn.Module, by: dict[str, np.ndarray]) -> None:
             parameter.add_(torch.from_numpy(np.asarray(by[name])).to(parameter))
 
 
-def run(model: nn.Module, remedy: RunningRemedy, steps: int, seed: int = 0) -> None:
+def run(model: nn.Module, remedy: StepIntervention, steps: int, seed: int = 0) -> None:
     for by in moves(model, steps, seed):
         move(model, by)
         remedy.after_step(model)
@@ -232,7 +232,7 @@ def test_weight_clipping_leaves_gains_of_norm_layers() -> None:
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_what_the_optimizer_remembers_stays(make: Callable[[], RunningRemedy]) -> None:
+def test_what_the_optimizer_remembers_stays(make: Callable[[], StepIntervention]) -> None:
     model, remedy = mlp([4, 3, 2]), make()
     optimizer = torch.optim.Adam(model.parameters())
     remedy.start(model)
@@ -393,7 +393,7 @@ def test_the_tortoise_of_half_precision_weights_is_precise() -> None:
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-def test_remedies_work_on_every_model(make: Callable[[], RunningRemedy], case: Model) -> None:
+def test_remedies_work_on_every_model(make: Callable[[], StepIntervention], case: Model) -> None:
     model, remedy = case.build(), make()
     parameters, frozen = list(model.parameters()), [p.clone() for p in model.parameters() if not p.requires_grad]
     model(torch.randn(case.shape))  # leaves a graph behind: nothing of this may be recorded
@@ -407,7 +407,7 @@ def test_remedies_work_on_every_model(make: Callable[[], RunningRemedy], case: M
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[], RunningRemedy]) -> None:
+def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[], StepIntervention]) -> None:
     model, remedy = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)), make()
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
@@ -424,7 +424,7 @@ def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[]
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_shared_weights_are_treated_once(make: Callable[[], RunningRemedy]) -> None:
+def test_shared_weights_are_treated_once(make: Callable[[], StepIntervention]) -> None:
     shared, single = mlp([4, 4, 4]), mlp([4, 4])
     shared[1].weight, shared[1].bias = shared[0].weight, shared[0].bias
     single.load_state_dict({name: shared.state_dict()[name] for name in ("0.weight", "0.bias")})
@@ -440,7 +440,7 @@ def test_shared_weights_are_treated_once(make: Callable[[], RunningRemedy]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_half_precision_follows_single_precision(make: Callable[[], RunningRemedy], dtype: torch.dtype) -> None:
+def test_half_precision_follows_single_precision(make: Callable[[], StepIntervention], dtype: torch.dtype) -> None:
     half, single = mlp([6, 5, 4]).to(dtype), mlp([6, 5, 4]).to(dtype).float()
     scales = None
     for model in (half, single):
@@ -459,7 +459,7 @@ def test_half_precision_follows_single_precision(make: Callable[[], RunningRemed
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], RunningRemedy]) -> None:
+def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], StepIntervention]) -> None:
     model, remedy = nn.Sequential(nn.Linear(3, 2, dtype=torch.cfloat), nn.Linear(2, 2)), make()
     model.append(nn.Linear(0, 3))
     remedy.start(model)
@@ -535,7 +535,7 @@ def test_an_embedding_that_has_grown_gets_a_scale_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], RunningRemedy]) -> None:
+def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], StepIntervention]) -> None:
     once, often = mlp([4, 3, 2]), mlp([4, 3, 2])
     for model in (once, often):
         remedy = make()
@@ -551,7 +551,9 @@ def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], Runn
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(make: Callable[[], RunningRemedy], restart: bool) -> None:
+def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(
+    make: Callable[[], StepIntervention], restart: bool
+) -> None:
     model, remedy = nn.Sequential(*mlp([4, 3, 2]), nn.BatchNorm1d(2).double()), make()
     remedy.start(model)
     run(model, remedy, 2, seed=1)
@@ -575,7 +577,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(make: Callable[[], R
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_remedies_are_deterministic_and_leave_the_global_generator_alone(make: Callable[[], RunningRemedy]) -> None:
+def test_remedies_are_deterministic_and_leave_the_global_generator_alone(make: Callable[[], StepIntervention]) -> None:
     models = [mlp([4, 3, 2]), mlp([4, 3, 2])]
     state = torch.get_rng_state()
     for model in models:
@@ -596,7 +598,7 @@ def test_seeds_give_different_noise() -> None:
 
 
 @pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_remedies_run_beside_an_optimizer(make: Callable[[], RunningRemedy]) -> None:
+def test_remedies_run_beside_an_optimizer(make: Callable[[], StepIntervention]) -> None:
     model, remedy, x = mlp([4, 8, 2]), make(), torch.randn(16, 4, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     remedy.start(model, forward=lambda model: model(x))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ContinualBackprop, SelfNormalizedReset, describe_units
 from lightning_plasticity.interventions.units.unit_replacement import UnitReplacement
-from lightning_plasticity.interventions.weights import updates as changes
+from lightning_plasticity.interventions.weights import updates
 from tests.helpers.processes import in_two_processes
 from tests.helpers.unit_models import MODELS
 
@@ -368,7 +368,7 @@ def test_all_or_nothing(make: Callable[..., UnitReplacement], monkeypatch: pytes
             if fails:
                 before = copy.deepcopy([model.state_dict(), *[o.state_dict() for o in optimizers], remedy.state_dict()])
                 with monkeypatch.context() as patch:
-                    patch.setattr(changes, "clear", failing(optimizers[1]))
+                    patch.setattr(updates, "reset_state", failing(optimizers[1]))
                     try:
                         report = remedy.after_step(model, optimizers)
                     except RuntimeError:
@@ -384,7 +384,7 @@ def test_all_or_nothing(make: Callable[..., UnitReplacement], monkeypatch: pytes
 
 
 def failing(wrong: torch.optim.Optimizer) -> Callable[..., None]:
-    clear = changes.clear
+    clear = updates.reset_state
 
     def clear_or_fail(optimizer: torch.optim.Optimizer, renewed: Any) -> None:
         clear(optimizer, renewed)
@@ -419,7 +419,7 @@ def test_recycling_dead_units_leaves_the_output_bit_equal(case: Any, make: Calla
             module.p = 0.0
     units = describe_units(model, lambda model: model(x))
     with torch.no_grad():
-        for name in {name for site in units.sites.values() for name in site.incoming}:
+        for name in {name for site in units.groups.values() for name in site.incoming}:
             if name.endswith("bias"):
                 model.get_parameter(name).fill_(30)[1] = -100
             elif name.endswith("weight"):
@@ -430,7 +430,7 @@ def test_recycling_dead_units_leaves_the_output_bit_equal(case: Any, make: Calla
     for layer, record in state["layers"].items():  # one unit is due
         if "counter" in record:
             record["age"] = record["age"] + 5
-            record["counter"] = torch.tensor(1.01 - 0.1 * units.sites[layer].num_units, dtype=torch.float64)
+            record["counter"] = torch.tensor(1.01 - 0.1 * units.groups[layer].num_units, dtype=torch.float64)
         else:
             record["silence"][1] = 40
     remedy.load_state_dict(state)
@@ -441,7 +441,7 @@ def test_recycling_dead_units_leaves_the_output_bit_equal(case: Any, make: Calla
     model.eval()
     before = model(x)
     found = units_of(remedy.after_step(model, [optimizer]))
-    assert found == {layer: [1] for layer in case.sites}
+    assert found == {layer: [1] for layer in case.groups}
     same(model(x), before)
 
 

@@ -10,13 +10,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, Units, describe_units
-from lightning_plasticity.interventions.units.groups import entries, positions
-from lightning_plasticity.interventions.units.unit_reset import recycling
-from lightning_plasticity.interventions.weights.updates import apply
+from lightning_plasticity.interventions.units.groups import unit_indices, unit_mask
+from lightning_plasticity.interventions.units.unit_reset import plan_reset
+from lightning_plasticity.interventions.weights.updates import apply_update
 from tests.helpers.unit_models import MODELS, Encoder, Model, ResNet
 
 EVERY = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-WITH_SITES = pytest.mark.parametrize("case", [case for case in MODELS if case.sites], ids=lambda case: case.name)
+WITH_SITES = pytest.mark.parametrize("case", [case for case in MODELS if case.groups], ids=lambda case: case.name)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -59,7 +59,7 @@ def silence(model: nn.Module, units: Units, chosen: dict[str, Tensor]) -> None:
     """Makes units dead whatever their activation: every entry that makes them is zero."""
     state = model.state_dict()
     for layer, some in chosen.items():
-        for name, owner in units.sites[layer].incoming.items():
+        for name, owner in units.groups[layer].incoming.items():
             value = 1.0 if name.endswith("running_var") else 0.0
             state[name][torch.isin(owner, some).expand(state[name].shape)] = value
 
@@ -67,7 +67,7 @@ def silence(model: nn.Module, units: Units, chosen: dict[str, Tensor]) -> None:
 def some_units(case: Model, seed: int = 0) -> dict[str, Tensor]:
     return {
         layer: torch.randperm(count, generator=generator(seed))[: max(1, count // 3)].sort().values
-        for layer, (count, _) in case.sites.items()
+        for layer, (count, _) in case.groups.items()
     }
 
 
@@ -76,12 +76,12 @@ def test_units_are_found_and_every_other_layer_has_its_reason(case: Model) -> No
     x = inputs(case)
     model = case.build()
     units = describe_units(model, lambda model: model(x))
-    assert {name: (site.num_units, tuple(site.consumers)) for name, site in units.sites.items()} == case.sites
-    for layer, reason in case.left_out.items():
-        assert reason in units.left_out[layer]
+    assert {name: (site.num_units, tuple(site.consumers)) for name, site in units.groups.items()} == case.groups
+    for layer, reason in case.excluded.items():
+        assert reason in units.excluded[layer]
     layers = {name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)}
-    assert layers <= set(units.sites) | set(units.left_out), "no layer is passed over in silence"
-    for layer in [*units.sites, *units.left_out]:
+    assert layers <= set(units.groups) | set(units.excluded), "no layer is passed over in silence"
+    for layer in [*units.groups, *units.excluded]:
         assert any(line.startswith(f"{layer} ") for line in str(units).splitlines())
 
 
@@ -138,7 +138,7 @@ def test_recycling_dead_units_leaves_the_output_bit_equal(case: Model, seed: int
     report = ReDo(threshold=0).repair(model, forward=lambda model: model(x), generator=generator(seed))
     for layer, some in dead.items():
         assert set(some.tolist()) <= set(report.units[layer].tolist())
-    for layer, site in units.sites.items():
+    for layer, site in units.groups.items():
         weight = model.get_parameter(f"{layer}.weight")
         for unit in dead[layer]:
             own = (site.incoming[f"{layer}.weight"] == unit).expand_as(weight)
@@ -151,9 +151,9 @@ def test_recycling_any_unit_changes_nothing_but_its_entries(case: Model) -> None
     model, x = trained(case), inputs(case)
     units = describe_units(model, lambda model: model(x))
     for layer, some in some_units(case).items():
-        site, one = units.sites[layer], copy.deepcopy(model)
+        site, one = units.groups[layer], copy.deepcopy(model)
         old = values(one)
-        report = apply("test", recycling(one, units, {layer: some}, generator()), [])
+        report = apply_update("test", plan_reset(one, units, {layer: some}, generator()), [])
         assert {name: chosen.tolist() for name, chosen in report.units.items()} == {layer: some.tolist()}
         changed = 0
         for name, new in one.state_dict().items():
@@ -173,10 +173,10 @@ def test_after_recycling_the_network_says_what_it_says_without_these_units(case:
     chosen = some_units(case)
     layer, some = next(iter(chosen.items()))
     without = copy.deepcopy(model)
-    for name, owner in units.sites[layer].outgoing.items():
+    for name, owner in units.groups[layer].outgoing.items():
         weight = without.state_dict()[name]
         weight[torch.isin(owner, some).expand(weight.shape)] = 0
-    apply("test", recycling(model, units, {layer: some}, generator()), [])
+    apply_update("test", plan_reset(model, units, {layer: some}, generator()), [])
     assert all(map(torch.equal, evaluated(model, x), evaluated(without, x)))
 
 
@@ -184,15 +184,15 @@ def test_a_unit_of_a_convolution_before_flatten_is_a_block_of_columns_channel_sl
     """Public code zeroes one column per channel, or takes the channel for the fastest index (peers 3.2)."""
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
     units = describe_units(model, lambda model: model(torch.randn(2, 1, 6, 6)))
-    assert units.sites["0"].outgoing["3.weight"].tolist() == [[channel for channel in range(3) for _ in range(16)]]
-    apply("test", recycling(model, units, {"0": torch.tensor([1])}, generator()), [])
+    assert units.groups["0"].outgoing["3.weight"].tolist() == [[channel for channel in range(3) for _ in range(16)]]
+    apply_update("test", plan_reset(model, units, {"0": torch.tensor([1])}, generator()), [])
     assert (model[3].weight == 0).all(dim=0).nonzero().flatten().tolist() == list(range(16, 32))
 
 
 def test_columns_of_a_grouped_convolution_are_those_of_the_units_group() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2))
     units = describe_units(model, lambda model: model(torch.randn(2, 1, 3, 3)))
-    apply("test", recycling(model, units, {"0": torch.tensor([3])}, generator()), [])
+    apply_update("test", plan_reset(model, units, {"0": torch.tensor([3])}, generator()), [])
     assert (model[2].weight == 0).nonzero()[:, :2].tolist() == [[3, 1], [4, 1], [5, 1]]
 
 
@@ -203,7 +203,7 @@ def test_batch_norm_between_goes_back_to_that_of_a_new_network() -> None:
             tensor.fill_(5)
     model[1].num_batches_tracked.fill_(9)
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
-    apply("test", recycling(model, units, {"0": torch.tensor([1])}, generator()), [])
+    apply_update("test", plan_reset(model, units, {"0": torch.tensor([1])}, generator()), [])
     assert model[1].weight.tolist() == model[1].running_var.tolist() == [5, 1, 5]
     assert model[1].bias.tolist() == model[1].running_mean.tolist() == [5, 0, 5]
     assert model[1].num_batches_tracked == 9
@@ -222,7 +222,7 @@ def test_the_consumer_is_who_reads_the_units_and_not_who_is_registered_next() ->
 
     x = torch.randn(6, 4)
     units = describe_units(Backwards(), lambda model: model(x))
-    assert {layer: list(site.consumers) for layer, site in units.sites.items()} == {
+    assert {layer: list(site.consumers) for layer, site in units.groups.items()} == {
         "second": ["out"],
         "first": ["second"],
     }
@@ -232,7 +232,7 @@ def test_zeros_win_where_the_units_of_adjacent_layers_cross() -> None:
     """Public code resets layer by layer, and rows overwrite the zeros of the layer before (peers 3.5)."""
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
-    apply("test", recycling(model, units, {"0": torch.tensor([2]), "2": torch.tensor([1, 4])}, generator()), [])
+    apply_update("test", plan_reset(model, units, {"0": torch.tensor([2]), "2": torch.tensor([1, 4])}, generator()), [])
     assert (model[2].weight[:, 2] == 0).all()
     assert (model[2].weight[[1, 4]] != 0).sum() == 2 * 4
 
@@ -252,7 +252,7 @@ def test_what_passes_by_the_graph_is_noticed() -> None:
     model = Hidden()
     with torch.no_grad():
         model.first.bias.fill_(-100)
-    assert "other ways" in describe_units(model, lambda model: model(torch.randn(8, 4))).left_out["first"]
+    assert "other ways" in describe_units(model, lambda model: model(torch.randn(8, 4))).excluded["first"]
 
 
 def test_units_of_the_features_that_a_model_returns_are_left_out() -> None:
@@ -266,8 +266,8 @@ def test_units_of_the_features_that_a_model_returns_are_left_out() -> None:
             return {"logits": self.second(features), "features": features}
 
     units = describe_units(Features(), lambda model: model(torch.randn(8, 4)))
-    assert not units.sites
-    assert set(units.left_out) == {"first", "second"}
+    assert not units.groups
+    assert set(units.excluded) == {"first", "second"}
 
 
 def test_forward_may_return_nothing_or_a_loss() -> None:
@@ -279,7 +279,7 @@ def test_forward_may_return_nothing_or_a_loss() -> None:
 
     forwards: list[Callable[[nn.Module], object]] = [nothing, lambda model: model(x).square().mean()]
     for forward in forwards:
-        assert list(describe_units(model, forward).sites) == ["0"]
+        assert list(describe_units(model, forward).groups) == ["0"]
 
 
 def test_forward_without_a_graph_is_refused() -> None:
@@ -323,8 +323,8 @@ def test_recurrent_layers_are_left_out_whatever_they_do_inside(
     x = torch.randn(2, 7, 3)
     for start in (lambda model: model["before"](x), lambda model: torch.randn(2, 7, 4)):
         units = describe_units(model, lambda model, start=start: forward(model, start(model)))  # type: ignore[misc]
-        assert list(units.sites) == ["hidden"]
-        assert units.left_out["recurrent"] == "recurrent: its units feed themselves"
+        assert list(units.groups) == ["hidden"]
+        assert units.excluded["recurrent"] == "recurrent: its units feed themselves"
 
 
 def test_lazy_layers_are_refused() -> None:
@@ -343,24 +343,24 @@ def test_computed_weights_are_left_out() -> None:
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
     )
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
-    assert list(units.sites) == ["2"]
-    assert units.left_out["0"] == "its weight is computed from other parameters"
+    assert list(units.groups) == ["2"]
+    assert units.excluded["0"] == "its weight is computed from other parameters"
 
 
 @pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
 def test_units_read_by_computed_weights_are_left_out(computed: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), computed(nn.Linear(5, 2)))
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
-    assert list(units.sites) == ["0"]
-    assert units.left_out["2"] == "the weight of '4', which belongs to its units, is computed from other parameters"
+    assert list(units.groups) == ["0"]
+    assert units.excluded["2"] == "the weight of '4', which belongs to its units, is computed from other parameters"
 
 
 def test_units_that_a_computed_depthwise_convolution_passes_on_are_left_out() -> None:
     depthwise = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
     model = nn.Sequential(nn.Conv2d(2, 4, 3), depthwise, nn.ReLU(), nn.Conv2d(4, 2, 1))
     units = describe_units(model, lambda model: model(torch.randn(3, 2, 6, 6)))
-    assert not units.sites
-    assert units.left_out["0"] == "the weight of '1', which belongs to its units, is computed from other parameters"
+    assert not units.groups
+    assert units.excluded["0"] == "the weight of '1', which belongs to its units, is computed from other parameters"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_units_that_are_not_there_are_refused(chosen: dict[str, Tensor], message
     model, x = MODELS[0].build(), inputs(MODELS[0])
     units = describe_units(model, lambda model: model(x))
     with pytest.raises(ValueError, match=message):
-        recycling(model, units, chosen, generator())
+        plan_reset(model, units, chosen, generator())
 
 
 @pytest.fixture
@@ -389,19 +389,19 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_a_resnet_of_full_width_has_its_eight_sites() -> None:
     model, x = ResNet(64, classes=10), torch.randn(2, 3, 16, 16)
-    assert list(describe_units(model, lambda model: model(x)).sites) == [f"layers.{i}.conv1" for i in range(8)]
+    assert list(describe_units(model, lambda model: model(x)).groups) == [f"layers.{i}.conv1" for i in range(8)]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_positions_are_those_of_the_entries(model: Model) -> None:
     module = model.build()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for site in describe_units(module, lambda module: module(torch.rand(model.shape))).sites.values():
+    for site in describe_units(module, lambda module: module(torch.rand(model.shape))).groups.values():
         for some in (torch.tensor([0]), torch.arange(site.num_units), torch.tensor([], dtype=torch.long)):
             for name, owner in {**site.incoming, **site.outgoing}.items():
                 shape = tensors[name].shape
-                expected = entries(owner, some, shape).flatten().nonzero().flatten()
-                assert torch.equal(positions(owner, some, shape).sort().values, expected)
+                expected = unit_mask(owner, some, shape).flatten().nonzero().flatten()
+                assert torch.equal(unit_indices(owner, some, shape).sort().values, expected)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -419,4 +419,4 @@ def test_what_an_lstm_with_projections_reads_is_left_out_where_torch_pruning_can
             return logits
 
     model, x = Projected(), torch.randn(16, 6)
-    assert list(describe_units(model, forward=lambda model: model(x)).sites) == ["hidden"]
+    assert list(describe_units(model, forward=lambda model: model(x)).groups) == ["hidden"]

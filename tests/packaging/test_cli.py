@@ -24,7 +24,7 @@ from lightning_plasticity import (
     TaskDetector,
     interventions,
 )
-from lightning_plasticity.interventions import Intervention, RunningRemedy
+from lightning_plasticity.interventions import Intervention, StepIntervention
 from lightning_plasticity.probes import Probe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -184,7 +184,7 @@ PUBLIC = [
     for name in package.__all__
     if inspect.isclass(value := getattr(package, name))
     and issubclass(value, SpectralCollapseCallback | TaskDetector | Collapse | Probe | PlasticityMonitor | Intervention)
-    and value not in (Intervention, RunningRemedy)
+    and value not in (Intervention, StepIntervention)
     and not inspect.isabstract(value)
 ]
 

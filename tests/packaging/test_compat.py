@@ -162,8 +162,8 @@ def test_the_trainer_passes_the_iterator_where_fetches_batches_says_or_else_ther
     given: list[Any] = []
     trainer(max_steps=1).fit(module := Fetching(), loader())
     assert iter(given[0]) is given[0]
-    assert _compat.fetches_batches(module.training_step)
-    assert not _compat.fetches_batches(Classifier().training_step)
+    assert _compat.takes_dataloader_iter(module.training_step)
+    assert not _compat.takes_dataloader_iter(Classifier().training_step)
 
 
 def test_schedulers_are_those_of_the_fit_or_else_probes_move_the_learning_rate() -> None:
@@ -221,7 +221,10 @@ def test_callbacks_that_average_weights_are_known_or_else_nobody_is_warned_that_
 def test_no_other_strategy_passes_for_one_with_whole_weights_or_else_shards_are_probed_as_if_they_were_all() -> None:
     kinds = [kind for kind in vars(strategies).values() if isinstance(kind, type) and not inspect.isabstract(kind)]
     made = [kind.__new__(kind) for kind in kinds]
-    assert {type(each).__name__ for each in made if _compat.is_whole(each)} == {"SingleDeviceStrategy", "DDPStrategy"}
+    assert {type(each).__name__ for each in made if _compat.has_full_weights(each)} == {
+        "SingleDeviceStrategy",
+        "DDPStrategy",
+    }
     assert {type(each).__name__ for each in made if _compat.is_model_parallel(each)} == {"ModelParallelStrategy"}
 
 
@@ -262,7 +265,7 @@ def test_processes_that_are_started_for_a_fit_are_known_or_else_nobody_is_told_t
     kept = {"auto": False, "ddp": False, "ddp_spawn": True, "ddp_fork": True, "ddp_notebook": True}
     for name, forgets in kept.items():
         fitted = trainer(strategy=name, devices=1 if name == "auto" else 2)
-        assert _compat.forgets_callbacks(fitted.strategy) == forgets
+        assert _compat.spawns_processes(fitted.strategy) == forgets
         callback = SpectralCollapseCallback()
         with pytest.warns(PlasticityWarning, match="history, and all that") if forgets else contextlib.nullcontext():
             callback.setup(fitted, Classifier(), "fit")

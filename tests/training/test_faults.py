@@ -38,10 +38,10 @@ from lightning_plasticity.interventions import (
     ReDo,
     Regularizer,
     Reset,
-    RunningRemedy,
     SelfNormalizedReset,
     ShrinkPerturb,
     SpectralRegularizer,
+    StepIntervention,
 )
 from lightning_plasticity.reports import TaskReport
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
@@ -536,7 +536,7 @@ def test_a_regularizer_that_fails_leaves_the_others_in_the_step() -> None:
 
 @pytest.mark.parametrize("returned", [3, True, {"units": 1}], ids=["int", "bool", "dict"])
 def test_a_running_remedy_that_returns_no_report_does_not_end_training(returned: object) -> None:
-    class Wrong(RunningRemedy):
+    class Wrong(StepIntervention):
         def after_step(self, *_: Any, **__: Any) -> Any:
             return returned
 
@@ -553,7 +553,7 @@ def test_a_running_remedy_that_returns_no_report_does_not_end_training(returned:
 
 
 def test_a_running_remedy_that_cannot_be_called_is_refused() -> None:
-    class Narrow(RunningRemedy):
+    class Narrow(StepIntervention):
         def after_step(self, model: nn.Module, optimizers: Any) -> None: ...  # type: ignore[override]
 
     with pytest.raises(TypeError, match=r"Narrow.after_step\(model.* must take \(model, optimizers, \*, forw"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_plasticity import Collapse, HessianProbe, PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity._compat import is_lightning, is_model_parallel, is_whole
+from lightning_plasticity._compat import has_full_weights, is_lightning, is_model_parallel
 from lightning_plasticity.interventions import ShrinkPerturb
 from lightning_plasticity.reporting import progress
 from tests.helpers import usages
@@ -181,16 +181,16 @@ def test_its_averages_are_warned_of(tmp_path: Path) -> None:
 
 def test_it_has_the_same_strategies() -> None:
     strategies = standalone.strategies
-    assert is_whole(strategies.SingleDeviceStrategy())
-    assert is_whole(strategies.DDPStrategy())
+    assert has_full_weights(strategies.SingleDeviceStrategy())
+    assert has_full_weights(strategies.DDPStrategy())
     assert is_model_parallel(strategies.ModelParallelStrategy())
-    assert not is_whole(strategies.FSDPStrategy())
+    assert not has_full_weights(strategies.FSDPStrategy())
 
 
 def test_classes_of_another_package_are_not_taken_for_lightnings() -> None:
     class DDPStrategy:
         pass
 
-    assert not is_whole(DDPStrategy())
+    assert not has_full_weights(DDPStrategy())
     assert is_lightning(TQDMProgressBar(), TQDMProgressBar)
     assert not is_lightning(TQDMProgressBar(), Trainer)

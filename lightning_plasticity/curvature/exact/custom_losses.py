@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lightning_plasticity.curvature.autograd_graph import edge_of, leaves
-from lightning_plasticity.curvature.exact.hessian_factors import DenseRoot
+from lightning_plasticity.curvature.exact.hessian_factors import DenseFactor
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature, loss_call
 from lightning_plasticity.curvature.problem import normal
 
 
-def loss_of(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def custom_loss(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     r"""Any loss of the network's outputs, for :func:`ggn_spectrum`: its curvature comes from differentiating it twice.
 
     Outside of a probe this is ``function(outputs)`` and nothing else.
@@ -28,22 +28,22 @@ def loss_of(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         >>> import torch
         >>> from lightning_plasticity.curvature import ggn_spectrum
         >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> spectrum = ggn_spectrum(model, x, lambda model, x: loss_of(model(x), lambda f: f.square().mean()))
+        >>> spectrum = ggn_spectrum(model, x, lambda model, x: custom_loss(model(x), lambda f: f.square().mean()))
         >>> [round(value, 6) for value in spectrum.eigenvalues.tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
     if has_torch_function_unary(outputs):  # a recording is under way
-        value: Tensor = handle_torch_function(loss_of, (outputs,), outputs, function)
+        value: Tensor = handle_torch_function(custom_loss, (outputs,), outputs, function)
         return value
     return function(outputs)
 
 
-def loss_of_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor], Tensor]) -> LossCall | None:
+def custom_loss_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor], Tensor]) -> LossCall | None:
     """The Hessian block by block if the samples are independent, else as one block."""
     if value.dim() or leaves([edge_of(value)], {edge_of(outputs): []}):
         raise ValueError(
-            "loss_of(outputs, function) needs a function that returns a scalar and depends on nothing with a gradient "
-            "but the outputs: a penalty on weights, say, has no place in the curvature of the loss"
+            "custom_loss(outputs, function) needs a function that returns a scalar and depends on nothing with a "
+            "gradient but the outputs: a penalty on weights, say, has no place in the curvature of the loss"
         )
 
     def curvature(gradient: Tensor) -> LossCurvature:
@@ -57,11 +57,11 @@ def loss_of_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor], Te
         values, vectors = torch.linalg.eigh((hessian + hessian.mT).double() / 2)
         if values.min() < -(torch.finfo(at.dtype).eps ** 0.5) * values.abs().max():
             raise ValueError(
-                "the function given to loss_of is not convex at these outputs, so the Gauss-Newton matrix is not "
+                "the function given to custom_loss is not convex at these outputs, so the Gauss-Newton matrix is not "
                 f"positive semi-definite (eigenvalues of its Hessian from {values.min():.3g} to {values.max():.3g})"
             )
         residual = slope.detach().double()
-        root = DenseRoot(vectors * values.clamp(min=0).sqrt()[:, None, :])
+        root = DenseFactor(vectors * values.clamp(min=0).sqrt()[:, None, :])
         return LossCurvature(residual, root, residual.norm())
 
     return loss_call(outputs, value, curvature)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity._validation import check_counts
+from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.autograd_graph import leaves, reached
 from lightning_plasticity.curvature.exact.jacobian import jacobian_gram
 from lightning_plasticity.curvature.exact.outputs import Outputs, UnsupportedModelError, outputs_of
@@ -31,7 +31,7 @@ from lightning_plasticity.curvature.problem import (
     trainable_parameters,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.isolation.state import probe_mode
 
 
 class TooManyRowsError(ValueError):
@@ -109,10 +109,10 @@ def gram(
     Raises:
         TooManyPassesError: If Jacobians row by row would take more than ``max_passes`` backward passes.
     """
-    check_counts(samples=samples, max_rows=max_rows, sketch=sketch)
+    check_positive_ints(samples=samples, max_rows=max_rows, sketch=sketch)
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with probing(model):
+    with probe_mode(model):
         recording = Recording(selected)
         with full_precision(), recording:
             loss = loss_fn(model, batch)

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 
-class Root(ABC):
+class HessianFactor(ABC):
     """A root, block by block."""
 
     @property
@@ -23,11 +23,11 @@ class Root(ABC):
         """The number of blocks, and of numbers in each."""
 
     @abstractmethod
-    def times(self, vectors: Tensor) -> Tensor:
+    def matvec(self, vectors: Tensor) -> Tensor:
         r""":math:`S v`, for vectors of shape ``(blocks, b)``."""
 
     @abstractmethod
-    def transposed_times(self, vectors: Tensor) -> Tensor:
+    def transposed_matvec(self, vectors: Tensor) -> Tensor:
         r""":math:`S^\top v`, for vectors of shape ``(blocks, b)``."""
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Root(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class DenseRoot(Root):
+class DenseFactor(HessianFactor):
     """Any root.
 
     Args:
@@ -51,11 +51,11 @@ class DenseRoot(Root):
         return self.matrices.shape[0], self.matrices.shape[1]
 
     @override
-    def times(self, vectors: Tensor) -> Tensor:
+    def matvec(self, vectors: Tensor) -> Tensor:
         return torch.einsum("nij,nj->ni", self.matrices, vectors)
 
     @override
-    def transposed_times(self, vectors: Tensor) -> Tensor:
+    def transposed_matvec(self, vectors: Tensor) -> Tensor:
         return torch.einsum("nij,ni->nj", self.matrices, vectors)
 
     @override
@@ -64,7 +64,7 @@ class DenseRoot(Root):
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalRoot(Root):
+class DiagonalFactor(HessianFactor):
     """The root of a loss that treats every output by itself.
 
     Args:
@@ -79,10 +79,10 @@ class DiagonalRoot(Root):
         return self.values.numel(), 1
 
     @override
-    def times(self, vectors: Tensor) -> Tensor:
+    def matvec(self, vectors: Tensor) -> Tensor:
         return self.values.reshape(-1, 1) * vectors
 
-    transposed_times = times
+    transposed_matvec = matvec
 
     @override
     def dense(self) -> Tensor:
@@ -90,7 +90,7 @@ class DiagonalRoot(Root):
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxRoot(Root):
+class SoftmaxFactor(HessianFactor):
     r"""The root :math:`\sqrt s (\mathrm{diag} \sqrt p - p \sqrt p^\top)` of :math:`s (\mathrm{diag}(p) - p p^\top)`.
 
     Args:
@@ -107,12 +107,12 @@ class SoftmaxRoot(Root):
         return self.probabilities.shape[0], self.probabilities.shape[1]
 
     @override
-    def times(self, vectors: Tensor) -> Tensor:
+    def matvec(self, vectors: Tensor) -> Tensor:
         weighted = self.probabilities.sqrt() * vectors
         return self.strength.sqrt() * (weighted - self.probabilities * weighted.sum(1, keepdim=True))
 
     @override
-    def transposed_times(self, vectors: Tensor) -> Tensor:
+    def transposed_matvec(self, vectors: Tensor) -> Tensor:
         mean = (self.probabilities * vectors).sum(1, keepdim=True)
         return (self.strength * self.probabilities).sqrt() * (vectors - mean)
 

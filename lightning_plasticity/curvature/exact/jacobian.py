@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.autograd_graph import gradient_edge, or_zeros
 from lightning_plasticity.curvature.exact.jacobian_rows import fit_at_once, groups_that_fit, row_by_row_gram
 from lightning_plasticity.curvature.exact.outputs import OutputRows, Outputs
-from lightning_plasticity.curvature.exact.parameter_uses import LayerCall, ParameterUse, Rows, Shift, Weight
+from lightning_plasticity.curvature.exact.parameter_uses import Bias, LayerCall, ParameterUse, Rows, Weight
 from lightning_plasticity.curvature.problem import normal
 
 _RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -159,7 +159,7 @@ def _arrangements(calls: Sequence[LayerCall], rows: OutputRows, like: Tensor) ->
         return [1] * len(calls)
     vector = normal(rows.shape, like)
     vector[1::2] = 0
-    gradients = rows.pull_back([gradient_edge(call.output) for call in calls], vector)
+    gradients = rows.vjp([gradient_edge(call.output) for call in calls], vector)
     result: list[int | None] = []
     for call, gradient in zip(calls, gradients, strict=True):
         fitting = [
@@ -202,7 +202,7 @@ def _closed_form_gram(
         return total, []
     noise = normal((2, *rows.shape, 1), roots)
     directions = torch.cat([noise[:1], roots @ noise[1:]])[..., 0].to(dtype)
-    expected = [rows.pull_back(list(parameters.values()), direction) for direction in directions]
+    expected = [rows.vjp(list(parameters.values()), direction) for direction in directions]
 
     parts: dict[str, _Part] = {}
     for group in _groups(calls, parameters, rows):
@@ -354,7 +354,7 @@ def _groups(
         return len(own) == 1 and isinstance(own[0].use, Weight) and positions == 1
 
     def bias_beside(key: int) -> list[int]:
-        beside = [use.parameter for use in uses[key][0].call.uses if isinstance(use, Shift)]
+        beside = [use.parameter for use in uses[key][0].call.uses if isinstance(use, Bias)]
         return [id(bias) for bias in beside if len(uses.get(id(bias), [])) == 1]
 
     biases = {bias for key in uses if is_factored(key) for bias in bias_beside(key)}
@@ -387,7 +387,7 @@ def _condensed(uses: Sequence[_Use], rows: OutputRows) -> dict[int, Tensor]:
     for column in range(columns if calls else 0):
         selector = calls[0].uses[0].parameter.new_zeros(rows.shape).detach()
         selector[:, column] = 1
-        gradients = dict(zip(map(id, calls), rows.pull_back(edges, selector), strict=True))
+        gradients = dict(zip(map(id, calls), rows.vjp(edges, selector), strict=True))
         cotangents = {
             id(call): call.by_sample(gradient, blocks, call.outer)
             for call in calls

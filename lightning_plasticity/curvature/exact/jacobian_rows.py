@@ -69,7 +69,7 @@ def row_by_row_gram(rows: OutputRows, groups: Sequence[Mapping[str, nn.Parameter
         for number, row in enumerate(jacobian):
             selector = like.new_zeros(rows.shape)
             selector.view(-1)[number] = 1
-            for place, gradient in zip(row.split(sizes), rows.pull_back(parameters, selector), strict=True):
+            for place, gradient in zip(row.split(sizes), rows.vjp(parameters, selector), strict=True):
                 if gradient is not None:
                     place.copy_(gradient.to_dense().flatten())
         for chunk in jacobian.split(max(1, _CHUNK_ELEMENTS // count), dim=1):

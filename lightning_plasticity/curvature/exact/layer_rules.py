@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_plasticity.curvature.autograd_graph import edge_of
 from lightning_plasticity.curvature.exact.parameter_uses import (
+    Bias,
     ConvolutionWeight,
+    EmbeddingTable,
     LayerCall,
-    Lookup,
+    NormWeight,
     ParameterUse,
-    Scale,
-    Shift,
     TransposedConvolutionWeight,
     Weight,
 )
@@ -31,8 +31,8 @@ def _call(
     return LayerCall(edge_of(output), output.shape, channels, channels_first, present)
 
 
-def _shift(bias: Tensor | None) -> Shift | None:
-    return None if bias is None else Shift(bias)
+def _shift(bias: Tensor | None) -> Bias | None:
+    return None if bias is None else Bias(bias)
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall | None:
@@ -151,7 +151,7 @@ def _norm(
     channels = output.shape[1] if shape is None else torch.Size(shape).numel()
     scale = None
     if weight is not None:
-        scale = Scale(weight, normalized(), channels_first=shape is None)
+        scale = NormWeight(weight, normalized(), channels_first=shape is None)
     return _call(output, channels, [scale, _shift(bias)], channels_first=shape is None)
 
 
@@ -232,7 +232,7 @@ def _embedding(
 ) -> LayerCall | None:
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _call(output, weight.shape[1], [Lookup(weight, input, padding_idx)])
+    return _call(output, weight.shape[1], [EmbeddingTable(weight, input, padding_idx)])
 
 
 LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.autograd_graph import Edge, edge_of
-from lightning_plasticity.curvature.exact.hessian_factors import Root
+from lightning_plasticity.curvature.exact.hessian_factors import HessianFactor
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class LossCurvature:
     """
 
     residual: Tensor
-    root: Root
+    root: HessianFactor
     scale: Tensor
 
 

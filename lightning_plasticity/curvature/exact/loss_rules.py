@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_plasticity.curvature.exact.custom_losses import loss_of, loss_of_rule
-from lightning_plasticity.curvature.exact.hessian_factors import DiagonalRoot, SoftmaxRoot
+from lightning_plasticity.curvature.exact.custom_losses import custom_loss, custom_loss_rule
+from lightning_plasticity.curvature.exact.hessian_factors import DiagonalFactor, SoftmaxFactor
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature, LossRule, loss_call
 
 
@@ -68,7 +68,7 @@ def _cross_entropy(
         _check_not_negative(strength)
         return LossCurvature(
             residual=(strength * probabilities - labels).movedim(-1, class_dim),
-            root=SoftmaxRoot(strength.reshape(-1, 1), probabilities.reshape(-1, classes)),
+            root=SoftmaxFactor(strength.reshape(-1, 1), probabilities.reshape(-1, classes)),
             scale=labels.norm(),
         )
 
@@ -225,9 +225,9 @@ def _binary_cross_entropy(value: Tensor, input: Tensor, target: Tensor, *args: A
     return None if call is None else _before(sigmoid, call)
 
 
-def _diagonal_root(strength: Tensor) -> DiagonalRoot:
+def _diagonal_root(strength: Tensor) -> DiagonalFactor:
     _check_not_negative(strength)
-    return DiagonalRoot(strength.sqrt())
+    return DiagonalFactor(strength.sqrt())
 
 
 def _check_not_negative(strength: Tensor) -> None:
@@ -244,7 +244,7 @@ LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
     F.smooth_l1_loss: _smooth_l1_loss,
-    loss_of: loss_of_rule,
+    custom_loss: custom_loss_rule,
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.binary_cross_entropy: _binary_cross_entropy,
 }

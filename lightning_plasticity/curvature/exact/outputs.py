@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_plasticity.curvature.autograd_graph import Edge, edge_of, gradient_edge, leaves
-from lightning_plasticity.curvature.exact.hessian_factors import Root
+from lightning_plasticity.curvature.exact.hessian_factors import HessianFactor
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature
 
 
@@ -68,10 +68,10 @@ class Outputs:
         root: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
         return root
 
-    def hessian_times(self, vector: Tensor) -> Tensor:
+    def hessian_matvec(self, vector: Tensor) -> Tensor:
         """The Hessian of the loss by the outputs times a vector of the shape of the outputs, float64."""
         parts = [
-            self._by_block(call, curvature.root, vector, lambda root, v: root.times(root.transposed_times(v)))
+            self._by_block(call, curvature.root, vector, lambda root, v: root.matvec(root.transposed_matvec(v)))
             for call, curvature in zip(self.calls, self.curvatures, strict=True)
         ]
         return torch.stack(parts).sum(0)
@@ -89,12 +89,12 @@ class Outputs:
             parts = []
             for call, curvature in zip(self.calls, self.curvatures, strict=True):
                 signs = torch.randint(2, self.shape, generator=generator, device="cpu").to(curvature.residual) * 2 - 1
-                parts.append(self._by_block(call, curvature.root, signs, lambda root, v: root.times(v)))
+                parts.append(self._by_block(call, curvature.root, signs, lambda root, v: root.matvec(v)))
             result.append(torch.stack(parts).sum(0))
         return torch.stack(result)
 
     def _by_block(
-        self, call: LossCall, root: Root, vector: Tensor, function: Callable[[Root, Tensor], Tensor]
+        self, call: LossCall, root: HessianFactor, vector: Tensor, function: Callable[[HessianFactor, Tensor], Tensor]
     ) -> Tensor:
         by_class = vector.double().movedim(call.class_dim if root.shape[1] > 1 else -1, -1)
         image = function(root, by_class.reshape(root.shape)).reshape(by_class.shape)
@@ -133,7 +133,7 @@ class OutputRows:
         columns = sum(self._widths) if self._combinations is None else len(self._combinations)
         self.shape = (blocks, columns)
 
-    def pull_back(self, by: Sequence[Tensor] | Sequence[GradientEdge], coefficients: Tensor) -> Sequence[Tensor | None]:
+    def vjp(self, by: Sequence[Tensor] | Sequence[GradientEdge], coefficients: Tensor) -> Sequence[Tensor | None]:
         r""":math:`J^\top u`, the gradient of the sum of rows by each of ``by``; ``None`` where there is none.
 
         Args:
@@ -175,7 +175,7 @@ def outputs_of(loss: Tensor, calls: list[LossCall], names: Mapping[int, str]) ->
             "the loss was not computed by torch.nn.functional.cross_entropy, nll_loss (right after log_softmax), "
             "binary_cross_entropy_with_logits, binary_cross_entropy (right after sigmoid), mse_loss, huber_loss or "
             "smooth_l1_loss (target of the same shape), or their modules, so its curvature is not known: pass a "
-            "loss_fn(model, batch) that uses one of them, or loss_of(outputs, function)"
+            "loss_fn(model, batch) that uses one of them, or custom_loss(outputs, function)"
         )
     _check_nothing_else(loss, [call for call, _ in reached], names)
     if any(factor.requires_grad for _, factor in reached):

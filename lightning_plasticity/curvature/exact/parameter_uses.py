@@ -123,7 +123,7 @@ class TransposedConvolutionWeight(ParameterUse):
         return jacobian
 
 
-class Shift(ParameterUse):
+class Bias(ParameterUse):
     r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
 
     by_channel = True
@@ -137,7 +137,7 @@ class Shift(ParameterUse):
         return _rows_of_channels(condensed, self.parameter)
 
 
-class Scale(ParameterUse):
+class NormWeight(ParameterUse):
     r"""The gain of a norm layer, :math:`y_t = \gamma \hat x_t`, with the normalised input :math:`\hat x_t`.
 
     :math:`\partial f / \partial \gamma = \sum_t g_t \hat x_t`.
@@ -161,7 +161,7 @@ class Scale(ParameterUse):
         return _rows_of_channels(condensed, self.parameter)
 
 
-class Lookup(ParameterUse):
+class EmbeddingTable(ParameterUse):
     r"""The table of an embedding, :math:`y_t = E_{i_t}`: :math:`\partial f / \partial E_v = \sum_{t : i_t = v} g_t`."""
 
     def __init__(self, parameter: Tensor, indices: Tensor, padding_index: int | None) -> None:

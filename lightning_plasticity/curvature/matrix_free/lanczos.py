@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import check_counts, check_seed
+from lightning_plasticity._validation import check_positive_ints, check_seed
 from lightning_plasticity.curvature.estimates import Quadrature
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
 from lightning_plasticity.curvature.problem import NOT_FINITE, Progress, normal
 from lightning_plasticity.curvature.spectrum import Spectrum
 
@@ -34,14 +34,14 @@ def check_lanczos(num_probes: int, num_steps: int, seed: int, reorthogonalizatio
     Raises:
         ValueError: If a number is not positive and whole, or another one is not known.
     """
-    check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_positive_ints(num_probes=num_probes, num_steps=num_steps)
     check_seed(seed)
     if reorthogonalization not in get_args(Reorthogonalization):
         raise ValueError(f"reorthogonalization={reorthogonalization!r} must be 'full', 'partial' or 'none'")
 
 
 def lanczos_spectrum(
-    product: CurvatureProduct,
+    product: CurvatureLinearOperator,
     *,
     num_probes: int,
     num_steps: int,
@@ -119,7 +119,7 @@ def lanczos_spectrum(
 
 
 def lanczos(
-    product: CurvatureProduct,
+    product: CurvatureLinearOperator,
     start: Tensor,
     steps: int,
     report: Callable[[int], None] | None = None,
@@ -169,7 +169,7 @@ class _Run:
 
 
 def _run(
-    product: CurvatureProduct,
+    product: CurvatureLinearOperator,
     start: Tensor,
     steps: int,
     report: Callable[[int], None] | None,

@@ -16,7 +16,7 @@ from lightning_plasticity.curvature.exact.outputs import Outputs
 from lightning_plasticity.curvature.problem import normal
 
 
-class CurvatureProduct(ABC):
+class CurvatureLinearOperator(ABC):
     r"""A symmetric matrix :math:`A`, :math:`P \times P`, known by its products with vectors.
 
     Args:
@@ -62,7 +62,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.to_dense().reshape(-1) for tensor in tensors])
 
 
-class HessianProduct(CurvatureProduct):
+class HessianLinearOperator(CurvatureLinearOperator):
     r"""The Hessian of a loss, :math:`H v = \nabla_\theta (\nabla_\theta L \cdot v)` (Pearlmutter 1994).
 
     Args:
@@ -79,7 +79,7 @@ class HessianProduct(CurvatureProduct):
         return _flat(vector_products(self._gradients, self.parameters, self._split(vector)))
 
 
-class GaussNewtonProduct(CurvatureProduct):
+class GGNLinearOperator(CurvatureLinearOperator):
     r"""The generalized Gauss-Newton matrix :math:`J^\top \frac{\partial^2 L}{\partial f^2} J`.
 
     :math:`J v` is the derivative of :math:`J^\top w` by :math:`w`, times :math:`v`: the graph of a backward pass is
@@ -105,14 +105,14 @@ class GaussNewtonProduct(CurvatureProduct):
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        pushed = zip(self._outputs, self._push(vector), strict=True)
-        return self._pull([output.hessian_times(change).to(change.dtype) for output, change in pushed])
+        pushed = zip(self._outputs, self._jvp(vector), strict=True)
+        return self._vjp([output.hessian_matvec(change).to(change.dtype) for output, change in pushed])
 
-    def _push(self, vector: Tensor) -> Sequence[Tensor]:
+    def _jvp(self, vector: Tensor) -> Sequence[Tensor]:
         r""":math:`J v`."""
         return vector_products(self._pulled_back, self._probes, self._split(vector))
 
-    def _pull(self, changes: Sequence[Tensor]) -> Tensor:
+    def _vjp(self, changes: Sequence[Tensor]) -> Tensor:
         r""":math:`J^\top w`."""
         return _flat(gradients(self._edges, self.parameters, changes))
 
@@ -120,9 +120,9 @@ class GaussNewtonProduct(CurvatureProduct):
         r"""Whether :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`: a backward pass may hide its own derivative."""
         vector = normal((self.dimension,), like=self.parameters[0])
         vector /= vector.norm()
-        pushed = self._push(vector)
+        pushed = self._jvp(vector)
         square = sum(change.double().square().sum().item() for change in pushed)
-        again = torch.dot(vector.double(), self._pull(pushed).double()).item()
+        again = torch.dot(vector.double(), self._vjp(pushed).double()).item()
         if not abs(square - again) <= 1e-3 * max(square, again):
             raise DoubleBackwardError(
                 "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "

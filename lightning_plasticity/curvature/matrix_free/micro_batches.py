@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_counts
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureProduct
+from lightning_plasticity._validation import check_positive_ints
+from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
 from lightning_plasticity.curvature.problem import LossFunction, check_loss, full_precision, normal
 from lightning_plasticity.distributed.agreement import is_distributed
-from lightning_plasticity.isolation.batches import batch_size, concatenated, micro_batches, moved
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.isolation.batches import batch_size, concat_batches, micro_batches, to_device
+from lightning_plasticity.isolation.state import probe_mode
 
 _DISTANCE = 0.1
 """How far from the weights, relative to their size, the loss is looked at a second time."""
 
 
-class MicroBatched(CurvatureProduct):
+class MicroBatched(CurvatureLinearOperator):
     """A mean over the samples of a batch, of which only one piece has a graph at a time.
 
     Every product builds every graph anew: about twice the time, for a fraction of the memory.
@@ -46,9 +46,9 @@ class MicroBatched(CurvatureProduct):
         loss_fn: LossFunction[Any],
         parameters: Sequence[nn.Parameter],
         size: int,
-        build: Callable[[Any], CurvatureProduct],
+        build: Callable[[Any], CurvatureLinearOperator],
     ) -> None:
-        check_counts(micro_batch_size=size)
+        check_positive_ints(micro_batch_size=size)
         if batch_size(batch) is None:
             raise ValueError(f"micro_batch_size={size}: the batch holds no tensor that could be taken apart")
         pieces = list(micro_batches(batch, size))
@@ -67,7 +67,7 @@ class MicroBatched(CurvatureProduct):
         return result
 
 
-class AveragedOverRanks(CurvatureProduct):
+class AveragedOverRanks(CurvatureLinearOperator):
     """The mean over the samples of all processes, each of which has the matrix of its own samples.
 
     Args:
@@ -75,7 +75,7 @@ class AveragedOverRanks(CurvatureProduct):
         samples: Their number.
     """
 
-    def __init__(self, product: CurvatureProduct, samples: int) -> None:
+    def __init__(self, product: CurvatureLinearOperator, samples: int) -> None:
         counts = torch.tensor([samples, samples * product.loss], dtype=torch.float64, device=product.device)
         dist.all_reduce(counts)
         super().__init__(product.parameters, (counts[1] / counts[0]).item())
@@ -91,7 +91,7 @@ class AveragedOverRanks(CurvatureProduct):
 
 
 def sharded(
-    build: Callable[[Any], CurvatureProduct],
+    build: Callable[[Any], CurvatureLinearOperator],
     model: nn.Module,
     batch: Any,
     loss_fn: LossFunction[Any],
@@ -99,7 +99,7 @@ def sharded(
     *,
     micro_batch_size: int | None,
     distributed: bool,
-) -> CurvatureProduct:
+) -> CurvatureLinearOperator:
     """The matrix of a batch, in micro-batches and over processes as asked for.
 
     Args:
@@ -112,7 +112,7 @@ def sharded(
         distributed: Whether the processes of a process group each hold a part of the batch.
     """
 
-    def own() -> CurvatureProduct:
+    def own() -> CurvatureLinearOperator:
         if micro_batch_size is None:
             return build(batch)
         return MicroBatched(model, batch, loss_fn, parameters, micro_batch_size, build)
@@ -125,18 +125,18 @@ def sharded(
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (samples, batch))
     next_samples, next_batch = everyone[(dist.get_rank() + 1) % len(everyone)]
-    next_batch = moved(next_batch, batch)
+    next_batch = to_device(next_batch, batch)
 
-    def checked() -> CurvatureProduct:
+    def checked() -> CurvatureLinearOperator:
         # Each process with the next one: if two are a mean, all of them are.
-        both = concatenated([batch, next_batch])
+        both = concat_batches([batch, next_batch])
         _check_mean(model, loss_fn, both, [batch, next_batch], [samples, next_samples], "distributed=True")
         return own()
 
     return AveragedOverRanks(_all_or_none(checked), samples)
 
 
-def _all_or_none(work: Callable[[], CurvatureProduct]) -> CurvatureProduct:
+def _all_or_none(work: Callable[[], CurvatureLinearOperator]) -> CurvatureLinearOperator:
     """The work of this process, unless it fails on any: the others would wait for ever."""
     result, failure = None, None
     try:
@@ -198,7 +198,7 @@ def _loss_near(model: nn.Module, loss_fn: LossFunction[Any], batch: Any, distanc
         noise = normal(parameter.shape, parameter, generator)
         size = parameter.detach().square().mean().sqrt() if parameter.numel() else parameter.detach().sum()
         weights[f"model.{name}"] = parameter.detach() + distance * torch.where(size > 0, size, 1) * noise
-    with probing(model), full_precision(), torch.no_grad():
+    with probe_mode(model), full_precision(), torch.no_grad():
         loss = functional_call(Lossy(), weights, (batch,))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         check_loss(loss)

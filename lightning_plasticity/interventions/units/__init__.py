@@ -1,5 +1,5 @@
 """Find, rate and reset the hidden units of a network."""
 
-from lightning_plasticity.interventions.units.groups import Site, Units, describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
 
-__all__ = ["Site", "Units", "describe_units"]
+__all__ = ["UnitGroup", "Units", "describe_units"]

@@ -14,10 +14,17 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
-from lightning_plasticity.interventions.units.groups import Forward, Site, Units, channel_dim, entries
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS
-from lightning_plasticity.interventions.weights.linear_layers import CONVOLUTIONS, RECURRENT, TRANSPOSED
-from lightning_plasticity.isolation.state import probing
+from lightning_plasticity.interventions.units.groups import Forward, UnitGroup, Units, unit_mask
+from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    NORM_LAYERS,
+    RECURRENT_LAYERS,
+    TRANSPOSED_CONVOLUTIONS,
+    input_channel_dim,
+)
 
 _LAYERS = (OPTYPE.LINEAR, OPTYPE.CONV)
 _ONE_ENTRY_A_UNIT = (OPTYPE.BN, OPTYPE.IN, OPTYPE.DEPTHWISE_CONV, OPTYPE.PRELU)
@@ -34,7 +41,7 @@ _SAME = 1e-4
 """Relative difference up to which two samples say the same; what is sought is of order one."""
 
 
-class _LeftOut(Exception):  # noqa: N818 (an answer, not an error)
+class _NotResettable(Exception):  # noqa: N818 (an answer, not an error)
     """Why a layer is no site."""
 
 
@@ -42,7 +49,7 @@ def trace_units(model: nn.Module, forward: Forward) -> Units:
     """See :func:`~lightning_plasticity.interventions.units.groups.describe_units`."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     units = Units()
-    with _borrowed(model):
+    with _randomized_weights(model):
         trace = _Trace.of(model, forward, frozen)
         attention = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
         for name, module in model.named_modules():
@@ -51,15 +58,15 @@ def trace_units(model: nn.Module, forward: Forward) -> Units:
                 continue  # belongs to the units before it, or has none
             try:
                 if id(module) in attention:
-                    raise _LeftOut("attention: its units are shared by the heads' queries, keys and values")
-                units.sites[name] = trace.site(name, module)
-            except _LeftOut as reason:
-                units.left_out[name] = str(reason)
+                    raise _NotResettable("attention: its units are shared by the heads' queries, keys and values")
+                units.groups[name] = trace.site(name, module)
+            except _NotResettable as reason:
+                units.excluded[name] = str(reason)
     return units
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
+def _randomized_weights(model: nn.Module) -> Iterator[None]:
     """Lends the model with random weights, all trainable: trained ones may hide what depends on what.
 
     Nothing is dead in it: biases and gains are positive, running statistics those of a new network.
@@ -67,11 +74,11 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter, _, _ in parameters):
         raise ValueError(f"{type(model).__name__} has lazy layers that were never called: call it once first")
-    with probing(model):
+    with probe_mode(model):
         try:
             _seed()
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
+                if isinstance(module, BATCH_NORMS):
                     module.reset_running_stats()
             for parameter, value, _ in parameters:
                 if value.is_floating_point():
@@ -120,7 +127,7 @@ def _opaque_recurrent_layers(model: nn.Module) -> Iterator[None]:
 
         return opaque(output)
 
-    layers = [layer for layer in model.modules() if isinstance(layer, RECURRENT)]
+    layers = [layer for layer in model.modules() if isinstance(layer, RECURRENT_LAYERS)]
     handles = [layer.register_forward_hook(hide, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -176,11 +183,11 @@ class _Trace:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return cls(model, forward, graph, {**parameters, **dict(model.named_buffers())}, uses, frozen)
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: nn.Module) -> UnitGroup:
         """The site of a layer.
 
         Raises:
-            _LeftOut: If it is none.
+            _NotResettable: If it is none.
         """
         site = self._candidate(name, module)
         for tensor_name in {**site.incoming, **site.outgoing}:
@@ -193,34 +200,34 @@ class _Trace:
                 self._test(site, some)
         return site
 
-    def _candidate(self, name: str, module: nn.Module) -> Site:
+    def _candidate(self, name: str, module: nn.Module) -> UnitGroup:
         """What torch-pruning's graph says."""
-        if isinstance(module, RECURRENT):
-            raise _LeftOut("recurrent: its units feed themselves")
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            raise _LeftOut("embedding: its rows are tokens, not units")
+        if isinstance(module, RECURRENT_LAYERS):
+            raise _NotResettable("recurrent: its units feed themselves")
+        if isinstance(module, EMBEDDINGS):
+            raise _NotResettable("embedding: its rows are tokens, not units")
         if not isinstance(module, nn.Linear | CONVOLUTIONS):
-            raise _LeftOut(f"{type(module).__name__}: only linear and convolution layers have units")
+            raise _NotResettable(f"{type(module).__name__}: only linear and convolution layers have units")
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            raise _LeftOut("its weight is computed from other parameters")
+            raise _NotResettable("its weight is computed from other parameters")
         self._check_parameter(f"{name}.weight" if name else "weight")
-        if isinstance(module, TRANSPOSED) and module.groups != 1:
-            raise _LeftOut("transposed convolution in groups")
+        if isinstance(module, TRANSPOSED_CONVOLUTIONS) and module.groups != 1:
+            raise _NotResettable("transposed convolution in groups")
         if tp.ops.module2type(module) == OPTYPE.DEPTHWISE_CONV:
-            raise _LeftOut("depthwise convolution: belongs to the units before it")
+            raise _NotResettable("depthwise convolution: belongs to the units before it")
         if module not in self.graph.module2node:
-            raise _LeftOut("not called as a layer in forward(model)")
+            raise _NotResettable("not called as a layer in forward(model)")
         if (reader := self._recurrent_reader(module)) is not None:
-            raise _LeftOut(f"recurrent layer {self._name(reader)!r} reads it")
+            raise _NotResettable(f"recurrent layer {self._name(reader)!r} reads it")
         num_units = self.graph.get_out_channels(module)
         prune = self.graph.get_pruner_of_module(module).prune_out_channels
         try:
             group = self.graph.get_pruning_group(module, prune, list(range(num_units)))
         except Exception as error:  # of whatever kind: torch-pruning does not say which it raises
-            raise _LeftOut(f"torch-pruning cannot follow its output ({type(error).__name__})") from error
+            raise _NotResettable(f"torch-pruning cannot follow its output ({type(error).__name__})") from error
         return self._site_of_group(name, module, num_units, group)
 
-    def _site_of_group(self, name: str, module: nn.Module, num_units: int, group: Any) -> Site:
+    def _site_of_group(self, name: str, module: nn.Module, num_units: int, group: Any) -> UnitGroup:
         incoming = self._rows(module, torch.arange(num_units))
         outgoing: dict[str, Tensor] = {}
         consumers: dict[str, Tensor] = {}
@@ -231,26 +238,26 @@ class _Trace:
             if target is not module and kind in _LAYERS and not self._is_input(item)
         ]
         if joined:
-            raise _LeftOut(f"residual stream or gate: joined with the units of {', '.join(joined)}")
+            raise _NotResettable(f"residual stream or gate: joined with the units of {', '.join(joined)}")
         for item, target, kind in targets:
             if target is module or kind in _PASSES_UNITS_ON:
                 continue
             if kind == OPTYPE.OUTPUT:
-                raise _LeftOut("an output of the model")
+                raise _NotResettable("an output of the model")
             if kind == OPTYPE.PARAMETER:
-                raise _LeftOut(self._reason_of_parameter(target))
+                raise _NotResettable(self._reason_of_parameter(target))
             name_of_target = self._name(target)
             if kind in (*_LAYERS, *_ONE_ENTRY_A_UNIT) and "weight" not in target._parameters:
-                raise _LeftOut(
+                raise _NotResettable(
                     f"the weight of {name_of_target!r}, which belongs to its units, is computed from other parameters"
                 )
             if kind not in _LAYERS and kind not in _ONE_ENTRY_A_UNIT:
-                raise _LeftOut(f"{type(target).__name__} {name_of_target!r} mixes its units")
+                raise _NotResettable(f"{type(target).__name__} {name_of_target!r} mixes its units")
             owner = torch.full((self.graph.get_in_channels(target) or 0,), -1)
             if not len(owner):
                 continue  # a PReLU with one slope for all
             if max(item.idxs, default=0) >= len(owner):  # as of the cells of an LSTM with projections
-                raise _LeftOut(f"torch-pruning cannot follow its output to {name_of_target!r}")
+                raise _NotResettable(f"torch-pruning cannot follow its output to {name_of_target!r}")
             owner[item.idxs] = torch.tensor(item.root_idxs)
             if kind in _LAYERS:
                 consumers[name_of_target] = owner
@@ -258,8 +265,8 @@ class _Trace:
             else:
                 incoming |= self._rows(target, owner)
         if not consumers:
-            raise _LeftOut("logits: no layer reads it")
-        return Site(name, num_units, incoming, outgoing, consumers)
+            raise _NotResettable("logits: no layer reads it")
+        return UnitGroup(name, num_units, incoming, outgoing, consumers)
 
     def _is_input(self, item: Any) -> bool:
         return bool(item.dep.handler == self.graph.get_pruner_of_module(item.dep.target.module).prune_in_channels)
@@ -275,7 +282,7 @@ class _Trace:
             stack += node.outputs
             for source in [node, *node.inputs]:
                 owner = self._owner(source.module) if source.type == OPTYPE.PARAMETER else source.module
-                if isinstance(owner, RECURRENT):
+                if isinstance(owner, RECURRENT_LAYERS):
                     return owner
         return None
 
@@ -289,7 +296,7 @@ class _Trace:
         owners = {}
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and tensor.ndim > 0:
-                dim = 1 if isinstance(module, TRANSPOSED) and key == "weight" else 0
+                dim = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) and key == "weight" else 0
                 owners[f"{name}.{key}" if name else key] = owner.view(
                     [-1 if d == dim else 1 for d in range(tensor.ndim)]
                 )
@@ -309,17 +316,17 @@ class _Trace:
     def _check_parameter(self, name: str) -> None:
         uses = self.uses[id(self.tensors[name])]
         if name in self.frozen:
-            raise _LeftOut(f"{name!r} is frozen")
+            raise _NotResettable(f"{name!r} is frozen")
         if uses == 0:
-            raise _LeftOut(f"what forward(model) returns has no gradient by {name!r}")
+            raise _NotResettable(f"what forward(model) returns has no gradient by {name!r}")
         if uses > 1:
-            raise _LeftOut(f"shared or tied: {name!r} is used {uses} times")
+            raise _NotResettable(f"shared or tied: {name!r} is used {uses} times")
 
-    def _test(self, site: Site, units: Tensor) -> None:
+    def _test(self, site: UnitGroup, units: Tensor) -> None:
         """Whether nothing but the consumers' columns of some units depends on their incoming weights, and vice versa.
 
         Raises:
-            _LeftOut: If it is not so.
+            _NotResettable: If it is not so.
         """
         drawn = {name: _random_like(self.tensors[name]) for name in site.incoming}
         own_names = [name for name in site.incoming if name.rpartition(".")[0] == site.layer]
@@ -332,26 +339,28 @@ class _Trace:
         with self._with(site.incoming, units, nothing):
             _, mute = self._observe(site)
         if not all(bool(torch.isfinite(output).all()) for output in outputs if output.is_floating_point()):
-            raise _LeftOut("could not be tested: forward(model) is not finite with random weights")
+            raise _NotResettable("could not be tested: forward(model) is not finite with random weights")
         for name, owner in site.consumers.items():
-            dim = channel_dim(self.model.get_submodule(name))
+            dim = input_channel_dim(self.model.get_submodule(name))
             theirs = torch.isin(owner, units).to(inputs[name].device)
             others = (~theirs).nonzero().flatten()
             if not torch.equal(*(x.index_select(dim, others) for x in (inputs[name], new_inputs[name]))):
-                raise _LeftOut(f"its units are mixed, or reordered, before {name!r} reads them")
+                raise _NotResettable(f"its units are mixed, or reordered, before {name!r} reads them")
             own = mute[name].index_select(dim, theirs.nonzero().flatten())
             if own.ndim > -dim and not torch.allclose(own, own[:1].expand_as(own), rtol=_SAME, atol=_SAME):
-                raise _LeftOut(f"what {name!r} reads is more than its units: a residual stream, a gate or noise")
+                raise _NotResettable(f"what {name!r} reads is more than its units: a residual stream, a gate or noise")
         same = len(outputs) == len(new_outputs) and all(map(torch.equal, outputs, new_outputs))
         if not same:
-            raise _LeftOut(f"its units reach the output by other ways than {', '.join(map(repr, site.consumers))}")
+            raise _NotResettable(
+                f"its units reach the output by other ways than {', '.join(map(repr, site.consumers))}"
+            )
 
     @contextlib.contextmanager
     def _with(self, owners: Mapping[str, Tensor], units: Tensor, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Gives the entries of some units other values."""
         before = {name: self.tensors[name].data for name in values}
         for name, value in values.items():
-            mask = entries(owners[name], units, value.shape).to(value.device)
+            mask = unit_mask(owners[name], units, value.shape).to(value.device)
             self.tensors[name].data = torch.where(mask, value, before[name])
         try:
             yield
@@ -359,7 +368,7 @@ class _Trace:
             for name, value in before.items():
                 self.tensors[name].data = value
 
-    def _observe(self, site: Site) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _observe(self, site: UnitGroup) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What comes out, and what the consumers read."""
         _seed()
         with torch.no_grad(), recorded_inputs(self.model, site.consumers) as inputs:
@@ -370,7 +379,7 @@ class _Trace:
 def _columns(consumer: nn.Module, owner: Tensor) -> Tensor:
     """Owners of a consumer's weight, from those of its input channels."""
     weight: Any = consumer.weight
-    if isinstance(consumer, TRANSPOSED):
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         return owner.view(-1, *[1] * (weight.ndim - 1))
     groups: Any = getattr(consumer, "groups", 1)
     rows = owner.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0) if groups > 1 else owner[None]

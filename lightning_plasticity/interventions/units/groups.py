@@ -13,7 +13,7 @@ Forward = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class UnitGroup:
     """A layer whose units can be recycled: what a unit is drawn from, and who listens to it.
 
     Entries of tensors are told by their *owner*: an integer tensor that broadcasts to the shape of the parameter or
@@ -35,12 +35,12 @@ class Site:
     consumers: dict[str, Tensor]
 
 
-def entries(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
+def unit_mask(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
     """Which entries of a tensor belong to the given units: a boolean tensor of that shape."""
     return torch.isin(owner, units).expand(shape)
 
 
-def positions(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
+def unit_indices(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
     """The same as positions in the flattened tensor, without a look at all the others."""
     strides = [shape[d + 1 :].numel() for d in range(len(shape))]
     flat = (torch.isin(owner, units).nonzero() * torch.tensor(strides)).sum(1)
@@ -50,28 +50,23 @@ def positions(owner: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
     return flat
 
 
-def channel_dim(consumer: nn.Module) -> int:
-    """The dimension of a consumer's input that its channels lie along, from the end."""
-    return -1 if isinstance(consumer, nn.Linear) else 1 - next(consumer.parameters()).ndim  # a kernel has one dim more
-
-
 @dataclass(frozen=True, eq=False)
 class Units:
     """The units of a model; prints as a table.
 
     Args:
-        sites: What can be recycled, by name of the layer.
-        left_out: The reason why not, by name of the layer or parameter.
+        groups: What can be recycled, by name of the layer.
+        excluded: The reason why not, by name of the layer or parameter.
     """
 
-    sites: dict[str, Site] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, UnitGroup] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("layer", "units", "drawn anew", "set to zero")]
-        for layer, site in self.sites.items():
+        for layer, site in self.groups.items():
             rows.append((layer or "(model)", str(site.num_units), ", ".join(site.incoming), ", ".join(site.outgoing)))
-        rows += [(layer or "(model)", "–", reason, "") for layer, reason in self.left_out.items()]
+        rows += [(layer or "(model)", "–", reason, "") for layer, reason in self.excluded.items()]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         drawn = max([len(row[2]) for row in rows if row[3]])
         return "\n".join(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.distributed.agreement import sum_over_processes
-from lightning_plasticity.interventions.units.groups import channel_dim
+from lightning_plasticity.distributed.agreement import all_reduce_sum
+from lightning_plasticity.layers import input_channel_dim
 
 Statistic = Callable[[Tensor, int], Tensor]
 """From the input of a layer and the dimension of its channels to sums over all other dimensions,
@@ -18,7 +18,7 @@ Statistic = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Heard:
+class LayerStatistics:
     """What one layer has read.
 
     Args:
@@ -33,7 +33,7 @@ class Heard:
     samples: float
 
 
-class Activity:
+class UnitStatistics:
     """Listens at layers while a model is trained: in training mode, with gradients.
 
     Other calls, such as those of validation, are not heard. Nothing is run for it. (Layers inside an activation
@@ -48,7 +48,7 @@ class Activity:
     def __init__(self, model: nn.Module, channels: Mapping[str, int], statistic: Statistic) -> None:
         layers = {name: model.get_submodule(name) for name in channels}
         self._listeners = {
-            name: _Listener(statistic, channels[name], next(layer.parameters()), channel_dim(layer))
+            name: _StatisticsHook(statistic, channels[name], next(layer.parameters()), input_channel_dim(layer))
             for name, layer in layers.items()
         }
         self._handles = [
@@ -57,22 +57,22 @@ class Activity:
         self._unheard = _weights(model, channels)
         self._unheard_steps = 0
 
-    def heard(self) -> dict[str, Heard]:
+    def heard(self) -> dict[str, LayerStatistics]:
         """What was heard since :meth:`forget` in all processes together, by layer; layers not called are not there.
 
         Every process must ask at the same point. The one moment that waits for the device.
         """
         packed = [listener.packed() for listener in self._listeners.values()]
         together = torch.cat([vector.to(packed[0].device) for vector in packed])
-        total = sum_over_processes(together, ", ".join(self._listeners)).cpu().double()
+        total = all_reduce_sum(together, ", ".join(self._listeners)).cpu().double()
         result = {}
         for (name, listener), vector in zip(self._listeners.items(), total.split(list(map(len, packed))), strict=True):
             values, samples = vector[:2].tolist()
             if values:
-                result[name] = Heard(vector[2:].view_as(listener.nothing), values, samples)
+                result[name] = LayerStatistics(vector[2:].view_as(listener.nothing), values, samples)
         return result
 
-    def is_deaf(self, model: nn.Module, heard: Mapping[str, Heard]) -> bool:
+    def hooks_never_ran(self, model: nn.Module, heard: Mapping[str, LayerStatistics]) -> bool:
         """Whether the layers are trained although nothing is heard. To be asked once after every step.
 
         A step that leaves the layers as they are, such as that of another optimizer, says nothing, and one may belong
@@ -104,7 +104,7 @@ def _weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
     return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
-class _Listener:
+class _StatisticsHook:
     """A forward pre-hook; an object rather than a function, so that a copy of the model listens for itself."""
 
     def __init__(self, statistic: Statistic, channels: int, weight: Tensor, dim: int) -> None:

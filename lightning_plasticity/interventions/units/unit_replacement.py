@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import check_seed
-from lightning_plasticity.interventions.base import RunningRemedy
-from lightning_plasticity.interventions.units.groups import Site, Units, describe_units
-from lightning_plasticity.interventions.units.layer_statistics import Activity, Heard, Statistic
-from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, recycled
-from lightning_plasticity.interventions.weights.initialization import SendableGenerator
-from lightning_plasticity.interventions.weights.updates import Changes, RepairReport, apply, tensors_of
+from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
+from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
+from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
+from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update, tensors_of
 
 Record = dict[str, Tensor]
 """What a remedy remembers of a layer. Never changed in place."""
 
 
-class UnitReplacement(RunningRemedy):
+class UnitReplacement(StepIntervention):
     """Watches what the consumers of each unit read in training, and recycles the units that a rule chooses.
 
     One record a layer is kept, and updated once an optimizer step from all forward passes in training mode with
@@ -64,8 +64,8 @@ class UnitReplacement(RunningRemedy):
             return
         self.stop()
         self._adopt(units)
-        consumers = {name: len(owner) for site in units.sites.values() for name, owner in site.consumers.items()}
-        activity = Activity(model, consumers, self._statistic)
+        consumers = {name: len(owner) for site in units.groups.values() for name, owner in site.consumers.items()}
+        activity = UnitStatistics(model, consumers, self._statistic)
         self._watch = _Watch(weakref.ref(model), _shape(model), units, activity)
 
     @override
@@ -90,7 +90,7 @@ class UnitReplacement(RunningRemedy):
                 "must be called once for this model, before the first training step"
             )
         heard = watch.activity.heard()
-        if watch.activity.is_deaf(model, heard):
+        if watch.activity.hooks_never_ran(model, heard):
             raise RuntimeError(
                 f"{self.name} hears nothing of {type(model).__name__} while it is trained. Its hooks are not called in "
                 "code that torch.compile compiled before they were there (torch.compiler.reset() has it compiled anew),"
@@ -98,7 +98,7 @@ class UnitReplacement(RunningRemedy):
                 "only something else changes them"
             )
         records, chosen = {}, {}
-        for layer, site in watch.units.sites.items():
+        for layer, site in watch.units.groups.items():
             called = {name: heard[name] for name in site.consumers if name in heard}
             if not all(bool(one.sums.isfinite().all()) for one in called.values()):
                 warnings.warn(f"{self.name}: {layer!r} is passed over, values are not finite", stacklevel=2)
@@ -126,12 +126,12 @@ class UnitReplacement(RunningRemedy):
         return {**vars(self), "_watch": None, "_traced": None}
 
     @abstractmethod
-    def new_record(self, site: Site) -> Record:
+    def new_record(self, site: UnitGroup) -> Record:
         """The record of a layer whose units are all new."""
 
     @abstractmethod
     def updated(
-        self, model: nn.Module, site: Site, record: Record, heard: Mapping[str, Heard]
+        self, model: nn.Module, site: UnitGroup, record: Record, heard: Mapping[str, LayerStatistics]
     ) -> tuple[Record, Tensor]:
         """The record after a step, and the units to recycle.
 
@@ -143,14 +143,14 @@ class UnitReplacement(RunningRemedy):
         """
 
     @abstractmethod
-    def restarted(self, site: Site, record: Record, units: Tensor) -> Record:
+    def restarted(self, site: UnitGroup, record: Record, units: Tensor) -> Record:
         """The record after some units became new."""
 
     def changes(
         self, model: nn.Module, units: Units, records: Mapping[str, Record], chosen: Mapping[str, Tensor]
-    ) -> Changes:
+    ) -> WeightUpdate:
         """What is done to the model to recycle the chosen units."""
-        return recycled(model, units, chosen, self._fresh.take(model, units, chosen))
+        return plan_reset_from(model, units, chosen, self._fresh.take(model, units, chosen))
 
     def _replace(
         self,
@@ -165,12 +165,12 @@ class UnitReplacement(RunningRemedy):
             return None
         before = self._fresh.state_dict()
         try:
-            report = apply(self.name, self.changes(model, units, records, chosen), optimizers)
+            report = apply_update(self.name, self.changes(model, units, records, chosen), optimizers)
         except BaseException:
             self._fresh.load_state_dict(before)
             raise
         for layer, some in chosen.items():
-            records[layer] = self.restarted(units.sites[layer], records[layer], some)
+            records[layer] = self.restarted(units.groups[layer], records[layer], some)
         return report
 
     def _units(
@@ -188,8 +188,8 @@ class UnitReplacement(RunningRemedy):
                 f"{self.name} needs to see the model run: start(model, forward=lambda model: model(inputs))"
             )
         units = describe_units(model if make_copy is None else make_copy(), forward)
-        if not units.sites:
-            reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in units.left_out.items())
+        if not units.groups:
+            reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in units.excluded.items())
             raise ValueError(
                 f"{self.name}: {type(model).__name__} has no units to recycle ({reasons or 'it has no layers'})"
             )
@@ -199,7 +199,7 @@ class UnitReplacement(RunningRemedy):
     def _adopt(self, units: Units) -> None:
         """Every layer with units has a record that fits."""
         records = dict(self._records)  # also of layers that are frozen for now
-        for layer, site in units.sites.items():
+        for layer, site in units.groups.items():
             new = self.new_record(site)
             old = self._records.get(layer, {})
             fits = {key: value.shape for key, value in old.items()} == {key: v.shape for key, v in new.items()}
@@ -218,7 +218,7 @@ class _Traced:
 
 @dataclass(frozen=True)
 class _Watch(_Traced):
-    activity: Activity
+    activity: UnitStatistics
 
 
 def _shape(model: nn.Module) -> object:
@@ -238,7 +238,7 @@ class _FreshUnits:
             raise ValueError(f"initial={initial!r} must be a state_dict(), or None")
         # A state_dict() shares its tensors with the model, which is going to be trained.
         self._initial = None if initial is None else {name: v.detach().cpu().clone() for name, v in initial.items()}
-        self._generator = SendableGenerator()
+        self._generator = PicklableGenerator()
         self._generator.manual_seed(seed)
         self._before = self._generator.get_state()
         self._values: dict[str, Tensor] = {}
@@ -247,7 +247,7 @@ class _FreshUnits:
     def take(self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values by name of the tensor, in which the chosen units are new."""
         tensors = tensors_of(model)
-        names = {name for layer in chosen for name in units.sites[layer].incoming}
+        names = {name for layer in chosen for name in units.groups[layer].incoming}
         if any(name not in self._values or self._values[name].shape != tensors[name].shape for name in names):
             # The first time, after a checkpoint was loaded, or when a layer is new or has grown: those that were there
             # before get the same values again.
@@ -275,4 +275,4 @@ class _FreshUnits:
     def _draw(self, model: nn.Module, units: Units) -> None:
         # One number for a draw, however much is drawn: which heads are in use must not show in the next draw.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
-        self._values = fresh_incoming(model, units, units.sites, generator, self._initial)
+        self._values = fresh_incoming(model, units, units.groups, generator, self._initial)

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.interventions.units.groups import Units, entries, positions
+from lightning_plasticity.interventions.units.groups import Units, unit_indices, unit_mask
 from lightning_plasticity.interventions.weights.initialization import fresh_values, resampled_values
-from lightning_plasticity.interventions.weights.updates import Changes, Part, tensors_of
+from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate, tensors_of
 
 
-def recycling(
+def plan_reset(
     model: nn.Module,
     units: Units,
     chosen: Mapping[str, Tensor],
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
-) -> Changes:
-    """What it takes to recycle units, with incoming values drawn now: see :func:`recycled`.
+) -> WeightUpdate:
+    """What it takes to recycle units, with incoming values drawn now: see :func:`plan_reset_from`.
 
     Args:
         model: The model.
@@ -31,8 +31,8 @@ def recycling(
     Raises:
         ValueError: If a layer has no site, or a unit is not there.
     """
-    layers = [layer for layer, some in chosen.items() if layer in units.sites and len(some)]
-    return recycled(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
+    layers = [layer for layer, some in chosen.items() if layer in units.groups and len(some)]
+    return plan_reset_from(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
 
 
 def fresh_incoming(
@@ -44,7 +44,7 @@ def fresh_incoming(
 ) -> dict[str, Tensor]:
     """Draws what units are made of, by name of the tensor: whole tensors, for all units of some layers."""
     tensors = tensors_of(model)
-    names = dict.fromkeys(name for layer in layers for name in units.sites[layer].incoming)
+    names = dict.fromkeys(name for layer in layers for name in units.groups[layer].incoming)
     if not names:
         return {}
     if initial is not None:
@@ -55,7 +55,9 @@ def fresh_incoming(
     return {name: drawn[tensors[name]] for name in names}
 
 
-def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Changes:
+def plan_reset_from(
+    model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
+) -> WeightUpdate:
     """What it takes to recycle units: first all incoming entries become new, then all outgoing ones become zero.
 
     In that order, so that the zeros win where the columns of one unit cross the row of another.
@@ -70,10 +72,10 @@ def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh
         ValueError: If a layer has no site, or a unit is not there.
     """
     for layer, some in chosen.items():
-        if layer not in units.sites:
-            reason = units.left_out.get(layer, "it is no layer of the model with units")
+        if layer not in units.groups:
+            reason = units.excluded.get(layer, "it is no layer of the model with units")
             raise ValueError(f"units of {layer!r} cannot be recycled: {reason}")
-        size = units.sites[layer].num_units
+        size = units.groups[layer].num_units
         if len(some) and not 0 <= int(some.min()) <= int(some.max()) < size:
             raise ValueError(f"units {some.tolist()} of {layer!r} must be in 0 ... {size - 1}")
     chosen = {layer: some.cpu() for layer, some in chosen.items() if len(some)}
@@ -81,19 +83,21 @@ def recycled(model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh
     incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
     outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for layer, some in chosen.items():
-        for name, owner in units.sites[layer].incoming.items():
+        for name, owner in units.groups[layer].incoming.items():
             incoming.setdefault(name, []).append((owner, some))
-        for name, owner in units.sites[layer].outgoing.items():
+        for name, owner in units.groups[layer].outgoing.items():
             outgoing.setdefault(name, []).append((owner, some))
-    parts: dict[Tensor, Part] = {}
+    parts: dict[Tensor, SparseUpdate] = {}
     for name in {**incoming, **outgoing}:
         shape = tensors[name].shape
         drawn, zeroed = (
-            torch.cat([torch.tensor([], dtype=torch.long), *(positions(owner, some, shape) for owner, some in pairs)])
+            torch.cat(
+                [torch.tensor([], dtype=torch.long), *(unit_indices(owner, some, shape) for owner, some in pairs)]
+            )
             for pairs in (incoming.get(name, []), outgoing.get(name, []))
         )
         for owner, some in outgoing.get(name, []):
-            drawn = drawn[~entries(owner, some, shape)[torch.unravel_index(drawn, shape)]]
+            drawn = drawn[~unit_mask(owner, some, shape)[torch.unravel_index(drawn, shape)]]
         new = fresh[name][torch.unravel_index(drawn, shape)] if len(drawn) else torch.zeros(0)
-        parts[tensors[name]] = Part(torch.cat([drawn, zeroed]), torch.cat([new, new.new_zeros(len(zeroed))]))
-    return Changes({}, units=chosen, parts=parts)
+        parts[tensors[name]] = SparseUpdate(torch.cat([drawn, zeroed]), torch.cat([new, new.new_zeros(len(zeroed))]))
+    return WeightUpdate({}, units=chosen, parts=parts)

@@ -12,14 +12,6 @@ from typing_extensions import override
 from lightning_plasticity.isolation.module_copy import copy_module
 from lightning_plasticity.isolation.state import isolated_rng
 
-NORM_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
-"""Layers whose parameters are a gain around 1 and a shift around 0."""
-
 
 def fresh_values(
     model: nn.Module, modules: Mapping[str, nn.Module], generator: torch.Generator | None
@@ -120,7 +112,7 @@ def _draw(module: nn.Module, reset: str, drawn: dict[Tensor, Tensor]) -> None:
             drawn[tensor] = copies[key].detach()
 
 
-class SendableGenerator(torch.Generator):
+class PicklableGenerator(torch.Generator):
     """A generator on the CPU that can be sent to a spawned process.
 
     torch's own is pickled with a tensor that nobody keeps: it is gone before the other process can open it.
@@ -131,7 +123,7 @@ class SendableGenerator(torch.Generator):
         return _with_state, (self.get_state().numpy(),)
 
 
-def _with_state(state: Any) -> SendableGenerator:
-    generator = SendableGenerator()
+def _with_state(state: Any) -> PicklableGenerator:
+    generator = PicklableGenerator()
     generator.set_state(torch.from_numpy(state))
     return generator

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvNd
-TRANSPOSED: type[nn.Module] = nn.modules.conv._ConvTransposeNd
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-LINEAR_LAYERS = (nn.Linear, CONVOLUTIONS, nn.MultiheadAttention, *RECURRENT)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+from lightning_plasticity.layers import EMBEDDINGS, LINEAR_LAYERS
+
 _KEYS = re.compile(r"((in|q|k|v)_proj_)?(weight|bias)|(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 

@@ -9,27 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_plasticity.interventions.weights.initialization import NORM_LAYERS
-from lightning_plasticity.interventions.weights.linear_layers import EMBEDDINGS, RECURRENT, TRANSPOSED
-from lightning_plasticity.isolation.state import evaluation_mode
+from lightning_plasticity.isolation.state import eval_mode
+from lightning_plasticity.layers import EMBEDDINGS, NORM_LAYERS, RECURRENT_LAYERS, TRANSPOSED_CONVOLUTIONS
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWeights:
     """The trainable tensors of a layer, with their graph, in float32 at least.
 
     Args:
         matrices: Shape ``(out, in)`` each, by name.
-        shifts: What is added, as biases are: shape ``(out,)`` each.
-        gains: What norm layers multiply by.
+        biases: What is added, as biases are: shape ``(out,)`` each.
+        scales: What norm layers multiply by.
     """
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
-    shifts: list[Tensor] = field(default_factory=list)
-    gains: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
 
 
-def layers_of(model: nn.Module) -> dict[str, Layer]:
+def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
     """Takes the layers of a model apart, in the order in which they are registered.
 
     Any module with a ``weight`` of two dimensions or more counts as a layer, and ``bias`` is what it adds. Kernels are
@@ -50,20 +49,20 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     Raises:
         ValueError: If there are none.
     """
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LayerWeights] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        layer = Layer()
+        layer = LayerWeights()
         for name, tensor in _trainable(module, seen):
             _add(layer, module, f"{path}.{name}" if path else name, name, tensor)
-        if layer.matrices or layer.shifts or layer.gains:
+        if layer.matrices or layer.biases or layer.scales:
             layers[path] = layer
     if not layers:
         raise ValueError(f"{type(model).__name__} has no trainable layer with a weight of two dimensions or more")
     return layers
 
 
-def widened(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least, with its graph."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -74,7 +73,7 @@ def _trainable(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]
         if parametrize.is_parametrized(module, name):
             originals = module.get_submodule(f"parametrizations.{name}")
             if any(parameter.requires_grad for parameter in originals.parameters()):
-                with evaluation_mode(originals):  # spectral_norm would advance its own power iteration
+                with eval_mode(originals):  # spectral_norm would advance its own power iteration
                     yield name, getattr(module, name)
         else:
             parameter = module._parameters[name]
@@ -90,7 +89,7 @@ def _kinds(module: nn.Module) -> list[str]:
         held += [str(name) for name in module.get_submodule("parametrizations")._modules]
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in held if name.startswith("in_proj") or name.endswith("_proj_weight")]
-    if isinstance(module, RECURRENT):
+    if isinstance(module, RECURRENT_LAYERS):
         return [name for name in held if name.startswith(("weight_", "bias_"))]
     if isinstance(module, EMBEDDINGS) or "weight" not in held:
         return []
@@ -108,17 +107,17 @@ def _ndim(module: nn.Module, name: str) -> int:
     return parameter.ndim
 
 
-def _add(layer: Layer, module: nn.Module, path: str, name: str, tensor: Tensor) -> None:
-    tensor = widened(tensor)
+def _add(layer: LayerWeights, module: nn.Module, path: str, name: str, tensor: Tensor) -> None:
+    tensor = at_least_float32(tensor)
     if isinstance(module, NORM_LAYERS):
-        (layer.gains if name == "weight" else layer.shifts).append(tensor)
+        (layer.scales if name == "weight" else layer.biases).append(tensor)
         return
     blocks = tensor.chunk(_count(module, name, tensor))
     if "bias" in name:
-        layer.shifts.extend(blocks)
+        layer.biases.extend(blocks)
     else:
         for number, block in enumerate(blocks):
-            matrix = _by_output(module, block) if isinstance(module, TRANSPOSED) else block
+            matrix = _by_output(module, block) if isinstance(module, TRANSPOSED_CONVOLUTIONS) else block
             layer.matrices[path if len(blocks) == 1 else f"{path}[{number}]"] = matrix.flatten(1)
 
 
@@ -126,7 +125,7 @@ def _count(module: nn.Module, name: str, tensor: Tensor) -> int:
     """How many matrices are stacked in the tensor."""
     if isinstance(module, nn.MultiheadAttention) and name.startswith("in_proj"):
         return 3
-    if isinstance(module, RECURRENT) and name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+    if isinstance(module, RECURRENT_LAYERS) and name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
         return len(tensor) // int(module.hidden_size)
     return 1
 

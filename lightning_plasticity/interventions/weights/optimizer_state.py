@@ -21,7 +21,7 @@ _SUMMARIES = ("row_var", "col_var")
 """State of torch's Adafactor that has one entry for many weights."""
 
 
-def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
+def reset_state(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
     """Makes an optimizer treat new entries of parameters as entries that it has never seen.
 
     A parameter that is new as a whole gets the state of a new parameter. Of one that is new in part:
@@ -87,7 +87,7 @@ def clear(optimizer: torch.optim.Optimizer, renewed: Renewed) -> None:
 
 
 @contextlib.contextmanager
-def remembered(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[None]:
+def rollback_on_error(optimizer: torch.optim.Optimizer, renewed: Renewed) -> Iterator[None]:
     """Puts the state of an optimizer back as it was if an exception leaves the block: same objects, same values."""
     optimizer = _unwrapped(optimizer)
     everything = dict(optimizer.state)

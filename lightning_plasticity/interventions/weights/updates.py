@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.distributed.agreement import agree
-from lightning_plasticity.interventions.weights.optimizer_state import clear, remembered
+from lightning_plasticity.distributed.agreement import sync_errors
+from lightning_plasticity.interventions.weights.optimizer_state import reset_state, rollback_on_error
 
 _Value = TypeVar("_Value")
 
@@ -43,50 +43,50 @@ class RepairReport:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SparseUpdate:
     """New values of some entries of a tensor.
 
     Args:
         positions: Where they are in the flattened tensor.
         values: The new values, one for each position.
-        renewed: Whether nothing should be remembered of the old ones; by default all.
+        reset_state_mask: Whether nothing should be remembered of the old ones; by default all.
     """
 
     positions: Tensor
     values: Tensor
-    renewed: Tensor | None = None
+    reset_state_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Changes:
+class WeightUpdate:
     """What an intervention wants to do to a model.
 
     Args:
         values: New value of each parameter and buffer, same shape, by the old tensor.
-        renewed: Which entries of a parameter are new, and nothing should be remembered of; a parameter that is not
-            here is new as a whole, if any of its entries differs. Where no entry is, everything is remembered.
+        reset_state_mask: Which entries of a parameter are new, and nothing should be remembered of; a parameter that
+            is not here is new as a whole, if any of its entries differs. Where no entry is, everything is remembered.
         units: For the report.
         parts: New values of few entries of a tensor that is not in ``values``; the work is in proportion to their
             number.
     """
 
     values: dict[Tensor, Tensor]
-    renewed: dict[Tensor, Tensor] = field(default_factory=dict)
+    reset_state_mask: dict[Tensor, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
-    parts: dict[Tensor, Part] = field(default_factory=dict)
+    parts: dict[Tensor, SparseUpdate] = field(default_factory=dict)
 
-    def on(self, model: nn.Module, copy: nn.Module) -> Changes:
+    def on(self, model: nn.Module, copy: nn.Module) -> WeightUpdate:
         """The same for a model, of changes that were worked out on a copy of it."""
         twins = dict(zip(tensors_of(copy).values(), tensors_of(model).values(), strict=True))
 
         def moved(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
             return {twins[tensor]: value for tensor, value in by_tensor.items()}
 
-        return Changes(moved(self.values), moved(self.renewed), self.units, moved(self.parts))
+        return WeightUpdate(moved(self.values), moved(self.reset_state_mask), self.units, moved(self.parts))
 
 
-def nothing_renewed(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """For :attr:`Changes.renewed`: the optimizers go on remembering what they know of these parameters."""
+def keep_optimizer_state(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """For :attr:`Changes.reset_state_mask`: the optimizers go on remembering what they know of these parameters."""
     return {tensor: torch.zeros(tensor.shape, dtype=torch.bool) for tensor in values}
 
 
@@ -95,7 +95,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
+def apply_update(name: str, changes: WeightUpdate, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
     """Gives parameters and buffers new values in place, and clears the optimizers' state for what is new.
 
     If anything fails on the way, everything is put back as it was; inside of
@@ -120,33 +120,33 @@ def apply(name: str, changes: Changes, optimizers: Sequence[torch.optim.Optimize
     where = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in changes.parts.items()}
     for old, part in changes.parts.items():
         counts[old] = int((old.detach()[where[old]] != part.values.to(old)).count_nonzero())
-    renewed: dict[nn.Parameter, Tensor | None] = {}
+    reset_state_mask: dict[nn.Parameter, Tensor | None] = {}
     for old in new_values:
-        mask = changes.renewed.get(old)
+        mask = changes.reset_state_mask.get(old)
         if isinstance(old, nn.Parameter) and (bool(mask.any()) if mask is not None else old in different):
-            renewed[old] = None if mask is None else mask.to(old.device)
+            reset_state_mask[old] = None if mask is None else mask.to(old.device)
     for old, part in changes.parts.items():
         if isinstance(old, nn.Parameter):
-            new_positions = part.positions if part.renewed is None else part.positions[part.renewed]
-            renewed[old] = new_positions.to(old.device)
+            new_positions = part.positions if part.reset_state_mask is None else part.positions[part.reset_state_mask]
+            reset_state_mask[old] = new_positions.to(old.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_restored_on_error({**dict.fromkeys(different), **where}))
+        stack.enter_context(_rollback_on_error({**dict.fromkeys(different), **where}))
         for optimizer in optimizers:
-            stack.enter_context(remembered(optimizer, renewed))
+            stack.enter_context(rollback_on_error(optimizer, reset_state_mask))
         with torch.no_grad():
             for old, new in different.items():
                 old.copy_(new)
             for old, part in changes.parts.items():
                 old[where[old]] = part.values.to(old)
         for optimizer in optimizers:
-            clear(optimizer, renewed)
-        agree()
+            reset_state(optimizer, reset_state_mask)
+        sync_errors()
     count = sum(number for old, number in counts.items() if isinstance(old, nn.Parameter))
     return RepairReport(name, changes.units, count)
 
 
 @contextlib.contextmanager
-def _restored_on_error(where: Mapping[Tensor, tuple[Tensor, ...] | None]) -> Iterator[None]:
+def _rollback_on_error(where: Mapping[Tensor, tuple[Tensor, ...] | None]) -> Iterator[None]:
     """Puts tensors back as they were, as a whole or at the given indices."""
     values = [tensor.detach().clone() if index is None else tensor.detach()[index] for tensor, index in where.items()]
     try:
