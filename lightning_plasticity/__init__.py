@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_plasticity.callback import SpectralCollapseCallback as SpectralCollapseCallback
     from lightning_plasticity.collapse import Collapse as Collapse
-    from lightning_plasticity.collapse import PlasticityWarning as PlasticityWarning
+    from lightning_plasticity.messages import PlasticityWarning as PlasticityWarning
     from lightning_plasticity.metrics import PlasticityMonitor as PlasticityMonitor
     from lightning_plasticity.probes import GGNProbe as GGNProbe
     from lightning_plasticity.probes import HessianProbe as HessianProbe
@@ -28,7 +28,7 @@ _HOMES = {
     "GGNProbe": "probes",
     "HessianProbe": "probes",
     "PlasticityMonitor": "metrics",
-    "PlasticityWarning": "collapse",
+    "PlasticityWarning": "messages",
     "PyHessianProbe": "probes",
     "SpectralCollapseCallback": "callback",
     "TaskDetector": "tasks",

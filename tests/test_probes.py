@@ -134,12 +134,12 @@ def test_collapse_must_watch_what_the_probe_measures(probe: Any) -> None:
     module = Classifier()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=rf"metric='{metric}'\) watches what .* one of .*{other}"):
-        trainer(SpectralCollapseCallback(probe, Collapse(metric, **below))).fit(module, loader())
+        trainer(SpectralCollapseCallback(probe, collapse=Collapse(metric, **below))).fit(module, loader())
     assert torch.equal(weights(module), before)
 
 
 def test_an_unresolved_rank_raises_no_alarm_and_says_so() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**FEW), Collapse("hessian_epsilon_rank", below=1.0))
+    callback = SpectralCollapseCallback(HessianProbe(**FEW), collapse=Collapse("hessian_epsilon_rank", below=1.0))
     module = Classifier()
     with pytest.warns(PlasticityWarning, match=r"task 0: ε-rank of the Hessian is not resolved \(it is .*raise num_"):
         trainer(callback).fit(module, loader())
@@ -155,7 +155,7 @@ def test_an_unresolved_rank_raises_no_alarm_and_says_so() -> None:
 
 
 def test_a_resolved_rank_raises_the_alarm() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**ALL), Collapse("hessian_epsilon_rank"))
+    callback = SpectralCollapseCallback(HessianProbe(**ALL), collapse=Collapse("hessian_epsilon_rank"))
     module = Classifier()
     trainer(callback).fit(module, loader())
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_second_derivatives_are_checked_once_a_fit_and_wrong_ones_in_a_later_fit
             self.task_id += 1
 
     probe = HessianProbe(**FEW)
-    callback, module = SpectralCollapseCallback(probe, Collapse(below=1e-9), monitor=False), Tasks()
+    callback, module = SpectralCollapseCallback(probe, collapse=Collapse(below=1e-9), monitor=False), Tasks()
     trainer(callback, max_epochs=1).fit(module, loader())
     once = Tasks.checks
     assert once > 0
@@ -267,7 +267,7 @@ def test_a_hessian_that_is_not_finite_is_an_error(kind: type[HessianProbe]) -> N
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) + (0 * self.net[0].bias).norm()
 
-    callback = SpectralCollapseCallback(kind(ggn=None, **FEW), Collapse("hessian_effective_rank"))
+    callback = SpectralCollapseCallback(kind(ggn=None, **FEW), collapse=Collapse("hessian_effective_rank"))
     with pytest.raises(ValueError, match="the curvature of the loss on the probe batch is NaN or infinite"):
         trainer(callback).fit(Rooted(), loader())
 
@@ -332,9 +332,9 @@ def test_a_step_that_needs_whole_batches_is_told_what_to_write(
     data = DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
     collapse = Collapse("hessian_effective_rank") if isinstance(probe, HessianProbe) else Collapse()
     with pytest.raises(MisconfigurationException, match=f"on all 100 samples .*{re.escape(advice)}$") as caught:
-        trainer(SpectralCollapseCallback(probe, collapse)).fit(kind(), data)
+        trainer(SpectralCollapseCallback(probe, collapse=collapse)).fit(kind(), data)
     assert ("out of bounds" if kind is OfGraphs else "doesn't match hidden0 batch size") in str(caught.value.__cause__)
-    callback = SpectralCollapseCallback(whole, collapse)
+    callback = SpectralCollapseCallback(whole, collapse=collapse)
     trainer(callback).fit(kind(), data)
     assert callback.history[0].errors == {}
 

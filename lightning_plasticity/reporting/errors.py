@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.distributed.agreement import all_gather_object, format_error
+from lightning_plasticity.messages import rank_zero_warn
 
 
 class ErrorLog:
@@ -22,7 +20,7 @@ class ErrorLog:
             what: What follows from it.
             error: Why.
         """
-        rank_zero_warn(f"{what}, training goes on: {str(error) or format_error(error)}", category=PlasticityWarning)
+        rank_zero_warn(f"{what}, training goes on: {str(error) or format_error(error)}")
         self._first.setdefault(who, format_error(error))
 
     def flush_into(self, errors: dict[str, str]) -> None:
@@ -43,5 +41,5 @@ def gather_errors(errors: dict[str, str]) -> dict[str, str]:
     for rank, theirs in enumerate(others, start=1):
         for who in theirs.keys() - everywhere.keys():
             everywhere[who] = f"in process {rank}: {theirs[who]}"
-            rank_zero_warn(f"{who} failed {everywhere[who]}", category=PlasticityWarning)
+            rank_zero_warn(f"{who} failed {everywhere[who]}")
     return everywhere

@@ -82,12 +82,12 @@ def test_the_help_of_the_callback_names_and_explains_every_argument(capsys: pyte
         main(["fit", "--trainer.callbacks.help", "lightning_plasticity.SpectralCollapseCallback"])
     text = " ".join(capsys.readouterr().out.split())
     for name, words in {
-        "probe": "How the curvature is measured",
-        "collapse": "What is called a collapse",
-        "interventions": "What is done about",
-        "task_detector": "How new tasks are recognised",
-        "monitor": "Whether dormant units",
-        "monitor_every_n_steps": "on the batch in flight",
+        "probe": "The measurement of curvature",
+        "collapse": "The rule for an alarm",
+        "interventions": "Interventions, one after the other",
+        "task_detector": "The rules by which tasks start",
+        "monitor": "Whether to measure dormant units",
+        "monitor_every_n_steps": "on the training batch",
         "loss_fn": "returns the mean loss",
     }.items():
         assert re.search(rf"--trainer\.callbacks\.(init_args\.)?{name}\b", text)

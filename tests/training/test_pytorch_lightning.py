@@ -166,7 +166,7 @@ def test_its_progress_bar_says_that_a_probe_is_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
-    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), Collapse(below=1e-9))
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), collapse=Collapse(below=1e-9))
     run(tmp_path, callback, standalone.callbacks.TQDMProgressBar(), enable_progress_bar=True)
     assert "probing curvature 6/6" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from lightning_plasticity.interventions import (
     ShrinkPerturb,
     SoftShrinkPerturb,
 )
-from lightning_plasticity.training.sandbox import ProbeContext
+from lightning_plasticity.training.sandbox import TrainerContext
 from tests.helpers.modules import Classifier, loader, trainer
 from tests.helpers.usages import (
     PLAIN,
@@ -186,7 +186,7 @@ def test_averages_keep_what_is_replaced_as_the_warning_says() -> None:
 def test_what_a_module_carries_from_batch_to_batch_is_the_same_whenever_its_loss_is_asked_for() -> None:
     module, batch = Truncated(mlp()), {"x": torch.randn(8, 1, 6, 6), "y": torch.randint(3, (8,))}
     module.logits(torch.randn(8, 1, 6, 6))
-    at = ProbeContext(trainer(), module, batch, data_loss)
+    at = TrainerContext.of(trainer(), module, batch, 0, data_loss)
     copy = at.copy()
     carried = copy.carried
     first, second = at.loss(copy), at.loss(copy)
@@ -197,7 +197,7 @@ def test_what_a_module_carries_from_batch_to_batch_is_the_same_whenever_its_loss
 
 def test_the_hessian_of_a_module_that_carries_something_on_is_one_operator() -> None:
     usage = next(usage for usage in USAGES if usage.module is Truncated)
-    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), NEVER)
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), collapse=NEVER)
     usage.fit(usage.module(mlp()), callback)
     assert [report.spectrum is not None for report in callback.history] == [True, True]
 
@@ -208,7 +208,7 @@ def test_what_a_copy_is_given_by_its_own_step_is_taken_back() -> None:
         return module.net(batch).sum()
 
     module = Classifier()
-    at = ProbeContext(trainer(), module, torch.randn(2, 4), step)
+    at = TrainerContext.of(trainer(), module, torch.randn(2, 4), 0, step)
     copy = at.copy()
     assert at.loss(copy).requires_grad
     assert not hasattr(copy.net, "seen")
