@@ -224,7 +224,7 @@ def regress(model: nn.Module, x: Tensor) -> Tensor:
         ("prelu", r"'1.weight' \(used by prelu\)"),
         ("weight norm", r"original0' \(used by _weight_norm\)"),
         ("weight of a view", r"'weight' \(used by t\)"),
-        ("a function of the user's own", r"'w' \(used by something\)"),
+        ("a function of the user's own", r"'w' \(used by an unknown function\)"),
         ("positions as many as samples", r"'place.weight' \(its layer mixes samples\)$"),
     ],
 )
@@ -463,7 +463,7 @@ def test_models_that_cannot_be_probed_are_refused() -> None:
     with pytest.raises(ValueError, match="not initialised"):
         ggn_spectrum(nn.LazyLinear(2), x, regress)
     with pytest.raises(
-        TooManyRowsError, match="are 10 numbers and the Gram matrix has a row for each, more than max_rows=9"
+        TooManyRowsError, match="has 10 outputs on this batch and the Gram matrix a row for each, more than max_rows=9"
     ):
         ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9, method="gram")
 
