@@ -46,7 +46,7 @@ def groups_that_fit(
         if not fit_at_once(num_rows, {name: parameter}):
             raise JacobianTooLargeError(
                 f"the parameter {name!r}, shape {tuple(parameter.shape)}, has no closed form ({reasons[name]}), and "
-                f"its Jacobian, {num_rows} rows of {parameter.numel()} numbers, is too large to be held: probe fewer "
+                f"its Jacobian, {num_rows} rows of {parameter.numel()} numbers, is too large to hold: probe fewer "
                 "samples, leave the parameter out with requires_grad_(False), or take ggn_spectrum(method='lanczos')"
             )
         if not groups or not fit_at_once(num_rows, {**groups[-1], name: parameter}):
