@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of
 
 SRANK_DELTA = 0.01
@@ -135,13 +135,12 @@ def leading_count(values: Tensor, delta: float) -> Tensor:
 
 
 def valid_delta(delta: float) -> float:
-    """The share itself.
+    r"""Return :math:`\delta`.
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If it is not in [0, 1).
     """
-    if not 0 <= as_float(delta) < 1:
-        raise ValueError(f"delta={delta!r} must be in [0, 1): it is the share of the singular values left out, as 0.01")
+    check_number("[0, 1)", None, "the share of the sum of singular values to leave out, such as 0.01", delta=delta)
     return delta
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
 
 DORMANT_THRESHOLD = 0.025
@@ -164,13 +164,10 @@ def dormant_share(magnitudes: Tensor, threshold: float) -> Tensor:
 
 
 def valid_threshold(threshold: float, name: str = "threshold") -> float:
-    """The threshold itself.
+    """Return the threshold.
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If the threshold is not in [0, 1].
     """
-    if not 0 <= as_float(threshold) <= 1:
-        raise ValueError(
-            f"{name}={threshold!r} must be in [0, 1]: it is a share of the layer's mean magnitude, such as 0.025"
-        )
+    check_number("[0, 1]", None, "a share of the layer's mean magnitude, such as 0.025", **{name: threshold})
     return threshold
