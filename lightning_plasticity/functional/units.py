@@ -23,8 +23,8 @@ def dormant_fraction(
     r"""Compute the fraction of the units that are dormant: far less active than the average of their layer.
 
     The score of unit :math:`i` is :math:`s_i = \mathbb{E}|h_i| \,/\, \tfrac1d \sum_k \mathbb{E}|h_k|`, with
-    expectations over samples. The unit is dormant if :math:`s_i \le \tau`. If all activations of a layer are zero, all of
-    its units are dormant.
+    expectations over samples. The unit is dormant if :math:`s_i \le \tau`. If all activations of a layer are zero, all
+    of its units are dormant.
 
     Args:
         activations: :math:`h`, ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``, of any activation function. A unit of a
