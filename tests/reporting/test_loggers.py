@@ -74,9 +74,8 @@ def test_tensorboard_histograms_of_hessian_by_sign(tmp_path: Path, negative: boo
     for event, report in zip(shown, callback.history, strict=True):
         values, weights = (tensor.numpy() for tensor in report.spectrum.shown)
         selected = (values < 0) == negative
-        expected, _ = np.histogram(
-            np.log10(np.abs(values[selected])).clip(-8, 4), edges, weights=67 * weights[selected]
-        )
+        logarithms = np.log10(np.abs(values[selected])).clip(-8, 4)
+        expected, _ = np.histogram(logarithms, edges, weights=67 * weights[selected])
         counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
         assert [counts.get(edge, 0) for edge in edges[1:]] == pytest.approx(expected.tolist())
         assert event.histogram_value.num == round(67 * weights[selected].sum())

@@ -42,7 +42,7 @@ def show_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tqdm_shows_probe_and_restores_description(capsys: pytest.CaptureFixture[str]) -> None:
     callback = DescriptionRecorder(lambda trainer: trainer.progress_bar_callback.train_progress_bar.desc)
     module = Classifier()
-    # The initial weights are probed apart from the second task on; at the first one the network still has them.
+    # From the second task on, the initial weights are probed too; at the first task the network still has them.
     for _ in range(2):
         trainer(callback, TQDMProgressBar(), enable_progress_bar=True).fit(module, loader())
     shown = capsys.readouterr().out
