@@ -7,10 +7,19 @@ from lightning_plasticity.messages import rank_zero_warn
 
 
 class ErrorLog:
-    """Errors that do not end training. Every error is a warning; the first one of each source is kept."""
+    """Errors that do not end training. Every error is a warning; the first one of each source is kept.
 
-    def __init__(self) -> None:
+    Args:
+        name: The name of the callback, which its warnings begin with.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._prefix = "" if name is None else f"{name}: "
         self._errors: dict[str, str] = {}
+
+    def warn(self, message: str) -> None:
+        """Issue a :class:`~lightning_plasticity.PlasticityWarning` on rank 0."""
+        rank_zero_warn(f"{self._prefix}{message}", stacklevel=4)
 
     def record(self, source: str, consequence: str, error: Exception | str) -> None:
         """Warn of an error, and keep it if it is the first one of its source.
@@ -23,7 +32,7 @@ class ErrorLog:
         Warns:
             PlasticityWarning: Always.
         """
-        rank_zero_warn(f"{consequence}, training goes on: {str(error) or format_error(error)}")
+        self.warn(f"{consequence}, training goes on: {str(error) or format_error(error)}")
         self._errors.setdefault(source, format_error(error))
 
     def flush_into(self, errors: dict[str, str]) -> None:
