@@ -43,8 +43,8 @@ class ZeroPenalty(Regularizer):
         return self.coefficient * torch.stack([parameter.square().sum() for parameter in model.parameters()]).sum()
 
 
-class OneLayer(Classifier):
-    """Has one layer, and so neither hidden units nor hidden features."""
+class NoUnits(Classifier):
+    """Has a single layer, and so neither hidden units nor hidden features."""
 
     def __init__(self) -> None:
         super().__init__()
