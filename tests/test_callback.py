@@ -242,7 +242,7 @@ def test_interventions_may_be_a_generator() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: GGNProbe(samples=0), ValueError, r"GGNProbe\(samples=0\) must be a whole number, 1 or larger"),
+        (lambda: GGNProbe(samples=0), ValueError, r"GGNProbe\(samples=0\) must be a whole number, at least 1"),
         (lambda: GGNProbe(samples=-3), ValueError, r"GGNProbe\(samples=-3\)"),
         (lambda: GGNProbe(samples=1.5), ValueError, r"GGNProbe\(samples=1.5\)"),  # type: ignore[arg-type]
         (lambda: GGNProbe(max_rows=0), ValueError, r"GGNProbe\(max_rows=0\)"),
