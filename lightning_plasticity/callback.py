@@ -27,7 +27,7 @@ from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse, PlasticityWarning
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, resolved_value, to_log_dict
 from lightning_plasticity.distributed.agreement import all_or_none, format_error, local_error, raise_local_error
-from lightning_plasticity.distributed.sharded_weights import check_sharding, check_strategy, gather_full_parameters
+from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor, monitored_copy
 from lightning_plasticity.interventions import Intervention
@@ -40,6 +40,7 @@ from lightning_plasticity.reporting.progress import shown_progress
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.sandbox import LossFunction, ProbeContext, preserve_schedulers
+from lightning_plasticity.training.strategies import check_sharding, check_strategy
 
 _STATE_VERSION = 1
 

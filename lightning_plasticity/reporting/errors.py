@@ -42,6 +42,6 @@ def gather_errors(errors: dict[str, str]) -> dict[str, str]:
     everywhere: dict[str, str] = dict(first)
     for rank, theirs in enumerate(others, start=1):
         for who in theirs.keys() - everywhere.keys():
-            everywhere[who] = f"in process {rank}: {theirs[who]}"
+            everywhere[who] = f"on rank {rank}: {theirs[who]}"
             rank_zero_warn(f"{who} failed {everywhere[who]}", category=PlasticityWarning)
     return everywhere
