@@ -18,14 +18,14 @@ _inside_all_or_none: ContextVar[bool] = ContextVar("inside_all_or_none", default
 
 
 class PeerFailedError(RuntimeError):
-    """A block that all ranks run together failed on one of them.
+    """Failure of the block of :func:`all_or_none` on at least one rank.
 
     All ranks raise it at the same point and with the same message. Its cause is the local error, if this rank failed.
     """
 
 
 class CommunicationError(BaseException):
-    """Ranks cannot reach each other.
+    """Failure of a collective inside :func:`all_or_none`.
 
     Not recoverable: whether another rank failed is unknown, so weights may have diverged. It is no ``Exception``, so
     that handlers that let training go on do not catch it.
