@@ -23,6 +23,7 @@ from lightning_plasticity.interventions import (
     EffectiveRankRegularizer,
     HareTortoise,
     Intervention,
+    InterventionContext,
     L2Init,
     NormalizeAndProject,
     Parseval,
@@ -37,7 +38,6 @@ from lightning_plasticity.interventions import (
     WeightClipping,
     describe_units,
 )
-from lightning_plasticity.interventions.base import Request
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state
 from lightning_plasticity.interventions.weights.updates import apply_update
@@ -165,8 +165,8 @@ def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
             "describe_units, the batch": lambda: describe_units(model, lambda model: model(x)),
             "ReDo": lambda: ReDo(0.1).repair(model, optimizers=[optimizer], forward=lambda model: model(x)),
             "ReGraMa": lambda: ReGraMa(0.1).repair(model, optimizers=[optimizer], loss=loss),
-            "FIRE, worked out": lambda: FIRE().changes(model, Request()),
-            "DASH, worked out": lambda: DASH().changes(model, Request(losses=[loss])),
+            "FIRE, worked out": lambda: FIRE().plan(model, InterventionContext()),
+            "DASH, worked out": lambda: DASH().plan(model, InterventionContext(losses=[loss])),
         },
         rounds=rounds,
         warmup=rounds // 5,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -56,7 +55,7 @@ class InterventionRunner:
         errors: Where those that fail are told of.
 
     Raises:
-        TypeError: If it is no list of interventions, or one of them cannot be called as it has to be.
+        TypeError: If it is no list of interventions.
     """
 
     def __init__(self, interventions: Sequence[Intervention], errors: ErrorLog) -> None:
@@ -71,8 +70,6 @@ class InterventionRunner:
                     f"interventions=[{intervention!r}] must hold instances of Repair, StepIntervention or Regularizer, "
                     "such as ShrinkPerturb()"
                 )
-            if isinstance(intervention, StepIntervention):
-                _check_signature(intervention)
         self._repairs = [i for i in interventions if isinstance(i, Repair)]
         self._running = [i for i in interventions if isinstance(i, StepIntervention)]
         self._regularizers = [i for i in interventions if isinstance(i, Regularizer)]
@@ -348,16 +345,6 @@ class InterventionRunner:
 def _trained(trainer: Trainer) -> set[_Trained]:
     parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
-
-
-def _check_signature(remedy: StepIntervention) -> None:
-    signature = inspect.signature(remedy.after_step)
-    try:
-        signature.bind(None, [], forward=None, make_copy=None)
-    except TypeError as error:
-        raise TypeError(
-            f"{remedy.name}.after_step{signature} must take (model, optimizers, *, forward, make_copy): {error}"
-        ) from error
 
 
 def _report_of(intervention: Intervention, returned: object) -> RepairReport | None:

@@ -1,4 +1,4 @@
-"""Parseval regularization: weight matrices are kept orthogonal."""
+"""Parseval regularization: keep weight matrices orthogonal."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
 class Parseval(Regularizer):
-    r"""Parseval regularization: pulls all singular values of the hidden layers' weights to the same value.
+    r"""Parseval regularization: pull all singular values of the hidden layers' weights to the same value.
 
     .. math:: R = \lambda \sum_\ell \lVert W_\ell W_\ell^\top - s I \rVert_F^2, \qquad s = \mathrm{gain}^2
 
-    A matrix with more rows than columns cannot have orthogonal rows. The smaller one of :math:`W W^\top` and
-    :math:`W^\top W` is taken, which differs by a constant, :math:`s^2 (\mathrm{out} - \mathrm{in})`, and has the same
-    gradient: the term is zero where it is smallest. What counts as a matrix, and what is left out, is as for
+    A matrix with more rows than columns cannot have orthogonal rows. The term uses the smaller one of
+    :math:`W W^\top` and :math:`W^\top W`. Both differ by a constant, :math:`s^2 (\mathrm{out} - \mathrm{in})`, and have
+    the same gradient; with the smaller one the minimum is zero. The matrices are those of
     :class:`~lightning_plasticity.interventions.SpectralRegularizer`; biases and norm layers are not touched.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`. The paper's networks are 64 units wide; the term grows with
             the width.
-        gain: All singular values, at the minimum. The paper has √2, that of its initialisation.
-        exclude: Names of the layers to leave free, with all that is inside them. By default the last one that has a
-            matrix, in the order of registration: name the output layers where that is another one, or several.
+        gain: The singular values at the minimum. The paper uses √2, the gain of its initialisation.
+        exclude: Names of the layers to leave out, with all submodules. By default the last one that has a matrix, in
+            the order of registration: name the output layers where that is another one, or several.
 
     Raises:
-        ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if a layer to exclude is
-            not there, or no other one has a trainable matrix.
+        ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if the model has no such
+            layer to exclude, or no other layer has a trainable matrix.
 
     References:
         Chung et al. 2024, arXiv 2412.07224.

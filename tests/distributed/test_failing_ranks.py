@@ -37,6 +37,7 @@ from lightning_plasticity.interventions import (
     StepIntervention,
     effective_rank,
 )
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.units.layer_statistics import UnitStatistics
 from lightning_plasticity.interventions.weights import updates
 from lightning_plasticity.training import sandbox as training_loss
@@ -52,7 +53,7 @@ class InPlace(StepIntervention):
     def __init__(self) -> None:
         self.steps = 0
 
-    def after_step(self, model: nn.Module, *_: Any, **__: Any) -> None:
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
         for parameter in model.parameters():
             self.shrink(parameter)
         self.steps += 1
@@ -204,13 +205,13 @@ def watch_inputs() -> TaskDetector:
 
 
 CASES = {
-    "working a repair out": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
+    "working a repair out": Case((ShrinkPerturb, "plan", 2), shrink, "ShrinkPerturb"),
     "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
     "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
     "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
     "hearing activity": Case((UnitStatistics, "heard", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
-    "getting ready": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
+    "getting ready": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
     "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
     "a batch that waits": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
@@ -239,7 +240,7 @@ DETECTORS = {
 FIRST = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
     "key": Case((Keys, "every_other_step", 1), detector=lambda: TaskDetector(Keys().every_other_step)),
-    "remedy": Case((ContinualBackprop, "start", 1), replace_units),
+    "remedy": Case((ContinualBackprop, "prepare", 1), replace_units),
     "trial of a regularizer": Case((remedies, "_term_and_gradients", 1), SpectralRegularizer),
 }
 

@@ -43,6 +43,8 @@ from lightning_plasticity.interventions import (
     WassersteinInit,
     WeightClipping,
 )
+from lightning_plasticity.interventions.base import InterventionContext
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_another_process
 from tests.helpers.usages import Quartic, half_precision
@@ -237,12 +239,12 @@ class Counting(StepIntervention):
         self.steps, self.fails = 0, fails
         self.handle: Any = None
 
-    def start(self, model: nn.Module, **_: Any) -> None:
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
         self.stop()
         self.events.append("start")
         self.handle = model.register_forward_pre_hook(lambda *_: None)
 
-    def after_step(self, model: nn.Module, optimizers: Any = (), **_: Any) -> RepairReport | None:
+    def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
         self.steps += 1
         if self.steps in self.fails:
             raise ValueError("no luck")
@@ -462,9 +464,9 @@ def test_a_running_remedy_that_hears_nothing_is_warned_of(deafened: Callable[[Cl
     module = Classifier()
     deafened(module)
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ContinualBackprop(0.3, 0)])
-    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*hears nothing"):
+    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*recorded no activations"):
         trainer(callback).fit(module, loader())
-    assert "hears nothing" in callback.history[0].errors["ContinualBackprop"]
+    assert "recorded no activations" in callback.history[0].errors["ContinualBackprop"]
 
 
 def test_nothing_is_left_in_the_module_when_training_fails() -> None:
@@ -486,8 +488,8 @@ class Noting(Repair):
         super().__init__(when)
         self.fails = fails
 
-    def changes(self, model: nn.Module, request: Any) -> Any:
-        return Reset(["net.2"]).changes(model, request)
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        return Reset(["net.2"]).plan(model, context)
 
 
 @pytest.mark.parametrize(

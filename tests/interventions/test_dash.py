@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import DASH, Repair
-from lightning_plasticity.interventions.base import Loss, Request
+from lightning_plasticity.interventions.base import InterventionContext, Loss
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from tests.helpers.processes import in_two_processes
 
@@ -210,9 +210,9 @@ def test_gradients_that_are_not_finite_are_an_error_and_change_nothing() -> None
 
 
 class Spy(Repair):
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
-        assert request.loss is not None
-        self.loss, self.losses = request.loss(model).item(), [loss(model).item() for loss in request.losses]
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        self.loss = context.require_mean_loss(self.name)(model).item()
+        self.losses = [loss(model).item() for loss in context.losses]
         return WeightUpdate({})
 
 

@@ -87,7 +87,7 @@ def test_the_step_is_plain_ascent_along_finite_differences(activation: str, samp
 def test_the_penalty_is_minus_the_mean_effective_rank(samples: int, seed: int, activation: str) -> None:
     make, phi = PHI[activation]
     model, x = mlp(seed, make), inputs(samples, seed)
-    penalty = EffectiveRankRegularizer().penalty(model, on(x), coefficient=0.3).item()
+    penalty = EffectiveRankRegularizer().rank_penalty(model, on(x), coefficient=0.3).item()
     expected = 0.0
     h = x.numpy()
     weights = arrays(model)
@@ -103,7 +103,7 @@ def test_the_gradient_of_the_penalty_passes_gradcheck() -> None:
 
     def penalty(weight: Tensor) -> Tensor:
         model = mlp(activation=nn.Tanh)
-        return EffectiveRankRegularizer().penalty(
+        return EffectiveRankRegularizer().rank_penalty(
             model, lambda model: torch.func.functional_call(model, {"0.weight": weight}, x)
         )
 
@@ -239,7 +239,7 @@ def test_buffers_modes_hooks_and_random_numbers_stay_as_they_were() -> None:
     buffers, state = copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
     remedy = EffectiveRankRegularizer(every_n_samples=1)
     remedy.after_step(model, forward=on(x))
-    remedy.penalty(model, on(x)).backward()
+    remedy.rank_penalty(model, on(x)).backward()
     torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model] == [True, False, True, True, True]
@@ -336,7 +336,7 @@ def test_features_are_what_was_there_before_anything_changed_them_in_place() -> 
 
     model, x = InPlace(), torch.randn(20, 4)
     expected = effective_rank(F.relu(model.first(x)).detach()).item()
-    assert EffectiveRankRegularizer().penalty(model, on(x), 1).item() == pytest.approx(-expected, rel=1e-6)
+    assert EffectiveRankRegularizer().rank_penalty(model, on(x), 1).item() == pytest.approx(-expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("build", [Encoder, ResNet, Gru])
@@ -345,12 +345,12 @@ def test_the_step_works_on_real_networks(build: Callable[[], nn.Module]) -> None
     torch.manual_seed(0)
     model, x = build(), torch.randn(*shapes[build])  # type: ignore[index]
     remedy = EffectiveRankRegularizer(learning_rate=1e-4, every_n_samples=4)
-    before = remedy.penalty(model, on(x), 1).item()
+    before = remedy.rank_penalty(model, on(x), 1).item()
     remedy.after_step(model, forward=on(x[:4]))
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     for _ in range(3):
         remedy.after_step(model, forward=on(x))
-    assert remedy.penalty(model, on(x), 1).item() < before
+    assert remedy.rank_penalty(model, on(x), 1).item() < before
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, ReGraMa, Repair, Reset
-from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state
 from lightning_plasticity.interventions.weights.updates import apply_update
 
@@ -569,7 +569,7 @@ def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
                     raise RuntimeError("injected")
                 return original(tensor, *args)
 
-            planned = ReDo().changes(model, Request(lambda model: model(x), generator=generator()))
+            planned = ReDo().plan(model, InterventionContext(forward=lambda model: model(x), generator=generator()))
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, method, failing)
                 try:

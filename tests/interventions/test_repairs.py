@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import Repair, RepairReport, Reset, ShrinkPerturb
-from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 
 
@@ -54,12 +54,12 @@ def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, se
 
 def test_new_values_of_another_shape_are_refused() -> None:
     class OneRow(Repair):
-        def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
+        def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
             return WeightUpdate({model.weight: torch.ones(4)})
 
     model = nn.Linear(4, 3)
     before = values(model)
-    with pytest.raises(ValueError, match=r"^OneRow: a tensor of shape \(3, 4\) was to get values of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"^OneRow: new values have shape \(4,\), expected \(3, 4\)"):
         OneRow().repair(model)
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 

@@ -490,7 +490,7 @@ def test_layers_that_do_not_say_how_they_are_initialised_get_no_noise_but_an_err
 def test_a_step_before_the_start_is_an_error(name: str) -> None:
     remedy, model = REMEDIES[name](), mlp([3, 2])
     before = copy.deepcopy(model.state_dict())
-    message = r"remembers nothing of \['0.weight'.*\]: call start\(model\) before the first training step"
+    message = r"has no stored state of \['0.weight'.*\]: call start\(model\) before the first training step"
     with pytest.raises(RuntimeError, match=f"{remedy.name} {message}"):
         remedy.after_step(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -501,7 +501,7 @@ def test_a_model_that_has_grown_needs_another_start(name: str) -> None:
     remedy, model = REMEDIES[name](), mlp([3, 2])
     remedy.start(model)
     model.append(nn.Linear(2, 2).double())
-    with pytest.raises(RuntimeError, match=r"nothing of \['1.weight'.*\]: call start"):
+    with pytest.raises(RuntimeError, match=r"no stored state of \['1.weight'.*\]: call start"):
         remedy.after_step(model)
     remedy.start(model)
     remedy.after_step(model)
@@ -511,7 +511,7 @@ def test_a_head_that_has_grown_gets_a_norm_of_its_own() -> None:
     remedy, model = NormalizeAndProject(), mlp([3, 2])
     remedy.start(model)
     model[0] = nn.Linear(3, 50).double()
-    with pytest.raises(RuntimeError, match=r"nothing of \['0.weight'\]: call start"):
+    with pytest.raises(RuntimeError, match=r"no stored state of \['0.weight'\]: call start"):
         remedy.after_step(model)
     before = model[0].weight.norm()
     remedy.start(model)

@@ -229,7 +229,7 @@ def test_what_is_missing_is_named(make: Callable[..., UnitReplacement]) -> None:
         remedy.after_step(model)
     with pytest.raises(ValueError, match=r"needs to see the model run: start\(model, forward=lambda"):
         remedy.start(model)
-    with pytest.raises(ValueError, match=r"Linear has no units to recycle \(.*logits: no layer reads it\)"):
+    with pytest.raises(ValueError, match=r"Linear has no units to reset \(.*logits: no layer reads it\)"):
         remedy.start(nn.Linear(4, 2), forward=lambda model: model(batch(0)))
 
 
@@ -255,7 +255,7 @@ def test_layers_that_are_trained_unheard_are_an_error(make: Callable[..., UnitRe
     started(remedy, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
-        RuntimeError, match=r"hears nothing .*torch\.compile.*torch\.compiler\.reset\(\).*model\.train\(\)"
+        RuntimeError, match=r"recorded no activations .*torch\.compile.*torch\.compiler\.reset\(\).*model\.train\(\)"
     ):
         replaced(model, remedy, optimizer, range(2))
     replaced(model.train(), remedy, optimizer, range(2))
