@@ -133,7 +133,7 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
-        check_positive_ints(monitor_every_n_steps=monitor_every_n_steps)
+        check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.monitor = PlasticityMonitor() if monitor is True else monitor or None

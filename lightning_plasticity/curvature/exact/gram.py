@@ -109,7 +109,7 @@ def gram(
     Raises:
         TooManyPassesError: If Jacobians row by row would take more than ``max_passes`` backward passes.
     """
-    check_positive_ints(samples=samples, max_rows=max_rows, sketch=sketch)
+    check_positive_ints(optional=True, samples=samples, max_rows=max_rows, sketch=sketch)
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probe_mode(model):
