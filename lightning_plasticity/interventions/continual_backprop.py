@@ -14,7 +14,7 @@ from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, weight_by_output
 
 _ROWS_PER_CHUNK = 100
 """Rows of a weight that are summed at a time: 400 kB for 1000 columns. Measured: 20 to 250 differ little."""
@@ -123,7 +123,7 @@ class ContinualBackprop(UnitReplacement):
         contribution = torch.zeros(group.num_units, dtype=torch.float64)
         new = dict(record)
         for name, inputs in statistics.items():
-            means = inputs.sums / inputs.values
+            means = inputs.sums / inputs.num_values
             terms = means[0] * _outgoing_weights(model.get_submodule(name)).cpu().double()
             contribution += by_unit(terms, group.consumers[name], group.num_units)
             if self.transfer_bias:
@@ -214,6 +214,7 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     """Sum the absolute weights of each input channel of a linear or convolution layer, ``(channels,)``."""
     assert isinstance(consumer.weight, Tensor)
     weight, dtype = consumer.weight.detach(), torch.promote_types(consumer.weight.dtype, torch.float32)
+    # A transposed convolution has one row for each input channel.
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
@@ -237,8 +238,9 @@ def _mean_response(consumer: nn.Module, inputs: Tensor) -> Tensor:
     assert isinstance(consumer.weight, Tensor)
     groups: int = getattr(consumer, "groups", 1)
     dtype = torch.promote_types(consumer.weight.dtype, torch.float32)
-    weight: Tensor = consumer.weight.detach().to(dtype).unflatten(0, (groups, -1))
-    weight = weight.reshape(*weight.shape[:3], -1).sum(-1) if weight.ndim > 3 else weight
+    weight: Tensor = consumer.weight.detach().to(dtype)
+    weight = weight.flatten(2).sum(-1) if weight.ndim > 2 else weight
+    weight = weight_by_output(consumer, weight).unflatten(0, (groups, -1))
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
-        weight = weight.transpose(1, 2) / math.prod(consumer.stride)
+        weight = weight / math.prod(consumer.stride)
     return (weight @ inputs.to(weight).view(groups, -1, 1)).flatten().cpu().double()

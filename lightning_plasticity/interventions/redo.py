@@ -14,13 +14,13 @@ from typing_extensions import override
 from lightning_plasticity._validation import as_float
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
-from lightning_plasticity.interventions.units.dependency_graph import recorded_inputs
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
-from lightning_plasticity.interventions.units.layer_statistics import by_unit
+from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units
+from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, input_channel_dim
+from lightning_plasticity.layers import input_channel_dim, weight_by_output
 
 
 class _ThresholdReset(Repair):
@@ -156,7 +156,7 @@ class ReGraMa(_ThresholdReset):
         with probe_mode(model):
             gradients = torch.autograd.grad(loss(model), list(weights.values()), materialize_grads=True)
         return {
-            layer: _mean_abs(gradient, 1 if isinstance(model.get_submodule(layer), TRANSPOSED_CONVOLUTIONS) else 0)
+            layer: _mean_abs(weight_by_output(model.get_submodule(layer), gradient), dim=0)
             for layer, gradient in zip(units.groups, gradients, strict=True)
         }
 

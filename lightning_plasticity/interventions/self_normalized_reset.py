@@ -106,7 +106,7 @@ class SelfNormalizedReset(UnitReplacement):
     ) -> tuple[Record, Tensor]:
         firings = [by_unit(x.sums[0], group.consumers[name], group.num_units) for name, x in statistics.items()]
         fired = torch.stack(firings).sum(0) > 0
-        samples = int(max(inputs.samples for inputs in statistics.values()))
+        samples = int(max(inputs.num_samples for inputs in statistics.values()))
         before, past = record["silence"], record["past silences"].clone()
         ended = (fired & (before > 0)).nonzero().flatten()
         past[ended, self._bucket(before[ended])] += 1

@@ -209,7 +209,7 @@ CASES = {
     "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
     "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
     "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
-    "hearing activity": Case((UnitStatistics, "heard", 3), replace_units, "ContinualBackprop"),
+    "hearing activity": Case((UnitStatistics, "reduce", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
     "getting ready": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
     "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),

@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
@@ -86,7 +87,7 @@ class UnitReplacement(StepIntervention):
                 f"{self.name}.after_step(model) comes before start(model, forward=lambda model: model(inputs)), which "
                 "must be called once for this model, before the first training step"
             )
-        statistics = hooked.statistics.heard()
+        statistics = hooked.statistics.reduce()
         if hooked.statistics.hooks_never_ran(model, statistics):
             raise RuntimeError(
                 f"{self.name} recorded no activations of {type(model).__name__} although its weights changed. Hooks do "
@@ -103,7 +104,7 @@ class UnitReplacement(StepIntervention):
                 records[layer], chosen[layer] = self.update_record(model, group, self._records[layer], called)
         report = self._replace_units(hooked.units, model, context, records, chosen)
         self._records.update(records)
-        hooked.statistics.forget()
+        hooked.statistics.reset()
         return report
 
     @override
@@ -116,7 +117,7 @@ class UnitReplacement(StepIntervention):
         self._fresh.load_state_dict(state)
         if self._hooked is not None:
             self._add_records(self._hooked.units)
-            self._hooked.statistics.forget()
+            self._hooked.statistics.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model out of copies: they have no hooks on it, and weak references cannot be pickled."""
