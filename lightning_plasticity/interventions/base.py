@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, is_int
+from lightning_plasticity._validation import check_number, is_int
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 
@@ -140,16 +140,6 @@ class Intervention:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-
-    def _check_count(self, **argument: int) -> None:
-        for name, value in argument.items():
-            if not is_int(value) or value < 1:
-                raise ValueError(f"{self.name}({name}={value!r}) must be a whole number, at least 1")
-
-    def _check_switch(self, **argument: bool) -> None:
-        for name, value in argument.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{self.name}({name}={value!r}) must be True or False")
 
 
 class Repair(Intervention, ABC):
@@ -289,8 +279,7 @@ class Regularizer(Intervention, ABC):
     """
 
     def __init__(self, coefficient: float) -> None:
-        if not 0 <= as_float(coefficient) < float("inf"):
-            raise ValueError(f"{self.name}(coefficient={coefficient!r}) must be a finite number, at least 0")
+        check_number("[0, inf)", self.name, coefficient=coefficient)
         self.coefficient = coefficient
 
     @abstractmethod

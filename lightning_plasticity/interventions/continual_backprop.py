@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
@@ -85,18 +85,11 @@ class ContinualBackprop(UnitReplacement):
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._check_switch(transfer_bias=transfer_bias)
+        check_choice((True, False), self.name, transfer_bias=transfer_bias)
         super().__init__(_absolute_and_signed_sums if transfer_bias else _absolute_sums, seed, initial)
-        if not 0 <= as_float(replacement_rate) <= 1:
-            raise ValueError(
-                f"{self.name}(replacement_rate={replacement_rate!r}) must be in [0, 1]: a share of the units"
-            )
-        if not as_float(maturity_threshold) >= 0:
-            raise ValueError(
-                f"{self.name}(maturity_threshold={maturity_threshold!r}) must be at least 0: a number of steps"
-            )
-        if not 0 <= as_float(decay) < 1:
-            raise ValueError(f"{self.name}(decay={decay!r}) must be in [0, 1)")
+        check_number("[0, 1]", self.name, "a share of the units", replacement_rate=replacement_rate)
+        check_number("[0, inf]", self.name, "a number of steps", maturity_threshold=maturity_threshold)
+        check_number("[0, 1)", self.name, decay=decay)
         self.replacement_rate = replacement_rate
         self.maturity_threshold = maturity_threshold
         self.decay = decay

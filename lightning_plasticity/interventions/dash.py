@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Loss, Repair, When
 from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, linear_parameters
@@ -62,10 +62,8 @@ class DASH(Repair):
 
     def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < as_float(alpha) <= 1:
-            raise ValueError(f"DASH(alpha={alpha!r}) must be in (0, 1]: the weight of the latest mini-batch")
-        if not 0 <= as_float(shrinkage) <= 1:
-            raise ValueError(f"DASH(shrinkage={shrinkage!r}) must be in [0, 1]: the smallest factor")
+        check_number("(0, 1]", self.name, "the weight of the latest mini-batch", alpha=alpha)
+        check_number("[0, 1]", self.name, "the smallest factor", shrinkage=shrinkage)
         self.alpha, self.shrinkage = alpha, shrinkage
 
     @override

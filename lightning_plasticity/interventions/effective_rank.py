@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
@@ -73,11 +73,9 @@ class EffectiveRankRegularizer(StepIntervention):
     """
 
     def __init__(self, learning_rate: float = 1e-3, every_n_samples: int = 500, max_norm: float = 1000) -> None:
-        if not 0 <= as_float(learning_rate) < float("inf"):
-            raise ValueError(f"{self.name}(learning_rate={learning_rate!r}) must be a finite number, at least 0")
-        self._check_count(every_n_samples=every_n_samples)
-        if not as_float(max_norm) > 0:
-            raise ValueError(f"{self.name}(max_norm={max_norm!r}) must be positive; float('inf') never clips")
+        check_number("[0, inf)", self.name, learning_rate=learning_rate)
+        check_positive_ints(self.name, every_n_samples=every_n_samples)
+        check_number("(0, inf]", self.name, "float('inf') never clips", max_norm=max_norm)
         self.learning_rate = learning_rate
         self.every_n_samples = every_n_samples
         self.max_norm = max_norm
@@ -198,8 +196,7 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
         every_n_samples: int = 500,
         max_norm: float = 1000,
     ) -> None:
-        if not 0 <= as_float(weight_decay) < float("inf"):
-            raise ValueError(f"{self.name}(weight_decay={weight_decay!r}) must be a finite number, at least 0")
+        check_number("[0, inf)", self.name, weight_decay=weight_decay)
         EffectiveRankRegularizer.__init__(self, learning_rate, every_n_samples, max_norm)
         Regularizer.__init__(self, weight_decay)
 

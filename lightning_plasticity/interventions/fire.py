@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, weights
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
@@ -62,7 +63,7 @@ class FIRE(Repair):
 
     def __init__(self, iterations: int = 10, when: When = "collapse") -> None:
         super().__init__(when)
-        self._check_count(iterations=iterations)
+        check_positive_ints(self.name, iterations=iterations)
         self.iterations = iterations
 
     @override

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.updates import (
     RepairReport,
@@ -54,9 +54,8 @@ class HareTortoise(StepIntervention):
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
-        if not 0 <= as_float(decay) < 1:
-            raise ValueError(f"HareTortoise(decay={decay!r}) must be in [0, 1): the share of the average that stays")
-        self._check_count(every_n_steps=every_n_steps)
+        check_number("[0, 1)", self.name, "the share of the average that stays", decay=decay)
+        check_positive_ints(self.name, every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
         self.steps = 0
         self.tortoise: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, is_str_list
+from lightning_plasticity._validation import check_number, is_str_list
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
@@ -48,8 +48,7 @@ class Parseval(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
         super().__init__(coefficient)
-        if not 0 < as_float(gain) < float("inf"):
-            raise ValueError(f"Parseval(gain={gain!r}) must be a positive number: the singular values to be kept")
+        check_number("(0, inf)", self.name, "the singular values at the minimum", gain=gain)
         if exclude is not None and not is_str_list(exclude, at_least=0):
             raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as ['head'], or None")
         self.gain = gain

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.units.dependency_graph import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
+from lightning_plasticity.interventions.weights.initialization import copy_initial
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.layers import input_channel_dim, weight_by_output
@@ -28,15 +29,9 @@ class _ThresholdReset(Repair):
 
     def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None, when: When) -> None:
         super().__init__(when)
-        if not as_float(threshold) >= 0:
-            raise ValueError(f"{self.name}(threshold={threshold!r}) must be at least 0: a share of the mean")
-        if initial is not None and not isinstance(initial, Mapping):
-            raise ValueError(f"{self.name}(initial={initial!r}) must be a state_dict(), or None")
+        check_number("[0, inf]", self.name, "a share of the mean", threshold=threshold)
         self.threshold = threshold
-        # A state_dict() shares its tensors with the model, and training would change them.
-        self.initial = (
-            None if initial is None else {key: value.detach().cpu().clone() for key, value in initial.items()}
-        )
+        self.initial = copy_initial(self.name, initial)
 
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, is_int
+from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.interventions.units.groups import UnitGroup
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
@@ -85,10 +85,8 @@ class SelfNormalizedReset(UnitReplacement):
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(_firings, seed, initial)
-        if not 0 < as_float(rejection) < 1:
-            raise ValueError(f"{self.name}(rejection={rejection!r}) must be in (0, 1): a share of a unit's silences")
-        if not is_int(cap) or cap < 1:
-            raise ValueError(f"{self.name}(cap={cap!r}) must be at least 1, and whole: a number of samples")
+        check_number("(0, 1)", self.name, "a share of a unit's silences", rejection=rejection)
+        check_positive_ints(self.name, cap=cap)
         self.rejection = rejection
         self.cap = cap
         self._buckets = _buckets(cap)

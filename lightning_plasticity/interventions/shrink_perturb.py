@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.weights.initialization import fresh_values
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
@@ -37,8 +37,7 @@ class ShrinkPerturb(Repair):
 
     def __init__(self, s: float = 0.8, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < as_float(s) <= 1:
-            raise ValueError(f"ShrinkPerturb(s={s!r}) must be in (0, 1]: the share of the way to fresh weights")
+        check_number("(0, 1]", self.name, "the share of the way to fresh weights", s=s)
         self.s = s
 
     @override

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, check_seed
+from lightning_plasticity._validation import check_number, check_positive_ints, check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, fresh_values
 from lightning_plasticity.layers import NORM_LAYERS
@@ -60,14 +60,10 @@ class SoftShrinkPerturb(StepIntervention):
     """
 
     def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
-        if not 0 <= as_float(shrink) <= 1:
-            raise ValueError(
-                f"SoftShrinkPerturb(shrink={shrink!r}) must be in [0, 1]: the share of the weights that stays"
-            )
-        if not 0 <= as_float(noise) < math.inf:
-            raise ValueError(f"SoftShrinkPerturb(noise={noise!r}) must be a finite number, at least 0")
-        self._check_count(every_n_steps=every_n_steps)
-        check_seed(seed)
+        check_number("[0, 1]", self.name, "the share of the weights that stays", shrink=shrink)
+        check_number("[0, inf)", self.name, noise=noise)
+        check_positive_ints(self.name, every_n_steps=every_n_steps)
+        check_seed(seed, self.name)
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
         self.generator = PicklableGenerator()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
@@ -59,9 +59,8 @@ class SpectralRegularizer(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
         super().__init__(coefficient)
-        if not 1 <= as_float(power) < float("inf"):
-            raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
-        self._check_switch(exact=exact)
+        check_number("[1, inf)", self.name, "it is 2 in the paper", power=power)
+        check_choice((True, False), self.name, exact=exact)
         self.power = power
         self.exact = exact
         self._vectors: dict[str, Tensor] = {}

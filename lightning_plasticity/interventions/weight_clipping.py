@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
 
@@ -47,8 +47,7 @@ class WeightClipping(StepIntervention):
     """
 
     def __init__(self, kappa: float = 2.0) -> None:
-        if not 0 < as_float(kappa) < math.inf:
-            raise ValueError(f"WeightClipping(kappa={kappa!r}) must be a finite number, greater than 0")
+        check_number("(0, inf)", self.name, kappa=kappa)
         self.kappa = kappa
 
     @override

@@ -1,7 +1,6 @@
 """Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
 
 import copy
-import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,34 +16,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector, interventions
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import (
-    DASH,
-    FIRE,
-    L2ER,
     ContinualBackprop,
-    EffectiveRankRegularizer,
-    HareTortoise,
     Intervention,
     L2Init,
-    NormalizeAndProject,
-    Parseval,
     ReDo,
     ReGraMa,
     Regularizer,
     Repair,
     RepairReport,
     Reset,
-    SelfNormalizedReset,
     ShrinkPerturb,
-    SoftShrinkPerturb,
-    SpectralRegularizer,
     StepIntervention,
-    WassersteinInit,
     WeightClipping,
 )
 from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from tests.helpers.interventions import INTERVENTIONS, Row, for_each, select
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_another_process
 from tests.helpers.usages import Quartic, half_precision
@@ -395,13 +384,11 @@ def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_
 
 
 @IN_THE_MIDDLE
-@pytest.mark.parametrize(
-    "make", [WassersteinInit, lambda: HareTortoise(0.9, 3), NormalizeAndProject, SoftShrinkPerturb]
-)
-def test_remedies_take_up_what_is_trained_only_from_the_middle_of_a_task(
-    make: Callable[[], Intervention], kind: type[Regularized], others: list[Callback]
+@for_each(row for row in INTERVENTIONS if row.needs == {"start"})
+def test_interventions_include_parameters_trained_from_mid_task_on(
+    row: Row, kind: type[Regularized], others: list[Callback]
 ) -> None:
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[make()])
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[row.make()])
     trainer(callback, *copy.deepcopy(others), max_epochs=4).fit(kind(), loader())
     assert [report.errors for report in callback.history] == [{}]
 
@@ -417,8 +404,8 @@ def test_remedies_start_again_only_for_what_is_new() -> None:
     assert remedy.events.count("start") == 2
 
 
-@pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
-def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: Callable[[], Intervention]) -> None:
+@for_each(select(StepIntervention, on_units=True))
+def test_start_failing_at_a_later_task_only_warns(row: Row) -> None:
     class Two(Classifier):
         task = 0
 
@@ -429,7 +416,7 @@ def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: C
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy((self.second if self.task else self.net)(batch[0]), batch[1])
 
-    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[make()], monitor=False), Two()
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[row.make()], monitor=False), Two()
     trainer(callback).fit(module, loader())
     module.task = 1
     with pytest.warns(
@@ -592,38 +579,6 @@ def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
         SpectralCollapseCallback(interventions=[Intervention()])
 
 
-EVERY_ONE: list[Callable[[], Intervention]] = [
-    lambda: ReDo(threshold=0.5, when="task"),
-    lambda: ReGraMa(threshold=0.5, when=4),
-    lambda: Reset(last=1, when=4),
-    lambda: ShrinkPerturb(0.1, when=3),
-    lambda: FIRE(when="task"),
-    lambda: DASH(when="task"),
-    lambda: ContinualBackprop(replacement_rate=0.2, maturity_threshold=2),
-    lambda: SelfNormalizedReset(rejection=0.5),
-    lambda: WeightClipping(kappa=0.3),
-    NormalizeAndProject,
-    lambda: HareTortoise(every_n_steps=4),
-    SoftShrinkPerturb,
-    SpectralRegularizer,
-    Parseval,
-    L2Init,
-    WassersteinInit,
-    lambda: EffectiveRankRegularizer(every_n_samples=12),
-    lambda: L2ER(every_n_samples=12),  # an epoch: batches that wait are not kept in a checkpoint
-]
-
-
-def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
-    kinds = [getattr(interventions, name) for name in interventions.__all__]
-    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | StepIntervention | Regularizer)}
-    concrete -= {Repair, StepIntervention, Regularizer}
-    assert {type(make()) for make in EVERY_ONE} == concrete
-    table = (Path(__file__).parents[2] / "docs" / "interventions.md").read_text()
-    rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
-    assert rows[2:] == [kind.__name__ for kind in (type(make()) for make in EVERY_ONE)]
-
-
 class Deep(Busy):
     """Some of its units are silent most of the time."""
 
@@ -634,10 +589,8 @@ class Deep(Busy):
             self.net[0].bias -= 0.8
 
 
-@pytest.mark.parametrize("make", EVERY_ONE, ids=lambda make: make().name)
-def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
-    make: Callable[[], Intervention], tmp_path: Path
-) -> None:
+@for_each(INTERVENTIONS)
+def test_every_intervention_acts_leaves_no_hooks_and_resumes(row: Row, tmp_path: Path) -> None:
     def fit(epochs: int, intervention: Intervention | None, path: Path | None = None) -> tuple[Deep, Any, Any]:
         torch.manual_seed(0)
         module = Deep()
@@ -654,28 +607,23 @@ def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
         return module, callback, fitted
 
     plain, _, _ = fit(6, None)
-    whole, first, _ = fit(6, make())
+    whole, first, _ = fit(6, row.make())
     assert not torch.equal(weights(whole), weights(plain)), "it did nothing"
     assert whole.calls == plain.calls
     assert hooks(whole) == hooks(plain)
-    fit(3, make())
+    fit(3, row.make())
     torch.load(tmp_path / "last.ckpt", weights_only=True)
-    resumed, second, _ = fit(6, make(), tmp_path / "last.ckpt")
+    resumed, second, _ = fit(6, row.make(), tmp_path / "last.ckpt")
     assert torch.equal(weights(resumed), weights(whole))
     assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
-
-
-def everything() -> list[Intervention]:
-    """One of each kind, with its defaults but for when it acts."""
-    kinds = [kind for name in interventions.__all__ if inspect.isclass(kind := getattr(interventions, name))]
-    remedies = [kind for kind in kinds if issubclass(kind, Intervention) and not inspect.isabstract(kind)]
-    return [kind() for kind in remedies if kind not in (Intervention, StepIntervention)]
 
 
 @pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)
+    callback = SpectralCollapseCallback(
+        collapse=NEVER, interventions=[row.kind() for row in INTERVENTIONS], monitor_every_n_steps=1
+    )
     ends = []
     for _ in range(2):
         callback = make_copy(callback)
@@ -738,14 +686,15 @@ def test_without_optimizer_there_is_nothing_to_regularize() -> None:
     assert callback.history[0].errors == {}
 
 
-@pytest.mark.parametrize("remedy", [ContinualBackprop(), SelfNormalizedReset(), SoftShrinkPerturb(seed=3)])
-def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: StepIntervention) -> None:
-    """As ``strategy="ddp_spawn"`` does."""
-    assert in_another_process(state_of, remedy) == state_of(remedy)
+@for_each(row for row in INTERVENTIONS if "seed" in row.annotations)
+def test_interventions_with_random_numbers_can_be_pickled(row: Row) -> None:
+    """``strategy="ddp_spawn"`` sends them to another process."""
+    intervention = row.make(seed=3)
+    assert in_another_process(generator_state, intervention) == generator_state(intervention)
 
 
-def state_of(remedy: StepIntervention) -> list[int]:
-    state: list[int] = remedy.state_dict()["generator"].tolist()
+def generator_state(intervention: StepIntervention) -> list[int]:
+    state: list[int] = intervention.state_dict()["generator"].tolist()
     return state
 
 

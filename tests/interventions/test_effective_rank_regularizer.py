@@ -456,8 +456,11 @@ def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
             r"\(every_n_samples=0\) must be a whole number, at least 1",
         ),
         (lambda: EffectiveRankRegularizer(every_n_samples=2.5), r"\(every_n_samples=2.5\) must be a whole number"),
-        (lambda: EffectiveRankRegularizer(max_norm=0), r"\(max_norm=0\) must be positive; float\('inf'\) never clips"),
-        (lambda: L2ER(max_norm=0), r"L2ER\(max_norm=0\) must be positive"),
+        (
+            lambda: EffectiveRankRegularizer(max_norm=0),
+            r"\(max_norm=0\) must be greater than 0: float\('inf'\) never clips",
+        ),
+        (lambda: L2ER(max_norm=0), r"L2ER\(max_norm=0\) must be greater than 0"),
         (
             lambda: EffectiveRankRegularizer().after_step(mlp()),
             r"needs to see the model run: after_step\(model, forward=",

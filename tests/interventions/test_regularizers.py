@@ -657,7 +657,7 @@ def test_a_head_that_grows_asks_for_another_start_which_leaves_the_rest(make: ty
     assert regularizer.penalty(model).item() > 0
     state = regularizer.state_dict()["initial"]
     assert torch.equal(state["0.weight"], first)
-    assert state["2.weight"].sort().values.equal(make().remembered(model[2].weight.detach()).sort().values)
+    assert state["2.weight"].sort().values.equal(make().reference(model[2].weight.detach()).sort().values)
 
 
 @REMEMBERING
@@ -677,7 +677,7 @@ def test_what_is_remembered_is_kept_in_full_where_the_model_is_not(make: type[L2
         (lambda: SpectralRegularizer(-1), r"SpectralRegularizer\(coefficient=-1\) must be a finite number, at least 0"),
         (lambda: SpectralRegularizer(power=0.5), r"SpectralRegularizer\(power=0.5\) must be a finite number, at least"),
         (lambda: SpectralRegularizer(power=math.nan), r"SpectralRegularizer\(power=nan\)"),
-        (lambda: Parseval(gain=0), r"Parseval\(gain=0\) must be a positive number"),
+        (lambda: Parseval(gain=0), r"Parseval\(gain=0\) must be a finite number, greater than 0"),
         (lambda: Parseval(exclude="head"), r"Parseval\(exclude='head'\) must be a list of names, such as \['head'\]"),
         (lambda: L2Init(math.inf), r"L2Init\(coefficient=inf\) must be a finite number"),
         (lambda: WassersteinInit(math.nan), r"WassersteinInit\(coefficient=nan\)"),

@@ -23,21 +23,19 @@ from lightning_plasticity.interventions import (
     NormalizeAndProject,
     Repair,
     Reset,
-    ShrinkPerturb,
     SoftShrinkPerturb,
     StepIntervention,
     WeightClipping,
 )
+from tests.helpers.interventions import select
 from tests.helpers.unit_models import MODELS, Encoder, Functional, Gru, Model, ResNet
 
-REMEDIES: dict[str, Callable[[], StepIntervention]] = {
-    "WeightClipping": lambda: WeightClipping(0.7),
-    "NormalizeAndProject": NormalizeAndProject,
-    "HareTortoise": lambda: HareTortoise(0.6, every_n_steps=3),
-    "SoftShrinkPerturb": lambda: SoftShrinkPerturb(0.9, 0.3, seed=5),
+ON_WEIGHTS = [row for row in select(StepIntervention, on_units=False) if "forward" not in row.needs]
+STEP_INTERVENTIONS: dict[str, Callable[[], StepIntervention]] = {
+    **{row.name: row.make for row in ON_WEIGHTS},
     "SoftShrinkPerturb, every 2": lambda: SoftShrinkPerturb(0.9, 0.3, every_n_steps=2),
 }
-WITH_MEMORY = [name for name in REMEDIES if name != "WeightClipping"]
+WITH_STATE = [row.name for row in ON_WEIGHTS if "start" in row.needs] + ["SoftShrinkPerturb, every 2"]
 
 
 def mlp(sizes: Sequence[int], seed: int = 0) -> nn.Sequential:
@@ -231,7 +229,7 @@ def test_weight_clipping_leaves_gains_of_norm_layers() -> None:
     assert changed(model, before) == {"0.weight", "0.bias"}
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_what_the_optimizer_remembers_stays(make: Callable[[], StepIntervention]) -> None:
     model, remedy = mlp([4, 3, 2]), make()
     optimizer = torch.optim.Adam(model.parameters())
@@ -391,7 +389,7 @@ def test_the_tortoise_of_half_precision_weights_is_precise() -> None:
 # What holds for all of them
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 def test_remedies_work_on_every_model(make: Callable[[], StepIntervention], case: Model) -> None:
     model, remedy = case.build(), make()
@@ -406,7 +404,7 @@ def test_remedies_work_on_every_model(make: Callable[[], StepIntervention], case
     model(torch.randn(case.shape))
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[], StepIntervention]) -> None:
     model, remedy = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)), make()
     model[0].requires_grad_(False)
@@ -423,7 +421,7 @@ def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[]
     assert changed(model, before) <= {"2.weight", "3.weight", "3.bias"}
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_shared_weights_are_treated_once(make: Callable[[], StepIntervention]) -> None:
     shared, single = mlp([4, 4, 4]), mlp([4, 4])
     shared[1].weight, shared[1].bias = shared[0].weight, shared[0].bias
@@ -439,7 +437,7 @@ def test_shared_weights_are_treated_once(make: Callable[[], StepIntervention]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_half_precision_follows_single_precision(make: Callable[[], StepIntervention], dtype: torch.dtype) -> None:
     half, single = mlp([6, 5, 4]).to(dtype), mlp([6, 5, 4]).to(dtype).float()
     scales = None
@@ -458,7 +456,7 @@ def test_half_precision_follows_single_precision(make: Callable[[], StepInterven
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], StepIntervention]) -> None:
     model, remedy = nn.Sequential(nn.Linear(3, 2, dtype=torch.cfloat), nn.Linear(2, 2)), make()
     model.append(nn.Linear(0, 3))
@@ -474,7 +472,7 @@ def test_parametrized_layers_are_not_asked_for_their_weight(name: str) -> None:
     """Spectral normalisation takes a power iteration whenever somebody looks."""
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     torch.nn.init.normal_(model[0].parametrizations.weight.original)  # for which the vectors are not right yet
-    remedy, before = REMEDIES[name](), copy.deepcopy(model.state_dict())
+    remedy, before = STEP_INTERVENTIONS[name](), copy.deepcopy(model.state_dict())
     remedy.start(model)
     remedy.after_step(model)
     assert not {key for key in changed(model, before) if "parametrizations" in key}
@@ -486,9 +484,9 @@ def test_layers_that_do_not_say_how_they_are_initialised_get_no_noise_but_an_err
         SoftShrinkPerturb().start(model)
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", WITH_STATE)
 def test_a_step_before_the_start_is_an_error(name: str) -> None:
-    remedy, model = REMEDIES[name](), mlp([3, 2])
+    remedy, model = STEP_INTERVENTIONS[name](), mlp([3, 2])
     before = copy.deepcopy(model.state_dict())
     message = r"has no stored state of \['0.weight'.*\]: call start\(model\) before the first training step"
     with pytest.raises(RuntimeError, match=f"{remedy.name} {message}"):
@@ -496,9 +494,9 @@ def test_a_step_before_the_start_is_an_error(name: str) -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", WITH_STATE)
 def test_a_model_that_has_grown_needs_another_start(name: str) -> None:
-    remedy, model = REMEDIES[name](), mlp([3, 2])
+    remedy, model = STEP_INTERVENTIONS[name](), mlp([3, 2])
     remedy.start(model)
     model.append(nn.Linear(2, 2).double())
     with pytest.raises(RuntimeError, match=r"no stored state of \['1.weight'.*\]: call start"):
@@ -534,7 +532,7 @@ def test_an_embedding_that_has_grown_gets_a_scale_of_its_own() -> None:
         assert ((model[0].weight - before)[1:].abs() > 1e-4).any(1).all()
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], StepIntervention]) -> None:
     once, often = mlp([4, 3, 2]), mlp([4, 3, 2])
     for model in (once, often):
@@ -549,7 +547,7 @@ def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], Step
     torch.testing.assert_close(once.state_dict(), often.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(
     make: Callable[[], StepIntervention], restart: bool
@@ -576,7 +574,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(
     torch.testing.assert_close(resumed.state_dict(), remedy.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_remedies_are_deterministic_and_leave_the_global_generator_alone(make: Callable[[], StepIntervention]) -> None:
     models = [mlp([4, 3, 2]), mlp([4, 3, 2])]
     state = torch.get_rng_state()
@@ -597,7 +595,7 @@ def test_seeds_give_different_noise() -> None:
     assert not torch.equal(models[0][0].weight, models[1][0].weight)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_remedies_run_beside_an_optimizer(make: Callable[[], StepIntervention]) -> None:
     model, remedy, x = mlp([4, 8, 2]), make(), torch.randn(16, 4, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -645,11 +643,8 @@ def test_bad_arguments_are_named(make: Callable[[], object], message: str) -> No
 
 
 REPAIRS: dict[str, Callable[[], Repair]] = {
-    "FIRE": FIRE,
-    "DASH": DASH,
-    "Reset": Reset,
-    "Reset, last": lambda: Reset(last=1),
-    "ShrinkPerturb": ShrinkPerturb,
+    **{row.name: row.make for row in select(Repair, on_units=False)},
+    "Reset, all": Reset,
 }
 
 
@@ -695,7 +690,7 @@ class Failing(torch.optim.Adam):
         self.kept = value
 
 
-@pytest.mark.parametrize("name", ["FIRE", "Reset", "Reset, last", "ShrinkPerturb"])
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name != "DASH"])
 def test_repairs_are_all_or_nothing(name: str) -> None:
     model = mlp([4, 4, 3])
     optimizers = [torch.optim.Adam(model[0].parameters()), Failing(model[1].parameters())]

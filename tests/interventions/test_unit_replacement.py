@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from lightning_plasticity.interventions import ContinualBackprop, SelfNormalizedReset, describe_units
 from lightning_plasticity.interventions.units.unit_replacement import UnitReplacement
 from lightning_plasticity.interventions.weights import updates
+from tests.helpers.interventions import select
 from tests.helpers.processes import in_two_processes
 from tests.helpers.unit_models import MODELS
 
 MAKERS: dict[str, Callable[..., UnitReplacement]] = {
-    "ContinualBackprop": lambda **options: ContinualBackprop(0.1, 1, **options),
-    "ContinualBackprop, biases": lambda **options: ContinualBackprop(0.1, 1, transfer_bias=True, **options),
-    "SelfNormalizedReset": lambda **options: SelfNormalizedReset(0.5, cap=40, **options),
+    **{row.name: row.make for row in select(UnitReplacement)},
+    "ContinualBackprop, biases": partial(ContinualBackprop, 0.1, 1, transfer_bias=True),
 }
 EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 

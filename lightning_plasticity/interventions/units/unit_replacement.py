@@ -19,7 +19,7 @@ from lightning_plasticity.interventions.units.dependency_graph import describe_u
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
-from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
+from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, copy_initial
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update, tensors_of
 
 Record = dict[str, Tensor]
@@ -45,21 +45,14 @@ class UnitReplacement(StepIntervention):
     """
 
     def __init__(self, statistic: Statistic, seed: int, initial: Mapping[str, Tensor] | None) -> None:
+        check_seed(seed, self.name)
+        self.seed = seed
+        self.initial = copy_initial(self.name, initial)
         self._statistic = statistic
         self._records: dict[str, Record] = {}
-        self._fresh = _FreshUnits(seed, initial)
+        self._fresh = _FreshUnits(seed, self.initial)
         self._hooked: _HookedModel | None = None
         self._traced: _TracedModel | None = None
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random numbers that new weights are drawn with."""
-        return self._fresh.seed
-
-    @property
-    def initial(self) -> Mapping[str, Tensor] | None:
-        """Initial parameters and buffers that new weights are drawn from."""
-        return self._fresh.initial
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
@@ -228,12 +221,7 @@ class _FreshUnits:
     """
 
     def __init__(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
-        check_seed(seed)
-        if initial is not None and not isinstance(initial, Mapping):
-            raise ValueError(f"initial={initial!r} must be a state_dict(), or None")
-        self.seed = seed
-        # A state_dict() shares its tensors with the model, and training would change them.
-        self.initial = None if initial is None else {name: v.detach().cpu().clone() for name, v in initial.items()}
+        self._initial = initial
         self._generator = PicklableGenerator()
         self._generator.manual_seed(seed)
         self._before = self._generator.get_state()
@@ -272,4 +260,4 @@ class _FreshUnits:
     def _draw(self, model: nn.Module, units: Units) -> None:
         # Take one number per draw, whatever its size, so that the next draw does not depend on the heads in use.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
-        self._values = fresh_incoming(model, units, units.groups, generator, self.initial)
+        self._values = fresh_incoming(model, units, units.groups, generator, self._initial)
