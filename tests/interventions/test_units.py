@@ -404,7 +404,7 @@ def test_unit_indices_match_unit_mask(case: Model) -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_units_read_by_an_lstm_with_projections_are_excluded() -> None:
-    """torch-pruning reports channel indices out of range for such an LSTM."""
+    """torch-pruning follows the units through the LSTM to channels that its reader does not have."""
 
     class Projected(nn.Module):
         def __init__(self) -> None:

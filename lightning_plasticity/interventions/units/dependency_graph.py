@@ -307,7 +307,7 @@ class _Trace:
         # A PReLU with one slope for all units has no channels.
         if not num_channels:
             return
-        # In the cells of an LSTM with projections, torch-pruning takes hidden units for channels.
+        # torch-pruning follows units through an LSTM with projections to channels that its reader does not have.
         if max(member.idxs, default=0) >= num_channels:
             raise NotResettableError(f"torch-pruning cannot follow its output to {name!r}")
         unit_index = torch.full((num_channels,), -1)
@@ -342,13 +342,13 @@ class _Trace:
     def _output_entries(self, module: nn.Module, unit_index: Tensor) -> dict[str, Tensor]:
         """Return the unit index of each tensor of a layer, from the unit index of its output channels."""
         prefix = self._module_name(module)
-        unit_indices = {}
+        entries = {}
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and tensor.ndim > 0:
                 shape = [1] * tensor.ndim
                 shape[weight_output_dim(module) if key == "weight" else 0] = -1
-                unit_indices[f"{prefix}.{key}" if prefix else key] = unit_index.view(shape)
-        return unit_indices
+                entries[f"{prefix}.{key}" if prefix else key] = unit_index.view(shape)
+        return entries
 
     def _module_of(self, parameter: Tensor) -> nn.Module:
         return self.model.get_submodule(self._tensor_name(parameter).rpartition(".")[0])

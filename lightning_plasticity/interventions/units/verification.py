@@ -55,7 +55,7 @@ def randomized_weights(model: nn.Module) -> Iterator[None]:
 def verify_group(model: nn.Module, forward: Forward, tensors: Mapping[str, Tensor], group: UnitGroup) -> None:
     """Check by forward passes that the units of a group can be reset one by one.
 
-    Each half of the units is changed in turn, while the other half must not notice.
+    Each half of the units is changed in turn, and the channels of the other half must stay the same.
 
     Args:
         model: The model, with random weights.
@@ -87,6 +87,7 @@ def _verify_units(
     group: UnitGroup,
     units: Tensor,
 ) -> None:
+    """Check some units of a group, by observations with their columns at zero and with their rows at zero."""
     random_incoming = {name: _random_like(tensors[name]) for name in group.incoming}
     zero_rows = {
         name: torch.zeros_like(tensors[name]) for name in group.incoming if name.rpartition(".")[0] == group.layer
@@ -119,12 +120,12 @@ def _verify_units(
 
 @contextlib.contextmanager
 def _replaced_entries(
-    tensors: Mapping[str, Tensor], unit_indices: Mapping[str, Tensor], units: Tensor, values: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], unit_index: Mapping[str, Tensor], units: Tensor, values: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Replace the entries of some units by those of ``values``; restore them on exit."""
     before = {name: tensors[name].data for name in values}
     for name, value in values.items():
-        mask = unit_mask(unit_indices[name], units, value.shape).to(value.device)
+        mask = unit_mask(unit_index[name], units, value.shape).to(value.device)
         tensors[name].data = torch.where(mask, value, before[name])
     try:
         yield

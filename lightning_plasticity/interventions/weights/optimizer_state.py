@@ -149,7 +149,7 @@ def _as_bool(parameter: nn.Parameter, mask: Tensor) -> Tensor:
 
 def _reset_whole(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Give parameters the state of new ones."""
-    # Adagrad creates its state in the constructor only.
+    # Adagrad creates its state in the constructor only, and fails without it.
     if isinstance(optimizer, torch.optim.Adagrad):
         for parameter in parameters:
             optimizer.state[parameter]["step"].zero_()
@@ -163,7 +163,7 @@ def _reset_whole(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
                 # zeros the first step is that of a new parameter, but for the factor (1 - dampening) of later steps.
                 _reset_entries(optimizer, parameter, torch.ones_like(parameter, dtype=torch.bool))
             else:
-                # The optimizer creates it at the next step.
+                # The optimizer creates new state at the next step.
                 del optimizer.state[parameter]
 
 
