@@ -16,8 +16,7 @@ def gradient_norm(gradients: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
     r"""Compute the norm of the gradient, :math:`\lVert \nabla L \rVert_2` over all entries of all tensors.
 
     Args:
-        gradients: A tensor of any shape, several tensors, or a module, of which the ``.grad`` of all parameters are
-            taken.
+        gradients: A tensor of any shape, several tensors, or a module: the ``.grad`` of its parameters are taken.
 
     Returns:
         A norm, in the units of the loss divided by those of the weights.

@@ -101,7 +101,7 @@ def srank(features: Tensor, delta: float = SRANK_DELTA, *, channel_dim: int | No
 def entropy_rank(values: Tensor, multiplicity: Tensor | None = None) -> Tensor:
     r"""Compute the exponential of the Shannon entropy of the values, normalised to a sum of 1 in magnitude.
 
-    Of the singular values of a matrix it is the effective rank of the matrix.
+    For the singular values of a matrix, this is its effective rank.
 
     Args:
         values: Singular values or eigenvalues, shape ``(k,)``. Their signs do not matter.

@@ -14,7 +14,7 @@ def weight_magnitude(weights: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
     r"""Compute the mean magnitude of the weights, :math:`\mathbb{E} |w|` over all entries of all tensors.
 
     Args:
-        weights: A tensor of any shape, several tensors, or a module, whose parameters are taken, shared ones once.
+        weights: A tensor of any shape, several tensors, or a module: its parameters are taken, shared ones once.
 
     Returns:
         A magnitude, in the units of the weights.

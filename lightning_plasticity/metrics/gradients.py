@@ -63,8 +63,8 @@ class OptimizationReadiness(PlasticityMetric):
         ValueError: In ``compute()`` if the mean loss is negative.
 
     Shape:
-        ``update(loss, gradients)`` takes a scalar, and a tensor of any shape, several tensors, or a module, of which
-        the ``.grad`` of all parameters are taken. ``compute()`` returns a number ≥ 0, float64; NaN if there were no
+        ``update(loss, gradients)`` takes a scalar, and a tensor of any shape, several tensors, or a module: the
+        ``.grad`` of its parameters are taken. ``compute()`` returns a number ≥ 0, float64; NaN if there were no
         updates, or the loss or an entry of a gradient was not finite.
 
     References:

@@ -82,7 +82,7 @@ class DeadFraction(DormantFraction):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Shape:
-        As :class:`DormantFraction`, of which it is the case of a threshold of 0.
+        As :class:`DormantFraction`; this is its case with a threshold of 0.
 
     References:
         Dohare et al. 2024, Nature 632, 768-774.

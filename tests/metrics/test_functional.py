@@ -62,9 +62,8 @@ def test_layouts_match_numpy(name: str, layout: str) -> None:
     shape, channel_dim, axis = LAYOUTS[layout]
     diagnostic, reference = FEATURE_DIAGNOSTICS[name]
     h = features(shape, axis)
-    assert diagnostic(h, channel_dim=channel_dim).item() == pytest.approx(
-        reference(to_matrix(h.numpy(), axis)), rel=1e-6
-    )
+    expected = reference(to_matrix(h.numpy(), axis))
+    assert diagnostic(h, channel_dim=channel_dim).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FEATURE_DIAGNOSTICS)
