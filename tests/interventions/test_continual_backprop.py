@@ -224,13 +224,13 @@ def test_replaced_units_have_no_effect_until_the_next_step() -> None:
         assert len(units) == 4
         assert (consumer.weight[:, units] == 0).all()
         for key in ("exp_avg", "exp_avg_sq"):
-            assert (optimizer.state[consumer.weight][key][:, units] == 0).all(), "peers 3.3: moments in place"
+            assert (optimizer.state[consumer.weight][key][:, units] == 0).all(), "moments are reset in place"
     kept = [unit for unit in range(8) if unit not in report.units["2"].tolist()]
     assert (optimizer.state[model[4].weight]["exp_avg"][:, kept] != 0).all()
     for producer, units in ((model[0], report.units["0"]), (model[2], report.units["2"])):
         for parameter in (producer.weight, producer.bias):
             assert (optimizer.state[parameter]["exp_avg"][units] == 0).all()
-    assert all(int(state["step"]) == 4 for state in optimizer.state.values()), "peers 3.3: the common step count stays"
+    assert all(int(state["step"]) == 4 for state in optimizer.state.values()), "the common step count stays"
     assert all(map(torch.equal, gradients, (parameter.grad for parameter in model.parameters())))
 
 

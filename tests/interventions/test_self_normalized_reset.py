@@ -210,7 +210,7 @@ def test_arguments_out_of_range_are_named() -> None:
         SelfNormalizedReset(0)
     with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=0\) must be a whole number, at least 1"):
         SelfNormalizedReset(cap=0)
-    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=20000.0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=20000.0\) must be a whole number, at least 1"):
         SelfNormalizedReset(cap=2e4)  # type: ignore[arg-type]
 
 
