@@ -14,10 +14,6 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 Reference = Literal["best", "initial", "first"]
 
 
-class PlasticityWarning(UserWarning):
-    """The network is losing its ability to learn, or could not be asked about it."""
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What :class:`Collapse` found at the start of one task.

@@ -135,12 +135,12 @@ def test_collapse_metric_must_be_measured_by_the_probe(probe: Any) -> None:
     module = Classifier()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=rf"metric='{metric}'\) watches what .* one of .*{other}"):
-        trainer(SpectralCollapseCallback(probe, Collapse(metric, **below))).fit(module, loader())
+        trainer(SpectralCollapseCallback(probe, collapse=Collapse(metric, **below))).fit(module, loader())
     assert torch.equal(weights(module), before)
 
 
 def test_unresolved_rank_warns_without_collapse() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**FEW), Collapse("hessian_epsilon_rank", below=1.0))
+    callback = SpectralCollapseCallback(HessianProbe(**FEW), collapse=Collapse("hessian_epsilon_rank", below=1.0))
     module = Classifier()
     with pytest.warns(PlasticityWarning, match=r"task 0: ε-rank of the Hessian is not resolved \(it is .*raise num_"):
         trainer(callback).fit(module, loader())
@@ -156,7 +156,7 @@ def test_unresolved_rank_warns_without_collapse() -> None:
 
 
 def test_resolved_rank_below_threshold_is_a_collapse() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**ALL), Collapse("hessian_epsilon_rank"))
+    callback = SpectralCollapseCallback(HessianProbe(**ALL), collapse=Collapse("hessian_epsilon_rank"))
     module = Classifier()
     trainer(callback).fit(module, loader())
     with torch.no_grad():
@@ -204,6 +204,8 @@ def test_wrong_second_derivatives_are_refused(probe_class: type[HessianProbe]) -
 
 
 def test_second_derivatives_are_checked_once_per_fit() -> None:
+    """Wrong second derivatives in a later fit are reported, and not raised."""
+
     class Tasks(Cubed):
         wrong = False
         checks = 0
@@ -213,7 +215,7 @@ def test_second_derivatives_are_checked_once_per_fit() -> None:
             self.task_id += 1
 
     probe = HessianProbe(**FEW)
-    callback, module = SpectralCollapseCallback(probe, NEVER, monitor=False), Tasks()
+    callback, module = SpectralCollapseCallback(probe, collapse=NEVER, monitor=False), Tasks()
     trainer(callback, max_epochs=1).fit(module, loader())
     once = Tasks.checks
     assert once > 0
@@ -227,14 +229,14 @@ def test_second_derivatives_are_checked_once_per_fit() -> None:
 
 
 def test_weight_norm_is_supported() -> None:
-    def normed(dtype: torch.dtype) -> FirstBatchRecorder:
+    def make_module() -> FirstBatchRecorder:
         module = FirstBatchRecorder()
         module.net[0] = weight_norm(module.net[0])
-        return module.to(dtype)
+        return module
 
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), normed(torch.float32)
+    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), make_module()
     trainer(callback).fit(module, loader())
-    copy = normed(torch.float32)
+    copy = make_module()
     copy.load_state_dict(module.first_state)
     expected = hessian_spectrum(copy, module.first_batch, cross_entropy, **FEW)
     assert torch.equal(callback.history[0].spectrum.eigenvalues, expected.eigenvalues)
@@ -270,7 +272,7 @@ def test_nonfinite_hessian_is_an_error(probe_class: type[HessianProbe]) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) + (0 * self.net[0].bias).norm()
 
-    callback = SpectralCollapseCallback(probe_class(ggn=None, **FEW), Collapse("hessian_effective_rank"))
+    callback = SpectralCollapseCallback(probe_class(ggn=None, **FEW), collapse=Collapse("hessian_effective_rank"))
     with pytest.raises(ValueError, match="the curvature of the loss on the probe batch is NaN or infinite"):
         trainer(callback).fit(Rooted(), loader())
 
@@ -335,11 +337,11 @@ def test_step_that_needs_full_batches_is_refused_with_advice(
     data = DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
     collapse = Collapse("hessian_effective_rank") if isinstance(probe, HessianProbe) else Collapse()
     with pytest.raises(MisconfigurationException, match=f"on all 100 samples .*{re.escape(advice)}$") as caught:
-        trainer(SpectralCollapseCallback(probe, collapse)).fit(module_class(), data)
+        trainer(SpectralCollapseCallback(probe, collapse=collapse)).fit(module_class(), data)
     assert ("out of bounds" if module_class is GraphConvolution else "doesn't match hidden0 batch size") in str(
         caught.value.__cause__
     )
-    callback = SpectralCollapseCallback(full_batch_probe, collapse)
+    callback = SpectralCollapseCallback(full_batch_probe, collapse=collapse)
     trainer(callback).fit(module_class(), data)
     assert callback.history[0].errors == {}
 

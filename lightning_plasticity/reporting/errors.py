@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.distributed.agreement import all_gather_object, format_error
+from lightning_plasticity.messages import rank_zero_warn
 
 
 class ErrorLog:
-    """Errors that do not end training. Every error is a warning; the first one of each source is kept."""
+    """Errors that do not end training. Every error is a warning; the first one of each source is kept.
 
-    def __init__(self) -> None:
+    Args:
+        name: The name of the callback, which its warnings begin with.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._prefix = "" if name is None else f"{name}: "
         self._errors: dict[str, str] = {}
+
+    def warn(self, message: str) -> None:
+        """Issue a :class:`~lightning_plasticity.PlasticityWarning` on rank 0."""
+        rank_zero_warn(f"{self._prefix}{message}", stacklevel=4)
 
     def record(self, source: str, consequence: str, error: Exception | str) -> None:
         """Warn of an error, and keep it if it is the first one of its source.
@@ -25,8 +32,7 @@ class ErrorLog:
         Warns:
             PlasticityWarning: Always.
         """
-        message = f"{consequence}, training goes on: {str(error) or format_error(error)}"
-        rank_zero_warn(message, category=PlasticityWarning)
+        self.warn(f"{consequence}, training goes on: {str(error) or format_error(error)}")
         self._errors.setdefault(source, format_error(error))
 
     def flush_into(self, errors: dict[str, str]) -> None:
@@ -53,5 +59,5 @@ def gather_errors(errors: dict[str, str]) -> dict[str, str]:
     for rank, rank_errors in enumerate(others, start=1):
         for source in rank_errors.keys() - gathered.keys():
             gathered[source] = f"in process {rank}: {rank_errors[source]}"
-            rank_zero_warn(f"{source} failed {gathered[source]}", category=PlasticityWarning)
+            rank_zero_warn(f"{source} failed {gathered[source]}")
     return gathered

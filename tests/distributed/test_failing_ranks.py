@@ -24,8 +24,8 @@ from lightning_plasticity import (
     TaskDetector,
 )
 from lightning_plasticity.distributed import agreement as processes
-from lightning_plasticity.engine import intervention_runner as remedies
-from lightning_plasticity.engine import monitoring
+from lightning_plasticity.engine import context as probe_context
+from lightning_plasticity.engine import intervention_runner, monitoring, regularizer_gradients
 from lightning_plasticity.interventions import (
     ContinualBackprop,
     EffectiveRankRegularizer,
@@ -40,7 +40,7 @@ from lightning_plasticity.interventions import (
 from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.units.layer_statistics import UnitStatistics
 from lightning_plasticity.interventions.weights import updates
-from lightning_plasticity.training import sandbox as training_loss
+from lightning_plasticity.training import sandbox
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_two_processes
 
@@ -208,15 +208,17 @@ CASES = {
     "working a repair out": Case((ShrinkPerturb, "plan", 2), shrink, "ShrinkPerturb"),
     "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
     "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
-    "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
+    "the copy for a repair": Case((sandbox, "copy_module", 3), lambda: ReDo(0.9, when=3), "ReDo"),
     "hearing activity": Case((UnitStatistics, "reduce", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
     "getting ready": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
     "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
     "a batch that waits": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
-    "a penalty": Case((remedies, "_term_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
-    "its gradient": Case((remedies, "_term_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
+    "a penalty": Case((regularizer_gradients, "differentiate_penalty", 4), SpectralRegularizer, "SpectralRegularizer"),
+    "its gradient": Case(
+        (regularizer_gradients, "differentiate_penalty", 4, True), SpectralRegularizer, "SpectralRegularizer"
+    ),
     "the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
     "the end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
     "the monitor of the probe": Case((monitoring, "probe_mode", 2), None, "monitor"),
@@ -224,7 +226,7 @@ CASES = {
     "what the monitor has seen": Case((monitoring, "values_of", 6), None, "monitor"),
     "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
     "a statistic": Case((Detecting, "statistic", 6), None, "task_detector", watch_inputs),
-    "joining batches": Case((training_loss, "all_gather_batch", 2)),
+    "joining batches": Case((probe_context, "all_gather_batch", 2)),
     "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
 }
 
@@ -241,7 +243,7 @@ FIRST = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
     "key": Case((Keys, "every_other_step", 1), detector=lambda: TaskDetector(Keys().every_other_step)),
     "remedy": Case((ContinualBackprop, "prepare", 1), replace_units),
-    "trial of a regularizer": Case((remedies, "_term_and_gradients", 1), SpectralRegularizer),
+    "trial of a regularizer": Case((intervention_runner, "differentiate_penalty", 1), SpectralRegularizer),
 }
 
 

@@ -56,7 +56,7 @@ def gru() -> nn.Module:
 
 
 class Quartic(Regularizer):
-    """The penalty ``coefficient * sum(p**4)``, whose gradient depends on the weights where it is taken."""
+    """The penalty ``coefficient * sum(p**4)``, whose gradient depends on the weights."""
 
     def penalty(self, model: nn.Module) -> Tensor:
         return self.coefficient * torch.stack([p.float().pow(4).sum() for p in model.parameters()]).sum()

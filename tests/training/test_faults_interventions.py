@@ -20,7 +20,7 @@ from tests.helpers.faults import NoUnits, ZeroPenalty
 from tests.helpers.modules import NEVER, Classifier, loader, trainer, weights
 
 
-def test_interventions_that_stop_working_at_a_later_task_only_warn() -> None:
+def test_interventions_unusable_at_a_later_task_only_warn() -> None:
     module = Classifier()
     callback = SpectralCollapseCallback(
         collapse=NEVER, interventions=[ContinualBackprop(0.5, 0), EffectiveRankRegularizer(0.1, 4), L2Init()]

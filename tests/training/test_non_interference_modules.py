@@ -25,7 +25,7 @@ class SelfThroughTrainer(StatefulClassifier):
 
 
 class Rehearsal(StatefulClassifier):
-    """Draws samples to rehearse from its own loaders, whose generators are its own too."""
+    """Draws rehearsal samples from its own loaders, which have their own generators."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -42,7 +42,7 @@ class Rehearsal(StatefulClassifier):
 
 
 class SharedLinear(nn.Linear):
-    """A layer of which ``deepcopy`` makes no copy."""
+    """A layer that ``deepcopy`` returns unchanged."""
 
     def __deepcopy__(self, memo: Any) -> "SharedLinear":
         return self

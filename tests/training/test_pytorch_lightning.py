@@ -173,7 +173,7 @@ def test_progress_bar_shows_the_probe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
-    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), NEVER)
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), collapse=NEVER)
     train(tmp_path, callback, standalone.callbacks.TQDMProgressBar(), enable_progress_bar=True)
     assert "probing curvature 6/6" in capsys.readouterr().out
 

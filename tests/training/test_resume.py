@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from tests.helpers.killed_run import BATCHES, run
-from tests.helpers.modules import NEVER, Classifier, loader, tasks_seen, trainer
+from tests.helpers.modules import NEVER, Classifier, cross_entropy, loader, tasks_seen, trainer
 from tests.helpers.processes import fork_server
 
 
@@ -58,22 +57,22 @@ def uninterrupted(in_a_process: Any, tmp_path_factory: pytest.TempPathFactory) -
     return result
 
 
-def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
+def assert_same(actual: Any, expected: Any, where: str = "result") -> None:
     """Assert that two nested structures are equal to the last bit; NaN equals NaN."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(our, their, f"{where}[{number}]")
-    elif isinstance(ours, Tensor):
-        assert ours.dtype == theirs.dtype, where
-        assert torch.equal(ours.nan_to_num(nan=1234.5), theirs.nan_to_num(nan=1234.5)), where
+    assert type(actual) is type(expected), where
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), where
+        for key in actual:
+            assert_same(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(actual, list | tuple):
+        assert len(actual) == len(expected), where
+        for index, (actual_item, expected_item) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(actual_item, expected_item, f"{where}[{index}]")
+    elif isinstance(actual, Tensor):
+        assert actual.dtype == expected.dtype, where
+        assert torch.equal(actual.nan_to_num(nan=1234.5), expected.nan_to_num(nan=1234.5)), where
     else:
-        assert ours == theirs or (ours != ours and theirs != theirs), f"{where}: {ours} is not {theirs}"
+        assert actual == expected or (actual != actual and expected != expected), f"{where}: {actual} is not {expected}"
 
 
 def is_at_end_of_epoch(checkpoint: Path) -> bool:
@@ -247,9 +246,7 @@ def test_checkpoints_in_other_hooks_do_not_warn(tmp_path: Path) -> None:
                 raise RuntimeError("out of luck")
             return super().training_step(batch, batch_idx)
 
-    callback = SpectralCollapseCallback(
-        collapse=NEVER, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
-    )
+    callback = SpectralCollapseCallback(collapse=NEVER, loss_fn=cross_entropy)
     for number, module in enumerate([Validated(), Interrupted(), Validated()]):
         checkpoints = ModelCheckpoint(tmp_path / f"{number}", every_n_train_steps=1, save_top_k=-1)
         pl_trainer = trainer(

@@ -23,7 +23,7 @@ from lightning_plasticity.interventions import (
     ShrinkPerturb,
     SoftShrinkPerturb,
 )
-from lightning_plasticity.training.sandbox import ProbeContext
+from lightning_plasticity.training.sandbox import TrainerContext
 from tests.helpers.modules import NEVER, Classifier, loader, trainer
 from tests.helpers.training_runs import ManualRepair, callback_with, trained_state
 from tests.helpers.usages import (
@@ -149,7 +149,7 @@ def test_probe_loss_is_repeatable_with_carried_state() -> None:
     """Each evaluation of the probe's loss starts from the same carried state and restores it."""
     module, batch = TruncatedBPTT(mlp()), {"x": torch.randn(8, 1, 6, 6), "y": torch.randint(3, (8,))}
     module.logits(torch.randn(8, 1, 6, 6))
-    context = ProbeContext(trainer(), module, batch, data_loss)
+    context = TrainerContext.of(trainer(), module, batch, 0, data_loss)
     copy = context.copy()
     carried = copy.carried
     first, second = context.loss(copy), context.loss(copy)
@@ -160,7 +160,7 @@ def test_probe_loss_is_repeatable_with_carried_state() -> None:
 
 def test_hessian_of_module_with_carried_state_is_constant() -> None:
     usage = next(usage for usage in USAGES if usage.module is TruncatedBPTT)
-    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), NEVER)
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=2, num_steps=3), collapse=NEVER)
     usage.fit(usage.module(mlp()), callback)
     assert [report.spectrum is not None for report in callback.history] == [True, True]
 
@@ -171,7 +171,7 @@ def test_attributes_set_by_the_step_are_removed_from_the_copy() -> None:
         return module.net(batch).sum()
 
     module = Classifier()
-    context = ProbeContext(trainer(), module, torch.randn(2, 4), step)
+    context = TrainerContext.of(trainer(), module, torch.randn(2, 4), 0, step)
     copy = context.copy()
     assert context.loss(copy).requires_grad
     assert not hasattr(copy.net, "attribute")
