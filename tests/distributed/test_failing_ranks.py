@@ -40,6 +40,7 @@ from lightning_plasticity.interventions import (
     StepIntervention,
     effective_rank,
 )
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.units.layer_statistics import UnitStatistics
 from lightning_plasticity.interventions.weights import updates
 from lightning_plasticity.training import sandbox
@@ -55,7 +56,7 @@ class InPlace(StepIntervention):
     def __init__(self) -> None:
         self.steps = 0
 
-    def after_step(self, model: nn.Module, *_: Any, **__: Any) -> None:
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
         for parameter in model.parameters():
             self.shrink(parameter)
         self.steps += 1
@@ -214,13 +215,13 @@ def monitor_inputs(drift_detector: NeverDrifting) -> TaskDetector:
 
 
 CASES = {
-    "computing a repair": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
+    "computing a repair": Case((ShrinkPerturb, "plan", 2), shrink, "ShrinkPerturb"),
     "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
     "before an all-reduce": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
     "copying the module for a repair": Case((sandbox, "copy_module", 3), lambda: ReDo(0.9, when=3), "ReDo"),
     "reducing unit statistics": Case((UnitStatistics, "reduce", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
-    "starting an intervention": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
+    "starting an intervention": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
     "halfway through an in-place change": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "rank of features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
     "storing a batch": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
@@ -259,7 +260,7 @@ DETECTORS = {
 FIRST_TASK = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
     "key": Case((TaskKeys, "every_other_step", 1), detector=lambda: TaskDetector(TaskKeys().every_other_step)),
-    "intervention": Case((ContinualBackprop, "start", 1), replace_units),
+    "intervention": Case((ContinualBackprop, "prepare", 1), replace_units),
     "trial of a regularizer": Case((intervention_runner, "differentiate_penalty", 1), SpectralRegularizer),
 }
 

@@ -36,6 +36,7 @@ from lightning_plasticity.interventions import (
     SpectralRegularizer,
     WassersteinInit,
 )
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.probes import Probe
 from tests.distributed.test_failing_ranks import failing
 from tests.helpers.modules import MemoryLogger, trainer
@@ -74,8 +75,8 @@ class WithHooks(L2Init):
         self.handles: list[Any] = []
         self.foreign_handle = foreign_handle
 
-    def start(self, model: nn.Module, **options: Any) -> None:
-        super().start(model, **options)
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        super().prepare(model, context)
         if not self.handles:
 
             def recorder(hook: str) -> Callable[..., None]:
