@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity._compat import gradient_scale, is_logging_step, is_model_parallel, is_restoring_for_finder
+from lightning_plasticity._repr import constructor_call
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
@@ -188,10 +189,13 @@ class SpectralCollapseCallback(Callback):
             "probe": None if self.probe == GGNProbe() else self.probe,
             "collapse": None if self.collapse == Collapse() else self.collapse,
             "interventions": [*self.interventions] or None,
+            "monitor": False if self.monitor is None else None,
+            "monitor_every_n_steps": self._step_monitor.every_n_steps,
+            "task_detector": None if repr(self._tasks) == repr(TaskDetector()) else self._tasks,
+            "loss_fn": self._loss_fn,
             "name": self.name,
         }
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
-        return f"{type(self).__name__}({given})"
+        return constructor_call(self, arguments)
 
     @property
     @override

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
+from lightning_plasticity._repr import constructor_call
 from lightning_plasticity._validation import check_positive_ints, is_int
 from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
 
@@ -151,8 +152,7 @@ class TaskDetector:
             "drift_detector": self._drift_detector,
             "drift_statistic": self._drift_statistic,
         }
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
-        return f"{type(self).__name__}({given})"
+        return constructor_call(self, arguments)
 
     def announce(self, task_id: TaskId = None) -> None:
         """Start a new task with the next training batch, named ``task_id``.
