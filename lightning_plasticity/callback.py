@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity._compat import gradient_scale, is_logging_step, is_model_parallel, is_restoring_for_finder
-from lightning_plasticity._repr import constructor_call
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
@@ -23,7 +22,7 @@ from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.interventions import Intervention
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_warn
+from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
 from lightning_plasticity.reporting.errors import ErrorLog, gather_errors

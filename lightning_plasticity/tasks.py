@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plasticity._compat import fit_datamodule
-from lightning_plasticity._repr import constructor_call
 from lightning_plasticity._validation import check_positive_ints, is_int
 from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
+from lightning_plasticity.messages import constructor_call
 
 # Not a string: older jsonargparse leaves out arguments whose type is given by one.
 TaskId: TypeAlias = int | str | None

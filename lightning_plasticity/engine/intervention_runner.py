@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
@@ -19,7 +20,6 @@ from lightning_plasticity.distributed.agreement import (
     raise_local_error,
     sync_errors,
 )
-from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.engine.regularizer_gradients import accumulate, differentiate_penalty, penalty_gradients
 from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._repr import constructor_call
 from lightning_plasticity._validation import check_number, is_int
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
+from lightning_plasticity.messages import constructor_call
 
 When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plasticity.collapse import Collapse
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import ggn_spectrum
-from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.interventions import Intervention, ShrinkPerturb
