@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate
 from lightning_plasticity.curvature import Estimate, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.matrix_free.lanczos import lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.lanczos import lanczos
 from lightning_plasticity.curvature.matrix_free.linear_operators import HessianLinearOperator
+from lightning_plasticity.curvature.matrix_free.stochastic_lanczos import LanczosOptions, lanczos_spectrum
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
 from lightning_plasticity.curvature.spectrum import Spectrum
 
@@ -169,7 +170,7 @@ def deflation() -> None:
         identity = torch.eye(product.dimension)
         values = torch.linalg.eigvalsh(torch.stack([product(row) for row in identity]).double())
         spectra = {
-            steps: lanczos_spectrum(product, num_probes=60, num_steps=steps, seed=0)
+            steps: lanczos_spectrum(product, LanczosOptions(num_probes=60, num_steps=steps, seed=0))
             for steps in (10, 15, 20, 30, 40, 50, 60, 80, 120)
         }
         for relative in (0.3, 0.1, 0.03, 0.01):
@@ -186,7 +187,10 @@ def deflation() -> None:
     model, batch = mlp(64)
     product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
     steps, vector = 20, torch.randn(product.dimension)
-    run = peak_memory(lambda: lanczos_spectrum(product, num_probes=3, num_steps=steps, seed=0)) / product.dimension
+    run = (
+        peak_memory(lambda: lanczos_spectrum(product, LanczosOptions(num_probes=3, num_steps=steps, seed=0)))
+        / product.dimension
+    )
     within = peak_memory(lambda: product(vector)) / product.dimension
     print(
         f"{f'peak memory of {steps} deflated steps':<64}{run:>6.1f} P, {within:.1f} P of it the product's"

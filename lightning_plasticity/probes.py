@@ -18,11 +18,11 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_seed, is_int
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
-    REENTRANT,
     DoubleBackwardError,
     check_double_backward,
     composed_weight_norm,
 )
+from lightning_plasticity.curvature.double_backward_causes import REENTRANT
 from lightning_plasticity.curvature.exact.gram import gram
 from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
 from lightning_plasticity.diagnostics import Matrix

@@ -35,7 +35,7 @@ def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torc
     Returns:
         Two tensors of shape ``(k,)``.
     """
-    values, weights = spectrum.shown
+    values, weights = spectrum.undeflated
     counts = spectrum.num_parameters * weights
     chosen = (values < 0) == negative
     if spectrum.exact:

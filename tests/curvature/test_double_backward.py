@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plasticity.curvature import double_backward
+from lightning_plasticity.curvature import double_backward, finite_differences
 from lightning_plasticity.curvature.double_backward import (
     DoubleBackwardError,
     check_double_backward,
@@ -408,23 +408,23 @@ def test_cudnn_is_off_for_recurrent_layers_alone(
 def test_thresholds_have_room_on_both_sides() -> None:
     """What healthy and wrong models measure, with a factor of ten to spare."""
     measured = []
-    original = double_backward._measure
+    original = double_backward.measure_hessian_errors
 
     def recorded(*args: Any) -> Any:
         measured.append(original(*args))
         return measured[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(double_backward, "_measure", recorded)
+        patch.setattr(double_backward, "measure_hessian_errors", recorded)
         for case in HEALTHY:
             check_double_backward(*case.build(torch.float32), case.loss_fn)
         healthy, measured[:] = measured[:], []
         for case, _ in WRONG:
             with pytest.raises(DoubleBackwardError):
                 check_double_backward(*case.build(torch.float32), case.loss_fn)
-    assert max(m.asymmetry for m in healthy) <= double_backward._MAX_ASYMMETRY / 10
-    assert max(m.difference for m in healthy) <= double_backward._MAX_DIFFERENCE / 10
-    assert min(m.difference for m in measured) >= double_backward._MAX_DIFFERENCE * 1000
+    assert max(m.asymmetry for m in healthy) <= finite_differences.MAX_ASYMMETRY / 10
+    assert max(m.difference for m in healthy) <= finite_differences.MAX_DIFFERENCE / 10
+    assert min(m.difference for m in measured) >= finite_differences.MAX_DIFFERENCE * 1000
 
 
 @pytest.mark.parametrize("where", ["logits", "norm", "softmax"])

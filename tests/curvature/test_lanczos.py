@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.curvature import Estimate, Quadrature, Spectrum, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
-from lightning_plasticity.curvature.matrix_free.lanczos import _Orthogonality, _run, lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.lanczos import OrthogonalityEstimate, lanczos, run_lanczos
 from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
+from lightning_plasticity.curvature.matrix_free.stochastic_lanczos import LanczosOptions, lanczos_spectrum
 from tests.helpers.cases import CASES, Case, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -34,6 +36,10 @@ class Matrix(CurvatureLinearOperator):
     def __call__(self, vector: Tensor) -> Tensor:
         self.products += 1
         return self.matrix @ vector
+
+
+def estimated(operator: CurvatureLinearOperator, **options: Any) -> Spectrum:
+    return lanczos_spectrum(operator, LanczosOptions(**options))
 
 
 def with_eigenvalues(values: Tensor, seed: int = 0) -> Tensor:
@@ -116,8 +122,8 @@ def test_hessian_minus_gauss_newton_vanishes_where_the_model_is_linear() -> None
 def test_the_scale_of_the_loss_does_not_matter(factor: float, dtype: torch.dtype) -> None:
     values = torch.linspace(-1, 3, 60, dtype=torch.float64)
     matrix = with_eigenvalues(values).to(dtype)
-    plain = lanczos_spectrum(Matrix(matrix), num_probes=2, num_steps=30, seed=0)
-    scaled = lanczos_spectrum(Matrix(matrix * factor), num_probes=2, num_steps=30, seed=0)
+    plain = estimated(Matrix(matrix), num_probes=2, num_steps=30, seed=0)
+    scaled = estimated(Matrix(matrix * factor), num_probes=2, num_steps=30, seed=0)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     assert scaled.lambda_max / factor == pytest.approx(plain.lambda_max, rel=tolerance)
     assert scaled.epsilon_rank(0.5 * factor) == pytest.approx(plain.epsilon_rank(0.5), rel=0.02)
@@ -135,7 +141,7 @@ def test_a_matrix_of_low_rank_ends_the_run_and_is_known_exactly(dtype: torch.dty
 
 
 def test_zero_matrix() -> None:
-    spectrum = lanczos_spectrum(Matrix(torch.zeros(9, 9)), num_probes=2, num_steps=5, seed=0)
+    spectrum = estimated(Matrix(torch.zeros(9, 9)), num_probes=2, num_steps=5, seed=0)
     assert spectrum.trace == spectrum.lambda_max == spectrum.epsilon_rank(1e-12) == spectrum.effective_rank == 0
     assert spectrum.epsilon_rank(1e-12).resolved
 
@@ -164,7 +170,7 @@ def test_the_bracket_holds_the_measure_of_the_start_vector(
 
 def test_full_rank_below_the_resolution_is_said_to_be_unresolved() -> None:
     values = torch.cat([torch.logspace(0, -2, 40), torch.full((960,), 1e-7)]).double()
-    spectrum = lanczos_spectrum(Matrix(torch.diag(values), semidefinite=True), num_probes=4, num_steps=20, seed=0)
+    spectrum = estimated(Matrix(torch.diag(values), semidefinite=True), num_probes=4, num_steps=20, seed=0)
     rank = spectrum.epsilon_rank(1e-5)
     if abs(rank - 40) > 4:
         assert not rank.resolved
@@ -176,7 +182,7 @@ def test_stated_errors_are_honest_in_95_of_100_seeds() -> None:
     matrix = Matrix(with_eigenvalues(values), semidefinite=True)
     within = {"trace": 0, "rank": 0}
     for seed in range(100):
-        spectrum = lanczos_spectrum(matrix, num_probes=8, num_steps=40, seed=seed)
+        spectrum = estimated(matrix, num_probes=8, num_steps=40, seed=seed)
         trace, rank = spectrum.trace, spectrum.epsilon_rank(0.1)
         within["trace"] += abs(trace - values.sum().item()) <= 3 * trace.standard_error
         exact = (values > 0.1).sum().item()
@@ -208,7 +214,7 @@ def test_attention_kernels_without_a_second_derivative_are_not_used() -> None:
 def test_progress_is_told_of_every_product() -> None:
     told: list[tuple[int, int]] = []
     matrix = Matrix(torch.diag(torch.arange(1.0, 21.0, dtype=torch.float64)))
-    lanczos_spectrum(matrix, num_probes=2, num_steps=6, seed=0, progress=lambda done, all_: told.append((done, all_)))
+    estimated(matrix, num_probes=2, num_steps=6, seed=0, progress=lambda done, all_: told.append((done, all_)))
     assert told == [(done, 12) for done in range(1, 13)]
 
 
@@ -272,13 +278,13 @@ def test_partial_reorthogonalisation_gives_the_same_quadrature_as_full_with_less
     start = torch.randn(500, generator=generator(1), dtype=torch.float64).to(dtype)
     full = lanczos(product, start, 80, reorthogonalization="full")
     asked: list[bool] = []
-    needs_care = _Orthogonality.needs_care
+    needs_reorthogonalization = OrthogonalityEstimate.needs_reorthogonalization
 
-    def counting(self: _Orthogonality, *arguments: list[float]) -> bool:
-        asked.append(needs_care(self, *arguments))
+    def counting(self: OrthogonalityEstimate, *arguments: list[float]) -> bool:
+        asked.append(needs_reorthogonalization(self, *arguments))
         return asked[-1]
 
-    monkeypatch.setattr(_Orthogonality, "needs_care", counting)
+    monkeypatch.setattr(OrthogonalityEstimate, "needs_reorthogonalization", counting)
     partial = lanczos(product, start, 80, reorthogonalization="partial")
     tolerance = 100 * torch.finfo(dtype).eps * full.nodes.abs().max()
     assert len(partial.nodes) == len(full.nodes)
@@ -372,7 +378,7 @@ def test_deflated_estimates_are_right_and_their_errors_honest(collapsed: Tensor)
     exact = {"trace": values.sum().item(), "rank": (values.abs() > epsilon).sum().item()}
     found: dict[tuple[str, bool], list[Estimate]] = {(name, deflate): [] for name in exact for deflate in (False, True)}
     for deflate, seed in [*itertools.product([False], range(30)), *itertools.product([True], range(100))]:
-        spectrum = lanczos_spectrum(Diagonal(values), num_probes=8, num_steps=32, seed=seed, deflate=deflate)
+        spectrum = estimated(Diagonal(values), num_probes=8, num_steps=32, seed=seed, deflate=deflate)
         found["trace", deflate].append(spectrum.trace)
         found["rank", deflate].append(spectrum.epsilon_rank(epsilon))
     for name, truth in exact.items():
@@ -406,9 +412,9 @@ def test_the_products_of_a_model_are_deflated() -> None:
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), decay=st.floats(0, 8))
 def test_corrections_are_nothing_in_the_mean_over_start_vectors(seed: int, steps: int, decay: float) -> None:
     values = torch.logspace(0, -decay, 12, dtype=torch.float64)
-    run = _run(Diagonal(values), torch.randn(12, generator=generator(seed)).double(), steps, None, "full")
+    run = run_lanczos(Diagonal(values), torch.randn(12, generator=generator(seed)).double(), steps, None, "full")
     vectors = torch.linalg.qr(torch.randn(12, 12, generator=generator(seed + 1), dtype=torch.float64)).Q
-    corrections = [run.quadrature.deflated(run.quadrature, run.shares(v), 12).corrections for v in vectors]
+    corrections = [run.quadrature.deflated(run.quadrature, run.overlaps(v), 12).corrections for v in vectors]
     assert torch.stack(corrections).mean(0).abs().max() <= 1e-13
     assert torch.stack(corrections).sum(1).abs().max() <= 1e-13
 
@@ -423,7 +429,7 @@ def test_corrections_are_nothing_in_the_mean_over_start_vectors(seed: int, steps
 def test_a_deflated_estimate_scales_with_the_matrix(seed: int, factor: float, steps: int, rank: int) -> None:
     values = torch.zeros(200, dtype=torch.float64)
     values[:rank] = torch.linspace(-2, 3, rank)
-    one, many = (lanczos_spectrum(Diagonal(values * f), num_probes=3, num_steps=steps, seed=seed) for f in (1, factor))
+    one, many = (estimated(Diagonal(values * f), num_probes=3, num_steps=steps, seed=seed) for f in (1, factor))
     size = values.abs().sum().item()
     assert many.trace / factor == pytest.approx(one.trace, abs=1e-6 * size)
     assert many.trace.standard_error / factor == pytest.approx(one.trace.standard_error, abs=1e-6 * size)
@@ -439,7 +445,7 @@ def test_a_deflated_estimate_scales_with_the_matrix(seed: int, factor: float, st
 def test_a_deflated_estimate_is_exact_where_the_space_is_exhausted(rows: int, dtype: torch.dtype) -> None:
     values = torch.linspace(-1, 2, rows + 1)[1:].to(dtype)
     for scale in (1e-12, 1.0):
-        spectrum = lanczos_spectrum(Diagonal(scale * values), num_probes=3, num_steps=rows, seed=0)
+        spectrum = estimated(Diagonal(scale * values), num_probes=3, num_steps=rows, seed=0)
         tolerance = 1e-3 if dtype == torch.float32 else 1e-9
         for epsilon in (0.33 * scale, 1.51 * scale):
             rank = spectrum.epsilon_rank(epsilon)
@@ -453,7 +459,7 @@ def test_the_bracket_of_a_deflated_estimate_holds_the_rank(collapsed: Tensor) ->
     held = dict.fromkeys((0.3, 0.1, 0.03, 0.01, 0.001, 0.0001), 0)
     for seed, relative in itertools.product(range(20), held):
         epsilon = relative * values.abs().max().item()
-        rank = lanczos_spectrum(Diagonal(values), num_probes=8, num_steps=25, seed=seed).epsilon_rank(epsilon)
+        rank = estimated(Diagonal(values), num_probes=8, num_steps=25, seed=seed).epsilon_rank(epsilon)
         exact = (values.abs() > epsilon).sum().item()
         held[relative] += rank.lo - 3 * rank.standard_error <= exact <= rank.hi + 3 * rank.standard_error
         assert 0 <= rank.lo <= rank <= rank.hi <= len(values)
@@ -465,9 +471,7 @@ def test_deflation_leaves_ritz_values_and_what_it_cannot_help_alone() -> None:
 
     def spectra(num_probes: int, kind: str) -> list[Spectrum]:
         return [
-            lanczos_spectrum(
-                product, num_probes=num_probes, num_steps=10, seed=3, reorthogonalization=kind, deflate=deflate
-            )  # type: ignore[arg-type]
+            estimated(product, num_probes=num_probes, num_steps=10, seed=3, reorthogonalization=kind, deflate=deflate)  # type: ignore[arg-type]
             for deflate in (False, True)
         ]
 
@@ -494,16 +498,14 @@ def check_a_third_of_the_products(values: Tensor, relative: float, num_probes: i
     exact = (values.abs() > epsilon).sum().item()
     errors, stated = [], []
     for seed in range(40):
-        rank = lanczos_spectrum(Diagonal(values), num_probes=num_probes, num_steps=num_steps, seed=seed).epsilon_rank(
-            epsilon
-        )
+        rank = estimated(Diagonal(values), num_probes=num_probes, num_steps=num_steps, seed=seed).epsilon_rank(epsilon)
         errors.append(rank / exact - 1)
         stated.append(rank.standard_error / exact)
     assert root_mean_square(errors) <= 0.05
     assert root_mean_square(stated) <= 0.05
     for steps in (10, 15, 20, 30, 45, 60, 90):
         each = [
-            lanczos_spectrum(Diagonal(values), num_probes=1, num_steps=steps, seed=seed).epsilon_rank(epsilon)
+            estimated(Diagonal(values), num_probes=1, num_steps=steps, seed=seed).epsilon_rank(epsilon)
             for seed in range(60)
         ]
         error = torch.tensor(each, dtype=torch.float64) / exact - 1
@@ -531,7 +533,7 @@ def test_deflation_needs_a_third_of_the_products_after_five_tasks() -> None:
 def test_a_run_holds_its_basis_and_no_more_than_six_vectors(kind: str, vectors: int, dtype: torch.dtype) -> None:
     product = Diagonal(torch.rand(50_000, generator=generator(0)).to(dtype))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        lanczos_spectrum(product, num_probes=3, num_steps=20, seed=0, reorthogonalization=kind)  # type: ignore[arg-type]
+        estimated(product, num_probes=3, num_steps=20, seed=0, reorthogonalization=kind)  # type: ignore[arg-type]
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events))
@@ -584,8 +586,8 @@ def test_checkpoints_are_computed_again_as_they_were_computed_first(block: str) 
 @pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20, 1e30])
 def test_squares_that_vanish_or_overflow_do_no_harm(factor: float) -> None:
     matrix = with_eigenvalues(torch.linspace(-1, 3, 60, dtype=torch.float64)).float()
-    plain = lanczos_spectrum(Matrix(matrix), num_probes=3, num_steps=30, seed=0)
-    scaled = lanczos_spectrum(Matrix(matrix * factor), num_probes=3, num_steps=30, seed=0)
+    plain = estimated(Matrix(matrix), num_probes=3, num_steps=30, seed=0)
+    scaled = estimated(Matrix(matrix * factor), num_probes=3, num_steps=30, seed=0)
     torch.testing.assert_close(scaled.eigenvalues / factor, plain.eigenvalues, rtol=1e-3, atol=1e-4)
     assert scaled.trace / factor == pytest.approx(plain.trace, rel=1e-3)
     assert scaled.effective_rank == pytest.approx(plain.effective_rank, rel=1e-2)
@@ -594,7 +596,7 @@ def test_squares_that_vanish_or_overflow_do_no_harm(factor: float) -> None:
 
 def test_products_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the curvature of the loss .* is NaN or infinite"):
-        lanczos_spectrum(Matrix(torch.full((4, 4), math.nan)), num_probes=1, num_steps=3, seed=0)
+        estimated(Matrix(torch.full((4, 4), math.nan)), num_probes=1, num_steps=3, seed=0)
 
 
 def test_a_number_from_few_start_vectors_is_not_resolved_unless_it_is_right() -> None:
@@ -603,14 +605,14 @@ def test_a_number_from_few_start_vectors_is_not_resolved_unless_it_is_right() ->
     wrong = dict.fromkeys((1, 2, 3, 8), 0)
     for count in wrong:
         for seed in range(60):
-            rank = lanczos_spectrum(Matrix(matrix), num_probes=count, num_steps=20, seed=seed).epsilon_rank(0.5)
+            rank = estimated(Matrix(matrix), num_probes=count, num_steps=20, seed=seed).epsilon_rank(0.5)
             wrong[count] += rank.resolved and abs(rank - 5) > 0.5
     assert wrong[1] == 0
     assert max(wrong.values()) <= 6, wrong  # 5 % of 60, and what chance allows
 
 
 def test_numbers_whose_bias_is_not_known_are_never_resolved() -> None:
-    spectrum = lanczos_spectrum(Matrix(with_eigenvalues(torch.rand(50).double())), num_probes=8, num_steps=10, seed=0)
+    spectrum = estimated(Matrix(with_eigenvalues(torch.rand(50).double())), num_probes=8, num_steps=10, seed=0)
     assert not spectrum.effective_rank.resolved
     assert not spectrum.negative_mass.resolved
     assert 0 <= spectrum.negative_mass <= 1
@@ -624,7 +626,7 @@ def test_brackets_of_the_extremes_hold_up_to_rounding(dtype: torch.dtype) -> Non
     matrix = with_eigenvalues(values).to(dtype)
     truth = torch.linalg.eigvalsh(matrix.double())
     for seed in range(20):
-        spectrum = lanczos_spectrum(Matrix(matrix), num_probes=2, num_steps=60, seed=seed)
+        spectrum = estimated(Matrix(matrix), num_probes=2, num_steps=60, seed=seed)
         for estimate, exact in ((spectrum.lambda_max, truth[-1]), (spectrum.lambda_min, truth[0])):
             assert estimate.lo <= exact <= estimate.hi
     assert spectrum.lambda_max.hi - spectrum.lambda_max.lo <= 1e-4 * truth[-1]

@@ -74,7 +74,7 @@ def test_tensorboard_shows_the_hessian_weighted_and_with_negative_eigenvalues_ap
     assert [event.step for event in shown] == [0, 1, 2]
     edges = LOG_EIGENVALUE_EDGES.numpy()
     for event, report in zip(shown, callback.history, strict=True):
-        values, weights = (shown.numpy() for shown in report.spectrum.shown)
+        values, weights = (shown.numpy() for shown in report.spectrum.undeflated)
         chosen = (values < 0) == negative
         expected, _ = np.histogram(np.log10(np.abs(values[chosen])).clip(-8, 4), edges, weights=67 * weights[chosen])
         counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
