@@ -117,6 +117,6 @@ def _check_pyhessian_supports(parameters: str | None, micro_batch_size: int | No
     ]
     if any(unsupported):
         raise ValueError(
-            f"{', '.join(filter(None, unsupported))}: PyHessian knows only all parameters and the batch as a whole; "
+            f"{', '.join(filter(None, unsupported))}: PyHessian supports only all parameters and the batch as a whole; "
             "use backend='native'"
         )

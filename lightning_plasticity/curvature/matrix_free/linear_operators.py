@@ -138,5 +138,5 @@ class GGNLinearOperator(CurvatureLinearOperator):
             raise DoubleBackwardError(
                 "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "
                 "matrix with it. Likely cause: a custom autograd.Function, marked once_differentiable or working on "
-                "detached tensors. ggn_spectrum(method='gram') does without"
+                "detached tensors. ggn_spectrum(method='gram') works without it"
             )
