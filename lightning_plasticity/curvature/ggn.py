@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_plasticity._validation import check_choice
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
@@ -145,8 +146,7 @@ def ggn_spectrum(
 
 
 def _check_method(method: str, sketch: int | None, micro_batch_size: int | None) -> None:
-    if method not in ("auto", "gram", "lanczos"):
-        raise ValueError(f"method={method!r} must be 'auto', 'gram' or 'lanczos'")
+    check_choice(("auto", "gram", "lanczos"), method=method)
     if method == "lanczos" and sketch is not None:
         raise ValueError(f"sketch={sketch} is a way to make the exact matrix smaller; method='lanczos' has none")
     if micro_batch_size is not None and (method == "gram" or sketch is not None):

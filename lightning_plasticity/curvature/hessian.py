@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_plasticity._validation import check_choice
 from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization
 from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, HessianLinearOperator
@@ -80,8 +81,7 @@ def hessian_spectrum(
         >>> [round(value, 6) for value in spectrum.top(2).tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
-    if backend not in ("native", "pyhessian"):
-        raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
+    check_choice(("native", "pyhessian"), backend=backend)
     options = LanczosOptions(
         num_probes=num_probes,
         num_steps=num_steps,

@@ -15,7 +15,7 @@ from lightning_plasticity.interventions.self_normalized_reset import SelfNormali
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.units import UnitGroup, Units, describe_units
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 from lightning_plasticity.interventions.weight_clipping import WeightClipping
 from lightning_plasticity.interventions.weights.updates import RepairReport

@@ -14,7 +14,7 @@ from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, weight_by_output
 
 _ROWS = 100
 """Rows of a weight at a time: 400 kB where there are 1000 columns. Measured: 20 to 250 differ little."""
@@ -122,7 +122,7 @@ class ContinualBackprop(UnitReplacement):
         contribution = torch.zeros(site.num_units, dtype=torch.float64)
         new = dict(record)
         for name, one in heard.items():
-            means = one.sums / one.values
+            means = one.sums / one.num_values
             terms = means[0] * _outgoing_weights(model.get_submodule(name)).cpu().double()
             contribution += by_unit(terms, site.consumers[name], site.num_units)
             if self.transfer_bias:
@@ -204,6 +204,7 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     """Sum of the absolute weights of each input channel of a linear or convolution layer, ``(channels,)``."""
     assert isinstance(consumer.weight, Tensor)
     weight, dtype = consumer.weight.detach(), torch.promote_types(consumer.weight.dtype, torch.float32)
+    # A transposed convolution has one row for each input channel.
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
@@ -227,8 +228,9 @@ def _response(consumer: nn.Module, inputs: Tensor) -> Tensor:
     assert isinstance(consumer.weight, Tensor)
     groups: int = getattr(consumer, "groups", 1)
     dtype = torch.promote_types(consumer.weight.dtype, torch.float32)
-    weight: Tensor = consumer.weight.detach().to(dtype).unflatten(0, (groups, -1))
-    weight = weight.reshape(*weight.shape[:3], -1).sum(-1) if weight.ndim > 3 else weight
+    weight: Tensor = consumer.weight.detach().to(dtype)
+    weight = weight.flatten(2).sum(-1) if weight.ndim > 2 else weight
+    weight = weight_by_output(consumer, weight).unflatten(0, (groups, -1))
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
-        weight = weight.transpose(1, 2) / math.prod(consumer.stride)
+        weight = weight / math.prod(consumer.stride)
     return (weight @ inputs.to(weight).view(groups, -1, 1)).flatten().cpu().double()

@@ -14,13 +14,13 @@ from typing_extensions import override
 from lightning_plasticity._validation import as_float
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.units.dependency_graph import recorded_inputs
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
-from lightning_plasticity.interventions.units.layer_statistics import by_unit
+from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units
+from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, input_channel_dim
+from lightning_plasticity.layers import input_channel_dim, weight_by_output
 
 
 class _ThresholdReset(Repair):
@@ -163,7 +163,7 @@ class ReGraMa(_ThresholdReset):
         with probe_mode(model):
             gradients = torch.autograd.grad(request.loss(model), list(weights.values()), materialize_grads=True)
         return {
-            layer: _by_unit(gradient, dim=1 if isinstance(model.get_submodule(layer), TRANSPOSED_CONVOLUTIONS) else 0)
+            layer: _by_unit(weight_by_output(model.get_submodule(layer), gradient))
             for layer, gradient in zip(units.groups, gradients, strict=True)
         }
 
@@ -178,6 +178,6 @@ def _activity(model: nn.Module, site: UnitGroup, inputs: Mapping[str, Tensor]) -
     return torch.stack(heard).amax(0)
 
 
-def _by_unit(gradient: Tensor, dim: int) -> Tensor:
-    """Mean absolute gradient of the incoming weights of each unit; units lie along this dimension."""
-    return gradient.detach().double().abs().movedim(dim, 0).flatten(1).mean(1).cpu()
+def _by_unit(gradient: Tensor) -> Tensor:
+    """Return the mean absolute gradient of the incoming weights of each unit, the first dimension."""
+    return gradient.detach().double().abs().flatten(1).mean(1).cpu()

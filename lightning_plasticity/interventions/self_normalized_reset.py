@@ -105,7 +105,7 @@ class SelfNormalizedReset(UnitReplacement):
     ) -> tuple[Record, Tensor]:
         firings = [by_unit(one.sums[0], site.consumers[name], site.num_units) for name, one in heard.items()]
         fired = torch.stack(firings).sum(0) > 0
-        samples = int(max(one.samples for one in heard.values()))
+        samples = int(max(one.num_samples for one in heard.values()))
         before, past = record["silence"], record["past silences"].clone()
         ended = (fired & (before > 0)).nonzero().flatten()
         past[ended, self._bucket(before[ended])] += 1

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity._validation import check_positive_ints, check_seed
+from lightning_plasticity._validation import check_choice, check_positive_ints, check_seed
 from lightning_plasticity.curvature.double_backward import second_derivative_mode
 from lightning_plasticity.curvature.estimates import Quadrature
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, run_lanczos
@@ -55,9 +55,8 @@ class LanczosOptions:
     def __post_init__(self) -> None:
         check_positive_ints(num_probes=self.num_probes, num_steps=self.num_steps)
         check_seed(self.seed)
-        if self.reorthogonalization not in get_args(Reorthogonalization):
-            raise ValueError(f"reorthogonalization={self.reorthogonalization!r} must be 'full', 'partial' or 'none'")
-        check_positive_ints(micro_batch_size=self.micro_batch_size)
+        check_choice(get_args(Reorthogonalization), reorthogonalization=self.reorthogonalization)
+        check_positive_ints(optional=True, micro_batch_size=self.micro_batch_size)
 
     @property
     def num_products(self) -> int:

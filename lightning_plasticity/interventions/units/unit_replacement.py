@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_seed
 from lightning_plasticity.interventions.base import StepIntervention
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
@@ -89,7 +90,7 @@ class UnitReplacement(StepIntervention):
                 f"{self.name}.after_step(model) comes before start(model, forward=lambda model: model(inputs)), which "
                 "must be called once for this model, before the first training step"
             )
-        heard = watch.activity.heard()
+        heard = watch.activity.reduce()
         if watch.activity.hooks_never_ran(model, heard):
             raise RuntimeError(
                 f"{self.name} hears nothing of {type(model).__name__} while it is trained. Its hooks are not called in "
@@ -106,7 +107,7 @@ class UnitReplacement(StepIntervention):
                 records[layer], chosen[layer] = self.updated(model, site, self._records[layer], called)
         report = self._replace(watch.units, model, optimizers, records, chosen)
         self._records.update(records)
-        watch.activity.forget()
+        watch.activity.reset()
         return report
 
     @override
@@ -119,7 +120,7 @@ class UnitReplacement(StepIntervention):
         self._fresh.load_state_dict(state)
         if self._watch is not None:
             self._adopt(self._watch.units)
-            self._watch.activity.forget()
+            self._watch.activity.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches no model: it has seen none, and references to one cannot be pickled."""
