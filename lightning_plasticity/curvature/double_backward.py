@@ -166,7 +166,7 @@ def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[
         model: Any module. It is not changed.
         batch: The batch for ``loss_fn``, of any type. Floating point tensors in it are converted to float64.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar with a graph.
-        copy: Whether to check a copy of the model. With ``False`` the check changes the parameters of the model itself.
+        copy: Whether to check a copy. With ``False`` the check runs on the model itself, which must not be used after.
 
     Raises:
         DoubleBackwardError: If second derivatives are wrong or missing. The message names the likely cause:
