@@ -27,7 +27,7 @@ from lightning_plasticity.messages import MisconfigurationError, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
 from lightning_plasticity.reporting.errors import ErrorLog, gather_errors
-from lightning_plasticity.reporting.loggers import log_step, log_summary, log_task
+from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.checks import check_training_step, warn_of_lost_state, warn_of_weight_averages
@@ -85,6 +85,9 @@ class SpectralCollapseCallback(Callback):
         task_detector: The rules by which tasks start.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of the data with a graph; by default the loss that
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
+        name: A name that tells several callbacks of one Trainer apart, such as those of an actor and a critic, each
+            with a ``loss_fn`` of its own. It is a part of the checkpoint's key and of logged names:
+            ``plasticity_<name>/<metric>``.
 
     Attributes:
         history: The reports of all tasks, a :class:`~lightning_plasticity.reports.History`.
@@ -135,6 +138,7 @@ class SpectralCollapseCallback(Callback):
         task_detector: TaskDetector | None = None,
         # No alias with a return type: jsonargparse would refuse functions without annotations.
         loss_fn: Callable[[LightningModule, Any], Any] | None = None,
+        name: str | None = None,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
@@ -146,12 +150,16 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
-        check_positive_ints(monitor_every_n_steps=monitor_every_n_steps)
+        check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
+        if name is not None and not (isinstance(name, str) and name and "/" not in name):
+            raise ValueError(f"name={name!r} must be a string without '/', such as 'actor', or None")
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.history = History()
+        self.name = name
+        self._groups = LogGroups(name)
         self._loss_fn = loss_fn
-        self._errors = ErrorLog()
+        self._errors = ErrorLog(name)
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         chosen_monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._step_monitor = StepMonitor(chosen_monitor, monitor_every_n_steps, self._errors)
@@ -172,6 +180,24 @@ class SpectralCollapseCallback(Callback):
         self._resumed = False
         # Whether the checkpoint being loaded must not replace the state.
         self._ignores_checkpoint = False
+
+    @override
+    def __repr__(self) -> str:
+        """Return the constructor call, without arguments that have their default."""
+        arguments: dict[str, object] = {
+            "probe": None if self.probe == GGNProbe() else self.probe,
+            "collapse": None if self.collapse == Collapse() else self.collapse,
+            "interventions": [*self.interventions] or None,
+            "name": self.name,
+        }
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+        return f"{type(self).__name__}({given})"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        kind = type(self).__qualname__
+        return kind if self.name is None else f"{kind}[{self.name}]"
 
     @property
     def probe(self) -> Probe:
@@ -257,7 +283,7 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._fit.in_batch = False
-        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._errors)
+        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._errors, self._groups)
         self._ask_detector(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._fit.steps_before + trainer.global_step
         if self.interventions:
@@ -265,7 +291,7 @@ class SpectralCollapseCallback(Callback):
             with self._tasks.paused():
                 repairs, numbers = self._runner.after_batch(context, step_before, self._steps)
             self.history[-1].repairs += repairs
-            log_step(trainer.loggers, numbers, self._steps, self._errors)
+            log_step(trainer.loggers, numbers, self._steps, self._errors, self._groups)
         self._flush_errors()
 
     @override
@@ -285,7 +311,7 @@ class SpectralCollapseCallback(Callback):
         penalties = self._runner.before_step(pl_module, optimizer, accumulation=accumulation, scale=scale)
         if penalties and is_logging_step(trainer):
             values = {name: penalty.item() for name, penalty in penalties.items()}
-            log_step(trainer.loggers, values, self._steps, self._errors)
+            log_step(trainer.loggers, values, self._steps, self._errors, self._groups)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,7 +329,7 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.cancel()
         self._runner.end_fit()
         if len(self.history) > self._fit.tasks_before:
-            log_summary(trainer.loggers, self.history, self._errors)
+            log_summary(trainer.loggers, self.history, self._errors, self._groups)
         self._share_errors()
 
     @override
@@ -391,7 +417,7 @@ class SpectralCollapseCallback(Callback):
                 report.repairs = self._runner.at_task_start(
                     prepared, report.task, report.step, collapsed=report.collapsed
                 )
-        log_task(context.trainer.loggers, report, self._errors)
+        log_task(context.trainer.loggers, report, self._errors, self._groups)
 
     def _ask_detector(self, ask: Callable[[], bool | None]) -> bool:
         """Return the answer of the task detector; ``False`` if it fails after the first task."""

@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_seed, is_int
+from lightning_plasticity._validation import check_positive_ints, check_seed
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
     REENTRANT,
@@ -103,7 +103,7 @@ class GGNProbe(Probe):
     max_rows: int = 2048
 
     def __post_init__(self) -> None:
-        _check_whole_numbers(self, "samples", "max_rows")
+        check_positive_ints(type(self).__name__, samples=self.samples, max_rows=self.max_rows)
 
     @property
     @override
@@ -148,21 +148,21 @@ class GGNProbe(Probe):
 class HessianProbe(Probe):
     r"""The spectrum of the Hessian, negative curvature included, by stochastic Lanczos quadrature.
 
-    It knows no closed forms and takes any model and loss that can be differentiated twice. Before the first
-    measurement of a fit, the second derivatives of a few samples are compared with finite differences in float64: some
-    that torch offers are wrong. A measurement takes ``num_probes * num_steps`` products with the Hessian, each about
-    1.4 to 2 gradients of the samples. The start vectors are the same at every task.
+    It needs no closed forms: the model and the loss must be twice differentiable. Before the first measurement of a
+    fit, the second derivatives of a few samples are compared with finite differences in float64, because torch computes
+    some wrongly. A measurement takes ``num_probes * num_steps`` products with the Hessian, each as expensive as 1.4 to
+    2 gradients of the samples. The start vectors are the same at every task.
 
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
-        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        num_steps: Lanczos steps for each. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        ggn: Measures the Gauss-Newton matrix and the tangent kernel beside it, which ``learnable_fraction`` needs.
-            ``None`` leaves them out: for losses and sizes that it cannot deal with.
+        ggn: Measures the Gauss-Newton matrix and the tangent kernel, too, which ``learnable_fraction`` needs. ``None``
+            leaves them out, for losses and sizes that :class:`GGNProbe` does not support.
 
     Raises:
-        ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` something else.
+        ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` is no :class:`GGNProbe`.
 
     References:
         Ghorbani et al. 2019, arXiv 1901.10159.
@@ -184,9 +184,9 @@ class HessianProbe(Probe):
     _backend: ClassVar[Literal["native", "pyhessian"]] = "native"
 
     def __post_init__(self) -> None:
-        _check_whole_numbers(self, "samples", "num_probes", "num_steps")
-        _check_whole_numbers(self, "seed", at_least=0)
-        check_seed(self.seed)
+        owner = type(self).__name__
+        check_positive_ints(owner, samples=self.samples, num_probes=self.num_probes, num_steps=self.num_steps)
+        check_seed(self.seed, owner, minimum=0)
         if self.ggn is not None and not isinstance(self.ggn, GGNProbe):
             raise ValueError(f"{type(self).__name__}(ggn={self.ggn!r}) must be a GGNProbe or None")
 
@@ -342,13 +342,6 @@ def _needs_whole_batch(model: nn.Module, context: ProbeContext, samples: int) ->
         return True
 
     return samples < (context.batch_size or 0) and not works(context.samples(samples)) and works(context.batch)
-
-
-def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
-    for name in names:
-        value = getattr(probe, name)
-        if not is_int(value) or value < at_least:
-            raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
 
 
 @contextlib.contextmanager

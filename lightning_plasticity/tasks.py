@@ -95,7 +95,7 @@ class TaskDetector:
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
         if batch_label is not None and not (is_int(batch_label) or isinstance(batch_label, str)):
             raise TypeError(f"batch_label={batch_label!r} must be an index or a key of the batch")
-        check_positive_ints(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        check_positive_ints(optional=True, every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them")
         complete = callable(getattr(drift_detector, "update", None)) and hasattr(drift_detector, "drift_detected")

@@ -20,7 +20,7 @@ from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.engine.initial_weights import InitialWeights, load_weights, named_tensors
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_warn
+from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import Probe, ProbeResult
 from lightning_plasticity.reporting.errors import ErrorLog
@@ -108,7 +108,7 @@ class TaskStart:
                 stack.enter_context(gather_full_parameters(context.model))
             except Exception as error:
                 if report is not None:
-                    rank_zero_warn(self._record_miss(report, history, error))
+                    self._errors.warn(self._record_miss(report, history, error))
                 elif self._runner.interventions:
                     self._errors.record("interventions", "interventions could not get ready and rest", error)
                 # The interventions start at the next batch.
@@ -133,7 +133,7 @@ class TaskStart:
         # Rounding may differ from device to device, decisions must not: all ranks take the report of rank 0.
         state, message = broadcast_object((report.to_dict(), message))
         if message is not None:
-            rank_zero_warn(message)
+            self._errors.warn(message)
         vars(report).update(vars(TaskReport.from_dict(state)))
 
     def _record_miss(self, report: TaskReport, history: Sequence[TaskReport], error: Exception) -> str:
@@ -155,7 +155,7 @@ class TaskStart:
         if not self._probe_is_checked:
             warning = self.probe.check(context)
             if warning is not None:
-                rank_zero_warn(warning)
+                self._errors.warn(warning)
             self._probe_is_checked = True
         # One copy serves for both measurements: the second one loads the initial weights into it.
         copy = context.copy()

@@ -191,10 +191,10 @@ def test_a_sketch_of_many_outputs_never_writes_the_hessian_of_one_sample_out() -
         ({"method": "exact"}, "method='exact' must be 'auto', 'gram' or 'lanczos'"),
         ({"method": "lanczos", "sketch": 2}, "sketch=2 is a way to make the exact matrix smaller"),
         ({"method": "gram", "micro_batch_size": 2}, "micro_batch_size=2 is for 'lanczos'"),
-        ({"sketch": 0}, "sketch=0 must be a whole number, 1 or larger"),
-        ({"max_rows": 1.5}, r"max_rows=1.5 must be a whole number, 1 or larger"),
-        ({"samples": -3}, "samples=-3 must be a whole number, 1 or larger"),
-        ({"method": "lanczos", "num_steps": 0}, "num_steps=0 must be a whole number, 1 or larger"),
+        ({"sketch": 0}, "sketch=0 must be a whole number, at least 1"),
+        ({"max_rows": 1.5}, r"max_rows=1.5 must be a whole number, at least 1"),
+        ({"samples": -3}, "samples=-3 must be a whole number, at least 1"),
+        ({"method": "lanczos", "num_steps": 0}, "num_steps=0 must be a whole number, at least 1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -206,10 +206,10 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"num_probes": 0}, "num_probes=0 must be a whole number, 1 or larger"),
-        ({"num_probes": "x"}, "num_probes='x' must be a whole number, 1 or larger"),
-        ({"num_steps": -3}, "num_steps=-3 must be a whole number, 1 or larger"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number, 1 or larger"),
+        ({"num_probes": 0}, "num_probes=0 must be a whole number, at least 1"),
+        ({"num_probes": "x"}, "num_probes='x' must be a whole number, at least 1"),
+        ({"num_steps": -3}, "num_steps=-3 must be a whole number, at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number, at least 1"),
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"seed": 2**70}, f"seed={2**70} must be a whole number"),
         ({"reorthogonalization": "x"}, "reorthogonalization='x' must be 'full', 'partial' or 'none'"),

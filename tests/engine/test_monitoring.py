@@ -168,7 +168,7 @@ def test_a_collapse_of_the_features_can_be_watched() -> None:
     ("arguments", "error", "message"),
     [
         ({"monitor": "yes"}, TypeError, "monitor='yes' must be True, False or a PlasticityMonitor"),
-        ({"monitor_every_n_steps": 0}, ValueError, "monitor_every_n_steps=0 must be a whole number, 1 or larger"),
+        ({"monitor_every_n_steps": 0}, ValueError, "monitor_every_n_steps=0 must be a whole number, at least 1"),
         ({"monitor": False, "monitor_every_n_steps": 5}, ValueError, "with monitor=False: there is no monitor"),
     ],
 )

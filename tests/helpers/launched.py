@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import Collapse, SpectralCollapseCallback
 from tests.helpers import usages
 from tests.helpers.modules import trainer
-from tests.helpers.usages import Busy
+from tests.helpers.usages import StatefulClassifier
 
 
-class Saved(Busy):
+class Saved(StatefulClassifier):
     """Leaves in a folder what each process ends with."""
 
     def __init__(self, net: str, folder: Path) -> None:

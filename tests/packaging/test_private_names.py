@@ -56,7 +56,7 @@ ALLOWED = {
     # torchmetrics: whether compute() is about all processes; sync_on_compute is heard only when a metric is made
     "_to_sync",
     # this package: another object of the same class, and methods of a base class
-    "_agree_on_shapes",
+    "_sync_shapes",
     "_look",
     "_network",
 }

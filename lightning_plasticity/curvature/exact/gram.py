@@ -115,7 +115,7 @@ def gram(
         UnsupportedModelError: If the curvature of a loss term is unknown, or a Jacobian is too large.
         ValueError: If an argument, the loss or a gradient is invalid.
     """
-    check_positive_ints(samples=samples, max_rows=max_rows, sketch=sketch)
+    check_positive_ints(optional=True, samples=samples, max_rows=max_rows, sketch=sketch)
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probe_mode(model):
