@@ -18,7 +18,6 @@ from lightning_plasticity._compat import gradient_scale, is_logging_step, is_mod
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
-from lightning_plasticity.distributed.sharded_weights import check_sharding, check_strategy
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
@@ -32,6 +31,7 @@ from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.checks import check_training_step, warn_of_lost_state, warn_of_weight_averages
 from lightning_plasticity.training.sandbox import TrainerContext
+from lightning_plasticity.training.strategies import check_sharding, check_strategy
 
 _STATE_VERSION = 1
 

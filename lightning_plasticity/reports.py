@@ -30,7 +30,7 @@ class TaskReport:
         matrix: The matrix of the spectrum: ``"ggn"`` or ``"hessian"``.
         errors: The errors that training survived from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
-            the name of its class. Errors of other ranks than the first begin with ``in process <rank>``.
+            the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
 
     Example:
         >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)

@@ -9,22 +9,14 @@ import pytest
 
 from lightning_plasticity import Collapse, PlasticityMonitor
 from lightning_plasticity._validation import check_choice, check_number, check_positive_ints, check_seed
-from lightning_plasticity.interventions import (
-    DASH,
-    L2ER,
-    ContinualBackprop,
-    EffectiveRankRegularizer,
-    HareTortoise,
-    L2Init,
-    Parseval,
-    ReDo,
-    Reset,
-    SelfNormalizedReset,
-    ShrinkPerturb,
-    SoftShrinkPerturb,
-    SpectralRegularizer,
-    WeightClipping,
-)
+from lightning_plasticity.interventions import Parseval, Reset
+from tests.helpers.interventions import INTERVENTIONS
+
+
+def arguments_of(*annotations: str) -> list[tuple[Callable[..., Any], str]]:
+    """Return the arguments of all interventions that have one of the annotations."""
+    return [(row.kind, name) for row in INTERVENTIONS for name, a in row.annotations.items() if a in annotations]
+
 
 NUMBERS: list[tuple[Callable[..., Any], str]] = [
     (Collapse, "below"),
@@ -32,26 +24,7 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     (PlasticityMonitor, "max_samples"),
     (PlasticityMonitor, "max_units"),
     (PlasticityMonitor, "channel_dim"),
-    (ContinualBackprop, "replacement_rate"),
-    (ContinualBackprop, "maturity_threshold"),
-    (ContinualBackprop, "decay"),
-    (ContinualBackprop, "seed"),
-    (DASH, "alpha"),
-    (DASH, "shrinkage"),
-    (EffectiveRankRegularizer, "learning_rate"),
-    (EffectiveRankRegularizer, "max_norm"),
-    (HareTortoise, "decay"),
-    (L2ER, "weight_decay"),
-    (L2Init, "coefficient"),
-    (Parseval, "gain"),
-    (ReDo, "threshold"),
-    (SelfNormalizedReset, "rejection"),
-    (ShrinkPerturb, "s"),
-    (SoftShrinkPerturb, "shrink"),
-    (SoftShrinkPerturb, "noise"),
-    (SoftShrinkPerturb, "seed"),
-    (SpectralRegularizer, "power"),
-    (WeightClipping, "kappa"),
+    *arguments_of("float", "int", "int | None"),
 ]
 
 
@@ -79,20 +52,20 @@ def test_parseval_exclude_must_be_a_list_of_names(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])
-@pytest.mark.parametrize(("kind", "name"), [(ContinualBackprop, "transfer_bias"), (SpectralRegularizer, "exact")])
+@pytest.mark.parametrize(("kind", "name"), arguments_of("bool"))
 def test_values_that_are_not_bools_raise(kind: Callable[..., Any], name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{kind.__name__}({name}={value!r}) must be True or False")):
         kind(**{name: value})
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
-@pytest.mark.parametrize("kind", [ContinualBackprop, SelfNormalizedReset, SoftShrinkPerturb])
+@pytest.mark.parametrize("kind", [row.kind for row in INTERVENTIONS if "seed" in row.annotations])
 def test_seeds_outside_the_range_of_torch_raise(kind: Callable[..., Any], seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed={seed}\)? must be a whole number"):
         kind(seed=seed)
 
 
-@pytest.mark.parametrize("kind", [ReDo, ContinualBackprop])
+@pytest.mark.parametrize("kind", [row.kind for row in INTERVENTIONS if "initial" in row.annotations])
 def test_initial_must_be_a_state_dict(kind: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"initial='weights.pt'\)? must be a state_dict\(\)"):
         kind(initial="weights.pt")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -62,8 +61,6 @@ class InterventionRunner:
                     f"interventions=[{intervention!r}] must hold instances of Repair, StepIntervention or Regularizer, "
                     "such as ShrinkPerturb()"
                 )
-            if isinstance(intervention, StepIntervention):
-                _check_signature(intervention)
         self.interventions = interventions
         self.repairs = [i for i in interventions if isinstance(i, Repair)]
         self.step_interventions = [i for i in interventions if isinstance(i, StepIntervention)]
@@ -330,16 +327,6 @@ class InterventionRunner:
 def _trained_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[_ParameterKey]:
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     return {(place, p.shape) for place, p in enumerate(parameters) if p.requires_grad}
-
-
-def _check_signature(intervention: StepIntervention) -> None:
-    signature = inspect.signature(intervention.after_step)
-    try:
-        signature.bind(None, [], forward=None, make_copy=None)
-    except TypeError as error:
-        raise TypeError(
-            f"{intervention.name}.after_step{signature} must take (model, optimizers, *, forward, make_copy): {error}"
-        ) from error
 
 
 def _check_report(intervention: Intervention, returned: object) -> RepairReport | None:

@@ -58,6 +58,6 @@ def gather_errors(errors: dict[str, str]) -> dict[str, str]:
     gathered: dict[str, str] = dict(rank_zero_errors)
     for rank, rank_errors in enumerate(others, start=1):
         for source in rank_errors.keys() - gathered.keys():
-            gathered[source] = f"in process {rank}: {rank_errors[source]}"
+            gathered[source] = f"on rank {rank}: {rank_errors[source]}"
             rank_zero_warn(f"{source} failed {gathered[source]}")
     return gathered

@@ -61,6 +61,23 @@ def fresh_values(
     return result
 
 
+def copy_initial(owner: str, initial: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Copy initial values to the CPU: a ``state_dict()`` shares its tensors with the model, which training changes.
+
+    Args:
+        owner: The class whose constructor takes ``initial``, for the message.
+        initial: Initial values by name, or ``None``.
+
+    Raises:
+        ValueError: If ``initial`` is neither a mapping nor ``None``.
+    """
+    if initial is None:
+        return None
+    if not isinstance(initial, Mapping):
+        raise ValueError(f"{owner}(initial={initial!r}) must be a state_dict(), or None")
+    return {name: value.detach().cpu().clone() for name, value in initial.items()}
+
+
 def resampled_values(
     tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor], generator: torch.Generator | None
 ) -> dict[Tensor, Tensor]:
