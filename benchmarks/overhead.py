@@ -50,7 +50,7 @@ class Classifier(LightningModule):
         self.task_id: int | None = None
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The cross-entropy."""
+        """Return the cross-entropy."""
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
@@ -72,7 +72,7 @@ def digits(width: int, depth: int, batch_size: int) -> tuple[nn.Module, Dataset[
 
 
 def images() -> tuple[nn.Module, Dataset[Any], int]:
-    """The conv net of the curvature benchmark on random images, batch 128."""
+    """Return the conv net of the curvature benchmark and random images in batches of 128."""
     net, (x, y) = conv(1024)
     return net, TensorDataset(x, y), 128
 
@@ -119,7 +119,7 @@ class TakingTurns(DataLoader[Any]):
     given = 0
 
     def __iter__(self) -> Any:
-        """The batches."""
+        """Return the batches."""
         for batch in super().__iter__():
             self.given += 1
             if self.given % TURN == 0:

@@ -18,6 +18,7 @@ from lightning_plasticity._compat import gradient_scale, is_logging_step, is_mod
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
+from lightning_plasticity.engine.error_log import ErrorLog, gather_errors
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
@@ -25,7 +26,6 @@ from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
-from lightning_plasticity.reporting.errors import ErrorLog, gather_errors
 from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.reporting.errors import ErrorLog
 
 
 def measure_activations(

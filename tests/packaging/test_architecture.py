@@ -10,9 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_plasticity"
 
-# The imports that point upwards, each with its reason in docs/architecture.md.
-EXCEPTIONS = {("probes", "engine.context"), ("engine", "reporting.errors")}
-
 
 def table() -> list[tuple[list[str], bool]]:
     """Return the names in each row of the table, without suffix, and whether they import Lightning."""
@@ -52,7 +49,7 @@ def test_imports_point_downwards() -> None:
             target = imported.partition(".")[0]
             if package == "lightning_plasticity" and target not in ("", name) and order[target] <= order[name]:
                 upward.add((name, imported))
-    assert upward == EXCEPTIONS
+    assert upward == set()
 
 
 def test_table_marks_what_imports_lightning() -> None:
