@@ -183,8 +183,8 @@ def cost(title: str, stream: Stream, rounds: int, tasks: int) -> None:
     for name in list(contenders)[1:]:
         added = [100 * (each[name] / each["nothing"] - 1) for each in seconds]
         spread = f"({min(added):.1f} to {max(added):.1f})"
-        inside, namele = clocks[name].seconds, sum(each[name] for each in seconds)
-        hooks = f"in its hooks {100 * inside / (namele - inside):.2f} %"
+        in_hooks, total = clocks[name].seconds, sum(each[name] for each in seconds)
+        hooks = f"in its hooks {100 * in_hooks / (total - in_hooks):.2f} %"
         bar = f"   bar {BARS[name]}" if name in BARS else ""
         print(f"  {name:<36}{statistics.median(added):>7.1f} %   {spread:<16}{hooks}{bar}", flush=True)
 
