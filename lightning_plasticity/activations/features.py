@@ -78,6 +78,6 @@ class _WatchWithGraph(ActivationTracker):
         self._kept = kept
 
     @override
-    def _look(self, name: str, output: Tensor) -> Any:
+    def _observe_tensor(self, name: str, output: Tensor) -> Any:
         self._kept.output = output
-        return super()._look(name, output)
+        return super()._observe_tensor(name, output)

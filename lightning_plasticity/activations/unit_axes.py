@@ -18,11 +18,11 @@ class Axis:
     """What a dimension of tensors stands for; whether it counts units may turn out later.
 
     Args:
-        whole: The axes of the dimension that this one is a part of.
+        parent: The axes of the dimension that this one is a part of.
     """
 
-    def __init__(self, whole: Axes = frozenset()) -> None:
-        self.whole = whole
+    def __init__(self, parent: Axes = frozenset()) -> None:
+        self.parent = parent
         self.counts_units = False
 
 
@@ -133,7 +133,7 @@ def axes_after(
         if dim is not None and -dim <= output.ndim:
             return [UNITS if other - output.ndim == dim else NOTHING for other in range(output.ndim)]
         if func in PRODUCTS:
-            return _product(_factors(func, inputs), output, known) if func not in EINSUM else ()
+            return _product(factors_of(func, inputs), output, known) if func not in EINSUM else ()
         if func not in NORMS:
             return ()
     return _axes_of_result(func, args, kwargs, output, known) if known else ()
@@ -225,10 +225,10 @@ def _reshaped(tensor: Tensor, shape: Sequence[int], axes: Sequence[Axes]) -> Seq
                 split.append(after.pop(0))
         names = axes[merged[0]]
         if len(merged) > 1:
-            wholes = {axis.whole for dim in merged for axis in axes[dim] or [_UNITS]}
-            names = wholes.pop() if len(wholes) == 1 else NOTHING
+            parents = {axis.parent for dim in merged for axis in axes[dim] or [_UNITS]}
+            names = parents.pop() if len(parents) == 1 else NOTHING
         for dim in split:
-            result[dim] = names if len(split) == 1 or not names else frozenset([Axis(whole=names)])
+            result[dim] = names if len(split) == 1 or not names else frozenset([Axis(parent=names)])
     return result
 
 
@@ -251,7 +251,7 @@ def _units_of_layer(
         return (first, -1, -1) if len(shape) == 1 else (None, None, None)
     if func in EINSUM:
         return _units_of_einsum(args[0], inputs)
-    left, right = _factors(func, inputs)
+    left, right = factors_of(func, inputs)
     if is_weight(right) and right.ndim > 1:
         return left, -1, -1
     return (right, -2, -2) if is_weight(left) and right.ndim > 1 else (None, None, None)
@@ -269,7 +269,7 @@ def weighs_numbers(equation: Any, factors: Sequence[Tensor], followed: Collectio
     )
 
 
-def _factors(func: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def factors_of(func: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """The two of a matrix product."""
     return inputs[1::-1] if func in _REFLECTED else inputs[-2:]
 

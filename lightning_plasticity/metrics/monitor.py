@@ -20,7 +20,8 @@ from typing_extensions import Self, override
 
 from lightning_plasticity._validation import is_int, is_str_list
 from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
-from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, ActivationTracker
+from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, ActivationTracker, parameter_owner
+from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -39,10 +40,10 @@ from lightning_plasticity.functional.units import (
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
 
-SHARES_OF_UNITS = ("dormant_fraction", "dead_fraction")
-RANKS = ("effective_rank", "stable_rank", "srank")
-MEASURES = (*SHARES_OF_UNITS, *RANKS, "feature_norm")
-"""All that a monitor can measure, in the order in which it is reported."""
+MEASURES = tuple(diagnostic.name for diagnostic in diagnostics_of(["features"]))
+"""All measures of a monitor, in the order in which they are reported."""
+
+_RANKS = ("effective_rank", "stable_rank", "srank")
 
 
 @dataclass(frozen=True)
@@ -75,53 +76,60 @@ class _Statistics:
 
 
 class PlasticityMonitor(PlasticityMetric):
-    """The state of every hidden layer of a network, measured while it runs: dormant units, ranks, feature norms.
+    """Dormant units, ranks and feature norms of the hidden layers of a network, measured while it runs.
 
-    Hidden layers are found by what runs: the results of activation functions, called as modules or as functions
-    (``F.relu`` and the like, ``clamp(min=0)``, also recurrent layers), that flow into a further layer with weights. So
-    the output layer does not count, whatever its activation, nor what is on the way to the loss. Of gates, written as
-    ``h * sigmoid(h)`` or ``silu(a) * b``, the product counts, which is what the next layer reads. Activations written
-    as ``where``, ``maximum`` or ``x * (x > 0)`` are not recognised: name the module that returns them. Only while it is
-    attached does anything in the network know of the monitor:
+    Hidden layers are the outputs of activation functions that flow into a further layer with weights. Activation
+    functions are recognized as modules, as functions (``F.relu``, ``clamp(min=0)``, ``maximum`` with zeros,
+    ``where(x > 0, x, 0)``, ``x * (x > 0)``) and in recurrent layers. So the output layer does not count, whatever its
+    activation function, nor do activations on the way to the loss. Of a gate, ``h * sigmoid(h)`` or ``silu(a) * b``,
+    the product counts, which the next layer reads. For other hand-written functions, name the module that returns the
+    activations in ``layers``. The network holds hooks of the monitor only while it is attached:
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> monitor = PlasticityMonitor(model, measures=["dormant_fraction"])
     >>> with monitor:
     ...     output = model(torch.randn(64, 4))
     >>> list(monitor.compute())
-    ['dormant_fraction', 'dormant_fraction/1']
+    ['dormant_fraction', 'dormant_fraction/0']
 
-    On a batch in flight, :meth:`attach` before the step and :meth:`detach` after it; nothing is run twice, and no
-    number in the network changes (but that Transformers in evaluation mode without gradients leave torch's fast path,
-    which rounds differently). Modes are left as they are: in training mode, batch norm and dropout before an
-    activation are in what is measured.
+    To measure the batch in flight, :meth:`attach` before the step and :meth:`detach` after it. Nothing runs twice, and
+    no number in the network changes, except that Transformers in evaluation mode without gradients leave torch's fast
+    path, which rounds differently. Modes stay as they are: in training mode, activations are those after batch norm
+    with the statistics of the batch, and after dropout.
 
-    A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
-    ``"block.relu"`` for ``F.relu`` in the ``forward`` of ``block``. If a module is used, or a function called, several
-    times in one call of the module around it, the further ones are numbered: ``"block.relu-2"``. A block with weights
-    that runs twice in one pass is one layer with twice the samples. Functions called outside of all modules of the
-    network belong to models around it or beside it, and are not seen; but those in the ``training_step`` of a
-    LightningModule count as its own. (Call a network, not its ``forward``.) These are numbered on for as long as it is
-    attached: attach it anew for every pass.
+    A layer has the path of the module that owns its weights, as in
+    :func:`~lightning_plasticity.interventions.describe_units`: the last linear, convolution, recurrent or attention
+    layer before the activation function, with norm layers, dropout, pooling and arithmetic between them. This is
+    ``"0"`` above, and ``"block.fc1"`` for ``F.relu(self.fc1(x))``. A sum has the name of the summand whose layer ran
+    last, and a gate that of the layer in its activation function. Further activation functions on one output are
+    numbered, ``"block.fc1-2"``. A layer that runs twice in one pass is one layer with twice the samples.
+
+    A parameter that is not called ``weight`` names its layer itself, ``"block.w1"``. Where no layer with weights of the
+    network comes before the activation function, the layer has the path of the activation module, or the path of the
+    module that calls the function and the function's name, ``"block.relu"``; further ones in the same call are
+    numbered. Functions called outside of all modules of the network are not seen, except in the ``training_step`` of a
+    LightningModule. (Call a network, not its ``forward``.)
 
     Args:
         module: The network; can also be given to :meth:`attach`. It does not become a part of the metric, of its
             ``state_dict`` or of its pickle.
-        layers: Names or patterns with ``*`` of the layers to be measured, all by default. The exact path of a module
-            that is no activation measures what this module returns.
+        layers: Names or patterns with ``*`` of the layers to be measured, all by default. The exact path of any other
+            module, such as an activation module or a layer without an activation function, measures what this module
+            returns.
         dormant_threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
         measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
             ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
-        channel_dim: The dimension that counts units, in all layers. By default it is followed from the last layer that
-            made the activations, else from the first that reads them. Where neither tells, a warning does: it is taken
-            from the shape then, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
-        compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
-            run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
-        max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
+        channel_dim: The dimension that counts units, in all layers. By default it is inferred from the last layer that
+            made the activations, else from the first that reads them. If neither determines it, it is taken from the
+            shape, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`, with a warning.
+        compiled: What to do about modules compiled by ``torch.compile``, whose activations hooks cannot observe:
+            ``"raise"``, or run them uncompiled while attached (``"eager"``), which changes their results by rounding
+            and takes longer.
+        max_samples: Layers of at most that many units have exact ranks of all samples. Of wider ones that many samples
             are kept (by each process), at random from the batches that come first.
         max_units: Wider layers have ranks of that many random signed sums of units instead.
         prefix: Comes before every name: with ``"plasticity/"`` all are one group in TensorBoard.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: The arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError: If ``module`` is no module, ``prefix`` no string, or ``layers`` or ``measures`` a single one.
@@ -185,7 +193,7 @@ class PlasticityMonitor(PlasticityMetric):
         self.errors: list[str] = []
         self._network = [] if module is None else [_checked(module)]  # in a list: not a submodule
         self._attachment: ExitStack | None = None
-        self._watch: ActivationTracker | None = None
+        self._tracker: ActivationTracker | None = None
         self._is_persistent = False
         self._offered: set[str] = set()
         self._assumed: set[str] = set()
@@ -221,23 +229,23 @@ class PlasticityMonitor(PlasticityMetric):
             )
         if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
             raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
-        paths = {without_wrappers(path) for path, _ in network.named_modules()}
-        impossible = [pattern for pattern in self.patterns or () if not _may_match(pattern, paths)]
+        names = _possible_names(network)
+        impossible = [pattern for pattern in self.patterns or () if not _may_match(pattern, names)]
         if impossible:
             raise ValueError(
                 f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
                 f"{[name for name, _ in network.named_children()]}: names are paths within the network that is watched"
             )
-        chosen = paths.intersection(self.patterns or ())
+        chosen = names.intersection(self.patterns or ())
         self._offered = set(chosen)
-        watch = ActivationTracker(network, self, chosen)
+        tracker = ActivationTracker(network, self, chosen)
         with ExitStack() as stack:
             if self.compiled == "eager" and compiler_is_loaded():
                 stack.enter_context(uncompiled())
-            stack.callback(self._warn_gaps, watch)
-            stack.callback(watch.stop)
-            watch.start()
-            self._attachment, self._watch = stack.pop_all(), watch
+            stack.callback(self._warn_gaps, tracker)
+            stack.callback(tracker.stop)
+            tracker.start()
+            self._attachment, self._tracker = stack.pop_all(), tracker
         return self
 
     @property
@@ -252,7 +260,7 @@ class PlasticityMonitor(PlasticityMetric):
             UserWarning: If activations were missed in compiled code, a pattern has matched none, no hidden layer was
                 seen although several layers ran, or nothing has told which dimension of a layer counts units.
         """
-        attachment, self._attachment, self._watch = self._attachment, None, None
+        attachment, self._attachment, self._tracker = self._attachment, None, None
         if attachment is not None:
             attachment.close()
 
@@ -374,7 +382,7 @@ class PlasticityMonitor(PlasticityMetric):
 
     @property
     def _ranks(self) -> bool:
-        return any(rank in self.measures for rank in RANKS)
+        return any(rank in self.measures for rank in _RANKS)
 
     def _state(self, layer: str, name: str) -> Any:
         return getattr(self, f"{layer}|{name}", None)
@@ -390,8 +398,8 @@ class PlasticityMonitor(PlasticityMetric):
         self._persistent = dict.fromkeys(self._persistent, self._is_persistent)
 
     def _seen(self) -> list[str]:
-        if self._watch is not None:
-            self._watch.decide()
+        if self._tracker is not None:
+            self._tracker.report_pending()
         layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
         return [layer for layer in layers if self._state(layer, "magnitude_sum").ndim]
 
@@ -429,7 +437,7 @@ class PlasticityMonitor(PlasticityMetric):
         if not values:
             return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
         stacked = torch.stack(values)
-        if measure not in SHARES_OF_UNITS:
+        if not DIAGNOSTICS[measure].is_fraction:
             return stacked.mean()
         units = stacked.new_tensor([len(self._state(layer, "magnitude_sum")) for layer in by_layer])
         return (stacked * units).sum() / units.sum()
@@ -444,26 +452,26 @@ class PlasticityMonitor(PlasticityMetric):
         padded = torch.nn.functional.pad(rows * signs, (0, -units % self.max_units))
         return padded.reshape(len(rows), -1, self.max_units).sum(1)
 
-    def _warn_gaps(self, watch: ActivationTracker) -> None:
-        if watch.saw_compiled_code:
+    def _warn_gaps(self, tracker: ActivationTracker) -> None:
+        if tracker.saw_compiled_code:
             rank_zero_warn(
                 "code compiled by torch.compile has run while PlasticityMonitor was attached, and its activations were "
                 "not seen: PlasticityMonitor(compiled='eager') runs it uncompiled, which changes results by rounding",
                 category=UserWarning,
             )
         unmatched = [p for p in self.patterns or () if not any(fnmatchcase(name, p) for name in self._offered)]
-        if unmatched and watch.saw_activations:
+        if unmatched and tracker.saw_activations:
             rank_zero_warn(
                 f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
                 category=UserWarning,
             )
-        elif len(watch.layers_with_weights) > 1 and not (
-            watch.saw_hidden_layer or watch.saw_compiled_code or self.errors
+        elif len(tracker.layers_with_weights) > 1 and not (
+            tracker.saw_hidden_layer or tracker.saw_compiled_code or self.errors
         ):
             rank_zero_warn(
-                "PlasticityMonitor has seen no hidden layer, although several layers with weights ran: activations "
-                "written as where, maximum or a product with a mask are not recognised, nor is attention: name the "
-                "modules that return them, PlasticityMonitor(layers=[...])",
+                "PlasticityMonitor has seen no hidden layer, although several layers with weights ran: attention and "
+                "some hand-written activation functions are not recognized: name the modules that return them, "
+                "PlasticityMonitor(layers=[...])",
                 category=UserWarning,
             )
         for error in self._rejected.values():
@@ -520,7 +528,7 @@ class PlasticityMonitor(PlasticityMetric):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_network": [], "_attachment": None, "_watch": None}
+        return {**super().__getstate__(), "_network": [], "_attachment": None, "_tracker": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
@@ -536,13 +544,22 @@ def _checked(module: nn.Module) -> nn.Module:
     return module
 
 
-def _may_match(pattern: str, paths: Collection[str]) -> bool:
-    """Whether there may be a layer of this name: a module, or an activation function called in one."""
-    # A shared activation module takes its name along to where it is called.
-    own = {name for path in paths if not (name := path.rpartition(".")[2]).isdigit()}
+def _possible_names(network: nn.Module) -> set[str]:
+    """Return the names that layers of a network may have, without those that end in a function's name."""
+    owners = {parameter_owner(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    return owners | {without_wrappers(path) for path, _ in network.named_modules(remove_duplicate=False)}
+
+
+def _may_match(pattern: str, names: Collection[str]) -> bool:
+    """Return whether a layer may have such a name, or that of an activation function called in a module."""
+    # A shared activation module keeps its name where it is called.
+    functions = ACTIVATION_NAMES | {last for name in names if not (last := name.rpartition(".")[2]).isdigit()}
     start = re.split(r"[*?[]", pattern)[0]
-    caller, _, function = re.sub(r"-\d+$", "", start).rpartition(".")
     if start == pattern:
-        return f"{caller}.{function}".lstrip(".") in paths or (caller in paths and function in ACTIVATION_NAMES | own)
-    known = any(path.startswith(start) for path in paths)
-    return known or (caller in paths and any(name.startswith(function) for name in ACTIVATION_NAMES | own))
+        name = re.sub(r"-\d+$", "", pattern)
+        caller, _, function = name.rpartition(".")
+        return name in names or (caller in names and function in functions)
+    start = re.sub(r"-\d*$", "", start)
+    caller, _, function = start.rpartition(".")
+    known = any(name.startswith(start) for name in names)
+    return known or (caller in names and any(name.startswith(function) for name in functions))

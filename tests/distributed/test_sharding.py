@@ -428,7 +428,7 @@ def test_the_hessian_equals_that_of_one_process_with_whole_weights(runs: Runs) -
 
 
 def test_what_is_monitored_while_training_equals_that_of_one_process(runs: Runs, alone: dict[str, Any]) -> None:
-    expected = [row for row in alone["logged"] if "plasticity_training/effective_rank/net.1" in row]
+    expected = [row for row in alone["logged"] if "plasticity_training/effective_rank/net.0" in row]
     assert [row["step"] for row in expected] == [0, 3, 6]
     for run in runs["probed"]:
         rows = [row for row in run["logged"] if "plasticity_training/dormant_fraction" in row]

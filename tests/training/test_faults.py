@@ -159,7 +159,7 @@ def test_after_a_loss_that_is_not_a_number_everything_says_so_and_training_goes_
     reasons = {
         "ReDo": "ValueError: ReDo: the units of 'net.0' give values that are not finite",
         "SpectralRegularizer": "ValueError: a gradient is not finite",
-        "EffectiveRankRegularizer": "ValueError: the features of 'net.1' hold NaN or infinite numbers",
+        "EffectiveRankRegularizer": "ValueError: the features of 'net.0' hold NaN or infinite numbers",
     }
     assert first.errors.keys() == reasons.keys()
     assert all(first.errors[who].startswith(reason) for who, reason in reasons.items())
