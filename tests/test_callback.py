@@ -64,7 +64,7 @@ def test_report_is_the_spectrum_of_the_loss_on_the_first_batch_of_the_task() -> 
     at_start = ggn_spectrum(twin, module.first, cross_entropy)
     for diagnostic in diagnostics_of(["ggn"]):
         ratio = report.metrics[f"{diagnostic.name}_vs_initial"]
-        assert ratio == pytest.approx(diagnostic.of(expected) / diagnostic.of(at_start))
+        assert ratio == pytest.approx(diagnostic.compute(expected) / diagnostic.compute(at_start))
         assert callback.history[0].metrics[f"{diagnostic.name}_vs_initial"] == 1
 
 
