@@ -9,96 +9,46 @@ activation functions, and code that calls functions instead of modules has no la
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-from lightning_plasticity.activations.compiled import without_wrappers
+from lightning_plasticity.activations.layer_names import LayerNames, is_activation_module, numbered
+from lightning_plasticity.activations.origins import Activations, LayerCall, Origin, Origins, latest_layer_call
+from lightning_plasticity.activations.torch_functions import (
+    CLAMPS,
+    COMPARISONS,
+    LAYERS,
+    MATRIX_PRODUCTS,
+    MULTIPLICATIONS,
+    PASSING_ON,
+    READS_SHAPE_ONLY,
+    STARTS_TRACKING,
+    ZEROS,
+    is_activation_function,
+    is_layer,
+)
 from lightning_plasticity.activations.unit_axes import (
-    CONVOLUTIONS,
-    EINSUM,
-    MAKERS,
-    NORMS,
     PRODUCTS,
-    Axes,
     Function,
     axes_after,
     counting_units,
     factors_of,
-    functions,
     infer_unit_dim,
     is_weight,
     last_counts_units,
     new_axes,
-    weighs_numbers,
 )
 from lightning_plasticity.functional.layouts import channel_dim_of
 from lightning_plasticity.isolation.batches import tensors_in
 from lightning_plasticity.layers import LINEAR_LAYERS, RECURRENT_LAYERS
-
-ACTIVATIONS = functions(
-    "relu relu_ relu6 leaky_relu leaky_relu_ prelu rrelu rrelu_ elu elu_ celu celu_ selu selu_ gelu silu silu_ "
-    "mish mish_ glu softplus softsign tanh tanh_ sigmoid sigmoid_ hardtanh hardtanh_ hardswish hardsigmoid hardshrink "
-    "softshrink tanhshrink threshold threshold_"
-)
-"""Activation functions."""
-
-_CLAMPS = functions("clamp clamp_ clamp_min clamp_min_ clip clip_")
-"""Activation functions if they clamp at zero from below."""
-
-_MAXIMA = functions("maximum fmax max")
-"""Activation functions if one of two arguments is a tensor of zeros."""
-
-_COMPARISONS = functions("gt __gt__ ge __ge__ lt __lt__ le __le__ greater greater_equal less less_equal")
-
-_MULTIPLICATIONS = functions("mul mul_ __mul__ __rmul__ __imul__ multiply multiply_")
-
-_SELECTIONS = {*_MULTIPLICATIONS, *functions("where masked_fill masked_fill_")}
-"""Activation functions if one argument is a mask made by comparing units: ``where(x > 0, x, 0.1 * x)``."""
-
-ACTIVATION_NAMES = {f.__name__.strip("_") for f in ACTIVATIONS | _MAXIMA | _SELECTIONS} | {"clamp"}
-"""Names of activation functions in the names of layers whose weights have no owner."""
-
-_MATRIX_PRODUCTS = PRODUCTS - EINSUM
-
-_LAYERS = {*CONVOLUTIONS, F.linear, F.bilinear, F.multi_head_attention_forward}
-"""Functions that are layers whether or not their weights are parameters."""
-
-_PASSING_ON = {
-    *ACTIVATIONS,
-    *_CLAMPS,
-    *_MAXIMA,
-    *_COMPARISONS,
-    *_SELECTIONS,
-    *NORMS,
-    *functions(
-        "add add_ __radd__ __iadd__ sub sub_ __rsub__ __isub__ rsub div div_ "
-        "__rdiv__ __rtruediv__ __itruediv__ divide true_divide pow pow_ __rpow__ __pow__ addcmul addcdiv lerp "
-        "minimum cat concat stack expand_as broadcast_tensors normal eq __eq__ ne __ne__"
-    ),
-}
-"""Functions that are no layer even if a parameter takes part: a learned temperature, shift or token."""
-
-_ZEROS = functions("zeros zeros_like new_zeros")
-
-_OF_THE_SHAPE_ALONE = functions(
-    "empty_like full_like ones_like rand_like randn_like randint_like "
-    "new_empty new_empty_strided new_full new_ones new_tensor"
-)
-"""Functions that read nothing of a tensor but its shape, dtype or device."""
-
-_STARTING = {*ACTIVATIONS, *MAKERS}
-"""Functions whose outputs are followed whatever their inputs are."""
 
 
 class ActivationSink(Protocol):
@@ -161,67 +111,7 @@ class _ModuleCall:
     def number(self, base: str) -> str:
         """Return a name that is new in this call: the second ``relu`` is ``relu-2``."""
         self.uses[base] += 1
-        return _numbered(base, self.uses[base])
-
-
-@dataclass(eq=False)
-class _LayerCall:
-    """A call of a layer with weights.
-
-    Attributes:
-        owner: The path of the module that owns the weights.
-        index: The position of the call among all calls.
-        num_activations: The number of activation functions that its output has gone through.
-    """
-
-    owner: str
-    index: int
-    num_activations: int = 0
-
-
-@dataclass(eq=False)
-class _Activations:
-    """The statistics of a tensor, kept until the tensor turns out to belong to a hidden layer.
-
-    Attributes:
-        name: Name of the layer.
-        axes: The axes of the tensor.
-        observed: The statistics by the dimension that may count units; the first one is assumed.
-        certain: Whether that dimension was known when they were observed.
-        reported: Whether they were reported, or replaced by the product that they are a factor of.
-    """
-
-    name: str
-    axes: Sequence[Axes]
-    observed: dict[int, Any]
-    certain: bool
-    reported: bool = False
-
-
-@dataclass
-class _Origin:
-    """Where a tensor comes from.
-
-    Attributes:
-        axes: The axes that its dimensions stand for.
-        activations: The activations in it that no layer has read yet.
-        result: Those of them that the tensor itself is.
-        layer_call: The last call of a layer with weights that it comes from.
-        is_mask: Whether it was made by comparing units.
-        is_zero: Whether it was made as a tensor of zeros.
-    """
-
-    axes: Sequence[Axes] = ()
-    activations: tuple[_Activations, ...] = ()
-    result: _Activations | None = None
-    layer_call: _LayerCall | None = None
-    is_mask: bool = False
-    is_zero: bool = False
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether it comes from units of the network."""
-        return bool(self.axes or self.activations)
+        return numbered(base, self.uses[base])
 
 
 class ActivationTracker(TorchFunctionMode):
@@ -251,23 +141,17 @@ class ActivationTracker(TorchFunctionMode):
         self.saw_compiled_code = False
         self._sink = sink
         self._chosen = chosen
-        # By id, since tensors compare elementwise. The weak reference shows that the id was not reused.
-        self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
-        self._undecided: dict[str, _Activations] = {}
-        self._chosen_outputs: dict[str, _Activations] = {}
+        self._origins = Origins()
+        self._undecided: dict[str, Activations] = {}
+        self._chosen_outputs: dict[str, Activations] = {}
         self._calls = [_ModuleCall(root, "")]
         # Lightning calls training_step without calling the module.
         self._has_training_step = hasattr(root, "training_step")
-        self._layer_calls = itertools.count()
-        self._places: dict[str, tuple[str, int]] = {}
+        self._names = LayerNames(root)
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
         metrics = [module for module in self._modules if isinstance(module, Metric)]
         self._in_metrics = {id(module) for metric in metrics for module in metric.modules()}
-        self._paths: dict[int, list[str]] = {}
-        for path, module in root.named_modules(remove_duplicate=False):
-            self._paths.setdefault(id(module), []).append(without_wrappers(path))
-        self._owners: dict[Tensor, str] = {p: parameter_owner(name) for name, p in root.named_parameters()}
 
     def start(self) -> None:
         """Start to track the network."""
@@ -308,10 +192,10 @@ class ActivationTracker(TorchFunctionMode):
         if torch.compiler.is_compiling():
             # The compiler cannot trace the code below.
             self.saw_compiled_code = True
-        elif not (self._origins or func in _STARTING) or func in _OF_THE_SHAPE_ALONE or _in_backward():
+        elif not (self._origins or func in STARTS_TRACKING) or func in READS_SHAPE_ONLY or _in_backward():
             pass
-        elif func in _ZEROS:
-            self._remember(result, _Origin(is_zero=True))
+        elif func in ZEROS:
+            self._origins[result] = Origin(is_zero=True)
         elif isinstance(result, Tensor | tuple | list):
             self._follow(func, args, kwargs or {}, [*tensors_in(result)])
         elif func is Tensor.__setitem__:
@@ -320,31 +204,31 @@ class ActivationTracker(TorchFunctionMode):
 
     def _follow_assignment(self, tensor: Tensor, part: Any) -> None:
         """Add the activations that were written into a part of a tensor to those of the tensor."""
-        written = self._origin(part) if isinstance(part, Tensor) else None
+        written = self._origins.get(part) if isinstance(part, Tensor) else None
         if written is not None and isinstance(tensor, Tensor):
-            before = self._origin(tensor)
+            before = self._origins.get(tensor)
             if before is None or before.is_zero:
-                before = _Origin(written.axes if part.ndim == tensor.ndim else ())
+                before = Origin(written.axes if part.ndim == tensor.ndim else ())
             activations = tuple(dict.fromkeys((*before.activations, *written.activations)))
-            self._remember(tensor, _Origin(before.axes, activations, layer_call=_latest_layer_call([before, written])))
+            self._origins[tensor] = Origin(before.axes, activations, layer_call=latest_layer_call([before, written]))
 
     def _follow(self, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: list[Tensor]) -> None:
         """Derive the origins of a function's outputs from those of its inputs, and report what a layer reads."""
         inputs = [*tensors_in((args, kwargs))]
-        all_origins = [(tensor, origin) for tensor in inputs if (origin := self._origin(tensor)) is not None]
-        origins = [(tensor, origin) for tensor, origin in all_origins if origin.is_followed]
+        all_origins = [(tensor, origin) for tensor in inputs if (origin := self._origins.get(tensor)) is not None]
+        origins = [(tensor, origin) for tensor, origin in all_origins if origin.has_units]
         axes = [(tensor, origin.axes) for tensor, origin in origins if len(origin.axes) == tensor.ndim]
         infer_unit_dim(func, args, kwargs, inputs, axes)
-        if func in _LAYERS and not self._calls[-1].in_metric:
+        if func in LAYERS and not self._calls[-1].in_metric:
             self.layers_with_weights.update(id(tensor) for tensor in inputs[1:2])
         activations = tuple(dict.fromkeys(a for _, origin in origins for a in origin.activations if not a.reported))
         followed = {id(tensor) for tensor, _ in origins}
-        if activations and _is_layer(func, args, inputs, followed):
+        if activations and is_layer(func, args, inputs, followed):
             for activation in activations:
                 self._report(activation)
             activations = ()
         layer_call = self._layer_call(func, inputs, all_origins, followed)
-        is_mask = func in _COMPARISONS and len(origins) > 0
+        is_mask = func in COMPARISONS and len(origins) > 0
         for output in outputs:
             after = axes_after(func, args, kwargs, inputs, output, axes)
             # A scalar holds no activations but is a loss: the sum of losses over steps would keep all activations.
@@ -352,59 +236,46 @@ class ActivationTracker(TorchFunctionMode):
             passed_on = () if is_loss_or_weight else activations
             made_by = None if is_loss_or_weight else layer_call
             if passed_on or after or made_by:
-                self._remember(output, _Origin(after, passed_on, layer_call=made_by, is_mask=is_mask))
-        if outputs and not (func in _MULTIPLICATIONS and self._join_gates(origins, outputs[0])):
-            self._observe_function(func, args, kwargs, inputs, all_origins, outputs[0])
+                self._origins[output] = Origin(after, passed_on, layer_call=made_by, is_mask=is_mask)
+        if outputs and not (func in MULTIPLICATIONS and self._join_gates(origins, outputs[0])):
+            self._observe_function(func, args, kwargs, [origin for _, origin in all_origins], outputs[0])
 
     def _layer_call(
         self,
         func: Function,
         inputs: Sequence[Tensor],
-        origins: Sequence[tuple[Tensor, _Origin]],
+        origins: Sequence[tuple[Tensor, Origin]],
         followed: Collection[int],
-    ) -> _LayerCall | None:
+    ) -> LayerCall | None:
         """Return the last call of a layer with weights that a function's output comes from."""
-        reads_units = func in PRODUCTS or (len(followed) > 0 and func not in _PASSING_ON)
-        if func in _LAYERS or (reads_units and any(is_weight(tensor) for tensor in inputs)):
-            return self._new_layer_call(self._owner(inputs[1:] if func in _LAYERS else inputs))
-        if func in _MATRIX_PRODUCTS:
+        reads_units = func in PRODUCTS or (len(followed) > 0 and func not in PASSING_ON)
+        if func in LAYERS or (reads_units and any(is_weight(tensor) for tensor in inputs)):
+            return self._names.call_of_layer(self._calls[-1].module, inputs[1:] if func in LAYERS else inputs)
+        if func in MATRIX_PRODUCTS:
             # The columns of a product are those of its right factor.
             right = factors_of(func, inputs)[1]
             origins = [(tensor, origin) for tensor, origin in origins if tensor is right]
-        return _latest_layer_call(origin for _, origin in origins)
-
-    def _new_layer_call(self, owner: str | None) -> _LayerCall | None:
-        return _LayerCall(owner, next(self._layer_calls)) if owner else None
-
-    def _owner(self, inputs: Sequence[Tensor]) -> str | None:
-        """Return the name of the layer that is being called, or else that of the owner of the weights it reads."""
-        caller = self._calls[-1].module
-        if isinstance(caller, LINEAR_LAYERS):
-            return self._first_path(caller)
-        matrices = [tensor for tensor in inputs if is_weight(tensor) and tensor.ndim > 1]
-        parameters = [matrix if isinstance(matrix, nn.Parameter) else matrix._base for matrix in matrices]
-        return next((self._owners[p] for p in parameters if p in self._owners), None)
+        return latest_layer_call(origin for _, origin in origins)
 
     def _observe_function(
         self,
         func: Function,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        inputs: Sequence[Tensor],
-        origins: Sequence[tuple[Tensor, _Origin]],
+        origins: Sequence[Origin],
         output: Tensor,
     ) -> None:
         """Observe the output of a function if it is an activation function that no activation module calls."""
-        if not _is_activation_function(func, args, kwargs, inputs, [origin for _, origin in origins]):
+        if not is_activation_function(func, args, kwargs, origins):
             return
         call = self._calls[-1]
         call.calls_activation = True
         outside_root = len(self._calls) == 1 and not self._has_training_step
-        if not outside_root and not _is_activation_module(call.module):
-            name = "clamp" if func in _CLAMPS else getattr(func, "__name__", "activation").strip("_")
+        if not outside_root and not is_activation_module(call.module):
+            name = "clamp" if func in CLAMPS else getattr(func, "__name__", "activation").strip("_")
             self._observe(call, f"{call.path}.{name}" if call.path else name, output)
 
-    def _join_gates(self, origins: Sequence[tuple[Tensor, _Origin]], product: Tensor) -> bool:
+    def _join_gates(self, origins: Sequence[tuple[Tensor, Origin]], product: Tensor) -> bool:
         """Replace the activations that are factors of a product by the product; return whether there are any."""
         factors = [origin for tensor, origin in origins if tensor.shape == product.shape]
         gates = [(f.result, f.layer_call) for f in factors if f.result is not None and not f.result.reported]
@@ -420,7 +291,7 @@ class ActivationTracker(TorchFunctionMode):
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         caller = self._calls[-1]
         in_metric = caller.in_metric or id(module) in self._in_metrics
-        self._calls.append(_ModuleCall(module, self._path(module, caller.path), in_metric))
+        self._calls.append(_ModuleCall(module, self._names.path_of_call(module, caller.path), in_metric))
 
     def _leave_module(self, module: nn.Module, args: Any, result: Any) -> None:
         call = self._calls[-1]
@@ -436,23 +307,21 @@ class ActivationTracker(TorchFunctionMode):
             self._follow_recurrent(caller, call, output, [*tensors_in(result)])
         elif call.path in self._chosen:
             self._choose(caller, call, output)
-        elif call.calls_activation and _is_activation_module(module):
+        elif call.calls_activation and is_activation_module(module):
             self._observe(caller, call.path, output)
 
     def _choose(self, caller: _ModuleCall, call: _ModuleCall, output: Tensor) -> None:
         """Report the output of a chosen module; that of a layer waits, since activations may get its name."""
-        origin = self._origin(output) or _Origin()
-        if _is_activation_module(call.module):
-            activations = self._keep(caller.number(call.path), output, origin.layer_call)
-        elif next(call.module.parameters(recurse=False), None) is None and not isinstance(call.module, LINEAR_LAYERS):
-            activations = self._keep(call.path, output, origin.layer_call)
-        else:
-            self._report_chosen_output(call.path)
-            if (activations := self._observe_tensor(call.path, output)) is not None:
-                self._chosen_outputs[call.path] = activations
-                self._remember(output, dataclasses.replace(origin, axes=activations.axes))
-            return
-        if activations is not None:
+        module, origin = call.module, self._origins.get(output) or Origin()
+        is_activation = is_activation_module(module)
+        name = caller.number(call.path) if is_activation else call.path
+        has_weights = isinstance(module, LINEAR_LAYERS) or next(module.parameters(recurse=False), None) is not None
+        if has_weights and not is_activation:
+            self._report_chosen_output(name)
+            if (activations := self.observe_output(name, output)) is not None:
+                self._chosen_outputs[name] = activations
+                self._origins[output] = dataclasses.replace(origin, axes=activations.axes)
+        elif (activations := self._keep(name, output, origin.layer_call)) is not None:
             self._report(activations)
 
     def _report_chosen_output(self, name: str) -> None:
@@ -463,14 +332,14 @@ class ActivationTracker(TorchFunctionMode):
         self, caller: _ModuleCall, call: _ModuleCall, output: Tensor, outputs: Sequence[Tensor]
     ) -> None:
         """Observe the output of a recurrent layer; a head that reads the last state reads the same units."""
-        layer_call = self._new_layer_call(self._first_path(call.module))
-        self._remember(output, _Origin(last_counts_units(output.ndim), layer_call=layer_call))
+        layer_call = self._names.call_of_layer(call.module)
+        self._origins[output] = Origin(last_counts_units(output.ndim), layer_call=layer_call)
         self._observe(caller, call.path, output)
-        origin = self._origin(output)
+        origin = self._origins.get(output)
         for state in outputs:
             if origin is not None and state is not output:
                 axes = last_counts_units(state.ndim)
-                self._remember(state, _Origin(axes, origin.activations, layer_call=layer_call))
+                self._origins[state] = Origin(axes, origin.activations, layer_call=layer_call)
         if origin is not None and origin.result is not None and call.path in self._chosen:
             self._report(origin.result)
 
@@ -485,39 +354,28 @@ class ActivationTracker(TorchFunctionMode):
         self.saw_activations = True
         if not _is_measurable(output):
             return
-        layer_call = origin.layer_call if (origin := self._origin(output)) else None
-        name = call.number(place) if layer_call is None else self._name(layer_call, place, output)
+        origin = self._origins.get(output) or Origin()
+        layer_call, dim = origin.layer_call, counting_units(origin.axes)
+        if layer_call is None:
+            name = call.number(place)
+        else:
+            name = self._names.activations(layer_call, place, units=output.shape[-1 if dim is None else dim])
         if not call.in_metric and self._sink.selects(name):
             self._keep(name, output, layer_call)
 
-    def _name(self, layer_call: _LayerCall, place: str, output: Tensor) -> str:
-        """Return the name of activations by the owner of the weights.
-
-        Further activation functions behind the same call are numbered, and so is a place that has another number of
-        units than the first place of the same name.
-        """
-        origin = self._origin(output)
-        dim = counting_units(origin.axes) if origin else None
-        units = output.shape[-1 if dim is None else dim]
-        while True:
-            layer_call.num_activations += 1
-            name = _numbered(layer_call.owner, layer_call.num_activations)
-            first_place, first_units = self._places.setdefault(name, (place, units))
-            if place == first_place or units == first_units:
-                return name
-
-    def _keep(self, name: str, output: Tensor, layer_call: _LayerCall | None) -> _Activations | None:
-        activations = self._observe_tensor(name, output)
+    def _keep(self, name: str, output: Tensor, layer_call: LayerCall | None) -> Activations | None:
+        activations = self.observe_output(name, output)
         if activations is not None:
-            earlier = origin.activations if (origin := self._origin(output)) else ()
-            kept = _Origin(activations.axes, (*earlier, activations), activations, layer_call)
-            self._remember(output, kept)
+            earlier = origin.activations if (origin := self._origins.get(output)) else ()
+            kept = Origin(activations.axes, (*earlier, activations), activations, layer_call)
+            self._origins[output] = kept
         return activations
 
-    def _observe_tensor(self, name: str, output: Tensor) -> _Activations | None:
+    def observe_output(self, name: str, output: Tensor) -> Activations | None:
+        """Return the statistics of a tensor as the activations of a layer; ``None`` if it cannot be measured."""
         if not _is_measurable(output):
             return None
-        axes = origin.axes if (origin := self._origin(output)) else ()
+        axes = origin.axes if (origin := self._origins.get(output)) else ()
         # The sink's own operations are no part of the network.
         with torch.no_grad(), torch._C.DisableTorchFunction():
             tensor = output.detach()
@@ -533,13 +391,13 @@ class ActivationTracker(TorchFunctionMode):
                 dims += [dim for dim, names in enumerate(axes) if names and dim != dims[0]]
             try:
                 observed = {dim: self._sink.observe(tensor, dim) for dim in dims}
-                return _Activations(name, axes, observed, certain=known is not None)
+                return Activations(name, axes, observed, certain=known is not None)
             except Exception as error:
                 if not self._sink.tolerates(error):
                     raise
                 return None
 
-    def _report(self, activations: _Activations) -> None:
+    def _report(self, activations: Activations) -> None:
         if activations.reported:
             return
         activations.reported = True
@@ -552,7 +410,7 @@ class ActivationTracker(TorchFunctionMode):
         else:
             self._emit(activations)
 
-    def _emit(self, activations: _Activations) -> None:
+    def _emit(self, activations: Activations) -> None:
         observed, dim = activations.observed, counting_units(activations.axes)
         assumed = len(observed) > 1 and dim is None
         statistics = next(iter(observed.values())) if dim not in observed else observed[dim]
@@ -567,99 +425,12 @@ class ActivationTracker(TorchFunctionMode):
         # The tensor may outlive the report.
         observed.clear()
 
-    def _origin(self, tensor: Tensor) -> _Origin | None:
-        reference, origin = self._origins.get(id(tensor), (None, None))
-        return origin if reference is not None and reference() is tensor else None
-
-    def _remember(self, tensor: Tensor, origin: _Origin) -> None:
-        key, origins = id(tensor), self._origins
-        self._origins[key] = weakref.ref(tensor, lambda _: origins.pop(key, None)), origin
-
-    def _first_path(self, module: nn.Module) -> str | None:
-        """Return the path of a module as in ``named_modules``; ``None`` if it was added after the start."""
-        return self._paths.get(id(module), [None])[0]
-
-    def _path(self, module: nn.Module, caller: str) -> str:
-        """Return the path by which a module is called here: the same module may have several."""
-        # A module added after the start is named after its class.
-        paths = self._paths.get(id(module), [type(module).__name__.lower()])
-        for path in paths:
-            if path.rpartition(".")[0] == caller:
-                return path
-        inside = [path for path in paths if not caller or path.startswith(f"{caller}.")]
-        if not inside and _is_activation_module(module):
-            return f"{caller}.{paths[0].rpartition('.')[2]}"
-        return (inside or paths)[0]
-
-
-def parameter_owner(name: str) -> str:
-    """Return the name of the layer whose weight is the parameter of this name.
-
-    It is the path of the module, if the parameter is its ``weight``. Other parameters name their layer themselves,
-    since a module may have several.
-
-    Example:
-        >>> parameter_owner("block.fc.weight"), parameter_owner("block.fc.parametrizations.weight.original")
-        ('block.fc', 'block.fc')
-        >>> parameter_owner("block.w1"), parameter_owner("weight")
-        ('block.w1', 'weight')
-    """
-    path, parametrized, inner = without_wrappers(name).partition(".parametrizations.")
-    if parametrized:
-        key = inner.partition(".")[0]
-    else:
-        path, _, key = path.rpartition(".")
-    return path if path and key == "weight" else f"{path}.{key}".lstrip(".")
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
-
-
-def _latest_layer_call(origins: Iterable[_Origin]) -> _LayerCall | None:
-    calls = [origin.layer_call for origin in origins if origin.layer_call is not None]
-    return max(calls, key=lambda call: call.index, default=None)
-
 
 def _is_measurable(tensor: Tensor) -> bool:
     """Return whether a tensor may hold samples of units; inside torch.func it is a single sample, or a tangent."""
     in_transform = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     is_dense = tensor.layout is torch.strided and not tensor.is_nested
     return is_dense and tensor.is_floating_point() and not in_transform
-
-
-def _is_activation_module(module: nn.Module) -> bool:
-    """Return whether a module that calls an activation function is an activation module: its own output counts."""
-    in_torch = type(module).__module__ == nn.ReLU.__module__
-    return not module._modules and (in_torch or next(module.parameters(), None) is None)
-
-
-def _is_activation_function(
-    func: Function,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    inputs: Sequence[Tensor],
-    origins: Sequence[_Origin],
-) -> bool:
-    if func in ACTIVATIONS:
-        return not isinstance(inputs[0], nn.Parameter)
-    if not any(origin.is_followed for origin in origins):
-        return False
-    if func in _CLAMPS:
-        low = kwargs.get("min", args[1] if len(args) > 1 else None)
-        return isinstance(low, int | float) and low == 0
-    if func in _SELECTIONS:
-        return any(origin.is_mask for origin in origins)
-    return func in _MAXIMA and any(origin.is_zero for origin in origins)
-
-
-def _is_layer(func: Function, args: Sequence[Any], inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
-    """Return whether a function is a layer with weights; a product is one unless both factors come from the input."""
-    if func in EINSUM and args and weighs_numbers(args[0], inputs, followed):
-        return False
-    if func in PRODUCTS:
-        return any(is_weight(tensor) or id(tensor) not in followed for tensor in inputs)
-    return func in _LAYERS or (func not in _PASSING_ON and any(is_weight(tensor) for tensor in inputs))
 
 
 def _in_backward() -> bool:

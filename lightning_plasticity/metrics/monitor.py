@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,8 +18,9 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
 from lightning_plasticity._validation import is_int, is_str_list
-from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
-from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, ActivationTracker, parameter_owner
+from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled
+from lightning_plasticity.activations.layer_names import may_match, possible_names
+from lightning_plasticity.activations.tracker import ActivationTracker
 from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
@@ -229,8 +229,8 @@ class PlasticityMonitor(PlasticityMetric):
             )
         if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
             raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
-        names = _possible_names(network)
-        impossible = [pattern for pattern in self.patterns or () if not _may_match(pattern, names)]
+        names = possible_names(network)
+        impossible = [pattern for pattern in self.patterns or () if not may_match(pattern, names)]
         if impossible:
             raise ValueError(
                 f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
@@ -542,24 +542,3 @@ def _checked(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r} must be a torch.nn.Module")
     return module
-
-
-def _possible_names(network: nn.Module) -> set[str]:
-    """Return the names that layers of a network may have, without those that end in a function's name."""
-    owners = {parameter_owner(name) for name, _ in network.named_parameters(remove_duplicate=False)}
-    return owners | {without_wrappers(path) for path, _ in network.named_modules(remove_duplicate=False)}
-
-
-def _may_match(pattern: str, names: Collection[str]) -> bool:
-    """Return whether a layer may have such a name, or that of an activation function called in a module."""
-    # A shared activation module keeps its name where it is called.
-    functions = ACTIVATION_NAMES | {last for name in names if not (last := name.rpartition(".")[2]).isdigit()}
-    start = re.split(r"[*?[]", pattern)[0]
-    if start == pattern:
-        name = re.sub(r"-\d+$", "", pattern)
-        caller, _, function = name.rpartition(".")
-        return name in names or (caller in names and function in functions)
-    start = re.sub(r"-\d*$", "", start)
-    caller, _, function = start.rpartition(".")
-    known = any(name.startswith(start) for name in names)
-    return known or (caller in names and any(name.startswith(function) for name in functions))

@@ -468,7 +468,7 @@ def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
         ),
         (
             lambda: EffectiveRankRegularizer(every_n_samples=1).after_step(mlp(), forward=on(inputs() * torch.nan)),
-            "the features of '1' hold NaN or infinite numbers",
+            "the features of '0' hold NaN or infinite numbers",
         ),
     ],
 )
