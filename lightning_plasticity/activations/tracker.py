@@ -216,6 +216,8 @@ class ActivationTracker(TorchFunctionMode):
         """Derive the origins of a function's outputs from those of its inputs, and report what a layer reads."""
         inputs = [*tensors_in((args, kwargs))]
         all_origins = [(tensor, origin) for tensor in inputs if (origin := self._origins.get(tensor)) is not None]
+        if not all_origins and func not in STARTS_TRACKING:
+            return
         origins = [(tensor, origin) for tensor, origin in all_origins if origin.has_units]
         axes = [(tensor, origin.axes) for tensor, origin in origins if len(origin.axes) == tensor.ndim]
         infer_unit_dim(func, args, kwargs, inputs, axes)
