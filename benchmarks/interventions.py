@@ -1,4 +1,4 @@
-"""What recycling costs, and how large the first steps of new weights are. Run: python -m benchmarks.interventions.
+"""Measure the cost of interventions, and the first steps of new weights. Run: python -m benchmarks.interventions.
 
 Times are process CPU time with one thread, contenders alternated, medians.
 """
@@ -6,6 +6,7 @@ Times are process CPU time with one thread, contenders alternated, medians.
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -14,41 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.models import mlp, resnet18
 from benchmarks.timing import alternate
+from lightning_plasticity import interventions
 from lightning_plasticity.interventions import (
     DASH,
     FIRE,
-    L2ER,
     ContinualBackprop,
-    EffectiveRankRegularizer,
-    HareTortoise,
     Intervention,
-    L2Init,
-    NormalizeAndProject,
-    Parseval,
+    InterventionContext,
     ReDo,
     ReGraMa,
     Regularizer,
-    SelfNormalizedReset,
-    SoftShrinkPerturb,
-    SpectralRegularizer,
     StepIntervention,
-    WassersteinInit,
-    WeightClipping,
     describe_units,
 )
-from lightning_plasticity.interventions.base import Request
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state
 from lightning_plasticity.interventions.weights.updates import apply_update
-from tests.helpers.unit_models import ResNet
 
 LR = 1e-3
-SHOWN = (1, 2, 3, 5, 10, 30, 100)
+SHOWN_STEPS = (1, 2, 3, 5, 10, 30, 100)
+
+
+def cases(small_rounds: int, large_rounds: int) -> dict[str, tuple[nn.Module, Tensor, int]]:
+    """Return the networks to measure on, each with a batch of inputs and a number of rounds."""
+    return {
+        "MLP 784-1000-1000-1000-10, batch 128": (mlp(784, 1000, 1000, 1000, 10), torch.randn(128, 784), small_rounds),
+        "ResNet-18 for 32x32 images, batch 64": (resnet18(), torch.randn(64, 3, 32, 32), large_rounds),
+    }
 
 
 def stream(name: str) -> Callable[[bool], tuple[Tensor, Tensor]]:
-    """Batches of 64, before and after the recycling."""
+    """Return a function that draws batches of 64, from before or after the reset of units."""
     generator = torch.Generator().manual_seed(1)
     if name == "new random labels":
         xs, ys = torch.randn(2, 1024, 64, generator=generator), torch.randint(10, (2, 1024), generator=generator)
@@ -71,9 +70,9 @@ def stream(name: str) -> Callable[[bool], tuple[Tensor, Tensor]]:
 def step_sizes(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], task: str, policy: str
 ) -> dict[str, list[tuple[float, float]]]:
-    """Mean step of recycled and of kept weights, in learning rates, over 100 steps after 1000."""
+    """Measure the mean step of reset and of kept weights, in learning rates, over 100 steps after 1000."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = mlp(64, 128, 128, 10)
     optimizer, batches = make(list(model.parameters())), stream(task)
 
     def step(after: bool) -> None:
@@ -85,9 +84,9 @@ def step_sizes(
     for _ in range(1000):
         step(after=False)
     units = describe_units(model, lambda model: model(torch.randn(8, 64)))
-    changes = plan_reset(model, units, {"2": torch.arange(16)}, torch.Generator().manual_seed(0))
-    apply_update("benchmark", changes, [])
-    positions = {p: part.positions for p, part in changes.parts.items() if isinstance(p, nn.Parameter)}
+    update = plan_reset(model, units, {"2": torch.arange(16)}, torch.Generator().manual_seed(0))
+    apply_update("benchmark", update, [])
+    positions = {p: part.positions for p, part in update.parts.items() if isinstance(p, nn.Parameter)}
     reset_state(optimizer, positions)
     masks = {}
     for parameter in (model[2].weight, model[4].weight):
@@ -111,10 +110,10 @@ def step_sizes(
 
 
 def first_steps() -> None:
-    """The choice of what Adam's second moment becomes at new entries."""
-    print("Mean step of recycled weights, as a multiple of that of kept weights of the same tensor, after n steps;")
-    print("last column: the largest mean step of recycled and of kept weights, in learning rates")
-    print(f"{'':<86}" + "".join(f"{n:>7}" for n in SHOWN))
+    """Compare policies for Adam's second moment of re-initialised entries."""
+    print("Mean step of reset weights, as a multiple of that of kept weights of the same tensor, after n steps;")
+    print("last column: the largest mean step of reset and of kept weights, in learning rates")
+    print(f"{'':<86}" + "".join(f"{n:>7}" for n in SHOWN_STEPS))
     makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
         "Adam": lambda p: torch.optim.Adam(p, lr=LR),
         "RMSprop": lambda p: torch.optim.RMSprop(p, lr=LR),
@@ -124,28 +123,21 @@ def first_steps() -> None:
             policies = ["zero, as here", "mean of the kept second moments"]
             for policy in [*policies, "step count zero"] if name == "Adam" else policies:
                 for kind, sizes in step_sizes(make, task, policy).items():
-                    ratios = "".join(f"{sizes[n - 1][0] / sizes[n - 1][1]:7.2f}" for n in SHOWN)
+                    ratios = "".join(f"{sizes[n - 1][0] / sizes[n - 1][1]:7.2f}" for n in SHOWN_STEPS)
                     largest = " and ".join(f"{max(column):.2f}" for column in zip(*sizes, strict=True))
                     print(f"  {task:<20}{name:<10}{policy:<34}{kind:<20}{ratios}   {largest}")
 
 
 def cost() -> None:
-    """One repair, in training steps."""
+    """Print the cost of one repair, in training steps."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(
-        *(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU()),
-        *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
-    )
-    cases = {
-        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 5),
-        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 1),
-    }
-    for name, (model, x, rounds) in cases.items():
+    for name, (model, x, rounds) in cases(5, 1).items():
         print(name)
-        _cost(model, x, rounds)
+        cost_of_repairs(model, x, rounds)
 
 
-def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
+def cost_of_repairs(model: nn.Module, x: Tensor, rounds: int) -> None:
+    """Print the cost of repairs of one network."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     y = torch.randint(10, (len(x),))
 
@@ -157,16 +149,16 @@ def _cost(model: nn.Module, x: Tensor, rounds: int) -> None:
         loss(model).backward()
         optimizer.step()
 
-    few = x[:2]
+    two = x[:2]
     medians = alternate(
         {
             "training step": step,
-            "describe_units, 2 samples": lambda: describe_units(model, lambda model: model(few)),
+            "describe_units, 2 samples": lambda: describe_units(model, lambda model: model(two)),
             "describe_units, the batch": lambda: describe_units(model, lambda model: model(x)),
             "ReDo": lambda: ReDo(0.1).repair(model, optimizers=[optimizer], forward=lambda model: model(x)),
             "ReGraMa": lambda: ReGraMa(0.1).repair(model, optimizers=[optimizer], loss=loss),
-            "FIRE, worked out": lambda: FIRE().changes(model, Request()),
-            "DASH, worked out": lambda: DASH().changes(model, Request(losses=[loss])),
+            "FIRE, not applied": lambda: FIRE().plan(model, InterventionContext()),
+            "DASH, not applied": lambda: DASH().plan(model, InterventionContext(losses=[loss])),
         },
         rounds=rounds,
         warmup=rounds // 5,
@@ -181,66 +173,50 @@ STEP_BARS = {
     "WeightClipping": 1.05,
     "L2Init": 1.05,
 }
-"""Of a training step, in plain ones."""
+"""The largest accepted cost of a training step with the intervention, in plain steps."""
 
 
 def running_costs() -> None:
-    """What interventions add to every training step."""
+    """Print the cost that interventions add to every training step."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(
-        *(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU()),
-        *(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)),
-    )
-    cases = {
-        "MLP 784-1000-1000-1000-10, batch 128": (mlp, torch.randn(128, 784), 60),
-        "ResNet-18 for 32x32 images, batch 64": (ResNet(64, classes=10), torch.randn(64, 3, 32, 32), 7),
-    }
-    for name, (model, x, rounds) in cases.items():
+    for name, (model, x, rounds) in cases(60, 7).items():
         print(f"{name}; ratio to a plain training step beside it (median, mean)")
-        for make in _ADDED:
-            intervention = make()
+        for intervention in interventions_in_training():
             median, mean = cost_of_step(model, x, intervention, rounds)
             bar = STEP_BARS.get(intervention.name)
             print(f"  {intervention.name:<28}{median:7.3f}{mean:8.3f}" + (f"   bar ≤ {bar}" if bar else ""), flush=True)
 
 
-_ADDED: tuple[Callable[[], Intervention], ...] = (
-    lambda: ContinualBackprop(maturity_threshold=20),  # in place of 100: replacements come early, at their full rate
-    SelfNormalizedReset,
-    WeightClipping,
-    NormalizeAndProject,
-    HareTortoise,
-    SoftShrinkPerturb,
-    SpectralRegularizer,
-    L2Init,
-    WassersteinInit,
-    Parseval,
-    EffectiveRankRegularizer,
-    L2ER,
-)
+def interventions_in_training() -> list[Intervention]:
+    """Build every public intervention that acts in each training step."""
+    # The default of 100 steps would delay replacements beyond the measurement.
+    arguments = {ContinualBackprop: {"maturity_threshold": 20}}
+    public = [value for name in interventions.__all__ if inspect.isclass(value := getattr(interventions, name))]
+    kinds = [kind for kind in public if issubclass(kind, StepIntervention | Regularizer)]
+    return [kind(**arguments.get(kind, {})) for kind in kinds if not inspect.isabstract(kind)]
 
 
 def cost_of_step(model: nn.Module, x: Tensor, intervention: Intervention, rounds: int) -> tuple[float, float]:
-    """Ratio of the median and of the mean training step with an intervention to those of a plain one, Adam."""
+    """Measure the median and the mean training step with an intervention, as ratios to those of a plain one, Adam."""
     y = torch.randint(10, (len(x),))
     seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def step_with(*, treated: bool) -> Callable[[], None]:
-        own = copy.deepcopy(model)
-        optimizer = torch.optim.Adam(own.parameters(), lr=1e-4)
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(trained.parameters(), lr=1e-4)
         if treated:
-            intervention.start(own, forward=lambda model: model(x[:2]))
+            intervention.start(trained, forward=lambda model: model(x[:2]))
 
         def step() -> None:
             start = time.process_time()
             optimizer.zero_grad()
-            loss = F.cross_entropy(own(x), y)
+            loss = F.cross_entropy(trained(x), y)
             if treated and isinstance(intervention, Regularizer):
-                loss = loss + intervention.penalty(own)
+                loss = loss + intervention.penalty(trained)
             loss.backward()
             optimizer.step()
             if treated and isinstance(intervention, StepIntervention):
-                intervention.after_step(own, [optimizer], forward=lambda model: model(x))
+                intervention.after_step(trained, [optimizer], forward=lambda model: model(x))
             seconds[treated].append(time.process_time() - start)
 
         return step

@@ -1,8 +1,8 @@
-"""The callback from a configuration file: LightningCLI trains a small network on a stream of digit-recognition tasks.
+"""Configure the callback from a file: LightningCLI trains a small network on a sequence of digit recognition tasks.
 
     python examples/cli.py fit --config examples/configs/monitor.yaml
 
-At every task the pixels of scikit-learn's handwritten digits are permuted anew.
+Each task permutes the pixels of scikit-learn's handwritten digits in a new way.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class PermutedDigits(L.LightningDataModule):
-    """One task after another; the callback reads ``task_id``.
+    """A sequence of tasks; the callback reads ``task_id`` to detect a new one.
 
     Args:
         epochs_per_task: Length of a task.
-        batch_size: Samples in a batch.
-        seed: Of the permutations.
+        batch_size: Samples per batch.
+        seed: Seed of the permutations.
     """
 
     def __init__(self, epochs_per_task: int = 2, batch_size: int = 64, seed: int = 0) -> None:
@@ -31,7 +31,10 @@ class PermutedDigits(L.LightningDataModule):
         self.task_id = 0
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Of the current task; the Trainer asks anew every ``reload_dataloaders_every_n_epochs`` epochs."""
+        """Return the data of the current task.
+
+        The Trainer calls this every ``reload_dataloaders_every_n_epochs`` epochs.
+        """
         assert self.trainer is not None
         self.task_id = self.trainer.current_epoch // self.epochs_per_task
         digits = load_digits()
@@ -41,7 +44,7 @@ class PermutedDigits(L.LightningDataModule):
 
 
 class Digits(L.LightningModule):
-    """A multilayer perceptron that knows nothing of the callback.
+    """A multilayer perceptron, without any code for the callback.
 
     Args:
         width: Units in each hidden layer.
@@ -66,7 +69,7 @@ class Digits(L.LightningModule):
 
 
 def main(args: list[str] | None = None) -> LightningCLI:
-    """Runs the command line."""
+    """Run the command line."""
     return LightningCLI(Digits, PermutedDigits, args=args, save_config_kwargs={"overwrite": True})
 
 

@@ -1,8 +1,8 @@
-"""A network loses its plasticity on real data, is warned of it, and is repaired.
+"""Train a network that loses its plasticity on real data, with and without repair.
 
-The data are scikit-learn's handwritten digits. At every task the same images get new random labels, and the network,
-never reset, has to memorise them. It is trained twice: as it is, and with shrink-perturb whenever the callback sees a
-collapse. Takes a few minutes on two cores.
+The data are scikit-learn's handwritten digits. Each task gives the same images new random labels, which the network
+must memorise; the network is never reset. It is trained twice: without repair, and with shrink-perturb whenever the
+callback detects a collapse. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMAGES, BATCH, EPOCHS, CLASSES = 640, 64, 40, 10
 
 
 class Memoriser(L.LightningModule):
-    """An ordinary LightningModule: nothing in it knows of the callback."""
+    """An ordinary LightningModule, without any code for the callback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class OnlineAccuracy(L.Callback):
 def run(
     name: str, interventions: list[Intervention], tasks: int, seed: int, output: Path
 ) -> tuple[list[float], list[TaskReport]]:
-    """Trains through all tasks; returns the online accuracy of each, and what the callback saw."""
+    """Train on all tasks, and return the online accuracy and the callback's report of each."""
     L.seed_everything(seed, verbose=False)
     images = torch.tensor(load_digits().data[:IMAGES], dtype=torch.float32)
     images = (images - images.mean(0)) / images.std(0).clamp(min=1e-6)
@@ -89,7 +89,8 @@ def run(
     with tqdm(range(tasks), desc=f"{name:>14}", unit="task") as bar:
         for _ in bar:
             targets = torch.randint(CLASSES, (IMAGES,), generator=labels)
-            trainer.fit_loop.max_epochs += EPOCHS  # every fit is a task
+            # The callback begins a new task at each fit.
+            trainer.fit_loop.max_epochs += EPOCHS
             trainer.fit(module, DataLoader(TensorDataset(images, targets), batch_size=BATCH, shuffle=True))
             bar.set_postfix(
                 accuracy=f"{accuracy.history[-1]:.2f}",
@@ -98,32 +99,32 @@ def run(
     return accuracy.history, plasticity.history
 
 
-def did(report: TaskReport) -> str:
-    """What the callback did, in a word or two."""
+def describe_actions(report: TaskReport) -> str:
+    """Return what the callback did at a task, such as ``"warned, ShrinkPerturb"``."""
     if not report.collapsed:
         return ""
     return ", ".join(["warned", *(repair.name for repair in report.repairs)])
 
 
 def print_table(name: str, accuracy: list[float], history: list[TaskReport]) -> None:
-    """One line a task."""
+    """Print one line per task."""
     print(f"\n{name}\n{'task':>6}{'online accuracy':>17}{'learnable fraction':>20}{'ε-rank':>8}   callback")
     for value, report in zip(accuracy, history, strict=True):
         learnable, rank = report.metrics["learnable_fraction"], report.metrics["epsilon_rank"]
-        print(f"{report.task:>6}{value:>17.3f}{learnable:>20.3f}{rank:>8.0f}   {did(report)}")
+        print(f"{report.task:>6}{value:>17.3f}{learnable:>20.3f}{rank:>8.0f}   {describe_actions(report)}")
 
 
 def plot(results: dict[str, tuple[list[float], list[TaskReport]]], path: Path) -> None:
-    """Online accuracy, learnable fraction and ε-rank of every run, task by task."""
+    """Plot online accuracy, learnable fraction and ε-rank of each run over the tasks."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, (accuracy, history) in results.items():
         tasks = [report.task for report in history]
-        alarms = [report.task for report in history if report.collapsed]
+        collapses = [report.task for report in history if report.collapsed]
         curves = [accuracy, *([r.metrics[key] for r in history] for key in ("learnable_fraction", "epsilon_rank"))]
         for axis, curve in zip(axes, curves, strict=True):
             (line,) = axis.plot(tasks, curve, "-", label=name)
-            axis.plot(alarms, [curve[task] for task in alarms], "v", color=line.get_color(), markersize=5)
+            axis.plot(collapses, [curve[task] for task in collapses], "v", color=line.get_color(), markersize=5)
     titles = ["online accuracy of the task", "learnable fraction at its start", "ε-rank at its start"]
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="task", title=title, ylim=(0, None))
@@ -132,23 +133,24 @@ def plot(results: dict[str, tuple[list[float], list[TaskReport]]], path: Path) -
 
 
 def summarise(accuracy: list[float], history: list[TaskReport]) -> None:
-    """When the warning came, and when a third of the accuracy was gone."""
+    """Print at which task the first warning came, and at which a third of the accuracy was lost."""
     lost = next((t for t, value in enumerate(accuracy) if value < 2 / 3 * max(accuracy[: t + 1])), None)
     warned = next((report.task for report in history if report.collapsed), None)
     print(
-        f"\nWithout repair: first warning at the start of task {warned}; a third of the accuracy gone at task {lost}."
+        f"\nWithout repair: first warning at the start of task {warned}; a third of the accuracy lost at task {lost}."
     )
 
 
 def main() -> None:
-    """Trains both networks and shows what happened."""
+    """Train both networks, then print a table and save a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     arguments = parser.parse_args()
 
-    torch.set_num_threads(1)  # a network this small is faster so
+    # So small a network trains faster on one thread.
+    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
@@ -156,7 +158,8 @@ def main() -> None:
 
     def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, PlasticityWarning):
-            tqdm.write(f"  ! {message}")  # above the progress bar
+            # Print above the progress bar instead of through it.
+            tqdm.write(f"  ! {message}")
         else:
             show_other_warning(message, category, *where)
 

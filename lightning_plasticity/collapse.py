@@ -1,4 +1,4 @@
-"""Is this a collapse? Which number, which threshold, compared with what."""
+"""Decide whether a diagnostic at the start of a task announces a collapse."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 Reference = Literal["best", "initial", "first"]
 
 
-class PlasticityWarning(UserWarning):
-    """The network is losing its ability to learn, or could not be asked about it."""
-
-
 @dataclass(frozen=True)
 class Verdict:
-    """What :class:`Collapse` found at the start of one task.
+    """The decision of :class:`Collapse` at the start of one task.
 
     Args:
         collapsed: Whether the value is below the threshold.
         message: One sentence with the numbers.
-        inconclusive: Whether nothing can be said, since a number that it depends on is not resolved.
+        inconclusive: Whether there is no decision, because a number that it depends on is not resolved.
     """
 
     collapsed: bool
@@ -35,20 +31,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Collapse:
-    """Calls it a collapse when a diagnostic at the start of a task falls below a share of a reference.
+    """The rule for an alarm: a diagnostic at the start of a task is below a fraction of a reference.
 
-    Where the diagnostic is the rank of an estimated spectrum and is not resolved, the verdict is withheld.
+    If the diagnostic is the rank of an estimated spectrum and is not resolved, the verdict is inconclusive.
 
     Args:
         metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe or
             the monitor measures, and that falls in a collapse.
-        below: The alarm rings below this share of the reference, in (0, 1]. Without a reference, below this value.
+        below: The fraction of the reference, in (0, 1]. Without a reference, the value itself.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
-            ``"initial"``, the value that the network's initial weights have on the same batch; ``"first"``, the value
-            at the first task; ``None``, none, the only choice for diagnostics that can be negative.
+            ``"initial"``, the value of the network's initial weights on the same batch; ``"first"``, the value at the
+            first task; ``None``, no reference, the only choice for diagnostics that can be negative.
 
     Raises:
-        ValueError: If an argument is not one of these.
+        ValueError: If an argument has another value.
 
     Example:
         >>> verdict = Collapse().evaluate(0.63, earlier=[0.80, 0.86, 0.95], initial=0.80)
@@ -93,57 +89,64 @@ class Collapse:
             raise ValueError(f"Collapse(below={self.below!r}) must be {allowed}")
 
     def evaluate(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
-        """Decides about the value of the metric at the start of a task.
+        """Decide whether the value of the metric at the start of a task is a collapse.
 
         Args:
-            value: The value now.
+            value: The value at the start of this task.
             earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed or
                 the value was not resolved.
-            initial: The value that the initial weights have on the batch of now.
+            initial: The value of the initial weights on the batch of this task.
         """
         task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
-        if math.isnan(value):
-            unknown = "is not a number, so whether this is a collapse cannot be told"
-            return Verdict(False, f"task {task}: {diagnostic.title} {unknown}", inconclusive=True)
-        if not is_resolved(self.metric, value):
-            return Verdict(False, f"task {task}: {diagnostic.title} {_withheld(value)}", inconclusive=True)
-        if self.relative_to == "initial" and not is_resolved(self.metric, initial):
-            of_what = "of the initial weights on this batch"
-            return Verdict(False, f"task {task}: {diagnostic.title} {of_what} {_withheld(initial)}", inconclusive=True)
-        numbers = enumerate([*earlier, value])
-        known = [(number, task) for task, number in numbers if number is not None and not math.isnan(number)]
-        best, best_task = max(known, key=lambda pair: pair[0])
-        references = {"best": best, "first": known[0][0], "initial": initial, None: 1.0}
+        reason = self._reason_inconclusive(value, initial)
+        if reason is not None:
+            return Verdict(False, f"task {task}: {diagnostic.title} {reason}", inconclusive=True)
+        values = enumerate([*earlier, value])
+        known = [(known, number) for number, known in values if known is not None and not math.isnan(known)]
+        first, best = known[0], max(known, key=lambda pair: pair[0])
+        references = {"best": best[0], "first": first[0], "initial": initial, None: 1.0}
         collapsed = value < self.below * references[self.relative_to]
 
         comparisons = []
         if diagnostic.can_be_negative:
             comparisons.append(f"{'below' if collapsed else 'not below'} {self.below:g}")
         elif self.relative_to == "first":
-            comparisons.append(_share(value, known[0][0], f"of its first (task {known[0][1]})"))
+            comparisons.append(_percentage(value, first[0], f"of its first (task {first[1]})"))
         else:
-            comparisons.append(_share(value, best, f"of its best (task {best_task})"))
+            comparisons.append(_percentage(value, best[0], f"of its best (task {best[1]})"))
         if not diagnostic.can_be_negative and is_resolved(self.metric, initial):
-            comparisons.append(_share(value, initial, "of what the initial weights would have on this batch"))
+            comparisons.append(_percentage(value, initial, "of what the initial weights would have on this batch"))
         shown = f"{value:.2f}" if diagnostic.is_fraction else f"{value:.3g}"
         message = f"task {task}: {diagnostic.title} {shown}, " + " and ".join(comparisons)
         if collapsed:
             message += ": the network is losing its plasticity"
         return Verdict(collapsed, message)
 
+    def _reason_inconclusive(self, value: float, initial: float) -> str | None:
+        """Return why there is no verdict on a value, or ``None`` if there is one."""
+        if math.isnan(value):
+            return "is not a number, so whether this is a collapse cannot be told"
+        if not is_resolved(self.metric, value):
+            return _explain_unresolved(value)
+        if self.relative_to == "initial" and not is_resolved(self.metric, initial):
+            return f"of the initial weights on this batch {_explain_unresolved(initial)}"
+        return None
 
-def _withheld(value: float) -> str:
-    where, how = "", "raise num_steps of the probe"
+
+def _explain_unresolved(value: float) -> str:
+    interval, advice = "", "raise num_steps of the probe"
     if isinstance(value, Estimate):
-        lo, hi = max(value.lo - value.half_width, 0.0), value.hi + value.half_width
-        where = f" (it is somewhere between {lo:.3g} and {hi:.3g})" if math.isfinite(value.half_width) else ""
+        low, high = max(value.lo - value.half_width, 0.0), value.hi + value.half_width
+        if math.isfinite(value.half_width):
+            interval = f" (it is somewhere between {low:.3g} and {high:.3g})"
+        # More start vectors help only if the standard error, not the bracket, is wide.
         if not value.half_width <= (value.hi - value.lo) / 2:
-            how = "raise num_probes of the probe"
+            advice = "raise num_probes of the probe"
     return (
-        f"is not resolved{where}, so whether this is a collapse cannot be told: {how}, or let Collapse watch a number "
-        "that needs less of either, such as 'learnable_fraction' or 'hessian_effective_rank'"
+        f"is not resolved{interval}, so whether this is a collapse cannot be told: {advice}, or let Collapse watch a "
+        "number that needs less of either, such as 'learnable_fraction' or 'hessian_effective_rank'"
     )
 
 
-def _share(value: float, reference: float, of_what: str) -> str:
+def _percentage(value: float, reference: float, of_what: str) -> str:
     return f"{value / reference:.0%}".replace("%", " %") + f" {of_what}" if reference > 0 else f"0 {of_what}"

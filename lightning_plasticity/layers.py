@@ -1,11 +1,22 @@
-"""Kinds of layers, and which dimension of their tensors counts units."""
+"""List the kinds of layers, and hide how each kind lays out its weight.
+
+All knowledge about layer *classes* is here. Which *functions* of :mod:`torch.nn.functional` are layers is listed in
+:mod:`lightning_plasticity.activations.unit_axes` (for activations) and
+:mod:`lightning_plasticity.curvature.exact.layer_rules` (for derivatives).
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
+"""All convolutions, transposed ones included."""
+
 TRANSPOSED_CONVOLUTIONS = nn.modules.conv._ConvTransposeNd
+"""Convolutions with weights of shape ``(in, out / groups, *spatial)`` instead of ``(out, in / groups, *spatial)``."""
+
 RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -30,12 +41,51 @@ def input_channel_dim(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1 - next(layer.parameters()).ndim
 
 
-def output_channel_dim(layer: nn.Module) -> int:
-    """Return the dimension of the weight of a linear or convolution layer that counts output channels.
+def weight_output_dim(layer: nn.Module) -> int:
+    """Return the dimension of the weight of a layer that counts output channels (of one group, if transposed).
 
     Example:
-        >>> output_channel_dim(nn.Conv1d(3, 2, kernel_size=1)), output_channel_dim(nn.ConvTranspose1d(3, 2, 1))
+        >>> weight_output_dim(nn.Conv1d(3, 2, kernel_size=1)), weight_output_dim(nn.ConvTranspose1d(3, 2, 1))
         (0, 1)
     """
-    # A transposed convolution keeps its weight as (in, out / groups, *spatial).
     return 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
+
+
+def weight_by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight, or a tensor of its shape, with one row per output: ``(out, in / groups, *spatial)``.
+
+    Only the weights of transposed convolutions have another layout; the others are returned as they are.
+
+    Example:
+        >>> layer = nn.ConvTranspose1d(4, 6, kernel_size=5, groups=2)
+        >>> layer.weight.shape, weight_by_output(layer, layer.weight).shape
+        (torch.Size([4, 3, 5]), torch.Size([6, 2, 5]))
+    """
+    if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        return weight
+    by_group: Tensor = weight.unflatten(0, (layer.groups, -1))
+    return by_group.transpose(1, 2).flatten(0, 1)
+
+
+def broadcast_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """Reshape one value per input channel, ``(in,)``, so that it broadcasts to the weight of the layer.
+
+    Returns:
+        A tensor that holds at each entry of the weight the value of the input channel that the entry multiplies.
+
+    Example:
+        >>> import torch
+        >>> broadcast_inputs(nn.Conv1d(3, 2, kernel_size=5), torch.arange(3)).shape
+        torch.Size([1, 3, 1])
+        >>> broadcast_inputs(nn.Conv1d(4, 2, kernel_size=5, groups=2), torch.arange(4)).flatten(1)
+        tensor([[0, 1],
+                [2, 3]])
+    """
+    weight: Any = layer.weight
+    trailing = [1] * (weight.ndim - 2)
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        return values.view(-1, 1, *trailing)
+    groups: Any = getattr(layer, "groups", 1)
+    # All outputs of a group read the same inputs; without groups, one row stands for all of them.
+    rows = values.view(groups, -1).repeat_interleave(len(weight) // groups, dim=0) if groups > 1 else values[None]
+    return rows.view(*rows.shape, *trailing)

@@ -1,21 +1,19 @@
-"""How is curvature measured at the start of a task? On the first samples of a batch, as one matrix or another."""
+"""Measure curvature at the start of a task, as the spectrum of one matrix or another."""
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_seed, is_int
+from lightning_plasticity._validation import check_positive_ints, check_seed
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
     REENTRANT,
@@ -27,20 +25,17 @@ from lightning_plasticity.curvature.exact.gram import gram
 from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
 from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.distributed.agreement import format_error
-from lightning_plasticity.isolation.batches import batch_size, slice_batch
+from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.training.sandbox import LossFunction
-
-MakeCopy = Callable[[], LightningModule]
-"""Makes a copy of the module that may be used up."""
+from lightning_plasticity.messages import MisconfigurationError
 
 _SAMPLES_TO_CHECK = 8
-"""Second derivatives are wrong for every sample or for none; these few cost next to nothing."""
+"""Number of samples whose second derivatives are checked: they are wrong for every sample or for none."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe saw on one batch.
+    """The result of a probe on one batch.
 
     Args:
         spectra: The spectrum of each matrix that the probe measures.
@@ -52,43 +47,38 @@ class ProbeResult:
 
 
 class Probe(ABC):
-    """How curvature is measured at the start of a task: a :class:`GGNProbe` or a :class:`HessianProbe`."""
+    """A measurement of curvature at the start of a task: :class:`GGNProbe` or :class:`HessianProbe`."""
 
     samples: int
-    """How many samples of the batch it takes, the first ones."""
+    """Number of samples that the probe takes, the first ones of the batch."""
 
     @property
     @abstractmethod
     def matrices(self) -> tuple[Matrix, ...]:
-        """The matrices that it measures, the one that it is named after first."""
+        """The matrices that the probe measures, the one that it is named after first."""
 
-    def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
-        """Whether what it measures would be right. To be asked before the first measurement of a fit.
+    def check(self, context: ProbeContext) -> str | None:
+        """Check whether the probe would measure correctly, before the first measurement of a fit.
 
         Args:
-            make_copy: Makes a copy of the module that may be used up.
-            batch: The batch, on the module's device. It is not changed.
-            loss_fn: The loss of a module on a batch.
+            context: The model, the batch and the loss.
 
         Returns:
-            What to warn of, if anything.
+            A warning, if there is a reason for one.
 
         Raises:
-            MisconfigurationException: If it would be wrong.
+            MisconfigurationError: If the result would be wrong.
         """
         return None
 
     @abstractmethod
-    def measure(
-        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
-    ) -> ProbeResult:
-        """Probes a module on a batch.
+    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+        """Measure the spectra of a model on the first samples of the batch.
 
         Args:
-            make_copy: Makes a copy of the module that may be used up.
-            batch: The batch, on the module's device. It is not changed.
-            loss_fn: The loss of a module on a batch.
-            progress: Called with the number of products with the matrix done, and the number of all of them.
+            model: A copy of the model of the context, with the weights to be probed. It is left as it was.
+            context: The batch and the loss.
+            progress: Called after each product with a matrix, with the number of products done and of all of them.
         """
 
 
@@ -113,7 +103,7 @@ class GGNProbe(Probe):
     max_rows: int = 2048
 
     def __post_init__(self) -> None:
-        _check_whole_numbers(self, "samples", "max_rows")
+        check_positive_ints(type(self).__name__, samples=self.samples, max_rows=self.max_rows)
 
     @property
     @override
@@ -121,32 +111,34 @@ class GGNProbe(Probe):
         return ("ggn",)
 
     @override
-    def measure(
-        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
-    ) -> ProbeResult:
-        """Probes a module on a batch.
+    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+        """Measure the spectra of a model on the first samples of the batch.
 
         Raises:
-            MisconfigurationException: If one sample alone has more outputs than ``max_rows``.
+            MisconfigurationError: If one sample alone has more outputs than ``max_rows``.
+            ValueError: If the batch holds no samples.
         """
-        available = batch_size(batch)
+        available = context.batch_size
         if available == 0:
             raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
         advice = f"GGNProbe(samples={available})"
         while True:
+            known = None if available is None else samples
             try:
-                known = None if available is None else samples
-                module, some = _in_full_precision(make_copy(), slice_batch(batch, samples))
-                with _asking_for_whole_batches(advice, make_copy, batch, samples, loss_fn):
-                    result = gram(module, some, loss_fn, samples=known, max_rows=self.max_rows)
+                with (
+                    _advise_whole_batches(advice, model, context, samples),
+                    _in_full_precision(model, context.samples(samples)) as batch,
+                ):
+                    result = gram(model, batch, context.loss_on, samples=known, max_rows=self.max_rows)
                 return ProbeResult({"ggn": result.spectrum()}, result.loss)
             except TooManyRowsError as error:
-                advice = f"GGNProbe(samples={available}, max_rows={error.rows // samples * (available or 1)})"
+                rows_per_sample = error.rows // samples
+                advice = f"GGNProbe(samples={available}, max_rows={rows_per_sample * (available or 1)})"
                 fewer = min(samples - 1, samples * self.max_rows // error.rows)
                 if available is None or fewer < 1:
-                    raise MisconfigurationException(
-                        f"one sample has {error.rows // samples} outputs, more than "
+                    raise MisconfigurationError(
+                        f"one sample has {rows_per_sample} outputs, more than "
                         f"GGNProbe(max_rows={self.max_rows}): raise max_rows, or pass a loss_fn on fewer outputs"
                     ) from error
                 samples = fewer
@@ -156,21 +148,21 @@ class GGNProbe(Probe):
 class HessianProbe(Probe):
     r"""The spectrum of the Hessian, negative curvature included, by stochastic Lanczos quadrature.
 
-    It knows no closed forms and takes any model and loss that can be differentiated twice. Before the first
-    measurement of a fit, the second derivatives of a few samples are compared with finite differences in float64: some
-    that torch offers are wrong. A measurement takes ``num_probes * num_steps`` products with the Hessian, each about
-    1.4 to 2 gradients of the samples. The start vectors are the same at every task.
+    It needs no closed forms: the model and the loss must be twice differentiable. Before the first measurement of a
+    fit, the second derivatives of a few samples are compared with finite differences in float64, because torch computes
+    some wrongly. A measurement takes ``num_probes * num_steps`` products with the Hessian, each as expensive as 1.4 to
+    2 gradients of the samples. The start vectors are the same at every task.
 
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
-        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        num_steps: Lanczos steps for each. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        ggn: Measures the Gauss-Newton matrix and the tangent kernel beside it, which ``learnable_fraction`` needs.
-            ``None`` leaves them out: for losses and sizes that it cannot deal with.
+        ggn: Measures the Gauss-Newton matrix and the tangent kernel, too, which ``learnable_fraction`` needs. ``None``
+            leaves them out, for losses and sizes that :class:`GGNProbe` does not support.
 
     Raises:
-        ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` something else.
+        ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` is no :class:`GGNProbe`.
 
     References:
         Ghorbani et al. 2019, arXiv 1901.10159.
@@ -192,9 +184,9 @@ class HessianProbe(Probe):
     _backend: ClassVar[Literal["native", "pyhessian"]] = "native"
 
     def __post_init__(self) -> None:
-        _check_whole_numbers(self, "samples", "num_probes", "num_steps")
-        _check_whole_numbers(self, "seed", at_least=0)
-        check_seed(self.seed)
+        owner = type(self).__name__
+        check_positive_ints(owner, samples=self.samples, num_probes=self.num_probes, num_steps=self.num_steps)
+        check_seed(self.seed, owner, minimum=0)
         if self.ggn is not None and not isinstance(self.ggn, GGNProbe):
             raise ValueError(f"{type(self).__name__}(ggn={self.ggn!r}) must be a GGNProbe or None")
 
@@ -204,83 +196,81 @@ class HessianProbe(Probe):
         return ("hessian",) if self.ggn is None else ("hessian", "ggn")
 
     @override
-    def check(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> str | None:
+    def check(self, context: ProbeContext) -> str | None:
         try:
-            self._check_second_derivatives(make_copy, batch, loss_fn)
+            self._check_second_derivatives(context)
         except DoubleBackwardError as error:
             advice = "" if REENTRANT in str(error) else ". Or use GGNProbe(), which needs first derivatives only"
-            raise MisconfigurationException(
+            raise MisconfigurationError(
                 f"{type(self).__name__} needs second derivatives of the loss. {error}{advice}"
             ) from error
         except ValueError as error:
             cause = error.__cause__
             if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
                 raise
-            # The loss cannot be computed in float64: that is no fault of the Hessian, which is taken in float32.
+            # A loss that cannot be computed in float64 is no fault of the Hessian, which is measured in float32.
             return f"second derivatives could not be checked, so the Hessian's numbers are on trust: {error}"
         return None
 
     @override
-    def measure(
-        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction, progress: Progress | None = None
-    ) -> ProbeResult:
-        """Probes a module on a batch.
+    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+        """Measure the spectra of a model on the first samples of the batch.
 
         Raises:
-            MisconfigurationException: If the Gauss-Newton matrix cannot be measured beside the Hessian.
-            ValueError: If the Hessian is not finite, or the loss is not of the module that ``loss_fn`` was given.
+            MisconfigurationError: If the Gauss-Newton matrix cannot be measured beside the Hessian.
+            ValueError: If the Hessian is not finite, or the loss does not depend on the model that ``loss_fn`` gets.
         """
-        beside = {} if self.ggn is None else self._measure_ggn(self.ggn, make_copy, batch, loss_fn)
+        ggn = {} if self.ggn is None else self._measure_ggn(self.ggn, model, context)
         loss = float("nan")
 
-        def observed(module: LightningModule, batch: Any) -> Tensor:
+        def recorded_loss(model: nn.Module, batch: Any) -> Tensor:
             nonlocal loss
-            value = loss_fn(module, batch)
+            value = context.loss_on(model, batch)
             loss = value.item() if isinstance(value, Tensor) and value.numel() == 1 else loss
             return value
 
-        module, some = _in_full_precision(make_copy(), slice_batch(batch, self.samples))
-        with self._asking_for_whole_batches(make_copy, batch, loss_fn):
+        with (
+            self._advise_whole_batches(model, context),
+            _in_full_precision(model, context.samples(self.samples)) as batch,
+        ):
             spectrum = hessian_spectrum(
-                module,
-                some,
-                observed,
+                model,
+                batch,
+                recorded_loss,
                 num_probes=self.num_probes,
                 num_steps=self.num_steps,
                 seed=self.seed,
                 backend=self._backend,
                 progress=progress,
-                distributed=False,  # all processes have the same samples
+                # All ranks have the same samples.
+                distributed=False,
             )
-        return ProbeResult({"hessian": spectrum, **beside}, loss)
+        return ProbeResult({"hessian": spectrum, **ggn}, loss)
 
-    def _check_second_derivatives(self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction) -> None:
+    def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
-            with composed_weight_norm():  # as hessian_spectrum does
-                check_double_backward(make_copy(), slice_batch(batch, samples), loss_fn, copy=False)
+            # hessian_spectrum composes weight_norm, too.
+            with composed_weight_norm():
+                check_double_backward(context.copy(), context.samples(samples), context.loss_on, copy=False)
 
         try:
             check(_SAMPLES_TO_CHECK)
         except Exception:
-            if not _needs_whole(make_copy, batch, _SAMPLES_TO_CHECK, loss_fn):
+            if not _needs_whole_batch(context.copy(), context, _SAMPLES_TO_CHECK):
                 raise
-            with self._asking_for_whole_batches(make_copy, batch, loss_fn):
+            with self._advise_whole_batches(context.copy(), context):
                 check(self.samples)
 
-    def _asking_for_whole_batches(
-        self, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction
-    ) -> contextlib.AbstractContextManager[None]:
-        advice = f"{type(self).__name__}(samples={batch_size(batch)})"
-        return _asking_for_whole_batches(advice, make_copy, batch, self.samples, loss_fn)
+    def _advise_whole_batches(self, model: nn.Module, context: ProbeContext) -> contextlib.AbstractContextManager[None]:
+        advice = f"{type(self).__name__}(samples={context.batch_size})"
+        return _advise_whole_batches(advice, model, context, self.samples)
 
-    def _measure_ggn(
-        self, ggn: GGNProbe, make_copy: MakeCopy, batch: Any, loss_fn: LossFunction
-    ) -> dict[Matrix, Spectrum]:
+    def _measure_ggn(self, ggn: GGNProbe, model: nn.Module, context: ProbeContext) -> dict[Matrix, Spectrum]:
         try:
-            return ggn.measure(make_copy, batch, loss_fn).spectra
-        except (UnsupportedModelError, MisconfigurationException) as error:
+            return ggn.measure(model, context).spectra
+        except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
-            raise MisconfigurationException(
+            raise MisconfigurationError(
                 f"{name} measures the Gauss-Newton matrix too, which failed: {error}. To measure the Hessian alone, "
                 f"write {name}(ggn=None) and let Collapse watch one of its numbers"
             ) from error
@@ -315,59 +305,61 @@ class PyHessianProbe(HessianProbe):
 
 
 @contextlib.contextmanager
-def _asking_for_whole_batches(
-    advice: str, make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFunction
-) -> Iterator[None]:
-    """Says what to write where something has failed since the loss needs the whole batch.
+def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, samples: int) -> Iterator[None]:
+    """Explain an error that is due to a loss which needs the whole batch.
 
     Args:
-        advice: What to write.
-        make_copy: Makes a copy of the module that may be used up.
-        batch: The batch.
-        samples: How many samples of it were taken.
-        loss_fn: The loss of a module on a batch.
+        advice: The probe to write instead.
+        model: A copy of the model.
+        context: The batch and the loss.
+        samples: Number of samples that were taken.
 
     Raises:
-        MisconfigurationException: In place of the error, which is its cause. Other errors pass.
+        MisconfigurationError: In place of an error in the block, its cause. Other errors pass.
     """
     try:
         yield
     except TooManyRowsError:
         raise
     except Exception as error:
-        if not _needs_whole(make_copy, batch, samples, loss_fn):
+        if not _needs_whole_batch(model, context, samples):
             raise
-        raise MisconfigurationException(
-            f"{format_error(error)}. The loss can be computed on all {batch_size(batch)} samples of the batch, and not "
-            f"on the first {samples} alone: write {advice}"
+        raise MisconfigurationError(
+            f"{format_error(error)}. The loss can be computed on all {context.batch_size} samples of the batch, and "
+            f"not on the first {samples} alone: write {advice}"
         ) from error
 
 
-def _needs_whole(make_copy: MakeCopy, batch: Any, samples: int, loss_fn: LossFunction) -> bool:
-    """Whether the loss can be computed on the batch, and not on its first samples alone."""
+def _needs_whole_batch(model: nn.Module, context: ProbeContext, samples: int) -> bool:
+    """Return whether the loss can be computed on the whole batch, and not on its first samples alone."""
 
     def works(batch: Any) -> bool:
-        module, batch = _in_full_precision(make_copy(), batch)
         try:
-            with probe_mode(module), full_precision():
-                loss_fn(module, batch)
+            with _in_full_precision(model, batch) as converted, probe_mode(model), full_precision():
+                context.loss_on(model, converted)
         except Exception:
             return False
         return True
 
-    return samples < (batch_size(batch) or 0) and not works(slice_batch(batch, samples)) and works(batch)
+    return samples < (context.batch_size or 0) and not works(context.samples(samples)) and works(context.batch)
 
 
-def _check_whole_numbers(probe: Probe, *names: str, at_least: int = 1) -> None:
-    for name in names:
-        value = getattr(probe, name)
-        if not is_int(value) or value < at_least:
-            raise ValueError(f"{type(probe).__name__}({name}={value!r}) must be a whole number, {at_least} or larger")
+@contextlib.contextmanager
+def _in_full_precision(model: nn.Module, batch: Any) -> Iterator[Any]:
+    """Convert a model in half precision to float32, and back on exit; yield the batch, converted likewise.
 
-
-def _in_full_precision(module: LightningModule, batch: Any) -> tuple[LightningModule, Any]:
-    """Half precision, in which curvature drowns in rounding errors, as float32; the module is changed."""
-    if any(p.dtype in HALF for p in module.parameters()):
-        module = module.float()
-        batch = apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
-    return module, batch
+    Rounding errors of half precision are larger than most eigenvalues.
+    """
+    if not any(parameter.dtype in HALF for parameter in model.parameters()):
+        yield batch
+        return
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        model.float()
+        yield apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, own in buffers:
+            module._buffers.update(own)

@@ -1,18 +1,20 @@
-"""What is remembered of each task."""
+"""Keep what was measured and done at each task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.interventions import RepairReport
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TaskReport:
-    """What was seen at the start of one task, and done from then on until the next.
+    """The measurements at the start of one task, and the repairs and errors until the next one.
 
     Args:
         task: Number of the task, from 0.
@@ -20,17 +22,19 @@ class TaskReport:
         step: Optimizer steps taken before the task, over all fits.
         spectrum: Spectrum on the first batch of the matrix that the probe is named after; ``None`` if the probe failed.
         metrics: The diagnostics by name, each also relative to the initial weights on the same batch
-            (``<name>_vs_initial``) and, of estimates, with what is known of their uncertainty
-            (``<name>_standard_error``, ``<name>_resolved``), and the loss on the probe batch; empty if the probe
-            failed.
-        collapsed: Whether it was called a collapse.
-        repairs: What the repairs did from the start of this task on to that of the next. What running remedies and
-            regularizers do is logged instead.
-        matrix: What the spectrum is of: ``"ggn"`` or ``"hessian"``.
-        errors: What could not be done from the start of this task to that of the next, and why: the first error of
+            (``<name>_vs_initial``) and, for estimates, with their uncertainty (``<name>_standard_error``,
+            ``<name>_resolved``), and the loss on the probe batch; empty if the probe failed.
+        collapsed: Whether the verdict was a collapse.
+        repairs: The reports of the repairs from the start of this task to that of the next. Step interventions and
+            regularizers are logged instead.
+        matrix: The matrix of the spectrum: ``"ggn"`` or ``"hessian"``.
+        errors: The errors that training survived from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
-            the name of its class. What failed in another of several processes than the first begins with
-            ``in process <rank>``.
+            the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
+
+    Example:
+        >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)
+        TaskReport(task=3, task_id='cats', step=600, learnable_fraction=0.21, collapsed)
     """
 
     task: int
@@ -43,8 +47,20 @@ class TaskReport:
     matrix: Matrix = "ggn"
     errors: dict[str, str] = field(default_factory=dict)
 
+    @override
+    def __repr__(self) -> str:
+        parts = [f"task={self.task}"]
+        parts += [] if self.task_id is None else [f"task_id={self.task_id!r}"]
+        parts.append(f"step={self.step}")
+        # The first metric is the one that the probe leads with.
+        parts += [f"{name}={value:.3g}" for name, value in list(self.metrics.items())[:1]]
+        parts += ["collapsed"] if self.collapsed else []
+        parts += [f"repairs=[{', '.join(map(_summary, self.repairs))}]"] if self.repairs else []
+        parts += [f"errors={sorted(self.errors)}"] if self.errors else []
+        return f"TaskReport({', '.join(parts)})"
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python and tensors, for checkpoints."""
+        """Return the report as plain Python objects and tensors, for checkpoints."""
         return {
             "task": self.task,
             "task_id": self.task_id,
@@ -59,7 +75,7 @@ class TaskReport:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TaskReport:
-        """The inverse of :meth:`to_dict`."""
+        """Return the report that :meth:`to_dict` was called on."""
         spectrum = state["spectrum"]
         return cls(
             **{
@@ -68,3 +84,23 @@ class TaskReport:
                 "repairs": [RepairReport.from_dict(repair) for repair in state["repairs"]],
             }
         )
+
+
+class History(list[TaskReport]):
+    """The reports of all tasks, in their order; its ``repr`` is a line a task.
+
+    Example:
+        >>> History([TaskReport(0, None, 0), TaskReport(1, None, 200)])
+        TaskReport(task=0, step=0)
+        TaskReport(task=1, step=200)
+    """
+
+    @override
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no task yet"
+
+
+def _summary(repair: RepairReport) -> str:
+    units = sum(len(units) for units in repair.units.values())
+    changed = f"{units} units" if repair.units else f"{repair.num_parameters_changed} parameters"
+    return f"{repair.name}: {changed}"

@@ -1,4 +1,4 @@
-"""Is this the first batch of a new task?"""
+"""Recognise the first training batch of a new task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
@@ -19,66 +20,89 @@ from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity._validation import check_positive_ints, is_int
 from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
 
-TaskId: TypeAlias = int | str | None  # no string: older jsonargparse would leave out the argument of this type
+# Not a string: older jsonargparse leaves out arguments whose type is given by one.
+TaskId: TypeAlias = int | str | None
 
 _ATTRIBUTES = ("task_id", "current_task")
 
-_ANOTHER_MEANING = (
+_ATTRIBUTE_HINT = (
     ". Rename the attribute if it means something else, pass TaskDetector(task_key=...), or call callback.new_task()"
 )
 
 
 class DriftDetector(Protocol):
-    """What watches a stream of numbers for a change of its distribution, such as ``river.drift.ADWIN()``.
+    """A detector of changes in the distribution of a stream of numbers, such as ``river.drift.ADWIN()``.
 
-    Its attribute ``drift_detected`` says whether the last number gave a change away. It is not declared here, nor are
-    numbers: jsonargparse, which looks whether a class fits, knows no protocols with properties, and compares types.
+    Its attribute ``drift_detected`` is true if the last number revealed a change. The protocol declares neither it nor
+    the type of the numbers: jsonargparse does not support properties in protocols, and compares argument types.
     """
 
     def update(self, x: Any) -> Any:
-        """Takes the next number."""
+        """Take the next number."""
 
 
 class UnusableDetectorError(MisconfigurationException):
-    """The drift detector cannot work, whatever the losses are."""
+    """A drift detector that cannot take losses, whatever their values."""
+
+
+@dataclass
+class _State:
+    """The state of a :class:`TaskDetector` that checkpoints hold."""
+
+    announced: bool = False
+    """The next training batch starts a task."""
+
+    announced_id: TaskId = None
+    """Name of the last announced task. Kept while its first batch is in flight, since the task may be postponed."""
+
+    key: TaskId = None
+    """Task key at the last training batch; with ``batch_label``, the last new label."""
+
+    period: int = 0
+    """Index of the period of ``every_n_epochs`` or ``every_n_steps`` at the last training batch."""
+
+    labels: set[int | str] = field(default_factory=set)
+    """All labels in training batches so far."""
 
 
 class TaskDetector:
-    """Recognises new tasks, by the first of these that applies.
+    """A rule that recognises new tasks, by the first of these that applies.
 
     1. :meth:`announce` was called: the next training batch starts a task.
-    2. ``batch_label`` is given: a task starts with the first batch with a label that none before it had.
+    2. ``batch_label`` is given: a task starts with the first batch that holds a label not seen before.
     3. ``task_key`` is given, or the data module of the fit, or else the module, has an attribute ``task_id`` or
        ``current_task`` that is not ``None``: a task starts when that value changes.
     4. Otherwise every fit is a task, except one that resumes from a checkpoint; and within a fit every
-       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps begin another, if asked for. Both are counted by
-       the Trainer, which goes on counting over its fits: of two of 3 epochs by one Trainer, ``every_n_epochs=2`` begins
-       tasks at epochs 0, 2, 3 and 4.
+       ``every_n_epochs`` epochs or ``every_n_steps`` optimizer steps start another, if given. Both are counted by the
+       Trainer, which goes on counting over its fits: with two fits of 3 epochs by one Trainer, ``every_n_epochs=2``
+       starts tasks at epochs 0, 2, 3 and 4.
 
-    The first training batch of a callback's life starts a task in any case.
+    The first training batch that a callback sees starts a task in any case.
 
-    With ``drift_detector`` a task starts also after every batch by whose loss it detects a drift; or with every batch
-    by whose ``drift_statistic`` it does.
+    With ``drift_detector``, a task also starts after each batch whose loss reveals a drift, or, with
+    ``drift_statistic``, at each batch whose statistic does.
 
     Args:
-        task_key: ``task_key(trainer, module)`` returns the name of the current task, an int or a string, or ``None``:
-            not known; the same in every process. In a configuration file, its import path.
-        batch_label: Where a batch holds the task label of its samples: an index, as 2 for batches ``(x, y, t)``, or a
-            key.
+        task_key: ``task_key(trainer, module)`` returns the name of the current task, an int or a string, or ``None``
+            if it is not known; the same on all ranks. In a configuration file, its import path.
+        batch_label: Where a batch holds the task label of its samples: an index, such as 2 for batches ``(x, y, t)``,
+            or a key.
         every_n_epochs: Length of a task in epochs.
         every_n_steps: Length of a task in optimizer steps.
-        drift_detector: Watches the training loss of every batch for shifts that nobody announces: an object with
-            ``update(x)`` and ``drift_detected``, as all of ``river.drift`` (the extra ``drift``). What it has seen is
-            not kept in checkpoints.
-        drift_statistic: ``drift_statistic(batch)`` returns what it watches instead, such as the mean of the inputs: a
-            number. In a configuration file, its import path.
+        drift_detector: Monitors the training loss of every batch for shifts that are not announced: an object with
+            ``update(x)`` and ``drift_detected``, such as all of ``river.drift`` (the extra ``drift``). Checkpoints do
+            not hold its state.
+        drift_statistic: ``drift_statistic(batch)`` returns the number to monitor instead of the loss, such as the mean
+            of the inputs. In a configuration file, its import path.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If a length is not a whole number, at least 1, or both are given.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a length is not a positive int, or both are given.
 
     Example:
         >>> from lightning_plasticity import SpectralCollapseCallback, TaskDetector
+        >>> TaskDetector(every_n_epochs=10)
+        TaskDetector(every_n_epochs=10)
         >>> callback = SpectralCollapseCallback(task_detector=TaskDetector(every_n_epochs=10))
     """
 
@@ -95,7 +119,7 @@ class TaskDetector:
             raise TypeError(f"task_key={task_key!r} must be a function task_key(trainer, module) -> int, str or None")
         if batch_label is not None and not (is_int(batch_label) or isinstance(batch_label, str)):
             raise TypeError(f"batch_label={batch_label!r} must be an index or a key of the batch")
-        check_positive_ints(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        check_positive_ints(optional=True, every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them")
         complete = callable(getattr(drift_detector, "update", None)) and hasattr(drift_detector, "drift_detected")
@@ -104,192 +128,217 @@ class TaskDetector:
         if drift_statistic is not None and not callable(drift_statistic):
             raise TypeError(f"drift_statistic={drift_statistic!r} must be a function drift_statistic(batch) -> number")
         if drift_statistic is not None and drift_detector is None:
-            raise ValueError("drift_statistic is watched by a drift_detector: give one, such as river.drift.ADWIN()")
-        self._task_key = task_key if task_key is not None else attribute_key
+            raise ValueError("drift_statistic needs a drift_detector to monitor it, such as river.drift.ADWIN()")
+        self._task_key = task_key
         self._batch_label = batch_label
         self._every_n_epochs = every_n_epochs
         self._every_n_steps = every_n_steps
         self._drift_detector: Any = drift_detector
         self._drift_statistic = drift_statistic
-        self._has_watched = False
+        self._state = _State()
         self._fit_began = False
-        self._announced = False
-        self._announced_id: TaskId = None
-        self._is_listening = True
-        self._key: TaskId = None
-        self._period = 0
-        self._labels: set[int | str] = set()
+        self._is_paused = False
+        self._drift_detector_has_run = False
         self.task_id: TaskId = None
-        """Name of the task that :meth:`new_task` last saw begin."""
+        """Name of the task that started last."""
+
+    def __repr__(self) -> str:
+        arguments = {
+            "task_key": self._task_key,
+            "batch_label": self._batch_label,
+            "every_n_epochs": self._every_n_epochs,
+            "every_n_steps": self._every_n_steps,
+            "drift_detector": self._drift_detector,
+            "drift_statistic": self._drift_statistic,
+        }
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+        return f"{type(self).__name__}({given})"
 
     def announce(self, task_id: TaskId = None) -> None:
-        """The next training batch is the first of a new task, named ``task_id``.
+        """Start a new task with the next training batch, named ``task_id``.
 
         Raises:
-            TypeError: If the name is no int and no string.
+            TypeError: If the name is neither an int nor a string.
         """
-        task_id = _checked(task_id, "new_task(task_id)")
-        if self._is_listening:
-            self._announced, self._announced_id = True, task_id
+        task_id = _plain_task_id(task_id, "new_task(task_id)")
+        if not self._is_paused:
+            self._state.announced, self._state.announced_id = True, task_id
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is announced in here is said in a probe or a repair, not in training, and is forgotten."""
-        before, self._is_listening = self._is_listening, False
+        """Ignore announcements inside the block: they come from a probe or a repair, which run ``training_step``."""
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_listening = before
+            self._is_paused = before
 
     def consume_announcement(self) -> bool:
-        """Whether a task was announced that :meth:`new_task` has not begun, since it failed: it begins now."""
-        if self._announced:
-            self.task_id, self._announced = self._announced_id, False
-            return True
-        return False
+        """Start the announced task if :meth:`new_task` failed to, and return whether there was one."""
+        if not self._state.announced:
+            return False
+        self.task_id, self._state.announced = self._state.announced_id, False
+        return True
 
     def postpone(self) -> None:
-        """What was a new task a moment ago has not begun: the next training batch is its first."""
-        self._announced = True
+        """Take back the task that has just started: it starts with the next training batch instead."""
+        self._state.announced = True
 
     def on_fit(self, *, resumed: bool, first: bool) -> None:
-        """A fit is about to train; ``resumed`` if it goes on from a checkpoint, ``first`` if no task was seen yet."""
+        """Prepare for the training of a fit.
+
+        Args:
+            resumed: The fit goes on from a checkpoint.
+            first: No task has started yet.
+        """
         self._fit_began = not resumed
-        if first:  # what a callback before this one, or a fit that has failed, has seen
-            self._key, self._labels = None, set()
-            self._rehearse()
+        if first:
+            # Another callback, or a fit that failed before its first task, may have used this detector.
+            self._state.key, self._state.labels = None, set()
+            self._dry_run_drift_detector()
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
-        """Whether the training batch at hand is the first of a new task. To be asked once a batch.
+        """Return whether the training batch is the first of a new task. To be called once a batch.
 
         Raises:
-            TypeError: If the name of the task is no int and no string.
-            ValueError: If the batch holds no label where one was promised.
+            TypeError: If the name of the task is neither an int nor a string.
+            ValueError: If the batch holds no ``batch_label``.
         """
         if self._drift_statistic is not None:
             with all_or_none():
-                self._watch(_as_number(self._drift_statistic(batch)))
-        period = self._period_of(trainer)
+                self._detect_drift(_as_number(self._drift_statistic(batch)))
+        state, period = self._state, self._period(trainer)
         if self._batch_label is not None:
-            with all_or_none():
-                everywhere: list[set[int | str]] = all_gather_object(_labels(batch, self._batch_label))
-            new_labels = sorted(set().union(*everywhere) - self._labels, key=str)
-            self._labels.update(new_labels)
-            key, is_new = (new_labels[0], True) if new_labels else (self._key, False)
+            new_labels = self._new_labels(batch, self._batch_label)
+            key, is_new = (new_labels[0], True) if new_labels else (state.key, False)
         else:
-            # An attribute is as good as never an error: no message a batch for it.
-            with contextlib.nullcontext() if self._task_key is attribute_key else all_or_none():
-                key = _checked(self._task_key(trainer, pl_module), getattr(self._task_key, "__name__", "task_key"))
-            is_new = (self._fit_began or period != self._period) if key is None else key != self._key
-        if self._announced and self._announced_id is not None:
-            self.task_id = self._announced_id
-        elif self._announced or is_new:
-            self.task_id = key
-        is_new |= self._announced
-        if not self._announced:
-            self._announced_id = None  # of an earlier task, which is not to be taken back any more
-        self._fit_began = self._announced = False
-        self._key, self._period = key, period
-        return is_new
+            key = self._current_key(trainer, pl_module)
+            is_new = (self._fit_began or period != state.period) if key is None else key != state.key
+        announced = state.announced
+        if announced or is_new:
+            self.task_id = state.announced_id if announced and state.announced_id is not None else key
+        if not announced:
+            # The last announced task started at an earlier batch and can no longer be postponed.
+            state.announced_id = None
+        state.announced = self._fit_began = False
+        state.key, state.period = key, period
+        return announced or is_new
 
     def on_batch_end(self, outputs: Any) -> None:
-        """A batch was trained on; ``outputs`` as in ``on_train_batch_end``."""
+        """Pass the loss of a training batch to the drift detector; ``outputs`` as in ``on_train_batch_end``."""
         if self._drift_detector is None or self._drift_statistic is not None:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             with all_or_none():
-                self._watch(loss.item())
+                self._detect_drift(loss.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {
-            "announced": self._announced,
-            "announced_id": self._announced_id,
-            "key": self._key,
-            "period": self._period,
-            "labels": sorted(self._labels, key=str),
-        }
+        """Return the state for a checkpoint."""
+        return {**vars(self._state), "labels": sorted(self._state.labels, key=str)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self._announced, self._announced_id, self._key = state["announced"], state["announced_id"], state["key"]
-        self._period, self._labels = state["period"], set(state["labels"])
+        """Load the result of :meth:`state_dict`."""
+        self._state = _State(**{**state, "labels": set(state["labels"])})
 
-    def _rehearse(self) -> None:
-        """Tries a copy of the drift detector, or one that takes no numbers would be known after the first step only."""
+    def _new_labels(self, batch: Any, where: int | str) -> list[int | str]:
+        """Return the labels in the batches of all ranks that no earlier batch held, in order, and remember them."""
+        with all_or_none():
+            labels: list[set[int | str]] = all_gather_object(_labels(batch, where))
+        new_labels = sorted(set().union(*labels) - self._state.labels, key=str)
+        self._state.labels.update(new_labels)
+        return new_labels
+
+    def _current_key(self, trainer: Trainer, pl_module: LightningModule) -> TaskId:
+        if self._task_key is None:
+            # Reading an attribute hardly ever fails, so ranks need not synchronise at every batch.
+            return attribute_key(trainer, pl_module)
+        with all_or_none():
+            return _plain_task_id(self._task_key(trainer, pl_module), getattr(self._task_key, "__name__", "task_key"))
+
+    def _period(self, trainer: Trainer) -> int:
+        """Return the index of the current period of ``every_n_epochs`` or ``every_n_steps``, or 0 without either."""
+        if self._every_n_epochs is not None:
+            return trainer.current_epoch // self._every_n_epochs
+        return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
+
+    def _dry_run_drift_detector(self) -> None:
+        """Update a copy of the drift detector, so that one that takes no numbers fails before the first step."""
         try:
             detector = copy.deepcopy(self._drift_detector)
-        except Exception:  # the first loss will tell
+        except Exception:
+            # Without a copy, the first loss shows whether the detector works.
             return
         if detector is not None:
-            for value in (0.0, 2.5) if self._drift_statistic is None else (0.0,):  # losses may be larger than one
+            # Losses may exceed 1, which detectors of binary errors refuse; a statistic may be such an error.
+            for value in (0.0, 2.5) if self._drift_statistic is None else (0.0,):
                 self._update(detector, value)
 
     def _update(self, detector: Any, value: float) -> None:
         try:
             detector.update(value)
         except Exception as error:
-            if self._has_watched:
+            if self._drift_detector_has_run:
                 raise
             raise UnusableDetectorError(
                 f"drift_detector={self._drift_detector!r} cannot take a number, as update({value}) shows: "
                 f"{format_error(error)}"
             ) from error
 
-    def _watch(self, value: float) -> None:
-        """Announces a new task if the value, in the mean of all processes, is of another distribution."""
+    def _detect_drift(self, value: float) -> None:
+        """Pass the mean of the value over ranks to the drift detector, and announce a task if it detects a drift."""
         values: list[float] = all_gather_object(value)
-        if not math.isfinite(mean := sum(values) / len(values)):
-            return  # after one NaN a detector would have no mean to compare with any more
+        mean = sum(values) / len(values)
+        if not math.isfinite(mean):
+            # After one NaN, the running mean of a detector would stay NaN.
+            return
         self._update(self._drift_detector, mean)
-        self._has_watched = True
-        # That of a process which has failed before has seen less than the others: one is enough.
+        self._drift_detector_has_run = True
+        # After a failure on one rank, its detector has seen fewer numbers than the others: a drift on any rank counts.
         detected = bool(all_reduce_sum(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
-        if detected and not self._announced:  # whose name would be lost
+        # An announced task keeps its name.
+        if detected and not self._state.announced:
             self.announce()
-
-    def _period_of(self, trainer: Trainer) -> int:
-        """Which stretch of the Trainer's epochs or steps this is."""
-        if self._every_n_epochs is not None:
-            return trainer.current_epoch // self._every_n_epochs
-        return 0 if self._every_n_steps is None else trainer.global_step // self._every_n_steps
 
 
 def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
-    """The name of the task that the data module of the fit, or else the module, carries; ``None`` if neither does.
+    """Return the task name that the data module of the fit, or else the module, holds; ``None`` if neither does.
 
     Raises:
-        TypeError: If it is not a whole number or a string.
+        TypeError: If it is neither an int nor a string.
     """
     for owner in (fit_datamodule(trainer), pl_module):
         for name in _ATTRIBUTES:
             value = getattr(owner, name, None)
             if value is not None and not callable(value):
-                return _checked(value, f"{type(owner).__name__}.{name}", _ANOTHER_MEANING)
+                return _plain_task_id(value, f"{type(owner).__name__}.{name}", _ATTRIBUTE_HINT)
     return None
 
 
-def _checked(value: Any, source: str, otherwise: str = "") -> TaskId:
+def _plain_task_id(value: Any, source: str, hint: str = "") -> TaskId:
+    """Return a task name as a plain int or string, which checkpoints loaded with ``weights_only=True`` can hold."""
     if value is None or type(value) is int:
         return value
     if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, str):
-        return str.__str__(value)  # a plain one, which any checkpoint can hold
+        # str(value) may be something else: for an enum, it names the member.
+        return str.__str__(value)
     if isinstance(value, Integral):
         return int(value)
-    raise TypeError(f"{source} is {value!r}; the name of a task must be an int or a str (or None){otherwise}")
+    raise TypeError(f"{source} is {value!r}; the name of a task must be an int or a str (or None){hint}")
 
 
 def _as_number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch: of tensors of several numbers
+    # Torch raises a RuntimeError for a tensor of several elements.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"drift_statistic returned {value!r}; it must return a number") from error
 
 
 def _labels(batch: Any, where: int | str) -> set[int | str]:
+    """Return the task labels that a batch holds under an index or key."""
     try:
         labels = batch[where]
     except (KeyError, IndexError, TypeError) as error:
@@ -299,4 +348,4 @@ def _labels(batch: Any, where: int | str) -> set[int | str]:
         ) from error
     items = labels.flatten().tolist() if isinstance(labels, Tensor) else labels
     items = items if isinstance(items, list | tuple) else [items]
-    return {label for item in items if (label := _checked(item, f"a label in batch[{where!r}]")) is not None}
+    return {label for item in items if (label := _plain_task_id(item, f"a label in batch[{where!r}]")) is not None}

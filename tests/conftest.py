@@ -1,7 +1,10 @@
-"""What every test has in common."""
+"""Configure all tests."""
 
 import pytest
 import torch
+
+# Asserts in the shared helpers show their values too.
+pytest.register_assert_rewrite("tests.helpers")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which values are called a collapse."""
+"""Test which values `Collapse` judges to be a collapse, and the messages of its verdicts."""
 
 import math
 
@@ -8,11 +8,11 @@ from lightning_plasticity import Collapse
 from lightning_plasticity.curvature import Estimate
 
 
-def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
+def test_default_threshold_is_four_fifths_of_the_best() -> None:
     rule = Collapse()
     assert not rule.evaluate(0.77, earlier=[0.5, 0.95], initial=0.9).collapsed
     assert rule.evaluate(0.75, earlier=[0.5, 0.95], initial=0.9).collapsed
-    assert not rule.evaluate(0.3, earlier=[], initial=0.9).collapsed, "the first task has nothing to be compared with"
+    assert not rule.evaluate(0.3, earlier=[], initial=0.9).collapsed, "the first task has no reference"
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ def test_default_rings_below_four_fifths_of_the_best_so_far() -> None:
         (None, 0.79, True),
     ],
 )
-def test_references(relative_to: str | None, value: float, collapsed: bool) -> None:
+def test_value_is_compared_with_the_reference(relative_to: str | None, value: float, collapsed: bool) -> None:
     rule = Collapse(relative_to=relative_to)  # type: ignore[arg-type]
     assert rule.evaluate(value, earlier=[0.5, 0.95], initial=0.9).collapsed is collapsed
 
 
-def test_the_sentence_names_task_value_and_both_comparisons() -> None:
+def test_message_names_task_value_and_both_comparisons() -> None:
     verdict = Collapse().evaluate(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
     assert verdict.message == (
         "task 12: learnable fraction 0.63, 66 % of its best (task 2) and 79 % of what the initial weights would have "
@@ -38,22 +38,22 @@ def test_the_sentence_names_task_value_and_both_comparisons() -> None:
     )
 
 
-def test_the_sentence_says_first_where_the_first_task_is_the_reference() -> None:
+def test_message_names_the_first_task_as_reference() -> None:
     verdict = Collapse("epsilon_rank", relative_to="first").evaluate(35, earlier=[None, 485], initial=70)
     assert verdict.message.startswith("task 2: ε-rank 35, 7 % of its first (task 1) and 50 % of what")
 
 
-def test_failed_probes_do_not_count() -> None:
+def test_failed_probes_are_ignored() -> None:
     verdict = Collapse().evaluate(0.5, earlier=[None, 0.9, None], initial=0.9)
     assert verdict.collapsed
     assert "its best (task 1)" in verdict.message
 
 
-def test_nothing_learnable_ever_is_no_collapse_and_no_division_by_zero() -> None:
+def test_reference_of_zero_is_no_collapse() -> None:
     assert not Collapse().evaluate(0.0, earlier=[0.0], initial=0.0).collapsed
 
 
-def test_counts_may_have_a_threshold_above_one_without_a_reference() -> None:
+def test_counts_may_have_absolute_thresholds() -> None:
     assert Collapse("epsilon_rank", below=50, relative_to=None).evaluate(49, earlier=[], initial=400).collapsed
 
 
@@ -62,7 +62,7 @@ UNRESOLVED = Estimate(3466.0, lo=50.0, hi=3466.0)
 RESOLVED = Estimate(40.0, standard_error=2.0, lo=38.0, hi=43.0)
 
 
-def test_the_verdict_on_an_unresolved_rank_is_withheld() -> None:
+def test_unresolved_rank_is_inconclusive() -> None:
     verdict = RANK.evaluate(UNRESOLVED, earlier=[1e5], initial=1e5)
     assert verdict.inconclusive
     assert not verdict.collapsed
@@ -72,7 +72,7 @@ def test_the_verdict_on_an_unresolved_rank_is_withheld() -> None:
     )
 
 
-def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
+def test_unresolved_rank_is_no_reference() -> None:
     by_initial = Collapse("hessian_epsilon_rank", relative_to="initial")
     verdict = by_initial.evaluate(RESOLVED, earlier=[40.0], initial=UNRESOLVED)
     assert verdict.inconclusive
@@ -83,13 +83,13 @@ def test_an_unresolved_rank_of_the_initial_weights_is_no_reference() -> None:
 
 
 @pytest.mark.parametrize("relative_to", ["best", "first"])
-def test_a_task_whose_number_was_nan_is_no_reference(relative_to: str) -> None:
+def test_nan_is_no_reference(relative_to: str) -> None:
     rule = Collapse("effective_rank", relative_to=relative_to)  # type: ignore[arg-type]
     assert rule.evaluate(1.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
     assert not rule.evaluate(5.0, earlier=[math.nan, 6.0], initial=6.0).collapsed
 
 
-def test_nothing_can_be_said_of_what_is_not_a_number() -> None:
+def test_nan_is_inconclusive() -> None:
     verdict = Collapse("effective_rank").evaluate(math.nan, earlier=[6.0], initial=6.0)
     assert (verdict.collapsed, verdict.inconclusive) == (False, True)
     assert "task 1: effective rank of the features is not a number, so whether this is a collapse cannot be told" in (
@@ -97,7 +97,7 @@ def test_nothing_can_be_said_of_what_is_not_a_number() -> None:
     )
 
 
-def test_brackets_do_not_matter_to_what_is_no_rank() -> None:
+def test_wide_bounds_matter_only_for_ranks() -> None:
     wide = Estimate(1.0, lo=-9.0, hi=9.0)
     assert not wide.resolved
     assert (
@@ -105,7 +105,7 @@ def test_brackets_do_not_matter_to_what_is_no_rank() -> None:
     )
 
 
-def test_what_can_be_negative_is_compared_with_a_value() -> None:
+def test_signed_metric_has_an_absolute_threshold() -> None:
     rule = Collapse("hessian_lambda_min", below=-3.0, relative_to=None)
     assert not rule.evaluate(-2.0, earlier=[], initial=-1.0).collapsed
     verdict = rule.evaluate(-4.0, earlier=[-1.0], initial=-1.0)

@@ -1,4 +1,4 @@
-"""The probes of the callback: what they measure, what they refuse, and what becomes of estimates."""
+"""Test the probes of the Hessian: the spectra they report, the models they refuse, and the errors of estimates."""
 
 import re
 import sys
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -30,61 +29,63 @@ from lightning_plasticity import (
 from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
-from tests.helpers.modules import Classifier, LoggingByItself, loader, trainer, weights
+from tests.helpers.modules import (
+    NEVER,
+    Classifier,
+    DirectLogging,
+    FirstBatchRecorder,
+    cross_entropy,
+    loader,
+    trainer,
+    weights,
+)
 
 FEW = {"num_probes": 2, "num_steps": 8}
 ALL = {"num_probes": 4, "num_steps": 67}
-"""As many steps as the classifier has parameters: the spectrum is complete, and every rank is resolved."""
+"""One Lanczos step for each parameter of the classifier, so that the spectrum is complete and all ranks resolved."""
 
-HESSIAN_ALONE: dict[str, Any] = {"probe": HessianProbe(ggn=None, **FEW), "collapse": Collapse("hessian_effective_rank")}
-
-
-def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
-    return F.cross_entropy(module.net(batch[0]), batch[1])
+HESSIAN_ONLY: dict[str, Any] = {"probe": HessianProbe(ggn=None, **FEW), "collapse": Collapse("hessian_effective_rank")}
 
 
-class Recorder(Classifier):
-    """Keeps the first batch of each fit, and the weights that met it."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.first = [tensor.clone() for tensor in batch]
-            self.then = {name: value.clone() for name, value in self.state_dict().items()}
-
-
-@pytest.mark.parametrize(("kind", "backend"), [(HessianProbe, "native"), (PyHessianProbe, "pyhessian")])
-def test_report_is_the_spectrum_of_the_hessian_on_the_first_samples(kind: type[HessianProbe], backend: Any) -> None:
-    callback, module = SpectralCollapseCallback(kind(samples=5, seed=3, ggn=GGNProbe(samples=4), **FEW)), Recorder()
+@pytest.mark.parametrize(("probe_class", "backend"), [(HessianProbe, "native"), (PyHessianProbe, "pyhessian")])
+def test_report_holds_hessian_spectrum_on_first_samples(probe_class: type[HessianProbe], backend: Any) -> None:
+    callback, module = (
+        SpectralCollapseCallback(probe_class(samples=5, seed=3, ggn=GGNProbe(samples=4), **FEW)),
+        FirstBatchRecorder(),
+    )
     for seed in range(2):
         trainer(callback).fit(module, loader(size=6, seed=seed))
-    twin = Classifier()
-    twin.load_state_dict(module.then)
-    five, four = ([tensor[:n] for tensor in module.first] for n in (5, 4))
+    copy = Classifier()
+    copy.load_state_dict(module.first_state)
+    five, four = ([tensor[:n] for tensor in module.first_batch] for n in (5, 4))
     report = callback.history[1]
-    expected = hessian_spectrum(twin, five, cross_entropy, seed=3, backend=backend, **FEW)
+    expected = hessian_spectrum(copy, five, cross_entropy, seed=3, backend=backend, **FEW)
     assert report.matrix == "hessian"
     assert torch.equal(report.spectrum.eigenvalues, expected.eigenvalues)
     assert torch.equal(report.spectrum.weights, expected.weights)
     assert report.metrics["hessian_trace"] == expected.trace
     assert report.metrics["hessian_trace_standard_error"] == expected.trace.standard_error
-    assert report.metrics["learnable_fraction"] == ggn_spectrum(twin, four, cross_entropy).learnable_fraction()
-    assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(twin, five).item())
+    assert report.metrics["learnable_fraction"] == ggn_spectrum(copy, four, cross_entropy).learnable_fraction()
+    assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(copy, five).item())
 
 
-def test_the_complete_spectrum_agrees_with_the_dense_hessian() -> None:
-    callback, module = SpectralCollapseCallback(HessianProbe(num_probes=16, num_steps=67)), Recorder().double()
+def test_complete_spectrum_equals_dense_hessian() -> None:
+    callback, module = (
+        SpectralCollapseCallback(HessianProbe(num_probes=16, num_steps=67)),
+        FirstBatchRecorder().double(),
+    )
     data = TensorDataset(torch.randn(6, 4).double(), torch.arange(6) % 3)
     trainer(callback).fit(module, DataLoader(data, batch_size=6))
-    twin = Classifier().double()
-    twin.load_state_dict(module.then)
-    loss = cross_entropy(twin, module.first)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()), create_graph=True)])
-    rows = [torch.autograd.grad(entry, list(twin.parameters()), retain_graph=True) for entry in gradient]
+    copy = Classifier().double()
+    copy.load_state_dict(module.first_state)
+    loss = cross_entropy(copy, module.first_batch)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(copy.parameters()), create_graph=True)])
+    rows = [torch.autograd.grad(entry, list(copy.parameters()), retain_graph=True) for entry in gradient]
     dense = torch.linalg.eigvalsh(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
     metrics = callback.history[0].metrics
     assert metrics["hessian_lambda_max"] == pytest.approx(dense.max().item())
     assert metrics["hessian_lambda_min"] == pytest.approx(dense.min().item())
-    assert dense.min() < -1e-3, "there is negative curvature to see"
+    assert dense.min() < -1e-3, "the Hessian has negative eigenvalues"
     for name, exact in (
         ("hessian_trace", dense.sum().item()),
         ("hessian_epsilon_rank", (dense.abs() > EPSILON).sum().item()),
@@ -94,12 +95,12 @@ def test_the_complete_spectrum_agrees_with_the_dense_hessian() -> None:
     assert metrics["hessian_epsilon_rank_resolved"] == 1
 
 
-def test_metrics_are_those_of_both_matrices_with_their_uncertainty_as_plain_floats() -> None:
+def test_metrics_cover_both_matrices_and_uncertainties() -> None:
     callback = SpectralCollapseCallback(HessianProbe(**ALL), monitor=False)
     trainer(callback).fit(Classifier(), loader())
     metrics = callback.history[0].metrics
     assert all(type(value) is float for value in metrics.values())
-    uncertainty = {f"{d.name}_{what}" for d in DIAGNOSTICS.values() for what in d.uncertainty}
+    uncertainty = {f"{d.name}_{suffix}" for d in DIAGNOSTICS.values() for suffix in d.uncertainty}
     assert {"hessian_trace_standard_error", "hessian_epsilon_rank_resolved"} <= uncertainty
     names = [d.name for d in diagnostics_of(["ggn", "hessian"])]
     assert metrics.keys() == {*names, *(f"{name}_vs_initial" for name in names), *uncertainty, "probe_loss"}
@@ -111,12 +112,12 @@ def test_one_start_vector_has_no_standard_errors() -> None:
     assert not [name for name in callback.history[0].metrics if name.endswith("standard_error")]
 
 
-def test_start_vectors_are_the_same_at_every_task() -> None:
-    class Still(Classifier):
+def test_start_vectors_are_equal_at_every_task() -> None:
+    class ZeroLearningRate(Classifier):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), Still()
+    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), ZeroLearningRate()
     data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
     for _ in range(2):
         trainer(callback).fit(module, data)
@@ -127,26 +128,26 @@ def test_start_vectors_are_the_same_at_every_task() -> None:
 
 
 @pytest.mark.parametrize("probe", [GGNProbe(), HessianProbe(ggn=None, **FEW)], ids=["ggn", "hessian"])
-def test_collapse_must_watch_what_the_probe_measures(probe: Any) -> None:
+def test_collapse_metric_must_be_measured_by_the_probe(probe: Any) -> None:
     metric = "hessian_trace" if isinstance(probe, GGNProbe) else "learnable_fraction"
     other = "ggn_trace" if isinstance(probe, GGNProbe) else "hessian_epsilon_rank"
     below: dict[str, Any] = {"below": 1.0, "relative_to": None} if metric == "hessian_trace" else {}
     module = Classifier()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=rf"metric='{metric}'\) watches what .* one of .*{other}"):
-        trainer(SpectralCollapseCallback(probe, Collapse(metric, **below))).fit(module, loader())
+        trainer(SpectralCollapseCallback(probe, collapse=Collapse(metric, **below))).fit(module, loader())
     assert torch.equal(weights(module), before)
 
 
-def test_an_unresolved_rank_raises_no_alarm_and_says_so() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**FEW), Collapse("hessian_epsilon_rank", below=1.0))
+def test_unresolved_rank_warns_without_collapse() -> None:
+    callback = SpectralCollapseCallback(HessianProbe(**FEW), collapse=Collapse("hessian_epsilon_rank", below=1.0))
     module = Classifier()
     with pytest.warns(PlasticityWarning, match=r"task 0: ε-rank of the Hessian is not resolved \(it is .*raise num_"):
         trainer(callback).fit(module, loader())
     assert not callback.history[0].collapsed
     assert callback.history[0].metrics["hessian_epsilon_rank_resolved"] == 0
     assert "hessian_epsilon_rank_vs_initial" not in callback.history[0].metrics
-    # Below its resolution quadrature sees full rank: compared with that, a resolved rank would look like a collapse.
+    # An unresolved rank can be as high as the full rank, beside which any resolved rank would look like a collapse.
     callback.history[0].metrics["hessian_epsilon_rank"] = 67.0
     callback.probe = HessianProbe(**ALL)
     trainer(callback).fit(module, loader())
@@ -154,8 +155,8 @@ def test_an_unresolved_rank_raises_no_alarm_and_says_so() -> None:
     assert not callback.history[1].collapsed
 
 
-def test_a_resolved_rank_raises_the_alarm() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**ALL), Collapse("hessian_epsilon_rank"))
+def test_resolved_rank_below_threshold_is_a_collapse() -> None:
+    callback = SpectralCollapseCallback(HessianProbe(**ALL), collapse=Collapse("hessian_epsilon_rank"))
     module = Classifier()
     trainer(callback).fit(module, loader())
     with torch.no_grad():
@@ -165,8 +166,8 @@ def test_a_resolved_rank_raises_the_alarm() -> None:
     assert callback.history[1].collapsed
 
 
-class Forgetful(torch.autograd.Function):
-    """x³, whose backward forgets that its slope depends on x."""
+class WrongCube(torch.autograd.Function):
+    """Compute x³, with a backward pass that treats the slope 3x² as a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class Forgetful(torch.autograd.Function):
 
 
 class Cubed(Classifier):
-    """Has wrong second derivatives when told so."""
+    """Has wrong second derivatives while ``wrong`` is set; counts evaluations in float64 in ``checks``."""
 
     wrong = True
     checks = 0
@@ -187,20 +188,24 @@ class Cubed(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         type(self).checks += batch[0].dtype == torch.float64
         hidden = self.net[0](batch[0])
-        return F.cross_entropy(self.net[2](Forgetful.apply(hidden) if self.wrong else hidden**3), batch[1])
+        return F.cross_entropy(self.net[2](WrongCube.apply(hidden) if self.wrong else hidden**3), batch[1])
 
 
-@pytest.mark.parametrize("kind", [HessianProbe, PyHessianProbe])
-def test_wrong_second_derivatives_are_an_error_before_any_weight_has_changed(kind: type[HessianProbe]) -> None:
+@pytest.mark.parametrize("probe_class", [HessianProbe, PyHessianProbe])
+def test_wrong_second_derivatives_are_refused(probe_class: type[HessianProbe]) -> None:
     module = Cubed()
     before = weights(module)
-    message = rf"{kind.__name__} needs second derivatives.*custom autograd.Function Forgetful.*Or use GGNProbe\(\)"
+    message = (
+        rf"{probe_class.__name__} needs second derivatives.*custom autograd.Function WrongCube.*Or use GGNProbe\(\)"
+    )
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(SpectralCollapseCallback(kind(**FEW))).fit(module, loader())
+        trainer(SpectralCollapseCallback(probe_class(**FEW))).fit(module, loader())
     assert torch.equal(weights(module), before)
 
 
-def test_second_derivatives_are_checked_once_a_fit_and_wrong_ones_in_a_later_fit_are_reported() -> None:
+def test_second_derivatives_are_checked_once_per_fit() -> None:
+    """Wrong second derivatives in a later fit are reported, and not raised."""
+
     class Tasks(Cubed):
         wrong = False
         checks = 0
@@ -210,7 +215,7 @@ def test_second_derivatives_are_checked_once_a_fit_and_wrong_ones_in_a_later_fit
             self.task_id += 1
 
     probe = HessianProbe(**FEW)
-    callback, module = SpectralCollapseCallback(probe, Collapse(below=1e-9), monitor=False), Tasks()
+    callback, module = SpectralCollapseCallback(probe, collapse=NEVER, monitor=False), Tasks()
     trainer(callback, max_epochs=1).fit(module, loader())
     once = Tasks.checks
     assert once > 0
@@ -218,39 +223,39 @@ def test_second_derivatives_are_checked_once_a_fit_and_wrong_ones_in_a_later_fit
     assert Tasks.checks == 2 * once
     assert len(callback.history) == 4
     module.wrong = True
-    with pytest.warns(PlasticityWarning, match=r"task 4: plasticity could not be measured, .*Forgetful"):
+    with pytest.warns(PlasticityWarning, match=r"task 4: plasticity could not be measured, .*WrongCube"):
         trainer(callback).fit(module, loader())
     assert callback.history[-1].spectrum is None
 
 
-def test_weight_norm_is_composed_and_right() -> None:
-    def normed(dtype: torch.dtype) -> Recorder:
-        module = Recorder()
+def test_weight_norm_is_supported() -> None:
+    def make_module() -> FirstBatchRecorder:
+        module = FirstBatchRecorder()
         module.net[0] = weight_norm(module.net[0])
-        return module.to(dtype)
+        return module
 
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), normed(torch.float32)
+    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), make_module()
     trainer(callback).fit(module, loader())
-    twin = normed(torch.float32)
-    twin.load_state_dict(module.then)
-    expected = hessian_spectrum(twin, module.first, cross_entropy, **FEW)
+    copy = make_module()
+    copy.load_state_dict(module.first_state)
+    expected = hessian_spectrum(copy, module.first_batch, cross_entropy, **FEW)
     assert torch.equal(callback.history[0].spectrum.eigenvalues, expected.eigenvalues)
 
 
-def test_reentrant_checkpoints_are_refused() -> None:
+def test_reentrant_checkpointing_is_refused() -> None:
     class Checkpointed(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch[0].clone().requires_grad_()
             return F.cross_entropy(checkpoint(self.net, x, use_reentrant=True), batch[1])
 
     with pytest.raises(MisconfigurationException, match="pass use_reentrant=False") as refused:
-        trainer(SpectralCollapseCallback(**HESSIAN_ALONE)).fit(Checkpointed(), loader())
-    assert "GGNProbe" not in str(refused.value), "which refuses them too"
+        trainer(SpectralCollapseCallback(**HESSIAN_ONLY)).fit(Checkpointed(), loader())
+    assert "GGNProbe" not in str(refused.value), "GGNProbe refuses them too"
     with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
         trainer(SpectralCollapseCallback(GGNProbe())).fit(Checkpointed(), loader())
 
 
-def test_a_loss_that_cannot_be_computed_in_float64_is_measured_with_a_warning() -> None:
+def test_loss_without_float64_support_only_warns() -> None:
     class Single(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0].float()), batch[1])
@@ -261,20 +266,20 @@ def test_a_loss_that_cannot_be_computed_in_float64_is_measured_with_a_warning() 
     assert callback.history[0].spectrum is not None
 
 
-@pytest.mark.parametrize("kind", [HessianProbe, PyHessianProbe])
-def test_a_hessian_that_is_not_finite_is_an_error(kind: type[HessianProbe]) -> None:
+@pytest.mark.parametrize("probe_class", [HessianProbe, PyHessianProbe])
+def test_nonfinite_hessian_is_an_error(probe_class: type[HessianProbe]) -> None:
     class Rooted(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) + (0 * self.net[0].bias).norm()
 
-    callback = SpectralCollapseCallback(kind(ggn=None, **FEW), Collapse("hessian_effective_rank"))
+    callback = SpectralCollapseCallback(probe_class(ggn=None, **FEW), collapse=Collapse("hessian_effective_rank"))
     with pytest.raises(ValueError, match="the curvature of the loss on the probe batch is NaN or infinite"):
         trainer(callback).fit(Rooted(), loader())
 
 
-def test_a_loss_of_another_model_is_refused() -> None:
+def test_loss_of_another_model_is_refused() -> None:
     other = Classifier()
-    callback = SpectralCollapseCallback(**HESSIAN_ALONE, loss_fn=lambda module, batch: cross_entropy(other, batch))
+    callback = SpectralCollapseCallback(**HESSIAN_ONLY, loss_fn=lambda module, batch: cross_entropy(other, batch))
     with (
         pytest.raises(ValueError, match="is not of the model that the loss function was given: let"),
         pytest.warns(PlasticityWarning, match="could not be checked"),
@@ -282,16 +287,16 @@ def test_a_loss_of_another_model_is_refused() -> None:
         trainer(callback).fit(Classifier(), loader())
 
 
-class OfGraphs(Classifier):
-    """Adds up neighbours, which are named by their numbers."""
+class GraphConvolution(Classifier):
+    """Sums the features of neighbours, which are given by their indices in the batch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, (sources, targets), y = batch
         return super().training_step((torch.zeros_like(x).index_add(0, targets, x[sources]), y), batch_idx)
 
 
-class Recurrent(OfGraphs):
-    """Has a hidden state for each place in the batch."""
+class Recurrent(GraphConvolution):
+    """Carries a hidden state for each position in the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,9 +311,9 @@ class Recurrent(OfGraphs):
 SIZE = 100
 
 
-@pytest.mark.parametrize("kind", [OfGraphs, Recurrent])
+@pytest.mark.parametrize("module_class", [GraphConvolution, Recurrent])
 @pytest.mark.parametrize(
-    ("probe", "whole", "advice"),
+    ("probe", "full_batch_probe", "advice"),
     [
         (GGNProbe(), GGNProbe(samples=SIZE), "the first 64 alone: write GGNProbe(samples=100)"),
         (
@@ -324,42 +329,45 @@ SIZE = 100
     ],
     ids=["ggn", "rows", "hessian"],
 )
-def test_a_step_that_needs_whole_batches_is_told_what_to_write(
-    kind: type[Classifier], probe: Any, whole: Any, advice: str
+def test_step_that_needs_full_batches_is_refused_with_advice(
+    module_class: type[Classifier], probe: Any, full_batch_probe: Any, advice: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     graph = (torch.randn(SIZE, 4, generator=generator), torch.arange(2 * SIZE).reshape(2, -1) % SIZE)
     data = DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
     collapse = Collapse("hessian_effective_rank") if isinstance(probe, HessianProbe) else Collapse()
     with pytest.raises(MisconfigurationException, match=f"on all 100 samples .*{re.escape(advice)}$") as caught:
-        trainer(SpectralCollapseCallback(probe, collapse)).fit(kind(), data)
-    assert ("out of bounds" if kind is OfGraphs else "doesn't match hidden0 batch size") in str(caught.value.__cause__)
-    callback = SpectralCollapseCallback(whole, collapse)
-    trainer(callback).fit(kind(), data)
+        trainer(SpectralCollapseCallback(probe, collapse=collapse)).fit(module_class(), data)
+    assert ("out of bounds" if module_class is GraphConvolution else "doesn't match hidden0 batch size") in str(
+        caught.value.__cause__
+    )
+    callback = SpectralCollapseCallback(full_batch_probe, collapse=collapse)
+    trainer(callback).fit(module_class(), data)
     assert callback.history[0].errors == {}
 
 
-def test_losses_without_a_known_curvature_need_the_hessian_alone() -> None:
+def test_loss_without_ggn_needs_hessian_only() -> None:
     class Sine(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.net(batch[0]).sin().mean()
 
     with pytest.raises(MisconfigurationException, match=r"too, which failed: .*write HessianProbe\(ggn=None\) and let"):
         trainer(SpectralCollapseCallback(HessianProbe(**FEW))).fit(Sine(), loader())
-    callback = SpectralCollapseCallback(**HESSIAN_ALONE)
+    callback = SpectralCollapseCallback(**HESSIAN_ONLY)
     trainer(callback).fit(Sine(), loader())
     assert callback.history[0].metrics["hessian_negative_mass"] > 0
     assert "learnable_fraction" not in callback.history[0].metrics
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), None], ids=["out of memory", "nan"])
-def test_a_later_probe_that_fails_is_reported_and_training_goes_on(error: Exception | None) -> None:
+def test_later_probe_failure_only_warns(error: Exception | None) -> None:
     class Fragile(Classifier):
         broken = False
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
-            if self.broken and not self.training:  # as the probe's copy is
+            # The copy that the probe evaluates is in evaluation mode.
+            if self.broken and not self.training:
                 if error is not None:
                     raise error
                 return loss * torch.nan
@@ -375,7 +383,9 @@ def test_a_later_probe_that_fails_is_reported_and_training_goes_on(error: Except
     assert not torch.equal(weights(module), before)
 
 
-def test_what_cannot_be_copied_is_shared_with_a_loss_fn_and_large_data_are_never_copied() -> None:
+def test_uncopyable_objects_and_datasets_are_shared() -> None:
+    """With ``loss_fn`` a lock is shared with the probe's copy; datasets are always shared."""
+
     class Data(TensorDataset):
         def __deepcopy__(self, memo: Any) -> None:
             raise AssertionError("copied")
@@ -387,18 +397,19 @@ def test_what_cannot_be_copied_is_shared_with_a_loss_fn_and_large_data_are_never
     assert callback.history[0].spectrum is not None
 
 
-def test_loggers_of_the_users_own_are_silent_in_check_and_probe(tmp_path: Path) -> None:
-    module = LoggingByItself(CSVLogger(tmp_path))
+def test_direct_loggers_are_silent_in_check_and_probe(tmp_path: Path) -> None:
+    module = DirectLogging(CSVLogger(tmp_path))
     trainer(SpectralCollapseCallback(HessianProbe(**FEW))).fit(module, loader())
-    assert len(module.own.experiment.metrics) == 3
+    assert len(module.direct_logger.experiment.metrics) == 3
 
 
-def test_works_in_half_precision() -> None:
+def test_half_precision_matches_full_precision() -> None:
     full, half = (SpectralCollapseCallback(HessianProbe(**ALL)) for _ in range(2))
     for callback, precision in ((full, "32-true"), (half, "bf16-true")):
         torch.manual_seed(0)
         module = Classifier()
-        with torch.no_grad():  # weights that both precisions can hold
+        # Both precisions can represent these weights.
+        with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(parameter.bfloat16())
         data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
@@ -408,20 +419,22 @@ def test_works_in_half_precision() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_history_with_hessians_survives_a_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_restores_hessian_spectra(tmp_path: Path) -> None:
     callback, module = SpectralCollapseCallback(HessianProbe(**FEW), interventions=[ShrinkPerturb()]), Classifier()
-    saver = ModelCheckpoint(tmp_path)
-    trainer(callback, saver, enable_checkpointing=True).fit(module, loader())
-    path = saver.best_model_path
+    checkpointing = ModelCheckpoint(tmp_path)
+    trainer(callback, checkpointing, enable_checkpointing=True).fit(module, loader())
+    path = checkpointing.best_model_path
     state = torch.load(path, weights_only=True)["callbacks"]["SpectralCollapseCallback"]["history"][0]
     assert state["matrix"] == "hessian"
-    resumed, again = SpectralCollapseCallback(HessianProbe(**FEW)), Classifier()
-    trainer(resumed, saver, max_epochs=2, enable_checkpointing=True).fit(again, loader(), ckpt_path=path)
-    (ours,), (theirs,) = resumed.history, callback.history
-    assert ours.matrix == theirs.matrix
-    assert ours.metrics == theirs.metrics
-    assert ours.spectrum.epsilon_rank(EPSILON).lo == theirs.spectrum.epsilon_rank(EPSILON).lo
-    assert ours.spectrum.trace.standard_error == theirs.spectrum.trace.standard_error > 0
+    resumed, resumed_module = SpectralCollapseCallback(HessianProbe(**FEW)), Classifier()
+    trainer(resumed, checkpointing, max_epochs=2, enable_checkpointing=True).fit(
+        resumed_module, loader(), ckpt_path=path
+    )
+    (restored,), (original,) = resumed.history, callback.history
+    assert restored.matrix == original.matrix
+    assert restored.metrics == original.metrics
+    assert restored.spectrum.epsilon_rank(EPSILON).lo == original.spectrum.epsilon_rank(EPSILON).lo
+    assert restored.spectrum.trace.standard_error == original.spectrum.trace.standard_error > 0
 
 
 @pytest.mark.parametrize(
@@ -430,12 +443,16 @@ def test_history_with_hessians_survives_a_checkpoint(tmp_path: Path) -> None:
         (
             lambda: HessianProbe(samples=0),
             ValueError,
-            r"^HessianProbe\(samples=0\) must be a whole number, 1 or",
+            r"^HessianProbe\(samples=0\) must be a whole number, at",
         ),
         (lambda: HessianProbe(num_probes=True), ValueError, r"HessianProbe\(num_probes=True\)"),
         (lambda: HessianProbe(num_steps=2.5), ValueError, r"HessianProbe\(num_steps=2.5\)"),  # type: ignore[arg-type]
-        (lambda: HessianProbe(seed=-1), ValueError, r"HessianProbe\(seed=-1\) must be a whole number, 0 or larger"),
-        (lambda: HessianProbe(seed=2**70), ValueError, rf"seed={2**70} must be a whole number"),
+        (
+            lambda: HessianProbe(seed=-1),
+            ValueError,
+            r"HessianProbe\(seed=-1\) must be a whole number, from 0 to 2\*\*64 - 1",
+        ),
+        (lambda: HessianProbe(seed=2**70), ValueError, rf"seed={2**70}\) must be a whole number"),
         (lambda: HessianProbe(ggn=64), ValueError, r"HessianProbe\(ggn=64\) must be a GGNProbe or None"),  # type: ignore[arg-type]
         (lambda: PyHessianProbe(num_steps=0), ValueError, r"^PyHessianProbe\(num_steps=0\)"),
         (
@@ -451,9 +468,9 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("kind", [HessianProbe, PyHessianProbe])
-def test_a_lightning_cli_configuration_builds_the_probe(
-    kind: type[HessianProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("probe_class", [HessianProbe, PyHessianProbe])
+def test_lightning_cli_builds_the_probe(
+    probe_class: type[HessianProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     ggn = {"class_path": "lightning_plasticity.GGNProbe", "init_args": {"samples": 16}}
@@ -461,17 +478,17 @@ def test_a_lightning_cli_configuration_builds_the_probe(
         "class_path": "lightning_plasticity.SpectralCollapseCallback",
         "init_args": {
             "probe": {
-                "class_path": f"lightning_plasticity.{kind.__name__}",
+                "class_path": f"lightning_plasticity.{probe_class.__name__}",
                 "init_args": {"num_steps": 32, "ggn": ggn},
             }
         },
     }
 
-    def built(args: Any) -> Any:
+    def build(args: Any) -> Any:
         cli = LightningCLI(Classifier, args=args, run=False, save_config_callback=None, seed_everything_default=False)
         (tmp_path / "saved.yaml").write_text(cli.parser.dump(cli.config))
         return next(c.probe for c in cli.trainer.callbacks if isinstance(c, SpectralCollapseCallback))
 
-    expected = kind(num_steps=32, ggn=GGNProbe(samples=16))
-    assert built({"trainer": {"callbacks": [config]}}) == expected
-    assert built(["--config", str(tmp_path / "saved.yaml")]) == expected
+    expected = probe_class(num_steps=32, ggn=GGNProbe(samples=16))
+    assert build({"trainer": {"callbacks": [config]}}) == expected
+    assert build(["--config", str(tmp_path / "saved.yaml")]) == expected

@@ -1,4 +1,4 @@
-"""New tasks are recognised, and nothing else is."""
+"""Tests of recognising new tasks."""
 
 import contextlib
 import enum
@@ -22,8 +22,8 @@ from lightning_plasticity.interventions import ReDo, ShrinkPerturb
 from tests.helpers.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
 
-def watcher(**options: Any) -> SpectralCollapseCallback:
-    """One that only counts tasks: it takes a lot to alarm it."""
+def callback_with(**options: Any) -> SpectralCollapseCallback:
+    """Return a callback that only records tasks, with a threshold that no collapse reaches."""
     detector = TaskDetector(**options) if options else None
     return SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
 
@@ -37,15 +37,15 @@ class Data(LightningDataModule):
         return loader()
 
 
-def test_a_new_trainer_for_each_task() -> None:
-    callback, module = watcher(), Classifier()
+def test_every_fit_by_a_new_trainer_is_a_task() -> None:
+    callback, module = callback_with(), Classifier()
     for _ in range(3):
         trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 3), (2, None, 6)]
 
 
-def test_one_trainer_with_raised_max_epochs() -> None:
-    callback, module = watcher(), Classifier()
+def test_every_fit_by_one_trainer_is_a_task() -> None:
+    callback, module = callback_with(), Classifier()
     one = trainer(callback, max_epochs=0)
     for _ in range(3):
         one.fit_loop.max_epochs += 2
@@ -55,8 +55,8 @@ def test_one_trainer_with_raised_max_epochs() -> None:
 
 @pytest.mark.parametrize("attribute", ["task_id", "current_task"])
 @pytest.mark.parametrize("owner", ["module", "data module"])
-def test_task_id_on_module_or_data_module_decides_not_the_fit(owner: str, attribute: str) -> None:
-    callback, module, data = watcher(), Classifier(), Data()
+def test_task_id_attribute_takes_precedence_over_the_fit(owner: str, attribute: str) -> None:
+    callback, module, data = callback_with(), Classifier(), Data()
     for task_id in (7, 7, "b", torch.tensor(9)):
         setattr(module if owner == "module" else data, attribute, task_id)
         trainer(callback).fit(module, datamodule=data)
@@ -69,22 +69,23 @@ def test_task_id_that_changes_within_one_fit() -> None:
             self.task_id = self.trainer.current_epoch // 2
             return loader()
 
-    callback = watcher()
+    callback = callback_with()
     trainer(callback, max_epochs=5, reload_dataloaders_every_n_epochs=1).fit(Classifier(), datamodule=Switching())
     assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 6), (2, 2, 12)]
 
 
-def test_stale_data_module_does_not_decide() -> None:
-    callback, module = watcher(), Classifier()
+def test_data_module_of_an_earlier_fit_is_ignored() -> None:
+    """``trainer.datamodule`` still is that of the first fit."""
+    callback, module = callback_with(), Classifier()
     one = trainer(callback, max_epochs=1)
     one.fit(module, datamodule=Data(task_id=5))
     one.fit_loop.max_epochs += 1
-    one.fit(module, loader())  # trainer.datamodule still is the old one
+    one.fit(module, loader())
     assert tasks_seen(callback) == [(0, 5, 0), (1, None, 3)]
 
 
-def test_explicit_signal_in_the_middle_of_a_fit() -> None:
-    callback = watcher()
+def test_new_task_in_the_middle_of_a_fit() -> None:
+    callback = callback_with()
 
     class Announcer(Callback):
         def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -96,7 +97,7 @@ def test_explicit_signal_in_the_middle_of_a_fit() -> None:
 
 
 class Announcing(Classifier):
-    """Has a task begin from its own training_step."""
+    """Announces a task from its own ``training_step`` when ``is_due``."""
 
     def __init__(self, *, is_due: Callable[[LightningModule, int], bool]) -> None:
         super().__init__()
@@ -115,14 +116,14 @@ class Announcing(Classifier):
     [(lambda module, batch_idx: batch_idx == 0, [0, 1, 4]), (lambda module, batch_idx: not module.net.training, [0])],
     ids=["in the first batch of an epoch", "in evaluation mode"],
 )
-def test_a_training_step_announces_tasks_and_its_rehearsals_in_probes_do_not(is_due: Any, steps: list[int]) -> None:
+def test_training_step_announces_tasks_but_not_in_probes(is_due: Any, steps: list[int]) -> None:
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ReDo(when=1)])
     trainer(callback, max_epochs=2).fit(Announcing(is_due=is_due), loader())
     assert tasks_seen(callback) == [(task, "next" if task else None, step) for task, step in enumerate(steps)]
 
 
-def test_explicit_signal_before_a_fit_is_that_fits_task() -> None:
-    callback = watcher()
+def test_new_task_before_a_fit_names_its_first_task() -> None:
+    callback = callback_with()
     callback.new_task("first")
     trainer(callback).fit(Classifier(), loader())
     assert tasks_seen(callback) == [(0, "first", 0)]
@@ -131,20 +132,21 @@ def test_explicit_signal_before_a_fit_is_that_fits_task() -> None:
 @pytest.mark.parametrize(
     "options", [{"limit_train_batches": 0}, {"max_epochs": 0}, {"fast_dev_run": True}, {"overfit_batches": 1}]
 )
-def test_unusual_fits(options: dict[str, Any]) -> None:
-    callback = watcher()
-    data = DataLoader(loader().dataset, batch_size=4)  # overfit_batches would warn of shuffling
+def test_only_fits_with_training_batches_are_tasks(options: dict[str, Any]) -> None:
+    callback = callback_with()
+    # Lightning warns if overfit_batches meets a shuffling loader.
+    data = DataLoader(loader().dataset, batch_size=4)
     trainer(callback, **options).fit(Classifier(), data)
     trains = "fast_dev_run" in options or "overfit_batches" in options
     assert len(callback.history) == trains
 
 
-def test_validation_only_is_no_task() -> None:
+def test_validation_starts_no_task() -> None:
     class Validated(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return self.training_step(batch, batch_idx)
 
-    callback, module = watcher(), Validated()
+    callback, module = callback_with(), Validated()
     data = DataLoader(loader().dataset, batch_size=4)
     trainer(callback).validate(module, data, verbose=False)
     assert callback.history == []
@@ -152,8 +154,8 @@ def test_validation_only_is_no_task() -> None:
     assert tasks_seen(callback) == [(0, None, 0)]
 
 
-def test_learning_rate_finder_is_no_task(tmp_path: Path) -> None:
-    callback = watcher()
+def test_learning_rate_finder_starts_no_task(tmp_path: Path) -> None:
+    callback = callback_with()
     finder = LearningRateFinder(num_training_steps=5)
     trainer(callback, finder, default_root_dir=tmp_path).fit(Classifier(), loader(8))
     assert tasks_seen(callback) == [(0, None, 0)]
@@ -166,16 +168,16 @@ class Resizable(Data):
         return DataLoader(loader(batches=8).dataset, batch_size=self.batch_size)
 
 
-def test_batch_size_finder_is_no_task(tmp_path: Path) -> None:
-    callback, data = watcher(), Resizable()
+def test_batch_size_finder_starts_no_task(tmp_path: Path) -> None:
+    callback, data = callback_with(), Resizable()
     finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
     trainer(callback, finder, default_root_dir=tmp_path).fit(Classifier(), datamodule=data)
-    assert data.batch_size > 2, "it was found"
+    assert data.batch_size > 2, "the finder changed it"
     assert tasks_seen(callback) == [(0, None, 0)]
 
 
-def test_a_tuner_before_the_fits_is_no_task(tmp_path: Path) -> None:
-    callback, module, data = watcher(), Classifier(), Resizable()
+def test_tuner_before_the_fits_starts_no_task(tmp_path: Path) -> None:
+    callback, module, data = callback_with(), Classifier(), Resizable()
     one = trainer(callback, default_root_dir=tmp_path)
     Tuner(one).lr_find(module, datamodule=data, num_training=6)
     Tuner(one).scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=1)
@@ -185,14 +187,14 @@ def test_a_tuner_before_the_fits_is_no_task(tmp_path: Path) -> None:
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 32 // data.batch_size)]
 
 
-def test_loaders_that_are_new_in_every_epoch_are_no_tasks() -> None:
-    callback = watcher()
+def test_reloading_dataloaders_every_epoch_starts_no_task() -> None:
+    callback = callback_with()
     trainer(callback, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(Classifier(), datamodule=Data())
     assert tasks_seen(callback) == [(0, None, 0)]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_what_is_done_between_and_during_fits_is_no_task(tmp_path: Path) -> None:
+def test_evaluation_between_and_during_fits_starts_no_task(tmp_path: Path) -> None:
     class Evaluated(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("loss", self.training_step(batch, batch_idx))
@@ -202,7 +204,7 @@ def test_what_is_done_between_and_during_fits_is_no_task(tmp_path: Path) -> None
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0])
 
-    callback, module, data = watcher(), Evaluated(), DataLoader(loader().dataset, batch_size=4)
+    callback, module, data = callback_with(), Evaluated(), DataLoader(loader().dataset, batch_size=4)
     for _ in range(3):
         saver = ModelCheckpoint(tmp_path, monitor="loss")
         stopper = EarlyStopping("loss", min_delta=10, patience=1)
@@ -220,42 +222,42 @@ def test_what_is_done_between_and_during_fits_is_no_task(tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"every_n_epochs": 1}])
 def test_resumed_fit_is_the_same_task(tmp_path: Path, when: dict[str, int]) -> None:
-    first = watcher()
+    first = callback_with()
     saver = ModelCheckpoint(tmp_path, save_last=True, save_top_k=-1, **when)
     trainer(first, saver, max_epochs=2, enable_checkpointing=True).fit(Classifier(), loader())
     path = sorted(tmp_path.glob("epoch=0*.ckpt"))[0]
 
-    resumed = watcher()
+    resumed = callback_with()
     second = trainer(resumed, saver, max_epochs=2, enable_checkpointing=True)
     second.fit(Classifier(), loader(), ckpt_path=path)
     assert tasks_seen(resumed) == [(0, None, 0)]
     assert resumed.history[0].metrics == first.history[0].metrics
     assert torch.equal(resumed.history[0].spectrum.eigenvalues, first.history[0].spectrum.eigenvalues)
     trainer(resumed).fit(Classifier(), loader())
-    assert second.global_step >= 6, "old Lightning trains the rest of a resumed epoch anew"
+    assert second.global_step >= 6, "older Lightning repeats the rest of a resumed epoch"
     assert tasks_seen(resumed) == [(0, None, 0), (1, None, second.global_step)]
 
 
-def test_a_callback_that_joins_a_resumed_run_counts_the_steps_before_it(tmp_path: Path) -> None:
+def test_callback_new_in_a_resumed_run_counts_earlier_steps(tmp_path: Path) -> None:
     before, path = trainer(), tmp_path / "before.ckpt"
     before.fit(Classifier(), loader())
     before.save_checkpoint(path)
-    callback, logger, module = watcher(), MemoryLogger(), Classifier()
+    callback, logger, module = callback_with(), MemoryLogger(), Classifier()
     for max_epochs, resumed_from in ((2, path), (1, None)):
         trainer(callback, logger=logger, max_epochs=max_epochs).fit(module, loader(), ckpt_path=resumed_from)
     assert tasks_seen(callback) == [(0, None, 3), (1, None, 6)]
     assert list(logger.values("plasticity/learnable_fraction")) == [3, 6]
 
 
-def test_task_id_of_another_kind_is_refused() -> None:
+def test_task_id_of_wrong_type_is_refused() -> None:
     module = Classifier()
     module.task_id = [1, 2]
     with pytest.raises(TypeError, match=r"Classifier.task_id is \[1, 2\]; the name of a task must be an int or a str"):
-        trainer(watcher()).fit(module, loader())
+        trainer(callback_with()).fit(module, loader())
 
 
-def test_a_resumed_fit_with_nothing_left_to_train_does_not_hide_the_next_task(tmp_path: Path) -> None:
-    callback, module = watcher(), Classifier()
+def test_resumed_fit_without_steps_does_not_hide_the_next_task(tmp_path: Path) -> None:
+    callback, module = callback_with(), Classifier()
     one = trainer(callback)
     one.fit(module, loader())
     one.save_checkpoint(tmp_path / "done.ckpt")
@@ -265,23 +267,23 @@ def test_a_resumed_fit_with_nothing_left_to_train_does_not_hide_the_next_task(tm
 
 
 @pytest.mark.parametrize("number", [np.int64(3), np.array(3), torch.tensor([3])], ids=["scalar", "array", "tensor"])
-def test_task_ids_may_be_numbers_of_numpy_and_torch(number: Any) -> None:
-    callback, module = watcher(), Classifier()
+def test_task_ids_may_be_numpy_and_torch_integers(number: Any) -> None:
+    callback, module = callback_with(), Classifier()
     module.task_id = number
     trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, 3, 0)]
     assert type(callback.history[0].task_id) is int
 
 
-def test_a_function_names_the_task() -> None:
-    callback = watcher(task_key=lambda trainer, module: "early" if trainer.global_step < 4 else "late")
+def test_task_key_names_the_task() -> None:
+    callback = callback_with(task_key=lambda trainer, module: "early" if trainer.global_step < 4 else "late")
     trainer(callback, max_epochs=3).fit(Classifier(), loader())
     trainer(callback).fit(Classifier(), loader())
     assert tasks_seen(callback) == [(0, "early", 0), (1, "late", 4), (2, "early", 9)]
 
 
-def test_a_function_that_knows_of_no_task_leaves_it_to_the_fits() -> None:
-    callback, module = watcher(task_key=lambda trainer, module: None), Classifier()
+def test_every_fit_is_a_task_if_task_key_returns_none() -> None:
+    callback, module = callback_with(task_key=lambda trainer, module: None), Classifier()
     module.task_id = 3
     for _ in range(2):
         trainer(callback).fit(module, loader())
@@ -289,46 +291,47 @@ def test_a_function_that_knows_of_no_task_leaves_it_to_the_fits() -> None:
 
 
 def labelled(labels: list[list[int]]) -> DataLoader[Any]:
-    """One batch for each list of labels."""
+    """Return a loader with one batch for each list of labels."""
     data = loader(batches=len(labels)).dataset
     return DataLoader(
         [(*data[i], label) for i, label in enumerate(itertools.chain(*labels))], batch_size=len(labels[0])
     )
 
 
-def test_a_label_in_the_batch_begins_a_task_when_it_is_new() -> None:
-    stream = [[0, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 2, 0]]  # old ones are replayed
-    callback, module = watcher(batch_label=2), Classifier()
+def test_new_label_in_a_batch_starts_a_task() -> None:
+    # Later batches replay samples of earlier tasks.
+    stream = [[0, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 2, 0]]
+    callback, module = callback_with(batch_label=2), Classifier()
     for _ in range(2):
         trainer(callback).fit(module, labelled(stream))
     assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 2), (2, 2, 5)]
 
 
-def test_labels_under_a_key_may_be_words() -> None:
+def test_labels_may_be_strings_under_a_key() -> None:
     class Dicts(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step((batch["x"], batch["y"]), batch_idx)
 
     data = [{"x": x, "y": y, "task": "cats" if i < 8 else "dogs"} for i, (x, y) in enumerate(loader().dataset)]
-    callback = watcher(batch_label="task")
+    callback = callback_with(batch_label="task")
     trainer(callback).fit(Dicts(), DataLoader(data, batch_size=4))
     assert tasks_seen(callback) == [(0, "cats", 0), (1, "dogs", 2)]
 
 
-def test_a_batch_without_the_label_is_an_error_that_says_so() -> None:
+def test_batch_without_label_raises() -> None:
     with pytest.raises(ValueError, match=r"batch_label=2, but a batch is a list without it"):
-        trainer(watcher(batch_label=2)).fit(Classifier(), loader())
+        trainer(callback_with(batch_label=2)).fit(Classifier(), loader())
 
 
 def test_every_n_epochs_of_a_fit() -> None:
-    callback, module = watcher(every_n_epochs=2), Classifier()
+    callback, module = callback_with(every_n_epochs=2), Classifier()
     trainer(callback, max_epochs=5).fit(module, loader())
     trainer(callback, max_epochs=1).fit(module, loader())
     assert [step for _, _, step in tasks_seen(callback)] == [0, 6, 12, 15]
 
 
-def test_epochs_are_counted_over_the_fits_of_a_trainer() -> None:
-    callback, module = watcher(every_n_epochs=2), Classifier()
+def test_epochs_are_counted_over_fits_of_one_trainer() -> None:
+    callback, module = callback_with(every_n_epochs=2), Classifier()
     one = trainer(callback, max_epochs=0)
     for _ in range(2):
         one.fit_loop.max_epochs += 3
@@ -338,7 +341,7 @@ def test_epochs_are_counted_over_the_fits_of_a_trainer() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_every_n_steps_of_a_fit(accumulate: int) -> None:
-    callback, module = watcher(every_n_steps=4), Classifier()
+    callback, module = callback_with(every_n_steps=4), Classifier()
     trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader(batches=10 * accumulate))
     trainer(callback).fit(module, loader(batches=3))
     assert [step for _, _, step in tasks_seen(callback)] == [0, 4, 8, 10]
@@ -348,37 +351,37 @@ def test_every_n_steps_of_a_fit(accumulate: int) -> None:
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("options", [{"every_n_epochs": 2}, {"every_n_steps": 4}, {"batch_label": 2}])
 @pytest.mark.parametrize("saved_at", [3, 5, 6])
-def test_resuming_begins_no_task_and_misses_none(tmp_path: Path, options: dict[str, Any], saved_at: int) -> None:
+def test_resuming_starts_no_task_and_misses_none(tmp_path: Path, options: dict[str, Any], saved_at: int) -> None:
     def data() -> Any:
         return labelled([[0, 0]] * 2 + [[1, 1]] if "batch_label" in options else [[0, 0]] * 3)
 
-    whole = watcher(**options)
+    uninterrupted = callback_with(**options)
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
-    trainer(whole, saver, max_epochs=4, enable_checkpointing=True).fit(Classifier(), data())
-    resumed = watcher(**options)
+    trainer(uninterrupted, saver, max_epochs=4, enable_checkpointing=True).fit(Classifier(), data())
+    resumed = callback_with(**options)
     (path,) = tmp_path.glob(f"*step={saved_at}.ckpt")
     again = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
     fitted = trainer(resumed, again, max_epochs=4, enable_checkpointing=True)
     fitted.fit(Classifier(), data(), ckpt_path=path)
     if fitted.global_step > 12:
-        pytest.skip("old Lightning trains the rest of a resumed epoch anew")
-    assert tasks_seen(resumed) == tasks_seen(whole)
+        pytest.skip("older Lightning repeats the rest of a resumed epoch")
+    assert tasks_seen(resumed) == tasks_seen(uninterrupted)
 
 
 class Shifted(Classifier):
-    """The loss of half of the batches is much larger."""
+    """A classifier whose loss increases by 5 from batch 60 on."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + 5 * (batch_idx >= 60)
 
 
-def test_a_shift_of_the_loss_that_nobody_announced() -> None:
+def test_drift_of_the_loss_starts_a_task() -> None:
     drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
     seen = {}
     for kind in (drift.ADWIN, drift.PageHinkley):
         for module in (Classifier, Shifted):
             torch.manual_seed(0)
-            callback = watcher(drift_detector=kind())
+            callback = callback_with(drift_detector=kind())
             trainer(callback).fit(module(lr=1e-3), loader(batches=120))
             seen[kind.__name__, module.__name__] = [step for _, _, step in tasks_seen(callback)]
     assert seen["ADWIN", "Classifier"] == seen["PageHinkley", "Classifier"] == [0]
@@ -387,28 +390,30 @@ def test_a_shift_of_the_loss_that_nobody_announced() -> None:
         assert 60 < when < 110
 
 
-def test_a_shift_of_the_inputs_that_nobody_announced() -> None:
+def test_drift_of_the_inputs_starts_a_task() -> None:
     drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
     x, y = loader(batches=120).dataset.tensors
     x[240:] += 3
-    callback = watcher(drift_detector=drift.PageHinkley(threshold=5), drift_statistic=lambda batch: batch[0].mean())
+    callback = callback_with(
+        drift_detector=drift.PageHinkley(threshold=5), drift_statistic=lambda batch: batch[0].mean()
+    )
     trainer(callback).fit(Classifier(), DataLoader(TensorDataset(x, y), batch_size=4))
     (_, _, first), (_, _, when) = tasks_seen(callback)
     assert first == 0
     assert 60 <= when < 70
 
 
-def test_a_detector_of_zeros_and_ones_is_refused_before_the_first_loss() -> None:
+def test_binary_drift_detector_is_refused_before_training() -> None:
     drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
     module = Classifier()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=r"(?s)drift_detector=DDM .* cannot take a number, as update"):
-        trainer(watcher(drift_detector=drift.binary.DDM())).fit(module, loader())
+        trainer(callback_with(drift_detector=drift.binary.DDM())).fit(module, loader())
     assert torch.equal(weights(module), before)
 
 
 class Alarming:
-    """Sees a drift in large numbers."""
+    """A drift detector that detects a drift at numbers above 9."""
 
     drift_detected = False
 
@@ -416,23 +421,23 @@ class Alarming:
         self.drift_detected = x > 9
 
 
-def test_the_batch_by_whose_inputs_a_drift_is_seen_begins_the_task() -> None:
+def test_drift_statistic_starts_the_task_at_its_own_batch() -> None:
     values = [0.0, 1.0, 10.0, 2.0, math.nan, 11.0]
-    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: batch[0][0, 0])
+    callback = callback_with(drift_detector=Alarming(), drift_statistic=lambda batch: batch[0][0, 0])
     data = [(torch.full((4, 4), value).nan_to_num(nan=1.0), torch.zeros(4, dtype=torch.long)) for value in values]
     trainer(callback).fit(Classifier(), DataLoader(data, batch_size=None))
     assert tasks_seen(callback) == [(0, None, 0), (1, None, 2), (2, None, 5)]
 
 
 @pytest.mark.parametrize("value", [None, "high", torch.zeros(4)])
-def test_a_statistic_that_is_no_number_is_named(value: Any) -> None:
-    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: value)
+def test_drift_statistic_that_is_no_number_raises(value: Any) -> None:
+    callback = callback_with(drift_detector=Alarming(), drift_statistic=lambda batch: value)
     with pytest.raises(TypeError, match=r"drift_statistic returned .*; it must return a number"):
         trainer(callback).fit(Classifier(), loader())
 
 
-def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
-    callback = watcher(drift_detector=Alarming(), drift_statistic=lambda batch: 10.0)
+def test_drift_keeps_the_name_of_an_announced_task() -> None:
+    callback = callback_with(drift_detector=Alarming(), drift_statistic=lambda batch: 10.0)
     callback.new_task("cats")
     trainer(callback, limit_train_batches=1).fit(Classifier(), loader())
     assert tasks_seen(callback) == [(0, "cats", 0)]
@@ -449,7 +454,7 @@ def test_a_drift_does_not_take_the_name_of_an_announced_task() -> None:
         ({"every_n_steps": 2, "every_n_epochs": 3}, ValueError, r"give one of them"),
         ({"drift_detector": "ADWIN"}, TypeError, r"drift_detector='ADWIN' must have update"),
         ({"drift_detector": Alarming(), "drift_statistic": 1}, TypeError, r"drift_statistic=1 must be a function"),
-        ({"drift_statistic": len}, ValueError, r"drift_statistic is watched by a drift_detector"),
+        ({"drift_statistic": len}, ValueError, r"drift_statistic needs a drift_detector"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -457,8 +462,27 @@ def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exceptio
         TaskDetector(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "TaskDetector()"),
+        ({"every_n_epochs": 10}, "TaskDetector(every_n_epochs=10)"),
+        ({"batch_label": "t", "every_n_steps": 3}, "TaskDetector(batch_label='t', every_n_steps=3)"),
+        ({"batch_label": 0}, "TaskDetector(batch_label=0)"),
+        ({"task_key": len}, "TaskDetector(task_key=<built-in function len>)"),
+    ],
+)
+def test_repr_shows_the_given_arguments(options: dict[str, Any], expected: str) -> None:
+    assert repr(TaskDetector(**options)) == expected
+
+
+def test_repr_shows_a_drift_detector_and_its_statistic() -> None:
+    detector = TaskDetector(drift_detector=(drift := Alarming()), drift_statistic=len)
+    assert repr(detector) == f"TaskDetector(drift_detector={drift!r}, drift_statistic=<built-in function len>)"
+
+
 class Failing:
-    """A loss function that fails when it is told to."""
+    """A loss function that raises ``error``, if set."""
 
     error: BaseException | None = None
 
@@ -469,7 +493,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("announced", [False, True])
-def test_a_fit_after_one_whose_first_probe_has_failed_begins_the_task(*, announced: bool) -> None:
+def test_fit_after_a_failed_first_probe_starts_the_task(*, announced: bool) -> None:
     loss_fn = Failing()
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn, interventions=[ShrinkPerturb()])
     for error in (ValueError("no luck"), None):
@@ -481,10 +505,10 @@ def test_a_fit_after_one_whose_first_probe_has_failed_begins_the_task(*, announc
             trainer(callback).fit(module, loader())
     assert tasks_seen(callback) == [(0, "cats" if announced else 7, 0)]
     relative = {name: value for name, value in callback.history[0].metrics.items() if name.endswith("_vs_initial")}
-    assert set(relative.values()) == {1.0}, "the weights of the module that has failed are forgotten"
+    assert set(relative.values()) == {1.0}, "initial weights are those of the second module"
 
 
-def test_a_task_whose_probe_was_interrupted_begins_with_the_next_fit() -> None:
+def test_interrupted_task_starts_with_the_next_fit() -> None:
     loss_fn, module = Failing(), Classifier()
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn)
     module.task_id = 0
@@ -498,7 +522,7 @@ def test_a_task_whose_probe_was_interrupted_begins_with_the_next_fit() -> None:
     assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 3)]
 
 
-def test_a_detector_that_another_callback_has_used_begins_anew() -> None:
+def test_second_callback_with_a_detector_starts_anew() -> None:
     detector = TaskDetector(batch_label=2)
     for _ in range(2):
         callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
@@ -506,7 +530,7 @@ def test_a_detector_that_another_callback_has_used_begins_anew() -> None:
         assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 1)]
 
 
-def test_the_first_batch_is_a_task_even_without_a_label() -> None:
+def test_first_batch_starts_a_task_without_a_label() -> None:
     callback = SpectralCollapseCallback(
         collapse=Collapse(below=1e-9), task_detector=TaskDetector(batch_label="t"), interventions=[ShrinkPerturb()]
     )
@@ -522,21 +546,21 @@ def test_the_first_batch_is_a_task_even_without_a_label() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:whether a task is new could not be told")
-def test_an_announced_task_begins_although_its_key_is_not_to_be_had() -> None:
+def test_announced_task_starts_although_task_key_fails() -> None:
     def key(trainer: Trainer, module: LightningModule) -> int:
         if trainer.global_step >= 2:
-            raise OSError("the server does not answer")
+            raise OSError("no connection")
         return 5
 
-    callback = watcher(task_key=key)
+    callback = callback_with(task_key=key)
 
     class Announcer(Callback):
         def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 4:
-                callback.new_task("told")
+                callback.new_task("announced")
 
     trainer(callback, Announcer()).fit(Classifier(), loader(batches=6))
-    assert tasks_seen(callback) == [(0, 5, 0), (1, "told", 4)]
+    assert tasks_seen(callback) == [(0, 5, 0), (1, "announced", 4)]
 
 
 class Animal(str, enum.Enum):
@@ -544,28 +568,28 @@ class Animal(str, enum.Enum):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "expected"),
     [(np.int64(3), 3), (np.str_("x"), "x"), (Animal.CAT, "cat"), (torch.tensor(2), 2)],
     ids=["numpy number", "numpy string", "enum", "tensor"],
 )
 @pytest.mark.parametrize("announced", [True, False])
-def test_names_of_tasks_are_plain_in_reports_and_checkpoints(
-    tmp_path: Path, name: Any, kept: Any, *, announced: bool
+def test_task_ids_are_plain_in_reports_and_checkpoints(
+    tmp_path: Path, name: Any, expected: Any, *, announced: bool
 ) -> None:
-    callback, module = watcher(), Classifier()
+    callback, module = callback_with(), Classifier()
     if announced:
         callback.new_task(name)
     else:
         module.task_id = name
     one = trainer(callback)
     one.fit(module, loader())
-    assert callback.history[0].task_id == kept
-    assert type(callback.history[0].task_id) is type(kept)
+    assert callback.history[0].task_id == expected
+    assert type(callback.history[0].task_id) is type(expected)
     one.save_checkpoint(tmp_path / "a.ckpt")
     torch.load(tmp_path / "a.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("name", [1.5, [1], torch.zeros(2)])
-def test_an_announced_name_of_another_kind_is_refused(name: Any) -> None:
+def test_announced_name_of_wrong_type_is_refused(name: Any) -> None:
     with pytest.raises(TypeError, match=r"new_task\(task_id\) is .*; the name of a task must be an int or a str"):
-        watcher().new_task(name)
+        callback_with().new_task(name)

@@ -107,7 +107,7 @@ def ggn_spectrum(
     """
     _check_method(method, sketch, micro_batch_size)
     check_lanczos(num_probes, num_steps, seed, reorthogonalization)
-    check_positive_ints(micro_batch_size=micro_batch_size)
+    check_positive_ints(optional=True, micro_batch_size=micro_batch_size)
     auto, reason = method == "auto", None
     if auto and micro_batch_size is not None:
         reason = f"micro_batch_size={micro_batch_size}, and the exact matrix needs all samples at once"

@@ -84,7 +84,7 @@ def hessian_spectrum(
     if backend not in ("native", "pyhessian"):
         raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
     check_lanczos(num_probes, num_steps, seed, reorthogonalization)
-    check_positive_ints(micro_batch_size=micro_batch_size)
+    check_positive_ints(optional=True, micro_batch_size=micro_batch_size)
     selected = list(trainable_parameters(model, parameters).values())
     if backend == "pyhessian":
         _check_pyhessian_can(parameters, micro_batch_size, distributed=distributed)

@@ -1,4 +1,4 @@
-"""The tangent kernel: in which directions the outputs can move, and how much of the residual lies there."""
+"""Represent the spectrum of the neural tangent kernel and the residual in its eigenbasis."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_plasticity.functional.ranks import entropy_rank
 
 
 def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> float:
-    r"""Effective rank of a list of eigenvalues.
+    r"""Return the effective rank of a set of eigenvalues, the exponential of their entropy.
 
     :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = |\lambda_i| / \sum_j |\lambda_j|`.
 
     Args:
         eigenvalues: Eigenvalues, shape ``(k,)``.
-        weights: How often each eigenvalue occurs, shape ``(k,)``; once each by default.
+        weights: Multiplicity of each eigenvalue, shape ``(k,)``; one by default.
 
     Returns:
         A number between 0 (all eigenvalues are zero) and the number of eigenvalues.
@@ -33,58 +33,59 @@ def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> flo
 
 
 class TangentKernel:
-    r"""Spectrum of the neural tangent kernel, and how the residual lies in it.
+    r"""The spectrum of the neural tangent kernel, and the share of the residual along each eigenvector.
 
-    With the Jacobian :math:`J` of the outputs of all :math:`n` samples (:math:`m` numbers) by the parameters, the
-    kernel is :math:`\Theta = \frac1n J J^\top`, eigenpairs :math:`(\lambda_k, u_k)`. With the residual
-    :math:`r = \partial L / \partial f`, the share of it along each eigenvector is
+    With the Jacobian :math:`J` of the :math:`m` outputs of all :math:`n` samples with respect to the parameters, the
+    kernel is :math:`\Theta = \frac1n J J^\top`, with eigenpairs :math:`(\lambda_k, u_k)`. The share of the residual
+    :math:`r = \partial L / \partial f` along each eigenvector is
     :math:`c_k = \langle u_k, r\rangle^2 / \lVert r\rVert^2`.
 
     Args:
         eigenvalues: :math:`\lambda_k \ge 0`, descending, shape ``(m,)``, float64.
-        residual_shares: :math:`c_k`, summing to 1, shape ``(m,)``, float64; all zero if there is no residual.
+        residual_shares: :math:`c_k`, summing to 1, shape ``(m,)``, float64; all zero for a zero residual.
 
     References:
         Jacot et al. 2018, arXiv 1806.07572; Lemma 4.7 of arXiv 2509.22335.
     """
 
     def __init__(self, eigenvalues: Tensor, residual_shares: Tensor) -> None:
-        self._decomposed: tuple[Tensor, Tensor] | None = (eigenvalues, residual_shares)
-        self._matrix: tuple[Tensor, Tensor] | None = None
+        # At any time exactly one of the two is set.
+        self._decomposition: tuple[Tensor, Tensor] | None = (eigenvalues, residual_shares)
+        self._matrix_and_residual: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor, residual: Tensor) -> TangentKernel:
-        r"""From the kernel itself, whose eigenvalues are computed when they are first asked for.
+    def from_matrix(cls, matrix: Tensor, residual: Tensor) -> TangentKernel:
+        r"""Create the spectrum of a kernel matrix, which is decomposed on first access.
 
         Args:
             matrix: :math:`\Theta`, shape ``(m, m)``.
             residual: :math:`r`, shape ``(m,)``.
         """
         self = cls.__new__(cls)
-        self._decomposed, self._matrix = None, (matrix, residual)
+        self._decomposition, self._matrix_and_residual = None, (matrix, residual)
         return self
 
     @property
     def eigenvalues(self) -> Tensor:
-        """The eigenvalues."""
+        """Eigenvalues, descending, shape ``(m,)``."""
         return self._decompose()[0]
 
     @property
     def residual_shares(self) -> Tensor:
-        """The residual's share along each eigenvector."""
+        """Share of the squared residual along each eigenvector, shape ``(m,)``."""
         return self._decompose()[1]
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
-        if self._decomposed is None:
-            assert self._matrix is not None
-            matrix, residual = self._matrix
+        if self._decomposition is None:
+            assert self._matrix_and_residual is not None
+            matrix, residual = self._matrix_and_residual
             values, vectors = torch.linalg.eigh(matrix)
             power = (vectors.T @ residual).square()
             total = power.sum()
             shares = power / total if total > 0 else torch.zeros_like(power)
-            self._decomposed = values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu()
-            self._matrix = None
-        return self._decomposed
+            self._decomposition = values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu()
+            self._matrix_and_residual = None
+        return self._decomposition
 
     @property
     def effective_rank(self) -> float:
@@ -92,19 +93,19 @@ class TangentKernel:
         return effective_rank_of(self.eigenvalues)
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        r"""Share of the squared residual that gradient descent can remove.
+        r"""Return the share of the squared residual that gradient descent can remove.
 
         .. math:: \sum_k c_k \, (1 - e^{-2 \eta K \lambda_k})
 
-        Under gradient descent with the kernel frozen as it is now the residual obeys :math:`\dot r = -\Theta r`.
+        With the kernel frozen at its current value, the residual obeys under gradient flow :math:`\dot r = -\Theta r`.
 
         Args:
             lr: Step size :math:`\eta > 0`. ``None`` takes :math:`1 / \lambda_{\max}` of the kernel, which makes the
-                number independent of the scale of the tangent kernel and of the optimizer.
+                result independent of the kernel's scale and of the optimizer.
             steps: Number of steps :math:`K \ge 1`.
 
         Returns:
-            A number in [0, 1]; 0 for a kernel that is zero, 1 where there is no residual left to remove.
+            A number in [0, 1]; 0 for a zero kernel, 1 for a zero residual.
 
         Raises:
             ValueError: If ``lr`` or ``steps`` is not positive.
@@ -128,10 +129,10 @@ class TangentKernel:
         return min(max(learned, 0.0), 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The kernel as plain Python and tensors."""
+        """Return the spectrum as plain Python objects and tensors."""
         return {"eigenvalues": self.eigenvalues, "residual_shares": self.residual_shares}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TangentKernel:
-        """The inverse of :meth:`to_dict`."""
+        """Create the spectrum from the result of :meth:`to_dict`."""
         return cls(**state)

@@ -1,1 +1,1 @@
-"""Keep the ranks of a distributed run in agreement."""
+"""Keep ranks in agreement and gather sharded weights, without Lightning."""

@@ -1,4 +1,4 @@
-"""Processes that train together decide together."""
+"""Exchange values between ranks, and raise an error on all ranks when one of them fails."""
 
 from __future__ import annotations
 
@@ -14,146 +14,178 @@ from torch import Tensor
 
 from lightning_plasticity.isolation.batches import concat_batches
 
-_together: ContextVar[bool] = ContextVar("together", default=False)
+_inside_all_or_none: ContextVar[bool] = ContextVar("inside_all_or_none", default=False)
 
 
 class PeerFailedError(RuntimeError):
-    """What processes were doing together has failed in one of them; the cause is the error of this one, if it has any.
+    """Failure of the block of :func:`all_or_none` on at least one rank.
 
-    Processes that have this error have it at the same point, with the same words.
+    All ranks raise it at the same point and with the same message. Its cause is the local error, if this rank failed.
     """
 
 
 class CommunicationError(BaseException):
-    """Whether the others have failed is not known, so that weights may differ from here on: nothing to be survived."""
+    """Failure of a collective inside :func:`all_or_none`.
+
+    Not recoverable: whether another rank failed is unknown, so weights may have diverged. It is no ``Exception``, so
+    that handlers that let training go on do not catch it.
+    """
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group of more than one process."""
+    """Return whether there is a process group of more than one rank."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """What each of the processes that train together has, in the order of their ranks."""
-    if not is_distributed():
-        return [value]
-    packed = pickle.dumps(value)  # what cannot be sent is found out before the others wait for it
-    sync_errors(at="an exchange")
-    own = torch.distributed.get_rank()
-    return [value if rank == own else pickle.loads(theirs) for rank, theirs in enumerate(_all_gather(packed))]
-
-
-def all_gather_batch(batch: Any) -> Any:
-    """One batch of the samples of all processes."""
-    return concat_batches(all_gather_object(batch), like=batch)
-
-
-def broadcast_object(value: Any) -> Any:
-    """What the first of the processes that train together has."""
-    if not is_distributed():
-        return value
-    is_first = torch.distributed.get_rank() == 0
-    packed = [pickle.dumps(value) if is_first else b""]
-    sync_errors(at="what the first has")
-    with fatal_if_unreachable():
-        torch.distributed.broadcast_object_list(packed, 0)
-    return value if is_first else pickle.loads(packed[0])
-
-
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What is done inside is done by all processes that train together, or fails in all of them.
+    """Run the block on all ranks, or raise on all ranks.
 
-    An error in one is a :class:`PeerFailedError` in each. The others have it where they next :func:`sync_errors`: at a
-    sum over processes, which the one that has failed will not come to; before changes of the model become final; or at
-    the end. In a single process, errors are what they are.
+    An error on one rank is a :class:`PeerFailedError` on each. The other ranks raise it at their next
+    :func:`sync_errors`: at a collective, which the failed rank does not reach; before changes of the model become
+    final; or at the end of the block. Without a process group, errors pass unchanged. An inner block joins the
+    outermost one.
     """
-    if _together.get() or not is_distributed():
+    if _inside_all_or_none.get() or not is_distributed():
         yield
         return
-    token = _together.set(True)
+    token = _inside_all_or_none.set(True)
     try:
         yield
-        sync_errors(at="the end")
+        sync_errors(point="the end")
     except PeerFailedError:
         raise
     except Exception as error:
         sync_errors(error)
         raise
     finally:
-        _together.reset(token)
+        _inside_all_or_none.reset(token)
 
 
-def sync_errors(error: Exception | None = None, at: str = "the next point of agreement") -> None:
-    """Inside of :func:`all_or_none`: all processes have come to the next point of agreement, or one to its end.
+def sync_errors(error: Exception | None = None, point: str = "the next synchronisation point") -> None:
+    """Wait for all ranks inside :func:`all_or_none`, and raise if one has failed. Do nothing outside of it.
 
     Args:
-        error: What has ended it in this process.
-        at: Which point this is.
+        error: The error that ended the block on this rank.
+        point: Name of the synchronisation point.
 
     Raises:
-        PeerFailedError: If it has ended in one of them, with the words of the first that it has; or if they have
-            come to different points, as where a model takes another path in each, and would wait for each other.
-        LostProcessesError: If this cannot be known.
+        PeerFailedError: If the block has failed on a rank, with the message of the lowest such rank; or if ranks are
+            at different points, as when a model takes another path on each, and would wait for each other forever.
+        CommunicationError: If ranks cannot reach each other.
     """
-    if not _together.get():
+    if not _inside_all_or_none.get():
         return
-    point = zlib.crc32(at.encode())
+    checksum = zlib.crc32(point.encode())
     with fatal_if_unreachable():
         device = backend_device(torch.device("cpu"), torch.distributed.get_backend())
-        most = torch.tensor([error is not None, point, -point], dtype=torch.int64, device=device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        failed, last, first = most.tolist()
-    if not failed and last == -first:
-        return
-    if not failed:
-        raise PeerFailedError(f"the processes do not do the same, but come to {' and '.join(_all_gather(at))}")
-    errors = _all_gather(None if error is None else format_error(error))
-    rank, words = next((rank, words) for rank, words in enumerate(errors) if words is not None)
-    raise PeerFailedError(f"in process {rank}: {words}" if rank else words) from error
+        # The maximum over ranks shows in one reduction whether any failed and whether all checksums are equal.
+        status = torch.tensor([error is not None, checksum, -checksum], dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
+        any_failed, largest, negated_smallest = status.tolist()
+    if any_failed:
+        messages = _all_gather(None if error is None else format_error(error))
+        rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+        raise PeerFailedError(f"on rank {rank}: {message}" if rank else message) from error
+    if largest != -negated_smallest:
+        raise PeerFailedError(f"ranks reached different synchronisation points: {' and '.join(_all_gather(point))}")
+
+
+@contextlib.contextmanager
+def fatal_if_unreachable() -> Iterator[None]:
+    """Raise a :class:`CommunicationError` for an error in a collective inside :func:`all_or_none`.
+
+    Ranks cannot agree on such an error, since they would need a collective to do so.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _inside_all_or_none.get():
+            raise
+        raise CommunicationError(f"ranks cannot reach each other: {error}") from error
 
 
 def local_error(error: Exception) -> BaseException:
-    """The error of this process, where it has one of its own; else what it has heard of the others'."""
-    own = error.__cause__ if isinstance(error, PeerFailedError) else None
-    return own or error
+    """Return the error that this rank raised itself, or ``error`` if only other ranks failed."""
+    cause = error.__cause__ if isinstance(error, PeerFailedError) else None
+    return cause or error
 
 
 def raise_local_error(error: Exception) -> NoReturn:
-    """Raises :func:`local_error`."""
+    """Raise :func:`local_error`."""
     raise local_error(error)
 
 
 def format_error(error: Exception | str) -> str:
-    """An error in words: also one without a message, such as a MemoryError, and with the cause that another hides."""
+    """Return the type and message of an error, and its cause unless the message holds it.
+
+    The type stands for errors without a message, such as many a ``MemoryError``.
+    """
     if isinstance(error, str | PeerFailedError):
         return str(error)
-    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     cause = error.__cause__
-    return words if not isinstance(cause, Exception) or str(cause) in words else f"{words} ({format_error(cause)})"
+    return text if not isinstance(cause, Exception) or str(cause) in text else f"{text} ({format_error(cause)})"
 
 
-def all_reduce_sum(value: Tensor, of: str = "") -> Tensor:
-    """The sum of a tensor over the processes of ``torch.distributed``; the tensor itself if there is one only.
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the values of all ranks, in rank order."""
+    if not is_distributed():
+        return [value]
+    # Pickle first: on an error, this rank must not leave the others waiting for its value.
+    pickled = pickle.dumps(value)
+    sync_errors(point="a gather of objects")
+    local_rank = torch.distributed.get_rank()
+    return [value if rank == local_rank else pickle.loads(data) for rank, data in enumerate(_all_gather(pickled))]
 
-    Every process must ask at the same point. What is decided from it is then the same everywhere.
+
+def all_gather_batch(batch: Any) -> Any:
+    """Return one batch of the samples of all ranks."""
+    return concat_batches(all_gather_object(batch), like=batch)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return the value of rank 0."""
+    if not is_distributed():
+        return value
+    is_source = torch.distributed.get_rank() == 0
+    pickled = [pickle.dumps(value) if is_source else b""]
+    sync_errors(point="a broadcast of an object")
+    with fatal_if_unreachable():
+        torch.distributed.broadcast_object_list(pickled, 0)
+    return value if is_source else pickle.loads(pickled[0])
+
+
+def all_reduce_sum(value: Tensor, name: str = "") -> Tensor:
+    """Return the sum of a tensor over ranks, or the tensor itself without a process group.
+
+    All ranks must call it at the same point. A decision that depends on the result is the same on all of them.
 
     Args:
         value: The tensor.
-        of: What is summed up, such as the name of a layer: the same in every process.
+        name: Name of the summands, such as that of a layer, for errors; the same on all ranks.
     """
     if not is_distributed():
         return value
     total = value.to(backend_device(value.device, torch.distributed.get_backend()), copy=True)
-    sync_errors(at=f"a sum of {of or 'tensors'} of shape {tuple(value.shape)}")
+    sync_errors(point=f"a sum of {name or 'tensors'} of shape {tuple(value.shape)}")
     with fatal_if_unreachable():
         torch.distributed.all_reduce(total)
     return total.to(value.device)
 
 
+def all_reduce_mean(value: Tensor, name: str = "") -> Tensor:
+    """Return the mean of a tensor over ranks, or the tensor itself without a process group.
+
+    The arguments are those of :func:`all_reduce_sum`.
+    """
+    total = all_reduce_sum(value, name)
+    return total if total is value else total / torch.distributed.get_world_size()
+
+
 def backend_device(device: torch.device, backend: str) -> torch.device:
-    """Where a tensor of this device must be to be sent: NCCL knows nothing but what is on the GPU of the process."""
+    """Return the device that the backend sends a tensor of this device from: NCCL only sends from GPUs."""
     return torch.device("cuda") if backend == "nccl" and device.type != "cuda" else device
 
 
@@ -163,20 +195,3 @@ def _all_gather(value: Any) -> list[Any]:
         torch.distributed.all_gather_object(values, value)
     values[torch.distributed.get_rank()] = value
     return values
-
-
-@contextlib.contextmanager
-def fatal_if_unreachable() -> Iterator[None]:
-    """Inside of :func:`all_or_none`, an error in what processes exchange is none that they could agree on."""
-    try:
-        yield
-    except Exception as error:
-        if not _together.get():
-            raise
-        raise CommunicationError(f"processes that train together cannot reach each other: {error}") from error
-
-
-def all_reduce_mean(value: Tensor, of: str = "") -> Tensor:
-    """As :func:`all_reduce_sum`, the mean."""
-    total = all_reduce_sum(value, of)
-    return total if total is value else total / torch.distributed.get_world_size()

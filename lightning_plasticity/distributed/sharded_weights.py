@@ -1,4 +1,4 @@
-"""Weights that ``fully_shard`` (FSDP2) keeps in pieces: made whole for a while, and gradients cut like them."""
+"""Gather parameters that ``fully_shard`` (FSDP2) shards, and shard gradients like them."""
 
 from __future__ import annotations
 
@@ -8,160 +8,107 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plasticity._compat import has_full_weights, is_fsdp_internal, is_model_parallel
 from lightning_plasticity.distributed.agreement import all_or_none, fatal_if_unreachable, sync_errors
-from lightning_plasticity.interventions import Intervention, Repair, StepIntervention
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def check_strategy(strategy: Strategy, interventions: Sequence[Intervention]) -> None:
-    """Whether the callback works with a strategy.
+def unsupported_parameters(module: nn.Module) -> list[str]:
+    """Return the names of the parameters that are sharded in another way than :func:`gather_full_parameters` supports.
 
-    Raises:
-        MisconfigurationException: If it does not, or if an intervention does not.
+    All trainable parameters must be sharded by ``fully_shard``, over all ranks and in no other way besides.
     """
-    if has_full_weights(strategy):
-        return
-    name = type(strategy).__name__
-    if not is_model_parallel(strategy):
-        raise MisconfigurationException(
-            "SpectralCollapseCallback works where every device holds all weights, and where fully_shard (FSDP2) shards "
-            f"them, not with {name}: use Trainer(devices=1) or Trainer(strategy='ddp'), or, to shard weights, "
-            "ModelParallelStrategy(tensor_parallel_size=1) and fully_shard in configure_model"
-        )
-    size = strategy.device_mesh["tensor_parallel"].size()
-    if size > 1:
-        raise MisconfigurationException(
-            f"SpectralCollapseCallback does not work with {name}(tensor_parallel_size={size}): use "
-            "tensor_parallel_size=1, and fully_shard in configure_model"
-        )
-    changing = [i.name for i in interventions if isinstance(i, Repair | StepIntervention)]
-    if changing:
-        raise MisconfigurationException(
-            f"{' and '.join(changing)} cannot change weights that {name} shards: what works with it is to measure, and "
-            "regularizers such as SpectralRegularizer. Use Trainer(devices=1) or Trainer(strategy='ddp') for the others"
-        )
-
-
-def check_sharding(module: nn.Module) -> None:
-    """Whether the weights that a strategy shards can be made whole.
-
-    Raises:
-        MisconfigurationException: If not all trainable weights are sharded by ``fully_shard``, over all processes and
-            in no other way besides.
-    """
-    managed = {id(parameter) for part in _sharded_parts(module) for parameter in part.parameters()}
-    wrong = [
+    managed = {id(parameter) for part in _resharded_modules(module) for parameter in part.parameters()}
+    return [
         name
         for name, parameter in module.named_parameters()
-        if not (_is_sharded_well(parameter, managed) if _is_sharded(parameter) else not parameter.requires_grad)
+        if not (_is_supported(parameter, managed) if _is_sharded(parameter) else not parameter.requires_grad)
     ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise MisconfigurationException(
-            "SpectralCollapseCallback works with ModelParallelStrategy if configure_model shards all trainable "
-            "parameters by torch.distributed.fsdp.fully_shard over the data-parallel mesh, without tensor parallelism "
-            f"or CPU offload: that is not so of {', '.join(wrong[:3])}{more}"
-        )
 
 
 @contextlib.contextmanager
 def gather_full_parameters(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
-    """While inside, the module is what it would be had ``fully_shard`` never seen it.
+    """Turn a module back, inside the block, into the one that was passed to ``fully_shard``.
 
-    Its parameters are whole, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
-    What is done to these parameters is forgotten; hooks that are added or removed are so afterwards. Nothing happens to
-    a module that is not sharded. To be entered by all processes at the same point, between an optimizer step and the
-    next forward pass or between a backward pass and the optimizer step: it succeeds in all of them or in none.
+    Its parameters are full, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
+    Changes of these parameters are lost, hooks that are added or removed stay so. A module that is not sharded remains
+    as it is. All ranks must enter at the same point, between an optimizer step and the next forward pass or between a
+    backward pass and the optimizer step. Entering succeeds on all of them or on none.
 
     Yields:
-        The whole parameter for each sharded one.
+        The full parameter for each sharded one.
     """
-    sharded = _sharded_parts(module)
-    if not sharded:
+    if not _resharded_modules(module):
         yield {}
         return
-    before: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
-    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    try:
+    with contextlib.ExitStack() as stack:
         with all_or_none():
-            wholes = _gather([parameter for parameter in module.parameters() if _is_sharded(parameter)])
+            full_parameters = _gather([parameter for parameter in module.parameters() if _is_sharded(parameter)])
             for part in list(module.modules()):
-                for registered in _dicts_with_hooks(part):
-                    internal = {key: hook for key, hook in registered.items() if is_fsdp_internal(hook)}
-                    hooks.append((registered, internal))
-                    # In their places, before and behind which others register hooks, and in the same dicts, which
-                    # handles remove them from.
-                    registered.update(dict.fromkeys(internal, _nothing))
-                changes = _unsharded(part, wholes)
-                before.append((part, type(part), {name: vars(part)[name] for name in changes}))
-                vars(part).update(changes)
-                if part in sharded:
-                    part.__class__ = _unsharded_class(type(part))
-        yield wholes
-    finally:
-        for part, kind, attributes in before:
-            part.__class__ = kind
-            vars(part).update(attributes)
-        for registered, internal in hooks:
-            registered.update(internal)
+                stack.enter_context(_without_fsdp(part, full_parameters))
+        yield full_parameters
 
 
 def sharded_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The share of this process in a gradient that all processes have whole; all of it if the parameter is whole."""
+    """Return this rank's shard of a full gradient; the gradient itself if the parameter is not sharded."""
     if not _is_sharded(parameter):
         return gradient
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
-    everywhere = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=parameter.placements)  # each keeps its part: nothing is sent
+    replicated = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    # Every rank has the full gradient and keeps its shard, so this does not communicate.
+    return replicated.redistribute(placements=parameter.placements)
 
 
 def is_device_mesh(value: object) -> bool:
-    """Whether it is the layout of processes that a module shards by."""
-    return isinstance(value, _imported("torch.distributed.device_mesh", "DeviceMesh"))
+    """Return whether the value is a ``DeviceMesh``, the layout of ranks that a module is sharded over."""
+    return isinstance(value, _class_if_imported("torch.distributed.device_mesh", "DeviceMesh"))
 
 
-def _sharded_parts(module: nn.Module) -> set[Any]:
-    """What was given to ``fully_shard``, with its parameters sharded: a forward pass may have left them gathered."""
-    kind = _imported("torch.distributed.fsdp", "FSDPModule")
-    parts: set[Any] = {part for part in module.modules() if isinstance(part, kind)}
+def is_fsdp_internal(value: object) -> bool:
+    """Return whether ``fully_shard`` has put this hook, method or state into a module.
+
+    FSDP's public objects that a module may hold, such as a mixed-precision policy, are not internal: their
+    ``__module__`` is ``torch.distributed.fsdp``.
+    """
+    # The __module__ of a wrapped method is that of the method it wraps; its globals are those of the wrapper.
+    wrapper_globals: Any = getattr(value, "__globals__", {})
+    origins = (getattr(value, "__module__", None), wrapper_globals.get("__name__"))
+    return any(isinstance(name, str) and name.startswith("torch.distributed.fsdp._fully_shard.") for name in origins)
+
+
+def _resharded_modules(module: nn.Module) -> list[Any]:
+    """Return the submodules passed to ``fully_shard``, resharded: a forward pass may have left them gathered."""
+    fsdp_module = _class_if_imported("torch.distributed.fsdp", "FSDPModule")
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, fsdp_module)]
     for part in parts:
         part.reshard()
     return parts
 
 
 def _is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
-    return isinstance(parameter, _imported("torch.distributed.tensor", "DTensor"))
+    return isinstance(parameter, _class_if_imported("torch.distributed.tensor", "DTensor"))
 
 
-def _imported(module: str, name: str) -> tuple[type, ...]:
-    """A class, unless nobody has imported it: then nothing is of it, and to ask would take seconds."""
+def _class_if_imported(module: str, name: str) -> tuple[type, ...]:
+    """Return a class for ``isinstance``, or no class if its module is not imported.
+
+    In that case no instance exists, and the import would take seconds.
+    """
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
-def _gather(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
-    """The whole parameter for each sharded one.
+def _is_supported(parameter: DTensor, managed: set[int]) -> bool:
+    """Return whether FSDP alone shards the parameter, over all ranks, with or without replicas.
 
-    A process that lacks the memory finds out, and says so, before the others wait for its share.
+    Args:
+        parameter: A sharded parameter.
+        managed: The ids of the parameters of modules that were passed to ``fully_shard``.
     """
-    largest = max(parameters, key=Tensor.numel)
-    room = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (*parameters, largest, largest)]
-    del room  # which keeps it for us, where memory is that of a GPU
-    sync_errors(at="weights that are made whole")
-    with fatal_if_unreachable():
-        return {p: nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parameters}
-
-
-def _is_sharded_well(parameter: DTensor, managed: set[int]) -> bool:
-    """Whether a sharded parameter is one of FSDP's, with or without replicas, and of nobody else's."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh = parameter.device_mesh
@@ -173,29 +120,72 @@ def _is_sharded_well(parameter: DTensor, managed: set[int]) -> bool:
     )
 
 
-def _dicts_with_hooks(part: nn.Module) -> list[dict[Any, Any]]:
-    """Of the dicts that a module keeps, those that hold something of FSDP's."""
-    dicts = (value for name, value in vars(part).items() if isinstance(value, dict) and name != "_modules")
-    return [value for value in dicts if any(is_fsdp_internal(item) for item in value.values())]
+def _gather(parameters: Sequence[DTensor]) -> dict[Tensor, nn.Parameter]:
+    """Return the full parameter for each sharded one.
+
+    A rank that lacks the memory raises before the others wait for its shards.
+    """
+    # Beside the full parameters, gathering one takes two buffers of its size.
+    largest = max(parameters, key=Tensor.numel)
+    reserved = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (*parameters, largest, largest)]
+    # On a GPU the caching allocator keeps the freed memory for this process.
+    del reserved
+    sync_errors(point="a gather of full parameters")
+    with fatal_if_unreachable():
+        return {p: nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parameters}
 
 
-def _unsharded(part: nn.Module, wholes: Mapping[Tensor, nn.Parameter]) -> dict[str, Any]:
-    """The attributes of a module that must be others without FSDP."""
-    # A method that register_fsdp_forward_method has wrapped.
-    changes = {name: value.__wrapped__ for name, value in vars(part).items() if is_fsdp_internal(value)}
-    own = part._parameters
-    changes["_parameters"] = {name: None if p is None else wholes.get(p, p) for name, p in own.items()}
-    if isinstance(part, nn.RNNBase):  # keeps lists of its weights, which it brings up to date when it is copied
-        changes["_flat_weights"] = [None if w is None else wholes.get(w, w) for w in part._flat_weights]
-        changes["_flat_weight_refs"] = list(part._flat_weight_refs)
-    return changes
+@contextlib.contextmanager
+def _without_fsdp(part: nn.Module, full_parameters: Mapping[Tensor, nn.Parameter]) -> Iterator[None]:
+    """Undo ``fully_shard`` on one submodule, without its children; restore it on exit."""
+    kind, replacements = type(part), _unsharded_attributes(part, full_parameters)
+    originals = {name: vars(part)[name] for name in replacements}
+    registries = [(registry, hooks) for registry in _hook_registries(part) if (hooks := _fsdp_hooks(registry))]
+    try:
+        for registry, hooks in registries:
+            # Placeholders keep the order among hooks of others, which may be registered before or after them meanwhile.
+            # The registry stays the same dict, since handles remove their hooks from it.
+            registry.update(dict.fromkeys(hooks, _do_nothing))
+        vars(part).update(replacements)
+        part.__class__ = _unsharded_class(kind)
+        yield
+    finally:
+        part.__class__ = kind
+        vars(part).update(originals)
+        for registry, hooks in registries:
+            registry.update(hooks)
 
 
-def _nothing(*_: object, **__: object) -> None:
-    """Stands in for a hook of FSDP's."""
+def _unsharded_attributes(part: nn.Module, full_parameters: Mapping[Tensor, nn.Parameter]) -> dict[str, Any]:
+    """Return the attributes of a module whose values differ without FSDP."""
+    # Methods that register_fsdp_forward_method has wrapped.
+    attributes = {name: value.__wrapped__ for name, value in vars(part).items() if is_fsdp_internal(value)}
+    attributes["_parameters"] = {
+        name: None if parameter is None else full_parameters.get(parameter, parameter)
+        for name, parameter in part._parameters.items()
+    }
+    # Recurrent layers also keep lists of their weights, which copying updates.
+    if isinstance(part, nn.RNNBase):
+        flat_weights = part._flat_weights
+        attributes["_flat_weights"] = [None if w is None else full_parameters.get(w, w) for w in flat_weights]
+        attributes["_flat_weight_refs"] = list(part._flat_weight_refs)
+    return attributes
 
 
 def _unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
-    (fsdp,) = _imported("torch.distributed.fsdp", "FSDPModule")
-    original: type[nn.Module] = kind.__mro__[kind.__mro__.index(fsdp) + 1]
-    return original
+    """Return the class that a module had before ``fully_shard``: the next one behind FSDP's in the resolution order."""
+    (fsdp_module,) = _class_if_imported("torch.distributed.fsdp", "FSDPModule")
+    order: tuple[type, ...] = kind.__mro__
+    return order[order.index(fsdp_module) + 1] if fsdp_module in order else kind
+
+
+def _hook_registries(part: nn.Module) -> list[dict[Any, Any]]:
+    return [value for name, value in vars(part).items() if isinstance(value, dict) and name != "_modules"]
+
+
+def _fsdp_hooks(registry: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: hook for key, hook in registry.items() if is_fsdp_internal(hook)}
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    """Stand in for a hook of FSDP."""

@@ -1,84 +1,93 @@
-"""Are units and features alive? A monitor is asked: on a copy at the start of a task, and on batches in flight."""
+"""Measure hidden activations: on a copy at the start of a task, and on batches in training."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
 from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.reporting.errors import ErrorLog
-from lightning_plasticity.training.sandbox import LossFunction
 
 
-def monitored_copy(
-    monitor: PlasticityMonitor, module: LightningModule, batch: Any, loss_fn: LossFunction
+def measure_activations(
+    monitor: PlasticityMonitor, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, float]:
-    """What a monitor sees of one forward pass in evaluation mode.
+    """Return the measures of a monitor on one forward pass in evaluation mode.
 
     Args:
-        monitor: Says what is measured. It is not changed.
-        module: A copy of the module that may be used up.
-        batch: The batch, on the module's device.
-        loss_fn: Runs the module on the batch.
+        monitor: The settings of the measurement. It is not changed.
+        model: A copy of the model.
+        batch: The batch, on the device of the model.
+        loss_fn: Runs the model on the batch.
 
     Returns:
-        Each measure over all layers, and as ``<measure>/<layer>`` of each.
+        Each measure over all layers, and of each layer as ``<measure>/<layer>``; empty if no hidden layer ran.
     """
     monitor = copy.deepcopy(monitor)
     monitor.reset()
-    monitor._to_sync = False  # all processes have the same samples; sync_on_compute is heard at the construction only
-    monitor.compiled = "eager"  # as everything is in a probe
-    monitor.to(module.device)
-    with probe_mode(module), monitor.attach(module):
-        loss_fn(module, batch)
+    # All ranks have the same samples. torchmetrics reads sync_on_compute in its constructor only.
+    monitor._to_sync = False
+    # Everything runs uncompiled in a probe.
+    monitor.compiled = "eager"
+    monitor.to(device_of(model))
+    with probe_mode(model), monitor.attach(model):
+        loss_fn(model, batch)
     return values_of(monitor) if monitor.layers else {}
 
 
 def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
-    """The monitor's numbers as plain floats.
+    """Return the measures of a monitor as floats.
 
-    That ranks of wide layers are estimates is not warned of every time: its documentation says so.
+    The warning that ranks of wide layers are estimates is left out: it would come at every task.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the ranks of .* are estimates", UserWarning)
         return {name: value.item() for name, value in monitor.compute().items()}
 
 
-class StepMonitor:
-    """Watches the batch in flight every few optimizer steps, without an extra forward pass.
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter of a model."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
-    Of the batches between two steps it is the first, and where a batch takes several steps the first after as many.
+
+class StepMonitor:
+    """Measures the activations of a training batch every few optimizer steps, without an extra forward pass.
+
+    Of several batches in one optimizer step it measures the first; where one batch takes several steps, the first batch
+    after that many steps.
 
     Args:
-        monitor: Says what is measured. It is not changed.
-        every_n_steps: The number of optimizer steps from one look to the next; ``None``: never.
-        errors: Where it says what it could not see.
+        monitor: The settings of the measurement. It is not changed.
+        every_n_steps: Number of optimizer steps between two measurements; ``None`` measures nothing.
+        errors: Where errors are recorded.
     """
 
     def __init__(self, monitor: PlasticityMonitor | None, every_n_steps: int | None, errors: ErrorLog) -> None:
         self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
-        self._monitor.suppress_errors = True  # a monitor never kills a run
+        # An error in the middle of the model's forward pass would end the run.
+        self._monitor.suppress_errors = True
         self._every_n_steps = every_n_steps
         self._errors = errors
         self.last: int | None = None
-        """The optimizer step of the last look, for checkpoints."""
+        """The optimizer step of the last measurement; a part of checkpoints."""
         self._has_succeeded = False
 
-    def begin(self, module: LightningModule, step: int) -> None:
-        """Begins to watch, if it is time.
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Attach the monitor to the model, if a measurement is due.
 
         Raises:
-            MisconfigurationException: If the module cannot be looked into, and never could.
+            MisconfigurationError: If the model cannot be monitored, and never could.
 
         Warns:
-            PlasticityWarning: If it could be before.
+            PlasticityWarning: If the model could be monitored before and cannot be now.
         """
         if self._every_n_steps is None:
             return
@@ -88,43 +97,44 @@ class StepMonitor:
         try:
             with all_or_none():
                 self._monitor.reset()
-                self._monitor.to(module.device)
-                self._monitor.attach(module)
+                self._monitor.to(device_of(model))
+                self._monitor.attach(model)
         except Exception as error:
             self.cancel()
             if not self._has_succeeded:
-                self.last = None  # another fit would find out at its first step, too
-                raise MisconfigurationException(f"monitor_every_n_steps: {error}") from error
-            self._failed(error)
+                # The next fit shall raise the error, too.
+                self.last = None
+                raise MisconfigurationError(f"monitor_every_n_steps: {error}") from error
+            self._record(error)
 
     def postpone(self) -> None:
-        """If it has begun, it will when it is told the next time."""
+        """Detach the monitor if it is attached, and let :meth:`begin` attach it again."""
         if self._monitor.attached:
             self.cancel()
             self.last = None
 
     def end(self) -> dict[str, float]:
-        """What was seen, if anything was watched."""
+        """Detach the monitor and return its measures; empty if nothing was measured."""
         if not self._monitor.attached:
             return {}
         try:
             with all_or_none():
                 self._monitor.detach()
                 if self._monitor.errors:
-                    self._failed(self._monitor.errors[0])
+                    self._record(self._monitor.errors[0])
                     self._monitor.errors.clear()
-                seen = all_reduce_sum(torch.tensor(float(len(self._monitor.layers))))
-                values = values_of(self._monitor) if seen else {}
+                num_layers = all_reduce_sum(torch.tensor(float(len(self._monitor.layers))))
+                values = values_of(self._monitor) if num_layers else {}
         except Exception as error:
-            self._failed(error)
+            self._record(error)
             return {}
         self._has_succeeded = True
         return values
 
     def cancel(self) -> None:
-        """Leaves nothing in the module."""
+        """Detach the monitor, if it is attached, without a measurement."""
         if self._monitor.attached:
             self._monitor.detach()
 
-    def _failed(self, error: Exception | str) -> None:
+    def _record(self, error: Exception | str) -> None:
         self._errors.record("monitor", "some activations could not be monitored", error)

@@ -1,9 +1,9 @@
-"""The standard diagnostics of the field as pure functions of tensors: torch only, no Lightning.
+"""Compute the standard diagnostics of plasticity: pure functions of tensors that need torch only.
 
-Every function returns a tensor without dimensions in float64 (``kronecker_ranks`` three), and sums in float64.
-Activations and features are ``(N, d)``, ``(N, T, d)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``: see
-:func:`~lightning_plasticity.functional.layouts.channel_dim_of`. Tensors without samples or units, or with NaN or
-infinite entries, are refused with a ``ValueError``.
+Every function sums in float64 and returns a float64 tensor without dimensions (``kronecker_ranks`` returns three).
+Activations and features have the shape ``(N, d)``, ``(N, T, d)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``; see
+:func:`~lightning_plasticity.functional.layouts.channel_dim_of`. Tensors without samples or units, and tensors with NaN
+or infinite entries, raise a ``ValueError``.
 """
 
 from lightning_plasticity.functional.gradients import (

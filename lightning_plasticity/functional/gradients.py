@@ -1,4 +1,4 @@
-"""Can gradient descent still make progress? Diagnostics of gradients."""
+"""Compute diagnostics of gradients, which measure how much progress gradient descent can make."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_plasticity.functional.ranks import entropy_rank, singular_values
 
 
 def gradient_norm(gradients: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
-    r"""Length of the gradient, :math:`\lVert \nabla L \rVert_2` over all entries of all tensors.
+    r"""Compute the norm of the gradient, :math:`\lVert \nabla L \rVert_2` over all entries of all tensors.
 
     Args:
-        gradients: One tensor of any shape, several, or a module: then the ``.grad`` of its parameters.
+        gradients: A tensor of any shape, several tensors, or a module: the ``.grad`` of its parameters are taken.
 
     Returns:
-        A length, in units of the loss by those of the weights.
+        A norm, in the units of the loss divided by those of the weights.
 
     Raises:
         ValueError: If there is no gradient, or some entry is not finite.
@@ -32,22 +32,22 @@ def gradient_norm(gradients: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
 
 
 def optimization_readiness(loss: Tensor | float, minibatch_gradients: Iterable[Tensor]) -> Tensor:
-    r"""Strong gradients that agree with one another: the share of the loss that a gradient step can remove.
+    r"""Compute the optimization readiness :math:`R = \lVert g \rVert^4 / (L \, \mathbb{E}_b \lVert \hat g_b \rVert^2)`.
 
-    :math:`R = \lVert g \rVert^4 / (L \cdot \mathbb{E}_b \lVert \hat g_b \rVert^2)`. Where the loss is
-    :math:`\beta`-smooth, one step of the best size along a minibatch gradient removes, in expectation, at least the
-    share :math:`R / 2\beta` of it. 0 where the loss or all gradients are zero: there is nothing to gain.
+    It is large for strong gradients that agree across minibatches. If the loss is :math:`\beta`-smooth, one step of
+    optimal size along a minibatch gradient reduces it, in expectation, by at least the fraction :math:`R / 2\beta`.
 
     Args:
-        loss: :math:`L \ge 0`, the mean loss of the probe batch.
-        minibatch_gradients: :math:`\hat g_b`, the gradients of minibatches of equal size that make up the probe batch,
+        loss: Mean loss of the probe batch, :math:`L \ge 0`.
+        minibatch_gradients: The gradients :math:`\hat g_b` of minibatches of equal size that make up the probe batch,
             ``(B, P)``, or ``B`` tensors of the same shape. :math:`g` is their mean.
 
     Returns:
-        A number ≥ 0, in units of the loss by those of the weights squared.
+        A number ≥ 0, in the units of the loss divided by the square of those of the weights; 0 if the loss is zero or
+        all gradients are.
 
     Raises:
-        ValueError: If the loss is negative, there are no gradients, or something is not finite.
+        ValueError: If the loss is negative, there are no gradients, or the loss or a gradient is not finite.
 
     References:
         "Predicting plasticity in deep continual learning: a theoretical perspective" 2026, arXiv 2605.09044.
@@ -73,11 +73,12 @@ class KroneckerRanks(NamedTuple):
 
 
 def kronecker_ranks(inputs: Tensor, gradients: Tensor) -> KroneckerRanks:
-    r"""Effective ranks of the Kronecker-factored curvature of a layer, :math:`A \otimes G`.
+    r"""Compute the effective ranks of the Kronecker-factored curvature of a layer, :math:`A \otimes G`.
 
-    :math:`A = \mathbb{E}[h h^\top]` of the layer's inputs and :math:`G = \mathbb{E}[\delta \delta^\top]` of the
-    gradients by its outputs. The eigenvalues of :math:`A \otimes G` are the products of theirs, so that the effective
-    rank of the product, of eigenvalues, is the product of the effective ranks.
+    The factors are :math:`A = \mathbb{E}[h h^\top]` of the layer's inputs :math:`h` and
+    :math:`G = \mathbb{E}[\delta \delta^\top]` of the gradients :math:`\delta` with respect to its outputs. Each rank is
+    the exponential of the entropy of the eigenvalues. Those of :math:`A \otimes G` are the products of the eigenvalues
+    of the factors, so its effective rank is the product of theirs.
 
     Args:
         inputs: :math:`h`, ``(N, d_in)`` or another layout of
@@ -88,7 +89,7 @@ def kronecker_ranks(inputs: Tensor, gradients: Tensor) -> KroneckerRanks:
         The effective ranks of :math:`A`, :math:`G` and :math:`A \otimes G`; 0 where a factor is zero.
 
     Raises:
-        ValueError: If one of them is empty or not finite.
+        ValueError: If the inputs or the gradients are empty or not finite.
 
     References:
         Martens and Grosse 2015, arXiv 1503.05671; section 7 of arXiv 2509.22335.
@@ -103,7 +104,11 @@ def kronecker_ranks(inputs: Tensor, gradients: Tensor) -> KroneckerRanks:
 
 
 def flat_gradient(gradients: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
-    """All gradients in one vector, ``(P,)``, float64; a parameter of a module without a gradient counts as zeros."""
+    """Concatenate all gradients into a vector ``(P,)``, float64, with zeros for parameters without a gradient.
+
+    Raises:
+        ValueError: If no parameter of a module has a gradient, or there are no entries.
+    """
     if isinstance(gradients, nn.Module):
         parameters = [parameter for parameter in gradients.parameters() if parameter.requires_grad]
         if all(parameter.grad is None for parameter in parameters):
@@ -120,12 +125,20 @@ def flat_gradient(gradients: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
 
 
 def readiness(loss: Tensor, squared_mean: Tensor, mean_square: Tensor) -> Tensor:
-    r"""Optimization readiness from :math:`L`, :math:`\lVert g \rVert^2` and :math:`\mathbb{E}\lVert\hat g_b\rVert^2`.
+    r"""Compute the optimization readiness from its moments.
+
+    Args:
+        loss: :math:`L`, a scalar.
+        squared_mean: :math:`\lVert g \rVert^2`.
+        mean_square: :math:`\mathbb{E}_b \lVert \hat g_b \rVert^2`.
+
+    Returns:
+        :math:`R`; 0 if the loss or all gradients are zero, and no step can reduce the loss.
 
     Raises:
         ValueError: If the loss is negative.
     """
     if loss < 0:
-        raise ValueError(f"loss={loss.item():g} is negative, and optimization readiness is a share of a loss ≥ 0")
-    nothing_to_gain = (loss == 0) | (mean_square == 0)
-    return torch.where(nothing_to_gain, 0, squared_mean.square() / (loss * mean_square))
+        raise ValueError(f"loss={loss.item():g} is negative; optimization readiness is defined for a loss ≥ 0")
+    irreducible = (loss == 0) | (mean_square == 0)
+    return torch.where(irreducible, 0, squared_mean.square() / (loss * mean_square))

@@ -1,4 +1,4 @@
-"""Which dimension of a tensor counts units; every other one counts samples."""
+"""Find the unit dimension of a tensor and reshape the tensor to one row per sample and one column per unit."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from lightning_plasticity._validation import is_int
 
 
 def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
-    """The dimension that counts the units, by default the one that torch's own layers use.
+    """Return the dimension that counts the units, by default the one that torch's own layers use.
+
+    Every other dimension counts samples:
 
     ==================  ===========  =====================================
     shape               units        samples
     ==================  ===========  =====================================
     ``(N, d)``          ``d``        ``N``
-    ``(N, T, d)``       ``d``        ``N · T``: every token is a sample
-    ``(N, C, H, W)``    ``C``        ``N · H · W``: every position is one
+    ``(N, T, d)``       ``d``        ``N · T``, one per token
+    ``(N, C, H, W)``    ``C``        ``N · H · W``, one per position
     ``(N, C, D, H, W)``  ``C``       ``N · D · H · W``
     ==================  ===========  =====================================
 
     Args:
-        tensor: Real floating-point numbers in at least two dimensions.
-        channel_dim: Another one: 1 for ``(N, C, L)``, -1 for ``(N, H, W, C)``. Negative counts from the end.
+        tensor: Floating-point tensor with at least two dimensions.
+        channel_dim: The unit dimension where it is another one: 1 for ``(N, C, L)``, -1 for ``(N, H, W, C)``. A
+            negative value counts from the end.
 
     Returns:
-        A number from 0 to ``tensor.ndim - 1``.
+        The dimension, from 0 to ``tensor.ndim - 1``.
 
     Raises:
         TypeError: If ``tensor`` is not a tensor of floating-point numbers.
-        ValueError: If it has fewer than two dimensions, no samples or no units, or is on the meta device, or if
+        ValueError: If ``tensor`` has fewer than two dimensions, no samples or no units, or is on the meta device, or if
             ``channel_dim`` is not one of its dimensions.
 
     Example:
@@ -37,8 +40,8 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
         (1, 2)
     """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        found = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"expected a tensor of floating-point numbers, (samples, units), and got {found}")
+        received = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"expected a tensor of floating-point numbers, (samples, units), and got {received}")
     if tensor.ndim < 2:
         raise ValueError(
             f"a tensor of shape {tuple(tensor.shape)} does not tell samples from units: write tensor[None] for one "
@@ -56,7 +59,7 @@ def channel_dim_of(tensor: Tensor, channel_dim: int | None = None) -> int:
 
 
 def rows_of(features: Tensor, channel_dim: int | None = None) -> Tensor:
-    """The features as a matrix, one row a sample and one column a unit: shape ``(N, d)``, the tensor's own dtype.
+    """Return the features as a matrix ``(N, d)``, one row per sample and one column per unit, in their own dtype.
 
     Example:
         >>> rows_of(torch.zeros(8, 3, 32, 32)).shape
@@ -67,30 +70,35 @@ def rows_of(features: Tensor, channel_dim: int | None = None) -> Tensor:
 
 
 def pieces_of(features: Tensor, channel_dim: int | None = None) -> tuple[Tensor, ...]:
-    """The features in pieces of some samples each, to be turned into wider numbers one by one.
+    """Split the features along a sample dimension, so that one piece at a time can be cast to a wider dtype.
 
-    On a CPU they fit its cache, which takes half the time; elsewhere they only bound the memory.
+    On a CPU a piece fits into the cache, which halves the time; on other devices the split only bounds the memory.
     """
-    samples = int(channel_dim_of(features, channel_dim) == 0)
-    numbers = 2**18 if features.device.type == "cpu" else 2**24
-    pieces: tuple[Tensor, ...] = features.split(max(numbers * features.shape[samples] // features.numel(), 1), samples)
+    sample_dim = int(channel_dim_of(features, channel_dim) == 0)
+    entries = 2**18 if features.device.type == "cpu" else 2**24
+    length = max(entries * features.shape[sample_dim] // features.numel(), 1)
+    pieces: tuple[Tensor, ...] = features.split(length, sample_dim)
     return pieces
 
 
 def sample_count(features: Tensor, channel_dim: int | None = None) -> int:
-    """How many samples there are, positions and tokens included."""
+    """Count the samples; every position and every token is one."""
     return features.numel() // features.shape[channel_dim_of(features, channel_dim)]
 
 
-def finite(statistic: Tensor, of: str) -> Tensor:
-    """The statistic itself.
+def finite(statistic: Tensor, source: str) -> Tensor:
+    """Return the statistic if all of its entries are finite.
+
+    Args:
+        statistic: A statistic that is NaN or infinite where the data are, such as their sum.
+        source: The data in the words of the error message, in the plural: ``"features"``.
 
     Raises:
-        ValueError: If it is not finite.
+        ValueError: If an entry is NaN or infinite.
     """
     if not torch.isfinite(statistic).all():
         raise ValueError(
-            f"the {of} hold NaN or infinite numbers, or numbers whose sum overflows: find out where they come from, "
-            "for instance with torch.autograd.set_detect_anomaly(True)"
+            f"the {source} hold NaN or infinite numbers, or numbers whose sum overflows: find out where they come "
+            "from, for instance with torch.autograd.set_detect_anomaly(True)"
         )
     return statistic

@@ -1,8 +1,8 @@
-r"""In how many directions do the features spread? Three ranks that are often confused.
+r"""Compute soft ranks of the features: effective rank, stable rank and srank, which the literature often confuses.
 
-All are taken of the feature matrix :math:`F` itself, ``(N, d)``, one row a sample: not centred, singular values not
-squared unless said. All are between 1 and :math:`\min(N, d)`, and 0 for a matrix that is zero: take more samples than
-there are units, or the number of samples is what you measure.
+Each is a function of the singular values :math:`\sigma_i` of the feature matrix :math:`F` of shape ``(N, d)``, one row
+per sample, not centred. Each lies between 1 and :math:`\min(N, d)`, and is 0 for a zero matrix. Use more samples than
+there are units; otherwise the number of samples bounds the rank.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of
 
 SRANK_DELTA = 0.01
-"""Kumar 2020."""
+"""Value of Kumar et al. 2020."""
 
 _ROUNDING = 1e-9
-"""Relative rounding that must not decide about a tie in the srank: equal singular values make exact ties."""
+"""Relative tolerance of the srank: equal singular values make exact ties, which rounding must not decide."""
 
 
 def effective_rank(features: Tensor, *, channel_dim: int | None = None) -> Tensor:
-    r"""Effective rank: :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = \sigma_i / \sum_j \sigma_j`.
+    r"""Compute the effective rank :math:`\exp(-\sum_i p_i \log p_i)` with :math:`p_i = \sigma_i / \sum_j \sigma_j`.
 
     Args:
         features: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
@@ -46,10 +46,10 @@ def effective_rank(features: Tensor, *, channel_dim: int | None = None) -> Tenso
 
 
 def stable_rank(features: Tensor, *, channel_dim: int | None = None) -> Tensor:
-    r"""Stable rank: :math:`\lVert F \rVert_F^2 / \lVert F \rVert_2^2 = \sum_i \sigma_i^2 / \sigma_1^2`.
+    r"""Compute the stable rank :math:`\lVert F \rVert_F^2 / \lVert F \rVert_2^2 = \sum_i \sigma_i^2 / \sigma_1^2`.
 
-    What the Nature paper and several code bases call stable rank is :func:`srank`, and what some others do is the
-    participation ratio :math:`(\sum_i \sigma_i^2)^2 / \sum_i \sigma_i^4`.
+    Dohare et al. 2024 and several code bases call :func:`srank` the stable rank, and others the participation ratio
+    :math:`(\sum_i \sigma_i^2)^2 / \sum_i \sigma_i^4`.
 
     Args:
         features: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``, or a weight matrix.
@@ -72,18 +72,18 @@ def stable_rank(features: Tensor, *, channel_dim: int | None = None) -> Tensor:
 
 
 def srank(features: Tensor, delta: float = SRANK_DELTA, *, channel_dim: int | None = None) -> Tensor:
-    r"""Number of the largest singular values that make up the share :math:`1 - \delta` of their sum.
+    r"""Count the largest singular values that make up the fraction :math:`1 - \delta` of the sum of all.
 
-    :math:`\min \{k : \sum_{i \le k} \sigma_i \ge (1 - \delta) \sum_i \sigma_i\}`, where a difference of one part in
-    10⁹ counts as none.
+    The srank is :math:`\min \{k : \sum_{i \le k} \sigma_i \ge (1 - \delta) \sum_i \sigma_i\}`. Sums that differ by one
+    part in 10⁹ or less count as equal.
 
     Args:
         features: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
-        delta: :math:`\delta` in [0, 1).
+        delta: The fraction :math:`\delta` of the sum to leave out, in [0, 1).
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
 
     Returns:
-        A whole number from 1 to ``min(N, d)``; 0 if all features are zero.
+        An integer from 1 to ``min(N, d)``; 0 if all features are zero.
 
     Raises:
         ValueError: If there are no samples or units, some feature is not finite, or ``delta`` is out of range.
@@ -99,35 +99,37 @@ def srank(features: Tensor, delta: float = SRANK_DELTA, *, channel_dim: int | No
 
 
 def entropy_rank(values: Tensor, multiplicity: Tensor | None = None) -> Tensor:
-    """Effective rank of a list of singular values or eigenvalues: their signs do not count.
+    r"""Compute the exponential of the Shannon entropy of the values, normalised to a sum of 1 in magnitude.
+
+    For the singular values of a matrix, this is its effective rank.
 
     Args:
-        values: Shape ``(k,)``.
-        multiplicity: How often each occurs, shape ``(k,)``; once each by default.
+        values: Singular values or eigenvalues, shape ``(k,)``. Their signs do not matter.
+        multiplicity: Number of times that each value occurs, shape ``(k,)``; by default 1.
 
     Returns:
-        0 if all of them are zero.
+        A scalar, float64; 0 if all values are zero.
 
     Example:
         >>> round(entropy_rank(torch.tensor([1.0, 1.0, 0.0])).item(), 6)
         2.0
     """
     magnitude = values.double().abs()
-    times = torch.ones_like(magnitude) if multiplicity is None else multiplicity.double()
-    total = (times * magnitude).sum()
-    share = magnitude / torch.where(total == 0, 1, total)
-    rank = torch.exp(-(times * torch.xlogy(share, share)).sum())
+    counts = torch.ones_like(magnitude) if multiplicity is None else multiplicity.double()
+    total = (counts * magnitude).sum()
+    p = magnitude / torch.where(total == 0, 1, total)
+    rank = torch.exp(-(counts * torch.xlogy(p, p)).sum())
     return torch.where(total == 0, 0, rank)
 
 
 def squared_ratio(values: Tensor) -> Tensor:
-    """Stable rank of a list of singular values in any order."""
+    r"""Compute the stable rank :math:`\sum_i \sigma_i^2 / \sigma_1^2` from singular values ``(k,)`` in any order."""
     largest = values.max()
     return (values / torch.where(largest == 0, 1, largest)).square().sum()
 
 
 def leading_count(values: Tensor, delta: float) -> Tensor:
-    """The srank of a list of singular values, descending."""
+    """Compute the srank from singular values ``(k,)`` in descending order; NaN if one is not finite."""
     sums = values.cumsum(0)
     reached = sums >= (1 - delta - _ROUNDING) * sums[-1]
     count = torch.where(sums[-1] == 0, 0, (~reached).sum() + 1).double()
@@ -135,28 +137,28 @@ def leading_count(values: Tensor, delta: float) -> Tensor:
 
 
 def valid_delta(delta: float) -> float:
-    """The share itself.
+    r"""Return :math:`\delta`.
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If it is not in [0, 1).
     """
-    if not 0 <= as_float(delta) < 1:
-        raise ValueError(f"delta={delta!r} must be in [0, 1): it is the share of the singular values left out, as 0.01")
+    check_number("[0, 1)", None, "the share of the sum of singular values to leave out, such as 0.01", delta=delta)
     return delta
 
 
 def singular_values(features: Tensor, channel_dim: int | None = None) -> Tensor:
-    """Singular values of the feature matrix, shape ``(min(N, d),)``, descending, float64.
+    """Compute the singular values of the feature matrix, shape ``(min(N, d),)``, descending, float64.
 
     Raises:
-        ValueError: If some feature is not finite: the decomposition would not always say so.
+        ValueError: If some feature is not finite.
     """
+    # Without the check the decomposition would raise an error, or return finite numbers, depending on the device.
     values: Tensor = torch.linalg.svdvals(finite(rows_of(features, channel_dim), "features").double())
     return values
 
 
 def second_moments(features: Tensor, channel_dim: int | None = None) -> Tensor:
-    r"""The matrix :math:`F^\top F` that can be summed over batches and devices: shape ``(d, d)``, float64."""
+    r"""Compute :math:`F^\top F`, shape ``(d, d)``, float64, which can be summed over batches and devices."""
     dim = channel_dim_of(features, channel_dim)
     moments = features.new_zeros((features.shape[dim],) * 2, dtype=torch.float64)
     for piece in pieces_of(features, dim):
@@ -166,10 +168,11 @@ def second_moments(features: Tensor, channel_dim: int | None = None) -> Tensor:
 
 
 def singular_values_of_moments(moments: Tensor) -> Tensor:
-    r"""Singular values of :math:`F`, from the eigenvalues of :math:`F^\top F` or :math:`F F^\top`.
+    r"""Compute the singular values of :math:`F` from the eigenvalues of :math:`F^\top F` or :math:`F F^\top`.
 
-    What is below :math:`2 \sqrt{\epsilon \sqrt{d}}\, \sigma_1`, 1e-7 of the largest for 1000 units, drowns in the
-    rounding of the larger ones and is taken as zero: of matrices without full rank it would add up.
+    Values below :math:`2 \sqrt{\epsilon \sqrt{d}}\, \sigma_1`, which is 1e-7 of the largest one for 1000 units, are
+    smaller than the rounding errors of the eigenvalues and are set to zero. Otherwise they would add up for a matrix
+    without full rank.
 
     Args:
         moments: Shape ``(d, d)``, float64.
@@ -177,7 +180,8 @@ def singular_values_of_moments(moments: Tensor) -> Tensor:
     Returns:
         Shape ``(d,)``, descending; NaN if some moment is not finite.
     """
-    if not torch.isfinite(moments).all():  # the decomposition would fail, or hang
+    # The decomposition of a matrix with NaN or infinite entries may raise an error, or never return.
+    if not torch.isfinite(moments).all():
         return moments.new_full((len(moments),), math.nan)
     squares = torch.linalg.eigvalsh(moments).flip(0)
     floor = 4 * math.sqrt(len(moments)) * torch.finfo(squares.dtype).eps * squares[0]

@@ -1,4 +1,4 @@
-"""Are the units alive? Diagnostics of single units, from their mean magnitudes."""
+"""Compute diagnostics of single units from their mean magnitudes: dormant and dead units, norms of features."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
 
 DORMANT_THRESHOLD = 0.025
-"""Sokar 2023 use 0, 0.025 and 0.1."""
+"""Middle one of the values of Sokar et al. 2023: 0, 0.025 and 0.1."""
 
 GRADIENT_DORMANT_THRESHOLD = 0.01
-"""Liu 2025."""
+"""Value of Liu et al. 2025."""
 
 
 def dormant_fraction(
     activations: Tensor, threshold: float = DORMANT_THRESHOLD, *, channel_dim: int | None = None
 ) -> Tensor:
-    r"""Share of the units that are dormant: active far less than their layer on average.
+    r"""Compute the fraction of the units that are dormant: far less active than the average of their layer.
 
-    The score of unit :math:`i` is :math:`s_i = \mathbb{E}|h_i| \,/\, \tfrac1d \sum_k \mathbb{E}|h_k|`, expectations
-    over samples, and it is dormant if :math:`s_i \le \tau`. A layer that is zero everywhere is dormant: 1, not NaN.
+    The score of unit :math:`i` is :math:`s_i = \mathbb{E}|h_i| \,/\, \tfrac1d \sum_k \mathbb{E}|h_k|`, with
+    expectations over samples. The unit is dormant if :math:`s_i \le \tau`. If all activations of a layer are zero, all
+    of its units are dormant.
 
     Args:
         activations: :math:`h`, ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``, of any activation function. A unit of a
-            saturating one that is stuck at ±1 has a large magnitude and is not dormant by this definition.
+            saturating function that is stuck at ±1 has a large magnitude, so it is not dormant by this definition.
         threshold: :math:`\tau` in [0, 1], in units of the layer's mean.
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
 
     Returns:
-        A share in [0, 1].
+        A fraction in [0, 1].
 
     Raises:
         ValueError: If there are no samples or units, some activation is not finite, or ``threshold`` is out of range.
@@ -48,14 +49,14 @@ def dormant_fraction(
 
 
 def dead_fraction(activations: Tensor, *, channel_dim: int | None = None) -> Tensor:
-    """Share of the units that are exactly zero on every sample.
+    """Compute the fraction of the units that are exactly zero on every sample.
 
     Args:
         activations: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
 
     Returns:
-        A share in [0, 1]. A unit that is small but not zero is alive, and so is one that is negative.
+        A fraction in [0, 1]. Units with small or negative activations are not dead.
 
     Raises:
         ValueError: If there are no samples or units, or some activation is not finite.
@@ -73,19 +74,20 @@ def dead_fraction(activations: Tensor, *, channel_dim: int | None = None) -> Ten
 def gradient_dormant_fraction(
     gradient: Tensor, threshold: float = GRADIENT_DORMANT_THRESHOLD, *, channel_dim: int = 0
 ) -> Tensor:
-    r"""Share of the units that hardly learn (GraMa): their incoming weights have far smaller gradients than average.
+    r"""Compute the fraction of the units whose incoming weights have far smaller gradients than average (GraMa).
 
-    As :func:`dormant_fraction` with :math:`\mathbb{E}|\partial L / \partial w_{\mathrm{in},i}|`, the mean over the
-    incoming weights of unit :math:`i`. It means something for GELU, residual networks and LayerNorm too, where small
-    activations do not.
+    The score is that of :func:`dormant_fraction` with :math:`\mathbb{E}|\partial L / \partial w_{\mathrm{in},i}|`, the
+    mean over the incoming weights of unit :math:`i`, in place of the mean activation. Unlike the activations, the
+    gradients are informative for GELU, residual networks and LayerNorm too.
 
     Args:
-        gradient: Gradient of the loss by a weight, ``(out, in)`` or ``(out, in, *kernel)``, as in ``weight.grad``.
+        gradient: Gradient of the loss with respect to a weight, ``(out, in)`` or ``(out, in, *kernel)``, as in
+            ``weight.grad``.
         threshold: :math:`\tau` in [0, 1], in units of the layer's mean.
         channel_dim: The dimension that counts units: 0, or 1 for transposed convolutions.
 
     Returns:
-        A share in [0, 1]; 1 for a gradient that is zero everywhere.
+        A fraction in [0, 1]; 1 for a gradient that is zero everywhere.
 
     Raises:
         ValueError: If the gradient is empty or not finite, or ``threshold`` is out of range.
@@ -101,14 +103,14 @@ def gradient_dormant_fraction(
 
 
 def feature_norm(features: Tensor, *, channel_dim: int | None = None) -> Tensor:
-    r"""Mean length of the feature vectors, :math:`\mathbb{E} \lVert h \rVert_2`.
+    r"""Compute the mean norm of the feature vectors, :math:`\mathbb{E} \lVert h \rVert_2`.
 
     Args:
-        features: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``; every position or token has a vector of its own.
+        features: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``; every position or token has its own vector.
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
 
     Returns:
-        A length, in the units of the features.
+        A norm, in the units of the features.
 
     Raises:
         ValueError: If there are no samples or units, or some feature is not finite.
@@ -124,10 +126,10 @@ def feature_norm(features: Tensor, *, channel_dim: int | None = None) -> Tensor:
 
 
 def magnitude_sums(activations: Tensor, channel_dim: int | None = None) -> Tensor:
-    """Sum of the magnitudes of every unit over its samples: shape ``(d,)``, float64, NaN or infinite if one is.
+    """Sum the magnitudes of every unit over the samples: shape ``(d,)``, float64, not finite where an entry is not.
 
-    Positions are summed in float32 (float64 for float64) before samples are summed in float64: summing a feature map
-    in float64 from the start takes seven times as long, for a relative difference below 1e-6.
+    Positions are summed in float32 (in float64 for float64 inputs), then samples in float64. Summing a feature map in
+    float64 from the start takes seven times as long and changes the result by less than 1e-6.
     """
     dim = channel_dim_of(activations, channel_dim)
     samples, *positions = (other for other in range(activations.ndim) if other != dim)
@@ -142,15 +144,16 @@ def magnitude_sums(activations: Tensor, channel_dim: int | None = None) -> Tenso
 
 
 def norm_sum(features: Tensor, channel_dim: int | None = None) -> Tensor:
-    """Sum of the lengths of the feature vectors, float64.
+    """Sum the norms of the feature vectors, float64.
 
-    Squares are summed in float32 (float64 for float64), and in float64 only where they vanish or overflow there.
+    Squares are summed in float32 (in float64 for float64 inputs), and again in float64 if they underflow or overflow.
     """
     dim = channel_dim_of(features, channel_dim)
     total = features.new_zeros((), dtype=torch.float64)
     for wide in (torch.promote_types(features.dtype, torch.float32), torch.float64):
         total.zero_()
-        for piece in pieces_of(features, dim):  # torch.linalg.vector_norm takes seven times as long
+        # torch.linalg.vector_norm takes seven times as long.
+        for piece in pieces_of(features, dim):
             total += piece.to(wide).square().sum(dim).sqrt().sum(dtype=torch.float64)
         if 0 < total < math.inf:
             break
@@ -158,19 +161,24 @@ def norm_sum(features: Tensor, channel_dim: int | None = None) -> Tensor:
 
 
 def dormant_share(magnitudes: Tensor, threshold: float) -> Tensor:
-    """Share of the units whose magnitude is at most ``threshold`` times the mean; NaN if some is not finite."""
-    share = (magnitudes <= threshold * magnitudes.mean()).double().mean()
-    return torch.where(torch.isfinite(magnitudes).all(), share, math.nan)
+    """Compute the fraction of the units with a magnitude of at most ``threshold`` times the mean.
+
+    Args:
+        magnitudes: Sum or mean of the magnitudes of every unit, shape ``(d,)``.
+        threshold: In units of the mean over the layer.
+
+    Returns:
+        A fraction in [0, 1]; NaN if some magnitude is not finite.
+    """
+    fraction = (magnitudes <= threshold * magnitudes.mean()).double().mean()
+    return torch.where(torch.isfinite(magnitudes).all(), fraction, math.nan)
 
 
 def valid_threshold(threshold: float, name: str = "threshold") -> float:
-    """The threshold itself.
+    """Return the threshold.
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If the threshold is not in [0, 1].
     """
-    if not 0 <= as_float(threshold) <= 1:
-        raise ValueError(
-            f"{name}={threshold!r} must be in [0, 1]: it is a share of the layer's mean magnitude, such as 0.025"
-        )
+    check_number("[0, 1]", None, "a fraction of the layer's mean magnitude, such as 0.025", **{name: threshold})
     return threshold

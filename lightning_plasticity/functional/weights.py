@@ -1,4 +1,4 @@
-"""Diagnostics of the weights alone."""
+"""Compute diagnostics of the weights: their magnitude, and the deviation of a layer from an isometry."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lightning_plasticity.functional.layouts import finite
 
 
 def weight_magnitude(weights: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
-    r"""Mean magnitude of the weights, :math:`\mathbb{E} |w|` over all entries of all tensors.
+    r"""Compute the mean magnitude of the weights, :math:`\mathbb{E} |w|` over all entries of all tensors.
 
     Args:
-        weights: One tensor of any shape, several, or a module: then all of its parameters, shared ones once.
+        weights: A tensor of any shape, several tensors, or a module: its parameters are taken, shared ones once.
 
     Returns:
-        A number in the units of the weights.
+        A magnitude, in the units of the weights.
 
     Raises:
-        ValueError: If there is no entry, or some is not finite.
+        ValueError: If there are no entries, or some entry is not finite.
 
     References:
         Dohare et al. 2024, "Loss of plasticity in deep continual learning", Nature 632, 768-774.
@@ -36,15 +36,15 @@ def weight_magnitude(weights: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
 
 
 def isometry_deviation(weight: Tensor) -> Tensor:
-    r"""Deviation of a layer from an isometry, :math:`\lVert W^\top W - I \rVert_F^2`.
+    r"""Compute the deviation of a layer from an isometry, :math:`\lVert W^\top W - I \rVert_F^2`.
 
     Args:
-        weight: ``(out, in)``, or ``(out, in, *kernel)``: each spatial tap of a kernel is then a matrix of its own, and
-            the deviations are summed.
+        weight: ``(out, in)`` or ``(out, in, *kernel)``. Every spatial tap of a kernel is a matrix, and the deviations
+            of all taps are summed.
 
     Returns:
-        A number ≥ 0, without unit; at least ``in - out`` for a matrix with fewer rows than columns, whose columns
-        cannot be orthogonal.
+        A dimensionless number ≥ 0. It is at least ``in - out`` for a matrix with fewer rows than columns, because its
+        columns cannot be orthogonal.
 
     Raises:
         ValueError: If the weight has fewer than two dimensions, is empty or not finite.
@@ -60,14 +60,15 @@ def isometry_deviation(weight: Tensor) -> Tensor:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix (out, in) or kernel (out, in, ...)")
     taps = finite(weight, "weights").double().reshape(*weight.shape[:2], -1).movedim(-1, 0)
     outputs, inputs = taps.shape[1:]
-    smaller = taps if outputs < inputs else taps.mT  # of WᵀW and WWᵀ; they differ by |in - out| eigenvalues 0
-    gram = smaller @ smaller.mT
+    # The smaller one of WᵀW and WWᵀ suffices: the larger one has the same eigenvalues and |in - out| zeros.
+    wide = taps if outputs < inputs else taps.mT
+    gram = wide @ wide.mT
     deviation = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum()
     return deviation + len(taps) * max(inputs - outputs, 0)
 
 
 def magnitude_total(weights: nn.Module | Tensor | Iterable[Tensor]) -> tuple[Tensor, int]:
-    """Sum of all magnitudes, float64, and the number of entries."""
+    """Return the sum of all magnitudes, float64, and the number of entries."""
     tensors = list(tensors_of(weights))
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
     for tensor in tensors:
@@ -76,7 +77,7 @@ def magnitude_total(weights: nn.Module | Tensor | Iterable[Tensor]) -> tuple[Ten
 
 
 def tensors_of(source: nn.Module | Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """The parameters of a module, or the tensors themselves."""
+    """Return the parameters of a module, or the given tensors as an iterable."""
     if isinstance(source, nn.Module):
         return source.parameters()
     return [source] if isinstance(source, Tensor) else source

@@ -1,6 +1,12 @@
-"""What is done about lost plasticity: remedies for a module and its optimizers, without Lightning."""
+"""Interventions against loss of plasticity, for a module and its optimizers, without Lightning."""
 
-from lightning_plasticity.interventions.base import Intervention, Regularizer, Repair, StepIntervention
+from lightning_plasticity.interventions.base import (
+    Intervention,
+    InterventionContext,
+    Regularizer,
+    Repair,
+    StepIntervention,
+)
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
 from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
@@ -15,10 +21,10 @@ from lightning_plasticity.interventions.self_normalized_reset import SelfNormali
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
-from lightning_plasticity.interventions.units.groups import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.units import UnitGroup, Units, describe_units
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 from lightning_plasticity.interventions.weight_clipping import WeightClipping
-from lightning_plasticity.interventions.weights.updates import RepairReport
+from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate
 
 __all__ = [
     "DASH",
@@ -28,6 +34,7 @@ __all__ = [
     "EffectiveRankRegularizer",
     "HareTortoise",
     "Intervention",
+    "InterventionContext",
     "L2Init",
     "NormalizeAndProject",
     "Parseval",
@@ -46,5 +53,6 @@ __all__ = [
     "Units",
     "WassersteinInit",
     "WeightClipping",
+    "WeightUpdate",
     "describe_units",
 ]

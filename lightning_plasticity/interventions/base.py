@@ -1,104 +1,167 @@
-"""What interventions are, in three kinds: repairs at once, remedies that run along, and terms added to the loss."""
+"""Define the three kinds of interventions: repairs, step interventions and regularizers."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, is_int
+from lightning_plasticity._validation import check_number, is_int
+from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 
 When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
 optimizer steps."""
 
-
 Loss = Callable[[nn.Module], Tensor]
-"""Returns a loss with a graph."""
+"""Returns a scalar loss with a graph."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a repair has to go by; see :meth:`Repair.repair`. ``loss`` is the mean of ``losses``."""
+class InterventionContext:
+    """Everything besides the model that an intervention may use.
 
-    forward: Callable[[nn.Module], object] | None = None
-    loss: Loss | None = None
-    generator: torch.Generator | None = None
+    Args:
+        optimizers: The optimizers that hold the model's parameters.
+        forward: Runs one representative forward pass and returns the outputs.
+        losses: One loss function per mini-batch.
+        make_copy: Makes a copy of the model; see :meth:`model_to_run`.
+        generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    forward: Forward | None = None
     losses: Sequence[Loss] = ()
+    make_copy: Callable[[], nn.Module] | None = None
+    generator: torch.Generator | None = None
+
+    def model_to_run(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model where ``make_copy`` is given, else the model itself.
+
+        Running the model that is trained may leave traces, such as counters or logged values.
+        """
+        return model if self.make_copy is None else self.make_copy()
+
+    def require_forward(self, owner: str, method: str) -> Forward:
+        """Return ``forward``.
+
+        Args:
+            owner: Name of the intervention, for the message.
+            method: The public method that takes ``forward``, for the message.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.forward is None:
+            raise ValueError(
+                f"{owner} needs to see the model run: {method}(model, forward=lambda model: model(inputs))"
+            )
+        return self.forward
+
+    def require_losses(self, owner: str) -> Sequence[Loss]:
+        """Return the loss functions, one per mini-batch.
+
+        Args:
+            owner: Name of the intervention, for the message.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.losses:
+            raise ValueError(
+                f"{owner} needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets)), or a "
+                "list of such functions, one for each mini-batch"
+            )
+        return self.losses
+
+    def require_mean_loss(self, owner: str) -> Loss:
+        """Return one function that computes the mean of the losses; raises as :meth:`require_losses`."""
+        losses = self.require_losses(owner)
+        if len(losses) == 1:
+            return losses[0]
+        return lambda model: torch.stack([loss(model) for loss in losses]).mean()
 
 
 class Intervention:
-    """A remedy for lost plasticity: a :class:`Repair`, a :class:`StepIntervention` or a :class:`Regularizer`."""
+    """An intervention against loss of plasticity: a :class:`Repair`, :class:`StepIntervention` or :class:`Regularizer`.
+
+    Each kind has its public methods here, once. Subclasses implement hooks that take the model and an
+    :class:`InterventionContext`: :meth:`prepare`, and the hook of their kind.
+    """
+
+    @override
+    def __repr__(self) -> str:
+        """Return the constructor call with the values of now, without arguments that are ``None``."""
+        values = {name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters}
+        given = [f"{name}={_short_repr(value)}" for name, value in values.items() if value is not None]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @property
     def name(self) -> str:
-        """Its name in reports, logs and messages."""
+        """The name in reports, logs and messages."""
         return type(self).__name__
-
-    def _check_count(self, **argument: int) -> None:
-        for name, value in argument.items():
-            if not is_int(value) or value < 1:
-                raise ValueError(f"{self.name}({name}={value!r}) must be a whole number, at least 1")
-
-    def _check_switch(self, **argument: bool) -> None:
-        for name, value in argument.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{self.name}({name}={value!r}) must be True or False")
 
     def start(
         self,
         model: nn.Module,
         *,
-        forward: Callable[[nn.Module], object] | None = None,
+        forward: Forward | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> None:
-        """Gets ready: remembers initial weights, finds units, attaches hooks.
+        """Prepare for training: store initial weights, find units, register hooks.
 
-        Before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the model
-        or of how it runs, such as another head for the next task: what is remembered already stays.
+        Call it before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the
+        model or of how it runs, such as another head for the next task. What is stored already is kept.
 
         Args:
             model: The model. It is not changed.
-            forward: Runs one representative forward pass and returns the outputs, for remedies that work by units.
-            make_copy: As in :meth:`Repair.repair`.
+            forward: Runs one representative forward pass and returns the outputs, for interventions on units.
+            make_copy: Makes a copy of the model to run ``forward`` on, where running the model itself would leave
+                traces, such as counters or logged values. By default the model is run.
         """
+        self.prepare(model, InterventionContext(forward=forward, make_copy=make_copy))
+
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        """Implement :meth:`start`. The default does nothing."""
 
     def stop(self) -> None:
-        """Takes the hooks away, if any. What is remembered stays."""
+        """Remove all hooks. The stored state is kept."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, as plain Python and tensors, for checkpoints."""
+        """Return the stored state as plain Python and tensors, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Load what :meth:`state_dict` returned."""
 
 
 class Repair(Intervention, ABC):
-    """An intervention that acts at once. Those to come implement :meth:`changes`.
+    """An intervention that changes the weights at once. Subclasses implement :meth:`plan`.
 
     Args:
-        when: When the callback does it: ``"collapse"``, when it announces one; ``"task"``, at the start of every task
-            but the first; or a number ``n``, every ``n`` optimizer steps. Without effect on :meth:`repair`.
+        when: When the callback runs it: ``"collapse"``, when a collapse is detected; ``"task"``, at the start of every
+            task but the first; or a number ``n``, every ``n`` optimizer steps. Without effect on :meth:`repair`.
 
     Raises:
-        ValueError: If ``when`` is something else, or makes no sense for this repair.
+        ValueError: If ``when`` has another value, or one that this repair does not support.
     """
 
     occasions: ClassVar[tuple[str, ...]] = ("collapse", "task", "steps")
-    """The kinds of ``when`` that make sense for it; ``"steps"`` stands for a number."""
+    """The kinds of ``when`` that this repair supports; ``"steps"`` stands for a number."""
 
     def __init__(self, when: When = "collapse") -> None:
         if is_int(when):
-            makes_sense = "steps" in self.occasions and when > 0
+            supported = "steps" in self.occasions and when > 0
         else:
-            makes_sense = when in self.occasions and when != "steps"
-        if not makes_sense:
+            supported = when in self.occasions and when != "steps"
+        if not supported:
             number = "a number of optimizer steps, at least 1"
             choices = [number if occasion == "steps" else repr(occasion) for occasion in self.occasions]
             raise ValueError(f"{self.name}(when={when!r}) must be {' or '.join(choices)}")
@@ -109,90 +172,98 @@ class Repair(Intervention, ABC):
         model: nn.Module,
         *,
         optimizers: Sequence[torch.optim.Optimizer] = (),
-        forward: Callable[[nn.Module], object] | None = None,
+        forward: Forward | None = None,
         loss: Loss | Sequence[Loss] | None = None,
         generator: torch.Generator | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> RepairReport:
-        """Changes the model in place, all of it or nothing, and clears what the optimizers remember of the old weights.
+        """Change the model in place, completely or not at all, and reset the optimizer state of re-initialised weights.
 
-        To be called between an optimizer step and the next backward pass: gradients are left as they are.
+        Call it between an optimizer step and the next backward pass: gradients are left as they are.
 
         Args:
             model: The model to repair. Its parameters stay the same objects.
             optimizers: The optimizers that hold its parameters.
-            forward: Runs one representative forward pass and returns the outputs, for remedies that need activations.
-            loss: Returns a loss with a graph, for remedies that need gradients; or several, one for each mini-batch,
-                for those that look at mini-batches one by one. Others take the mean.
+            forward: Runs one representative forward pass and returns the outputs, for repairs that need activations.
+            loss: Returns a loss with a graph, for repairs that need gradients; or a list, one for each mini-batch, for
+                repairs that process mini-batches one by one. Others take the mean.
             generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
             make_copy: Makes a copy of the model to run ``forward`` and ``loss`` on, where running the model itself
                 would leave traces, such as counters or logged values. By default the model is run.
+
+        Returns:
+            The units and the number of parameters that changed.
         """
-        stage = model if make_copy is None else make_copy()
         losses = [loss] if callable(loss) else list(loss or ())
-        changes = self.changes(stage, Request(forward, _mean(losses), generator, losses))
-        return apply_update(self.name, changes if stage is model else changes.on(model, stage), optimizers)
+        model_to_run = model if make_copy is None else make_copy()
+        update = self.plan(model_to_run, InterventionContext(optimizers, forward, losses, generator=generator))
+        if model_to_run is not model:
+            update = update.transfer(source=model_to_run, target=model)
+        return apply_update(self.name, update, optimizers)
 
     @abstractmethod
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
-        """Says what to change, and changes nothing."""
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        """Return the new weights; change nothing.
 
-
-def _mean(losses: Sequence[Loss]) -> Loss | None:
-    if len(losses) < 2:
-        return losses[0] if losses else None
-    return lambda model: torch.stack([loss(model) for loss in losses]).mean()
+        Args:
+            model: The model, or a copy of it. It may be run: traces of that are discarded where they matter.
+            context: Everything else.
+        """
 
 
 class StepIntervention(Intervention, ABC):
-    """An intervention that acts after every optimizer step. Those to come implement :meth:`after_step`.
+    """An intervention that acts after every optimizer step. Subclasses implement :meth:`step`.
 
     In a plain loop::
 
-        remedy.start(model, forward=lambda model: model(inputs))
+        intervention.start(model, forward=lambda model: model(inputs))
         for inputs, targets in batches:
             optimizer.zero_grad()
             loss_fn(model(inputs), targets).backward()
             optimizer.step()
-            remedy.after_step(model, optimizers=[optimizer], forward=lambda model: model(inputs))
-        remedy.stop()
+            intervention.after_step(model, optimizers=[optimizer], forward=lambda model: model(inputs))
+        intervention.stop()
     """
 
-    @abstractmethod
     def after_step(
         self,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer] = (),
         *,
-        forward: Callable[[nn.Module], object] | None = None,
+        forward: Forward | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
     ) -> RepairReport | None:
-        """Acts, after an optimizer step that was really taken.
+        """Act after an optimizer step, unless the step was skipped, as by a gradient scaler.
 
         Args:
             model: The model that was trained.
             optimizers: The optimizers that hold its parameters.
-            forward: Runs the model on the batch of the step, for remedies that need more of it than hooks see.
+            forward: Runs the model on the batch of the step, for interventions that need more of it than hooks record.
             make_copy: As in :meth:`Repair.repair`.
 
         Returns:
-            What was re-initialised; ``None`` if nothing was.
+            The units that were re-initialised; ``None`` if there were none.
 
         Raises:
-            RuntimeError: If something has to be remembered of the model, and :meth:`start` was not called.
+            RuntimeError: If :meth:`start` was not called, where it is needed.
         """
+        return self.step(model, InterventionContext(optimizers, forward, make_copy=make_copy))
 
-    def _require_start(self, needed: Iterable[str], remembered: Container[str]) -> None:
-        missing = [name for name in needed if name not in remembered]
+    @abstractmethod
+    def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
+        """Implement :meth:`after_step`."""
+
+    def _require_start(self, needed: Iterable[str], stored: Container[str]) -> None:
+        missing = [name for name in needed if name not in stored]
         if missing:
             raise RuntimeError(
-                f"{self.name} remembers nothing of {missing}: call start(model) before the first training step, and "
+                f"{self.name} has no stored state of {missing}: call start(model) before the first training step, and "
                 "again when the model has changed"
             )
 
 
 class Regularizer(Intervention, ABC):
-    """A term that is added to the loss. Those to come implement :meth:`penalty`.
+    """A term that is added to the loss. Subclasses implement :meth:`penalty`.
 
     In a plain loop::
 
@@ -208,10 +279,14 @@ class Regularizer(Intervention, ABC):
     """
 
     def __init__(self, coefficient: float) -> None:
-        if not 0 <= as_float(coefficient) < float("inf"):
-            raise ValueError(f"{self.name}(coefficient={coefficient!r}) must be a finite number, at least 0")
+        check_number("[0, inf)", self.name, coefficient=coefficient)
         self.coefficient = coefficient
 
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
-        """The term, coefficient included: a scalar with a graph."""
+        """Compute the term, coefficient included: a scalar with a graph."""
+
+
+def _short_repr(value: object) -> str:
+    """Return ``repr(value)``, with a size in place of the tensors of a state_dict."""
+    return f"<{len(value)} tensors>" if isinstance(value, Mapping) else repr(value)

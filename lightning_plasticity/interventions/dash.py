@@ -1,42 +1,44 @@
-"""DASH: shrink the weights that the new data does not ask for."""
+"""DASH: shrink the weights that do not point along the negative gradient of the new data."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
-from lightning_plasticity.interventions.base import Repair, Request, When
-from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
+from lightning_plasticity.interventions.base import InterventionContext, Loss, Repair, When
+from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, linear_parameters
 from lightning_plasticity.interventions.weights.updates import WeightUpdate, keep_optimizer_state
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.layers import CONVOLUTIONS, RECURRENT_LAYERS
 
 
 class DASH(Repair):
-    r"""Direction-aware shrinking: weights keep their direction, and the more of their length the better it fits.
+    r"""Direction-aware shrinking: weights that do not align with the negative gradient become shorter.
 
     .. math:: w \leftarrow \mathrm{clamp}(\cos(\bar g, w), \lambda, 1)\; w, \qquad
         \bar g \leftarrow (1 - \alpha)\,\bar g - \alpha\,\nabla_w L_b
 
     for each row :math:`w` of linear layers and of the projections of ``nn.MultiheadAttention``, for the kernel from
-    each input to each output channel of convolutions (of one tap: the cosine is a sign), and for each bias as a whole,
-    with mini-batches :math:`b` of the new data. A gradient of zero counts as a cosine of zero.
+    each input to each output channel of convolutions (for 1×1 kernels the cosine is a sign), and for each bias as a
+    whole, with mini-batches :math:`b` of the new data. A gradient of zero counts as a cosine of zero.
 
     Norm layers, embeddings, recurrent layers, frozen parameters and layers that the loss does not use stay as they are.
-    Gradients are taken in evaluation mode and averaged over processes; ``.grad`` is not touched. As weights keep their
-    direction, optimizers go on remembering what they know of them, as in the authors' code.
+    Gradients are taken in evaluation mode and averaged over processes; ``.grad`` is not touched. Weights keep their
+    direction, so that the optimizer state is kept, as in the authors' code.
 
     ::
 
         DASH().repair(model, loss=[lambda model, b=b: loss_fn(model(b[0]), b[1]) for b in batches])
 
     Args:
-        alpha: :math:`\alpha`, the weight of the latest mini-batch, in (0, 1]. Without effect if there is one only.
+        alpha: :math:`\alpha`, the weight of the latest mini-batch, in (0, 1]. Without effect on a single mini-batch.
         shrinkage: :math:`\lambda`, the smallest factor, in [0, 1].
-        when: When the callback does it: on ``"collapse"`` or at every ``"task"``.
+        when: When the callback runs it: on ``"collapse"`` or at every ``"task"``.
 
     Raises:
         ValueError: If an argument is outside its range; at the repair, if ``loss`` is not given or gradients are not
@@ -49,8 +51,8 @@ class DASH(Repair):
         >>> model = nn.Linear(2, 1, bias=False)
         >>> with torch.no_grad():
         ...     _ = model.weight.copy_(torch.tensor([[2.0, 0.0]]))
-        >>> towards = torch.tensor([[3.0, 4.0]])
-        >>> DASH().repair(model, loss=lambda model: -(model.weight * towards).sum()).num_parameters_changed
+        >>> direction = torch.tensor([[3.0, 4.0]])
+        >>> DASH().repair(model, loss=lambda model: -(model.weight * direction).sum()).num_parameters_changed
         1
         >>> model.weight.data  # the cosine is 3/5
         tensor([[1.2000, 0.0000]])
@@ -60,42 +62,35 @@ class DASH(Repair):
 
     def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < as_float(alpha) <= 1:
-            raise ValueError(f"DASH(alpha={alpha!r}) must be in (0, 1]: the weight of the latest mini-batch")
-        if not 0 <= as_float(shrinkage) <= 1:
-            raise ValueError(f"DASH(shrinkage={shrinkage!r}) must be in [0, 1]: the smallest factor")
+        check_number("(0, 1]", self.name, "the weight of the latest mini-batch", alpha=alpha)
+        check_number("[0, 1]", self.name, "the smallest factor", shrinkage=shrinkage)
         self.alpha, self.shrinkage = alpha, shrinkage
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
-        if not request.losses:
-            raise ValueError(
-                "DASH needs gradients: repair(model, loss=lambda model: loss_fn(model(inputs), targets)), or a list of "
-                "such functions, one for each mini-batch"
-            )
-        vectors: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}  # with the dimensions that make one vector
-        for name, part in linear_parameters(model).items():
-            if not isinstance(part.layer, RECURRENT_LAYERS):
-                first = 0 if part.is_bias else 2 if isinstance(part.layer, CONVOLUTIONS) else 1
-                vectors[name] = part.parameter, tuple(range(first, part.parameter.ndim))
-        wanted = self._wanted(model, request, [parameter for parameter, _ in vectors.values()])
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        losses = context.require_losses(self.name)
+        layers = linear_parameters(model)
+        shrunk = {name: part for name, part in layers.items() if not isinstance(part.layer, RECURRENT_LAYERS)}
+        directions = self._descent_directions(model, losses, [part.parameter for part in shrunk.values()])
         values: dict[Tensor, Tensor] = {}
-        for name, (parameter, dims) in vectors.items():
-            if parameter in wanted:
-                if not bool(torch.isfinite(wanted[parameter]).all()):
+        for name, part in shrunk.items():
+            if part.parameter in directions:
+                direction, old = directions[part.parameter], part.parameter.detach()
+                if not bool(torch.isfinite(direction).all()):
                     raise ValueError(f"DASH: the gradient of {name!r} is not finite")
-                old = parameter.detach()
-                factor = _cosine(wanted[parameter], old, dims).clamp(self.shrinkage, 1)
-                values[parameter] = (old.double() * factor).to(old)
+                factor = _cosine(direction, old, _vector_dims(part)).clamp(self.shrinkage, 1)
+                values[part.parameter] = (old.double() * factor).to(old)
         return WeightUpdate(values, keep_optimizer_state(values))
 
-    def _wanted(self, model: nn.Module, request: Request, parameters: list[nn.Parameter]) -> dict[Tensor, Tensor]:
-        """The moving average of the negative gradients of each parameter that is used."""
+    def _descent_directions(
+        self, model: nn.Module, losses: Sequence[Loss], parameters: list[nn.Parameter]
+    ) -> dict[Tensor, Tensor]:
+        """Compute the moving average of the negative gradients of each parameter that the losses use."""
         averages: dict[Tensor, Tensor] = {}
         if not parameters:
             return averages
         with probe_mode(model):
-            for loss in request.losses:
+            for loss in losses:
                 gradients = torch.autograd.grad(loss(model), parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None and parameter not in averages:
@@ -112,12 +107,18 @@ class DASH(Repair):
         }
 
 
+def _vector_dims(part: LinearParameter) -> tuple[int, ...]:
+    """Return the dimensions of a parameter that make up one vector: a bias, a row or a kernel."""
+    first = 0 if part.is_bias else 2 if isinstance(part.layer, CONVOLUTIONS) else 1
+    return tuple(range(first, part.parameter.ndim))
+
+
 def _cosine(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The cosine of the angle between vectors that extend along these dimensions; 0 for zero vectors."""
-    a, b = (_scaled(x.double(), dims) for x in (a, b))
+    """Compute the cosine of the angle between vectors along these dimensions; 0 for zero vectors."""
+    a, b = (_normalized(x.double(), dims) for x in (a, b))
     return (a * b).sum(dims, keepdim=True)
 
 
-def _scaled(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return x / torch.where(length > 0, length, 1)
+def _normalized(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return x / torch.where(norm > 0, norm, 1)

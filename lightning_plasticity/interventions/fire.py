@@ -1,4 +1,4 @@
-"""FIRE: replace weight matrices by the nearest ones that stretch all directions alike."""
+"""FIRE: replace weight matrices by the nearest scaled isometries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity._validation import check_positive_ints
+from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, weights
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
@@ -23,25 +24,25 @@ class FIRE(Repair):
     The polar factor :math:`U V^\top` of :math:`W = U \Sigma V^\top` is the nearest matrix whose singular values are 1,
     and :math:`X_i` tends to it. Needs no data and draws no random numbers.
 
-    * Linear layers: their weight, the last layer's too.
-    * Convolutions: :math:`(d_\mathrm{out}, d_\mathrm{in})` for each spatial tap, and each group, on its own, divided by
+    * Linear layers: their weight, including the last layer's.
+    * Convolutions: :math:`(d_\mathrm{out}, d_\mathrm{in})` for each spatial tap and each group separately, divided by
       the number of taps.
-    * ``nn.MultiheadAttention``: the projections to queries and keys, each on its own; those to values and outputs stay.
+    * ``nn.MultiheadAttention``: the projections to queries and to keys, separately; those to values and outputs stay.
       Attention built of linear layers is not recognised: all its projections change.
-    * Biases, norm layers, embeddings, recurrent layers, depthwise and transposed convolutions stay, and so does what is
-      frozen.
+    * Biases, norm layers, embeddings, recurrent layers, depthwise and transposed convolutions and frozen parameters
+      stay.
 
-    *Accuracy.* The iteration multiplies small singular values by 1.5 a time: after ten, what was
-    :math:`\sigma / \|W\|_F` of 0.1 is 1.000, 0.03 is 0.97, 0.01 is 0.53 and 0.001 is 0.06. Zero stays zero: a
+    *Accuracy.* Each iteration multiplies small singular values by 1.5: ten iterations map
+    :math:`\sigma / \|W\|_F` of 0.1 to 1.000, 0.03 to 0.97, 0.01 to 0.53 and 0.001 to 0.06. Zero stays zero: a
     matrix of lower rank keeps its rank, and a zero matrix stays as it is. Large square matrices have small
-    :math:`\sigma / \|W\|_F`: of a fresh one of size 1000, ten iterations, the published number, bring 55 % of the
+    :math:`\sigma / \|W\|_F`: for a fresh one of size 1000, ten iterations, the published number, bring 55 % of the
     singular values above 0.9.
 
-    Optimizers forget what they know of the weights that change.
+    The optimizer state of the weights that change is reset.
 
     Args:
         iterations: Number of iterations, at least 1.
-        when: When the callback does it: on ``"collapse"`` or at every ``"task"``.
+        when: When the callback runs it: on ``"collapse"`` or at every ``"task"``.
 
     Raises:
         ValueError: If ``iterations`` is less than 1; at the repair, if a weight is not finite.
@@ -62,11 +63,11 @@ class FIRE(Repair):
 
     def __init__(self, iterations: int = 10, when: When = "collapse") -> None:
         super().__init__(when)
-        self._check_count(iterations=iterations)
+        check_positive_ints(self.name, iterations=iterations)
         self.iterations = iterations
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         kept = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         values: dict[Tensor, Tensor] = {}
         for name, weight in weights(model).items():
@@ -74,12 +75,13 @@ class FIRE(Repair):
                 continue
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise ValueError(f"FIRE: {name!r} holds values that are not finite")
-            new = self._renewed(weight)
+            new = self._new_weight(weight)
             if new is not None:
                 values[weight.parameter] = new
         return WeightUpdate(values)
 
-    def _renewed(self, weight: LinearParameter) -> Tensor | None:
+    def _new_weight(self, weight: LinearParameter) -> Tensor | None:
+        """Compute the new values of a weight; ``None`` for one that stays."""
         layer, old = weight.layer, weight.parameter.detach()
         if isinstance(layer, nn.Linear) or weight.key in ("q_proj_weight", "k_proj_weight"):
             return self._isometry(old)
@@ -88,20 +90,27 @@ class FIRE(Repair):
             return torch.cat([self._isometry(queries).to(old), self._isometry(keys).to(old), values])
         if isinstance(layer, CONVOLUTIONS) and not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
             groups: int = layer.groups
-            if groups > 1 and old.shape[1] == 1:  # depthwise
+            is_depthwise = groups > 1 and old.shape[1] == 1
+            if is_depthwise:
                 return None
             kernels = old.reshape(groups, -1, old.shape[1], old[0, 0].numel())
             return (self._isometry(kernels.movedim(-1, 0)) / kernels.shape[-1]).movedim(0, -1).reshape(old.shape)
         return None
 
     def _isometry(self, matrices: Tensor) -> Tensor:
-        """The scaled polar factor of each matrix, ``(..., outputs, inputs)``, in float32 at least."""
+        """Compute the scaled polar factor of each matrix, ``(..., outputs, inputs)``, in float32 at least."""
         outputs, inputs = matrices.shape[-2:]
         x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-        for size in (x.abs().amax((-2, -1), keepdim=True), None):  # first so that squares neither over- nor underflow
-            size = torch.linalg.matrix_norm(x, keepdim=True) if size is None else size
-            x = x / torch.where(size > 0, size, 1)
-        x = x.mT if outputs < inputs else x  # the smaller of the two products
+        # Divide by the largest entry before the norm, so that its squares neither overflow nor underflow.
+        x = _divide_nonzero(x, x.abs().amax((-2, -1), keepdim=True))
+        x = _divide_nonzero(x, torch.linalg.matrix_norm(x, keepdim=True))
+        # Transpose wide matrices: the product below then has the smaller size.
+        x = x.mT if outputs < inputs else x
         for _ in range(self.iterations):
             x = 1.5 * x - 0.5 * x @ (x.mT @ x)
         return (x.mT if outputs < inputs else x) * math.sqrt(outputs / inputs)
+
+
+def _divide_nonzero(x: Tensor, size: Tensor) -> Tensor:
+    """Divide by ``size`` where it is positive."""
+    return x / torch.where(size > 0, size, 1)

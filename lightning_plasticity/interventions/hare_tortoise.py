@@ -1,16 +1,15 @@
-"""Hare and Tortoise: a slow average of the network, to which the fast one returns."""
+"""Hare and Tortoise: periodically reset the network to its own moving average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
-from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity._validation import check_number, check_positive_ints
+from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.updates import (
     RepairReport,
     WeightUpdate,
@@ -21,22 +20,22 @@ from lightning_plasticity.layers import NORM_LAYERS
 
 
 class HareTortoise(StepIntervention):
-    r"""Every so many steps the network (the hare) goes back to the moving average of itself (the tortoise).
+    r"""Reset the network (the hare) to its exponential moving average (the tortoise) every so many steps.
 
     .. math:: \bar\theta \leftarrow \beta\,\bar\theta + (1 - \beta)\,\theta \ \text{after each step}, \qquad
         \theta \leftarrow \bar\theta \ \text{after every $k$-th}
 
-    for all parameters that are trained and the running statistics of norm layers. Counters, other buffers (masks,
-    caches) and what is frozen stay as they are. The network gets a *copy* of the average, which goes on by itself. What
-    the optimizer remembers stays as it is, as in the authors' code. What is not a number goes into the average too.
+    for all trainable parameters and the running statistics of norm layers. Counters, other buffers (masks, caches) and
+    frozen parameters stay as they are. The network gets a *copy* of the average, which continues independently. The
+    optimizer state stays as it is, as in the authors' code. NaN enters the average, too.
 
-    ``start(model)`` begins the average with the weights of that moment. It is kept in float32 where weights are in half
-    precision, and costs as much memory as the weights.
+    ``start(model)`` initialises the average with the current weights. It is kept in float32 where weights are in half
+    precision, and takes as much memory as the weights.
 
     Args:
-        decay: Share of the slow weights that stays at each step, :math:`\beta`, in [0, 1).
-        every_n_steps: Steps from one reset to the next, :math:`k`. The paper counts ten epochs; 2000 steps are ten
-            epochs of its CIFAR-10, in batches of 256.
+        decay: Decay of the average, :math:`\beta`, in [0, 1).
+        every_n_steps: Steps from one reset to the next, :math:`k`. The paper resets every ten epochs; 2000 steps are
+            ten epochs of its CIFAR-10, in batches of 256.
 
     Raises:
         ValueError: If ``decay`` or ``every_n_steps`` is out of range.
@@ -45,49 +44,35 @@ class HareTortoise(StepIntervention):
         Lee et al. 2024, arXiv 2406.02596.
 
     Example:
-        >>> model, remedy = nn.Linear(1, 1, bias=False), HareTortoise(decay=0.75, every_n_steps=1)
+        >>> model, intervention = nn.Linear(1, 1, bias=False), HareTortoise(decay=0.75, every_n_steps=1)
         >>> with torch.no_grad():
         ...     _ = model.weight.fill_(0)
-        ...     remedy.start(model)
+        ...     intervention.start(model)
         ...     _ = model.weight.fill_(4)
-        >>> remedy.after_step(model).num_parameters_changed, model.weight.item()
+        >>> intervention.after_step(model).num_parameters_changed, model.weight.item()
         (1, 1.0)
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
-        if not 0 <= as_float(decay) < 1:
-            raise ValueError(f"HareTortoise(decay={decay!r}) must be in [0, 1): the share of the average that stays")
-        self._check_count(every_n_steps=every_n_steps)
+        check_number("[0, 1)", self.name, "the share of the average that stays", decay=decay)
+        check_positive_ints(self.name, every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
         self.steps = 0
         self.tortoise: dict[str, Tensor] = {}
 
     @override
-    def start(
-        self,
-        model: nn.Module,
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
-        for name, tensor in _averaged(model).items():
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        for name, tensor in _averaged_tensors(model).items():
             if name not in self.tortoise or self.tortoise[name].shape != tensor.shape:
                 dtype = torch.promote_types(tensor.dtype, torch.float32)
                 self.tortoise[name] = tensor.detach().to(dtype, copy=True)
 
     @override
     @torch.no_grad()
-    def after_step(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> RepairReport | None:
-        hare = _averaged(model)
-        fitting = {name for name, x in hare.items() if name in self.tortoise and self.tortoise[name].shape == x.shape}
-        self._require_start(hare, fitting)
+    def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
+        hare = _averaged_tensors(model)
+        same_shape = {n for n, x in hare.items() if n in self.tortoise and self.tortoise[n].shape == x.shape}
+        self._require_start(hare, same_shape)
         for name, tensor in hare.items():
             slow = self.tortoise[name] = self.tortoise[name].to(tensor.device)
             slow.lerp_(tensor.to(slow.dtype), 1 - self.decay)
@@ -95,7 +80,7 @@ class HareTortoise(StepIntervention):
         if self.steps % self.every_n_steps:
             return None
         values = {tensor: self.tortoise[name] for name, tensor in hare.items()}
-        return apply_update(self.name, WeightUpdate(values, keep_optimizer_state(values)), optimizers)
+        return apply_update(self.name, WeightUpdate(values, keep_optimizer_state(values)), context.optimizers)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -107,17 +92,17 @@ class HareTortoise(StepIntervention):
         self.tortoise = {name: slow.clone() for name, slow in state["tortoise"].items()}
 
 
-def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained and running statistics of norm layers, by name; what is shared is there once."""
-    found: dict[Tensor, str] = {}
+def _averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return trainable parameters and running statistics of norm layers, by name; shared ones under their first."""
+    names: dict[Tensor, str] = {}
     for prefix, module in model.named_modules():
         parameters = dict(module.named_parameters(prefix, recurse=False))
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        if isinstance(module, NORM_LAYERS) and (trained or not parameters):
+        trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        if isinstance(module, NORM_LAYERS) and (trainable or not parameters):
             statistics = dict(module.named_buffers(prefix, recurse=False))
         else:
             statistics = {}
-        for name, tensor in {**trained, **statistics}.items():
+        for name, tensor in {**trainable, **statistics}.items():
             if tensor.is_floating_point() or tensor.is_complex():
-                found.setdefault(tensor, name)
-    return {name: tensor for tensor, name in found.items()}
+                names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in names.items()}

@@ -11,20 +11,20 @@ from lightning_plasticity.layers import NORM_LAYERS
 
 
 class L2Init(InitialValueRegularizer):
-    r"""L2 Init, or regenerative regularization: pulls every parameter to its own initial value.
+    r"""L2 Init, or regenerative regularization: pull every parameter to its own initial value.
 
     .. math:: R = \frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2
 
     All trainable parameters count, apart from those of norm layers; of parametrized layers the parameters themselves,
-    not the weight that comes out. :math:`\theta_0` is what :meth:`start` sees, and is kept in the state. Parameters
-    that come later, or get another shape, need another :meth:`start`, which leaves the others' :math:`\theta_0` alone.
+    not the weight computed from them. :math:`\theta_0` are the values at :meth:`start`, kept in the state. Parameters
+    that are added later, or get another shape, need another :meth:`start`, which keeps the other :math:`\theta_0`.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`. The gradient is :math:`\lambda (\theta - \theta_0)`.
 
     Raises:
         ValueError: If ``coefficient`` is negative.
-        RuntimeError: At the call, if a parameter was not there at the last :meth:`start`.
+        RuntimeError: At the call, if the model had no such parameter at the last :meth:`start`.
 
     References:
         Kumar et al. 2023, arXiv 2308.11958.
@@ -44,11 +44,11 @@ class L2Init(InitialValueRegularizer):
 
     @override
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        norms = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
-        of_norms = {id(parameter) for module in norms for parameter in module.parameters()}
-        found = super().parameters(model)
-        return {name: parameter for name, parameter in found.items() if id(parameter) not in of_norms}
+        norm_layers = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
+        excluded = {id(parameter) for layer in norm_layers for parameter in layer.parameters()}
+        return {n: parameter for n, parameter in super().parameters(model).items() if id(parameter) not in excluded}
 
     @override
     def distance(self, parameter: Tensor, initial: Tensor) -> Tensor:
-        return 0.5 * F.mse_loss(parameter, initial, reduction="sum")  # one pass; the difference is not kept
+        # One pass over memory, without a tensor for the difference.
+        return 0.5 * F.mse_loss(parameter, initial, reduction="sum")

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.linear_layers import weights
 
 
 class NormalizeAndProject(StepIntervention):
-    r"""Brings each weight matrix back to its initial norm after each optimizer step.
+    r"""Rescale each weight matrix to its initial norm after each optimizer step.
 
     .. math:: W \leftarrow \frac{\|W_0\|_F}{\|W\|_F}\, W
 
-    for the weights of linear, convolution, attention and recurrent layers, the last layer's too. This is the *project*
-    of the paper's method. The *normalize* is up to the model: the paper puts a norm layer before every non-linearity,
-    which makes the output independent of the norm of the weights before it; without these the projection is a
-    constraint on what the network can say. Left to the user, too, is what the paper does with gains and shifts of norm
-    layers (leave them out, or pull them back to 1 and 0): here they, biases, embeddings and frozen parameters stay as
-    they are.
+    for the weights of linear, convolution, attention and recurrent layers, including the last layer. This is the
+    *project* of the paper's method. The *normalize* is up to the model: the paper puts a norm layer before every
+    non-linearity, which makes the output independent of the norm of the weights before it; without norm layers the
+    projection restricts the functions that the network can represent. The paper also leaves out the scales and biases
+    of norm layers, or pulls them back to 1 and 0; that is left to the user: here they, all other biases, embeddings and
+    frozen parameters stay as they are.
 
-    Weights that start at zero have no norm to go back to, and stay free. A weight that is zero or not finite stays as
-    it is. What the optimizer remembers stays as it is.
+    Weights that start at zero are not projected. A weight that is zero or not finite stays as it is, and so does the
+    optimizer state.
 
-    ``start(model)`` remembers the norms: call it before the first training step, and again when a weight is new or has
+    ``start(model)`` stores the norms: call it before the first training step, and again when a weight is new or has
     another shape.
 
     Raises:
@@ -39,12 +38,12 @@ class NormalizeAndProject(StepIntervention):
         Lyle et al. 2024, arXiv 2407.01800.
 
     Example:
-        >>> model, remedy = nn.Linear(2, 1), NormalizeAndProject()
+        >>> model, intervention = nn.Linear(2, 1), NormalizeAndProject()
         >>> with torch.no_grad():
         ...     _ = model.weight.copy_(torch.tensor([[0.0, 5.0]]))
-        ...     remedy.start(model)
+        ...     intervention.start(model)
         ...     _ = model.weight.copy_(torch.tensor([[6.0, 8.0]]))
-        >>> remedy.after_step(model)
+        >>> intervention.after_step(model)
         >>> model.weight.data
         tensor([[3., 4.]])
     """
@@ -54,13 +53,7 @@ class NormalizeAndProject(StepIntervention):
         self._shapes: dict[str, list[int]] = {}
 
     @override
-    def start(
-        self,
-        model: nn.Module,
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
         new = {name: w.parameter for name, w in weights(model).items() if not self._fits(name, w.parameter)}
         norms = {name: _norm(parameter).item() for name, parameter in new.items()}
         for name, norm in norms.items():
@@ -71,20 +64,14 @@ class NormalizeAndProject(StepIntervention):
 
     @override
     @torch.no_grad()
-    def after_step(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
-        found = weights(model)
-        self._require_start(found, {name for name, weight in found.items() if self._fits(name, weight.parameter)})
-        for name, weight in found.items():
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
+        matrices = weights(model)
+        self._require_start(matrices, {name for name, weight in matrices.items() if self._fits(name, weight.parameter)})
+        for name, weight in matrices.items():
             if self.norms[name] > 0:
                 norm = _norm(weight.parameter)
-                projectable = norm.isfinite() & (norm > 0)  # decided on its device: nobody waits for it
+                # Select on the device, without a synchronisation.
+                projectable = norm.isfinite() & (norm > 0)
                 weight.parameter.mul_(torch.where(projectable, self.norms[name] / norm, 1))
 
     @override

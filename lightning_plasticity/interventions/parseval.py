@@ -1,4 +1,4 @@
-"""Parseval regularization: weight matrices are kept orthogonal."""
+"""Parseval regularization: keep weight matrices orthogonal."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, is_str_list
+from lightning_plasticity._validation import check_number, is_str_list
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
 class Parseval(Regularizer):
-    r"""Parseval regularization: pulls all singular values of the hidden layers' weights to the same value.
+    r"""Parseval regularization: pull all singular values of the hidden layers' weights to the same value.
 
     .. math:: R = \lambda \sum_\ell \lVert W_\ell W_\ell^\top - s I \rVert_F^2, \qquad s = \mathrm{gain}^2
 
-    A matrix with more rows than columns cannot have orthogonal rows. The smaller one of :math:`W W^\top` and
-    :math:`W^\top W` is taken, which differs by a constant, :math:`s^2 (\mathrm{out} - \mathrm{in})`, and has the same
-    gradient: the term is zero where it is smallest. What counts as a matrix, and what is left out, is as for
+    A matrix with more rows than columns cannot have orthogonal rows. The term uses the smaller one of
+    :math:`W W^\top` and :math:`W^\top W`. Both differ by a constant, :math:`s^2 (\mathrm{out} - \mathrm{in})`, and have
+    the same gradient; with the smaller one the minimum is zero. The matrices are those of
     :class:`~lightning_plasticity.interventions.SpectralRegularizer`; biases and norm layers are not touched.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`. The paper's networks are 64 units wide; the term grows with
             the width.
-        gain: All singular values, at the minimum. The paper has √2, that of its initialisation.
-        exclude: Names of the layers to leave free, with all that is inside them. By default the last one that has a
-            matrix, in the order of registration: name the output layers where that is another one, or several.
+        gain: The singular values at the minimum. The paper uses √2, the gain of its initialisation.
+        exclude: Names of the layers to leave out, with all submodules. By default the last one that has a matrix, in
+            the order of registration: name the output layers where that is another one, or several.
 
     Raises:
-        ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if a layer to exclude is
-            not there, or no other one has a trainable matrix.
+        ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if the model has no such
+            layer to exclude, or no other layer has a trainable matrix.
 
     References:
         Chung et al. 2024, arXiv 2412.07224.
@@ -48,8 +48,7 @@ class Parseval(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
         super().__init__(coefficient)
-        if not 0 < as_float(gain) < float("inf"):
-            raise ValueError(f"Parseval(gain={gain!r}) must be a positive number: the singular values to be kept")
+        check_number("(0, inf)", self.name, "the singular values at the minimum", gain=gain)
         if exclude is not None and not is_str_list(exclude, at_least=0):
             raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as ['head'], or None")
         self.gain = gain

@@ -1,8 +1,8 @@
-"""Reset: draw weights anew."""
+"""Reset: re-initialise the network or some of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import is_int, is_str_list
-from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity.interventions.base import InterventionContext, Repair, When
+from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.initialization import fresh_values
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
@@ -18,23 +19,23 @@ from lightning_plasticity.layers import NORM_LAYERS
 
 
 class Reset(Repair):
-    """Draws the weights anew by each layer's own ``reset_parameters``: of the whole network, or of some layers.
+    """Re-initialise the whole network, or some layers, by each layer's own ``reset_parameters``.
 
-    Norm layers go back to gain 1 and shift 0, running statistics to mean 0 and variance 1. Frozen parameters are left
+    Norm layers go back to scale 1 and bias 0, running statistics to mean 0 and variance 1. Frozen parameters are left
     as they are.
 
     Args:
-        layers: Names of modules, with ``*`` and ``?`` as wildcards; what lies inside a named module is reset with it.
-            ``None`` resets the whole network, or what ``last`` says.
-        last: Reset the last so many layers that hold parameters, in the order in which ``forward`` uses them (the order
-            of registration says nothing about models with more than one path). Norm layers and PReLUs do not count, and
-            those that are used after the first of these layers are reset with them. Of two heads, the one that is used
-            last is the last layer: name such layers instead.
-        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        layers: Names of modules, with ``*`` and ``?`` as wildcards; submodules of a named module are reset with it.
+            ``None`` resets the whole network, or the ``last`` layers.
+        last: Number of layers with parameters to reset, counted from the last one that ``forward`` calls (the order of
+            registration may differ from the order of calls). Norm layers and PReLUs do not count; those that are called
+            after the first of the counted layers are reset with them. Of two heads, the one that is called last is the
+            last layer: name such layers instead.
+        when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``layers`` is empty, ``last`` is less than 1, or both are given; at the repair, if a name matches
-            nothing, ``last`` is given without ``forward``, or there are not as many layers.
+            nothing, ``last`` is given without ``forward``, or the model has fewer layers.
 
     References:
         Nikishin et al. 2022, arXiv 2205.07802; the RESET baseline of arXiv 2509.22335.
@@ -58,52 +59,51 @@ class Reset(Repair):
         self.layers, self.last = layers, last
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
-        chosen = self._named(model) if self.last is None else self._used_last(model, request.forward, self.last)
-        return WeightUpdate(fresh_values(model, chosen, request.generator))
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        if self.last is None:
+            selected = self._named_layers(model)
+        else:
+            selected = _last_layers(model, context.require_forward("Reset(last=...)", "repair"), self.last)
+        return WeightUpdate(fresh_values(model, selected, context.generator))
 
-    def _named(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _named_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(model.named_modules())
         if self.layers is None:
             return modules
-        chosen: dict[str, nn.Module] = {}
+        selected: dict[str, nn.Module] = {}
         for pattern in self.layers:
             matches = [name for name in modules if name and fnmatchcase(name, pattern)]
             if not matches:
                 raise ValueError(f"Reset(layers=...): {pattern!r} matches no module; there are {list(modules)[1:]}")
             for match in matches:
-                chosen |= {n: m for n, m in modules.items() if n == match or n.startswith(f"{match}.")}
-        return chosen
-
-    def _used_last(
-        self, model: nn.Module, forward: Callable[[nn.Module], object] | None, last: int
-    ) -> dict[str, nn.Module]:
-        if forward is None:
-            raise ValueError(
-                "Reset(last=...) needs to see the model run: repair(model, forward=lambda model: model(inputs))"
-            )
-        used = _in_order_of_use(model, forward)
-        layers = [module for module in used if not isinstance(module, (*NORM_LAYERS, nn.PReLU))]
-        if len(layers) < last:
-            raise ValueError(f"Reset(last={last}) must be at most {len(layers)}, the number of layers with parameters")
-        chosen = {part for module in used[used.index(layers[-last]) :] for part in module.modules()}
-        return {name: module for name, module in model.named_modules() if module in chosen}
+                selected |= {n: m for n, m in modules.items() if n == match or n.startswith(f"{match}.")}
+        return selected
 
 
-def _in_order_of_use(model: nn.Module, forward: Callable[[nn.Module], object]) -> list[nn.Module]:
-    """The modules that hold parameters directly, in the order of their last call."""
-    calls: dict[nn.Module, None] = {}
+def _last_layers(model: nn.Module, forward: Forward, last: int) -> dict[str, nn.Module]:
+    called = _modules_in_call_order(model, forward)
+    layers = [module for module in called if not isinstance(module, (*NORM_LAYERS, nn.PReLU))]
+    if len(layers) < last:
+        raise ValueError(f"Reset(last={last}) must be at most {len(layers)}, the number of layers with parameters")
+    selected = {part for module in called[called.index(layers[-last]) :] for part in module.modules()}
+    return {name: module for name, module in model.named_modules() if module in selected}
 
-    def note(module: nn.Module, args: object) -> None:
-        calls.pop(module, None)
-        calls[module] = None
+
+def _modules_in_call_order(model: nn.Module, forward: Forward) -> list[nn.Module]:
+    """Return the modules that hold parameters directly, in the order of their last call."""
+    # The keys of a dict serve as an ordered set.
+    last_calls: dict[nn.Module, None] = {}
+
+    def record(module: nn.Module, args: object) -> None:
+        last_calls.pop(module, None)
+        last_calls[module] = None
 
     holders = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(note) for module in holders]
+    handles = [module.register_forward_pre_hook(record) for module in holders]
     try:
         with probe_mode(model), torch.no_grad():
             forward(model)
     finally:
         for handle in handles:
             handle.remove()
-    return list(calls)
+    return list(last_calls)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
-from lightning_plasticity.interventions.base import Repair, Request, When
+from lightning_plasticity._validation import check_number
+from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.weights.initialization import fresh_values
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.layers import NORM_LAYERS
@@ -20,8 +20,8 @@ class ShrinkPerturb(Repair):
     of that layer's initialisation. Norm layers, buffers and frozen parameters are left as they are.
 
     Args:
-        s: How far to go, in (0, 1]; 1 is a reset.
-        when: When the callback does it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        s: Interpolation weight of the fresh values, in (0, 1]; 1 is a reset.
+        when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
 
     Raises:
         ValueError: If ``s`` is outside (0, 1].
@@ -37,17 +37,16 @@ class ShrinkPerturb(Repair):
 
     def __init__(self, s: float = 0.8, when: When = "collapse") -> None:
         super().__init__(when)
-        if not 0 < as_float(s) <= 1:
-            raise ValueError(f"ShrinkPerturb(s={s!r}) must be in (0, 1]: the share of the way to fresh weights")
+        check_number("(0, 1]", self.name, "the share of the way to fresh weights", s=s)
         self.s = s
 
     @override
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
         return WeightUpdate(
             {
                 old: fresh if self.s == 1 else torch.lerp(old.detach(), fresh.to(old), self.s)
-                for old, fresh in fresh_values(model, modules, request.generator).items()
+                for old, fresh in fresh_values(model, modules, context.generator).items()
                 if isinstance(old, nn.Parameter)
             }
         )

@@ -3,72 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float, check_seed
-from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity._validation import check_number, check_positive_ints, check_seed
+from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, fresh_values
 from lightning_plasticity.layers import NORM_LAYERS
 
 _DRAWS = 8
-"""Fresh weights that a scale is taken from: a bias has few entries."""
+"""Number of fresh draws from which the standard deviation is estimated: a bias has few entries."""
 
 
 class SoftShrinkPerturb(StepIntervention):
-    r"""Shrinks all weights a little after each optimizer step, and adds a little noise.
+    r"""Shrink all weights a little after each optimizer step, and add a little noise.
 
     .. math:: \theta \leftarrow \lambda\,\theta + \sigma\, s \odot \xi, \qquad \xi \sim \mathcal N(0, 1)
 
-    with :math:`s` the standard deviation of the tensor's own initialisation, measured at the start on what its layer's
-    ``reset_parameters`` draws: what starts as a constant, such as a zero bias, gets no noise. Without a gradient,
-    weights end with :math:`\sigma / \sqrt{1 - \lambda^2}` times their initial standard deviation: 0.0007 times with the
-    defaults, once with :math:`\sigma = \sqrt{1 - \lambda^2}`.
+    with :math:`s` the standard deviation of the tensor's own initialisation, estimated at the start from draws of its
+    layer's ``reset_parameters``: tensors that start as a constant, such as zero biases, get no noise. Without a
+    gradient, the standard deviation of weights tends to :math:`\sigma / \sqrt{1 - \lambda^2}` times their initial one:
+    0.0007 times with the defaults, 1 times with :math:`\sigma = \sqrt{1 - \lambda^2}`.
 
-    Normal numbers are dear: a step of a large linear network takes half as long again. With ``every_n_steps`` of
-    :math:`n`, what :math:`n` steps in a row would do is done at once, with :math:`\lambda^n` and
+    Drawing normal numbers is slow: a step of a large linear network takes half as long again. With ``every_n_steps`` of
+    :math:`n`, the effect of :math:`n` steps in a row is applied at once, with :math:`\lambda^n` and
     :math:`\sigma \sqrt{\sum_{i<n} \lambda^{2i}}`.
 
-    Norm layers, buffers and frozen parameters stay as they are, and so does what the optimizer remembers. The noise
-    comes from a generator of its own on the CPU, so that it is the same on every device and in every process. In half
-    precision, changes below the resolution are lost.
+    Norm layers, buffers, frozen parameters and the optimizer state stay as they are. The noise comes from a separate
+    generator on the CPU, so that it is the same on every device and in every process. In half precision, changes below
+    the resolution are lost.
 
     Args:
         shrink: Share of the weights that stays, :math:`\lambda`, in [0, 1].
         noise: Size of the noise, as a share of the initial standard deviation, :math:`\sigma`, at least 0.
-        every_n_steps: How many steps are done at once, :math:`n`, at least 1.
+        every_n_steps: Number of steps that are applied at once, :math:`n`, at least 1.
         seed: Seed of the noise.
 
     Raises:
         ValueError: If ``shrink``, ``noise`` or ``every_n_steps`` is out of range; at the start, if a module with
-            trainable parameters does not say how they are initialised.
+            trainable parameters has no ``reset_parameters``.
 
     References:
         Juliani and Ash 2024, arXiv 2405.19153, with the defaults; noise after each step also in Dohare et al. 2024,
         Nature 632:768. Shrink and perturb itself: Ash and Adams 2020, arXiv 1910.08475.
 
     Example:
-        >>> model, remedy = nn.Linear(2, 1), SoftShrinkPerturb(shrink=0.5, noise=0)
-        >>> remedy.start(model)
+        >>> model, intervention = nn.Linear(2, 1), SoftShrinkPerturb(shrink=0.5, noise=0)
+        >>> intervention.start(model)
         >>> before = model.weight.detach().clone()
-        >>> remedy.after_step(model)
+        >>> intervention.after_step(model)
         >>> bool((model.weight == 0.5 * before).all())
         True
     """
 
     def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
-        if not 0 <= as_float(shrink) <= 1:
-            raise ValueError(
-                f"SoftShrinkPerturb(shrink={shrink!r}) must be in [0, 1]: the share of the weights that stays"
-            )
-        if not 0 <= as_float(noise) < math.inf:
-            raise ValueError(f"SoftShrinkPerturb(noise={noise!r}) must be a finite number, at least 0")
-        self._check_count(every_n_steps=every_n_steps)
-        check_seed(seed)
+        check_number("[0, 1]", self.name, "the share of the weights that stays", shrink=shrink)
+        check_number("[0, inf)", self.name, noise=noise)
+        check_positive_ints(self.name, every_n_steps=every_n_steps)
+        check_seed(seed, self.name)
         self.shrink, self.noise, self.every_n_steps, self.seed = shrink, noise, every_n_steps, seed
         self.steps = 0
         self.generator = PicklableGenerator()
@@ -76,13 +71,7 @@ class SoftShrinkPerturb(StepIntervention):
         self.scales: dict[str, Tensor] = {}
 
     @override
-    def start(
-        self,
-        model: nn.Module,
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
         parameters = _perturbed(model)
         new = {n: p for n, p in parameters.items() if n not in self.scales or self.scales[n].shape not in ((), p.shape)}
         if not new:
@@ -94,14 +83,7 @@ class SoftShrinkPerturb(StepIntervention):
 
     @override
     @torch.no_grad()
-    def after_step(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
         parameters = _perturbed(model)
         self._require_start(parameters, self.scales)
         self.steps += 1
@@ -128,16 +110,16 @@ class SoftShrinkPerturb(StepIntervention):
 
 
 def _perturbed(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters of all but norm layers, by name."""
+    """Return the trainable parameters of all but norm layers, by name."""
     norms = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in norms}
 
 
 def _scale(draws: Tensor) -> Tensor:
-    """Standard deviation of fresh values, ``(draws, ...)``: one for all entries, zero where they are always alike."""
+    """Compute the standard deviation of fresh values, ``(draws, ...)``: one for all entries, zero for constant ones."""
     draws = draws.to(torch.promote_types(draws.dtype, torch.float32))
-    alike = (draws == draws[0]).all(0)
-    if bool(alike.all()):
+    constant = (draws == draws[0]).all(0)
+    if bool(constant.all()):
         return torch.zeros(())
-    std = draws[:, ~alike].std(correction=0)
-    return torch.where(alike, 0, std) if bool(alike.any()) else std
+    std = draws[:, ~constant].std(correction=0)
+    return torch.where(constant, 0, std) if bool(constant.any()) else std

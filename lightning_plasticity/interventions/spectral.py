@@ -1,4 +1,4 @@
-"""Spectral regularization: the largest singular value of every layer is kept near one."""
+"""Spectral regularization: keep the largest singular value of every layer near one."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
+from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 _FIRST_ITERATIONS = 20
-"""For a matrix that is new: from a random vector, one is not enough."""
+"""Iterations for a new matrix: from a random vector, one is not enough."""
 
 
 class SpectralRegularizer(Regularizer):
-    r"""Spectral regularization: pulls the largest singular value of every weight matrix to one.
+    r"""Spectral regularization: pull the largest singular value of every weight matrix to one.
 
     .. math:: R = \lambda \Big( \sum_\ell (\sigma_{\max}(W_\ell)^k - 1)^2 + \sum_\ell \lVert b_\ell \rVert^{2k}
         + \sum_\ell \lVert \gamma_\ell - 1 \rVert^2 \Big)
 
-    :math:`b` are biases and the shifts of norm layers: all that is added is pulled to zero, by the same power
-    (:math:`(\lVert b \rVert^k - 0)^2`). :math:`\gamma` are the gains of norm layers, one by one. Kernels are flattened
+    :math:`b` are the biases, including those of norm layers: they are pulled to zero with the same power
+    (:math:`(\lVert b \rVert^k - 0)^2`). :math:`\gamma` are the scales of norm layers, one by one. Kernels are flattened
     to ``(out, in · kh · kw)``; queries, keys and values of attention and the gates of recurrent layers are a matrix
-    each; of parametrized layers it is the weight that comes out that counts. Embeddings, tokens, positions and frozen
-    parameters are left out; tied weights count once.
+    each; of parametrized layers the computed weight counts. Embeddings, tokens, positions and frozen parameters are
+    left out; tied weights count once.
 
-    :math:`\sigma_{\max}` comes from one power iteration a call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
-    :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, where :math:`u` is that of the last call. The gradient
-    is :math:`u v^\top`. The estimate is never too large. A matrix that is new gets 20 iterations: of Gaussian ones the
-    estimate is then too small by mostly less than 4 %, at most 8 %, and it gets better with every step as long as the
-    weights move little. Calls without gradients do not move :math:`u`, so that the term can be looked at.
+    :math:`\sigma_{\max}` is estimated by one power iteration per call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
+    :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, starting from the :math:`u` of the last call. The
+    gradient is :math:`u v^\top`. The estimate is never too large. A new matrix gets 20 iterations: for Gaussian
+    matrices the estimate is then too small by mostly less than 4 %, at most 8 %, and it improves with every step as
+    long as the weights move little. Calls without gradients do not move :math:`u`, so that the term can be evaluated
+    without side effects.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`.
         power: Exponent of the singular values, :math:`k`, at least 1.
-        exact: Use singular value decompositions instead: many times the work.
+        exact: Use singular value decompositions instead; many times slower.
 
     Raises:
         ValueError: If ``coefficient`` or ``power`` is out of range; at the call, if the model has no trainable layer.
@@ -58,9 +59,8 @@ class SpectralRegularizer(Regularizer):
 
     def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
         super().__init__(coefficient)
-        if not 1 <= as_float(power) < float("inf"):
-            raise ValueError(f"{self.name}(power={power!r}) must be a finite number, at least 1: it is 2 in the paper")
-        self._check_switch(exact=exact)
+        check_number("[1, inf)", self.name, "it is 2 in the paper", power=power)
+        check_choice((True, False), self.name, exact=exact)
         self.power = power
         self.exact = exact
         self._vectors: dict[str, Tensor] = {}
@@ -71,8 +71,8 @@ class SpectralRegularizer(Regularizer):
         for layer in weight_matrices(model).values():
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
-            terms += [shift.square().sum().pow(self.power) for shift in layer.biases]
-            terms += [(gain - 1).square().sum() for gain in layer.scales]
+            terms += [bias.square().sum().pow(self.power) for bias in layer.biases]
+            terms += [(scale - 1).square().sum() for scale in layer.scales]
         return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     @override
@@ -84,7 +84,7 @@ class SpectralRegularizer(Regularizer):
         self._vectors = {name: vector.clone() for name, vector in state["vectors"].items()}
 
     def _norm(self, name: str, matrix: Tensor) -> Tensor:
-        """The spectral norm."""
+        """Compute the spectral norm of a matrix, and store its left singular vector."""
         with torch.autocast(matrix.device.type, enabled=False):
             if self.exact:
                 exact: Tensor = torch.linalg.svdvals(matrix)[0]
@@ -100,11 +100,11 @@ class SpectralRegularizer(Regularizer):
             return torch.dot(new, product)
 
     def _left(self, name: str, matrix: Tensor) -> Tensor:
-        """The left singular vector as far as it is known; a random one, iterated, for a matrix that is new."""
-        known = self._vectors.get(name)
-        if known is not None and len(known) == len(matrix):
-            return known.to(matrix)
-        # By its name, so that it is the same on every device and process, whatever other matrices there are.
+        """Return the stored estimate of the left singular vector, or for a new matrix one from a random start."""
+        stored = self._vectors.get(name)
+        if stored is not None and len(stored) == len(matrix):
+            return stored.to(matrix)
+        # Seed by the name, so that the start is the same on every device and process, whatever other matrices exist.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         start = torch.randn(len(matrix), generator=generator, dtype=torch.float64).to(matrix)
         vector = F.normalize(start, dim=0)

@@ -1,4 +1,4 @@
-"""Wasserstein regularization: the distribution of each tensor's entries is kept, not each entry."""
+"""Wasserstein regularization: pull the distribution of each tensor's entries, not each entry, to the initial one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning_plasticity.interventions.initial_values import InitialValueRegula
 
 
 class WassersteinInit(InitialValueRegularizer):
-    r"""Pulls the distribution of the entries of every parameter to the initial one.
+    r"""Pull the distribution of the entries of every parameter to the initial one.
 
     .. math:: R = \lambda \sum_\ell \lVert \operatorname{sort}(\theta_\ell) - \operatorname{sort}(\theta_{0,\ell})
         \rVert^2
 
-    which is the squared 2-Wasserstein distance of the two empirical distributions times the number of entries. All
-    trainable parameters count, each by itself, those of norm layers too. What :meth:`start` sees is kept, sorted, in
-    the state. Parameters that come later, or get another shape, need another :meth:`start`. Sorting costs much more
-    than a training step on large layers.
+    the squared 2-Wasserstein distance of the two empirical distributions times the number of entries. All trainable
+    parameters count, each by itself, including those of norm layers. The values at :meth:`start` are kept, sorted, in
+    the state. Parameters that are added later, or get another shape, need another :meth:`start`. Sorting costs much
+    more than a training step on large layers.
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`.
 
     Raises:
         ValueError: If ``coefficient`` is negative.
-        RuntimeError: At the call, if a parameter was not there at the last :meth:`start`.
+        RuntimeError: At the call, if the model had no such parameter at the last :meth:`start`.
 
     References:
         Lewandowski et al. 2024, arXiv 2406.06811v1; Lewandowski et al. 2023, arXiv 2312.00246.
@@ -45,7 +45,7 @@ class WassersteinInit(InitialValueRegularizer):
         super().__init__(coefficient)
 
     @override
-    def remembered(self, parameter: Tensor) -> Tensor:
+    def reference(self, parameter: Tensor) -> Tensor:
         return parameter.flatten().sort().values.view(parameter.shape)
 
     @override

@@ -1,35 +1,35 @@
-"""Weight clipping: keep every weight within reach of its initialisation."""
+"""Weight clipping: keep every weight within a multiple of its initial bound."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import as_float
-from lightning_plasticity.interventions.base import StepIntervention
+from lightning_plasticity._validation import check_number
+from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
 
 
 class WeightClipping(StepIntervention):
-    r"""Clips weights and biases after each optimizer step.
+    r"""Clip weights and biases after each optimizer step.
 
     .. math:: \theta \leftarrow \mathrm{clamp}\Bigl(\theta, -\frac{\kappa}{\sqrt{\mathrm{fan\_in}}},
         \frac{\kappa}{\sqrt{\mathrm{fan\_in}}}\Bigr)
 
-    in linear, convolution, attention and recurrent layers, the last layer's too; a bias has the bound of its weight.
-    :math:`1/\sqrt{\mathrm{fan\_in}}` is the bound of torch's own initialisation of linear and convolution layers.
+    in linear, convolution, attention and recurrent layers, including the last layer; a bias has the bound of its
+    weight. :math:`1/\sqrt{\mathrm{fan\_in}}` is the bound of torch's own initialisation of linear and convolution
+    layers.
 
-    Norm layers stay as they are: a gain starts at 1, which says nothing of a fan-in, and the bound of the layer before
-    it would silence it. So do embeddings, which have no fan-in, layers of other kinds and frozen parameters. What is
-    not a number stays so, infinite weights become finite. What the optimizer remembers stays as it is. Nothing is
-    remembered of the model: :meth:`start` need not be called.
+    Norm layers are not clipped: a scale starts at 1 whatever the fan-in, and the bound of the layer before it would
+    suppress it. Embeddings, which have no fan-in, layers of other kinds, frozen parameters and the optimizer state stay
+    as they are, too. NaN stays NaN, infinite weights become finite. No state is stored: :meth:`start` need not be
+    called.
 
     Args:
-        kappa: :math:`\kappa`, greater than 0. The paper chooses it per problem, from 1 to 5.
+        kappa: :math:`\kappa`, greater than 0. The paper tunes it for each problem, from 1 to 5.
 
     Raises:
         ValueError: If ``kappa`` is not greater than 0 and finite.
@@ -47,20 +47,12 @@ class WeightClipping(StepIntervention):
     """
 
     def __init__(self, kappa: float = 2.0) -> None:
-        if not 0 < as_float(kappa) < math.inf:
-            raise ValueError(f"WeightClipping(kappa={kappa!r}) must be a finite number, greater than 0")
+        check_number("(0, inf)", self.name, kappa=kappa)
         self.kappa = kappa
 
     @override
     @torch.no_grad()
-    def after_step(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
-        *,
-        forward: Callable[[nn.Module], object] | None = None,
-        make_copy: Callable[[], nn.Module] | None = None,
-    ) -> None:
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
         for part in linear_parameters(model).values():
             bound = self.kappa / math.sqrt(part.fan_in)
             part.parameter.clamp_(-bound, bound)

@@ -1,1 +1,1 @@
-"""Run a network without leaving a trace in it."""
+"""Run a network without changing it, its batch or the global state of torch."""

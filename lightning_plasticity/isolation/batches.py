@@ -1,4 +1,8 @@
-"""Batches of any structure: how many samples they hold, and taking them apart and putting them together."""
+"""Count, slice, copy and concatenate the samples of batches of any structure.
+
+A batch is a nested structure of collections. Its leaves are the tensors, and the lists with one item per sample, such
+as sequences that were not padded.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_plasticity.isolation.module_copy import IMMUTABLE, referents
 
-Part: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
-_PARTS = (Tensor, tuple, list)
+Leaf: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
+_LEAF_TYPES = (Tensor, tuple, list)
 _COLLECTIONS = (dict, list, tuple, set)
 
 
 def batch_size(batch: Any) -> int | None:
-    """The number of samples in a batch.
+    """Return the number of samples in a batch, or ``None`` if it holds no tensor with dimensions.
 
-    The most common first dimension of its tensors, the first one seen on a tie. Of lists of samples, which are as long
-    as the tensors beside them, and whose own tensors have another first dimension, it is the length.
+    It is the most common first dimension of the tensors, and on a tie the one that occurs first. A list counts as a
+    list of samples if it is as long as the other tensors, and its own tensors have another first dimension.
 
     Example:
         >>> waveforms, labels = [torch.zeros(400)] * 8, torch.zeros(8)
@@ -36,86 +40,88 @@ def batch_size(batch: Any) -> int | None:
 
 
 def slice_batch(batch: Any, samples: int) -> Any:
-    """A copy of the first samples of a batch (:func:`samples_between`).
+    """Return a copy of the first samples of a batch. Tensors with another first dimension are copied whole.
 
     Example:
         >>> x, y, scale = slice_batch((torch.zeros(8, 3), torch.zeros(8), torch.zeros(2)), samples=4)
         >>> x.shape, y.shape, scale.shape
         (torch.Size([4, 3]), torch.Size([4]), torch.Size([2]))
     """
-    return samples_between(batch, 0, samples)
+    return _slice_samples(batch, 0, samples)
 
 
-def samples_between(batch: Any, first: int, end: int) -> Any:
-    """A copy of some samples of a batch: of every tensor whose first dimension is the batch size, and list of samples.
-
-    Other tensors are copied whole.
-    """
+def _slice_samples(batch: Any, start: int, stop: int) -> Any:
     size = batch_size(batch)
-    if first == 0 and (size is None or size <= end):
+    if start == 0 and (size is None or size <= stop):
         return clone_batch(batch)
 
-    def take(part: Part) -> Any:
-        if not isinstance(part, Tensor):
-            return clone_batch(part[first:end])
-        return (_rows(part, first, end) if _by_sample(part, size) else part).detach().clone()
+    def slice_leaf(leaf: Leaf) -> Any:
+        if not isinstance(leaf, Tensor):
+            return clone_batch(leaf[start:stop])
+        return (_slice_tensor(leaf, start, stop) if _has_sample_dim(leaf, size) else leaf).detach().clone()
 
-    return _apply_to_parts(batch, take)
+    return _map_leaves(batch, slice_leaf)
 
 
 def clone_batch(batch: Any) -> Any:
-    """A copy of a batch, which may be changed in place: also of what it holds in objects and numpy arrays."""
-    # Clones, since deepcopy refuses tensors with a graph, and of a view copies all that it is a view of.
-    clones = _deepcopy_memo(batch)
+    """Return a copy of a batch that can be changed in place, including its objects and NumPy arrays."""
+    # deepcopy raises for tensors with a graph, and copies the whole storage of a view, so tensors are cloned before.
+    memo = _deepcopy_memo(batch)
     try:
-        return copy.deepcopy(batch, clones)
-    except Exception:  # an object that cannot be copied is shared
+        return copy.deepcopy(batch, memo)
+    except Exception:
+        # Share objects that cannot be copied.
         return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in pieces of ``size`` samples, the last one smaller."""
+    """Yield the batch in micro-batches of ``size`` samples; the last one may be smaller."""
     samples = batch_size(batch) or 0
-    for first in range(0, samples, size):
-        yield samples_between(batch, first, first + size)
+    for start in range(0, samples, size):
+        yield _slice_samples(batch, start, start + size)
 
 
 def concat_batches(batches: Sequence[Any], like: Any = None) -> Any:
-    """One batch of the samples of several of the same structure, in their order.
+    """Concatenate the samples of several batches of the same structure.
 
     Args:
         batches: The batches.
-        like: One of them, on the device that the result shall be on; by default the first.
+        like: The batch that determines the device, and from which leaves without samples are taken; by default the
+            first one.
+
+    Raises:
+        ValueError: If the batches hold different numbers of tensors.
 
     Example:
         >>> concat_batches([{"x": torch.zeros(2, 3)}, {"x": torch.ones(1, 3)}])["x"].shape
         torch.Size([3, 3])
     """
     sizes = [batch_size(batch) for batch in batches]
-    parts = [_parts(batch) for batch in batches]
-    if len({tuple(isinstance(part, Tensor) for part in own) for own in parts}) > 1:
-        raise ValueError(f"batches that hold {[len(own) for own in parts]} tensors cannot be joined")
-    columns = iter(list(zip(*parts, strict=True)))
+    leaves = [_leaves(batch) for batch in batches]
+    if len({tuple(isinstance(leaf, Tensor) for leaf in batch_leaves) for batch_leaves in leaves}) > 1:
+        counts = [len(batch_leaves) for batch_leaves in leaves]
+        raise ValueError(f"batches that hold {counts} tensors cannot be joined")
+    columns = iter(list(zip(*leaves, strict=True)))
 
-    def join(part: Part) -> Any:
+    def concat_leaf(leaf: Leaf) -> Any:
         column = next(columns)
-        if not isinstance(part, Tensor):
-            return type(part)(item for own in column for item in to_device(own, like=part))
-        if not all(_by_sample(own, size) for own, size in zip(column, sizes, strict=True)):
-            return part
-        return torch.cat([own.to(part.device) for own in column])
+        if not isinstance(leaf, Tensor):
+            return type(leaf)(item for samples in column for item in to_device(samples, like=leaf))
+        if not all(_has_sample_dim(tensor, size) for tensor, size in zip(column, sizes, strict=True)):
+            return leaf
+        return torch.cat([tensor.to(leaf.device) for tensor in column])
 
-    return _apply_to_parts(batches[0] if like is None else like, join)
+    return _map_leaves(batches[0] if like is None else like, concat_leaf)
 
 
 def to_device(batch: Any, like: Any) -> Any:
-    """The batch on the device of another one."""
+    """Return the batch on the device of another one."""
     device = next((tensor.device for tensor in _tensors(like)), torch.device("cpu"))
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts, such as what a function took or returned."""
+    """Yield the tensors in nested tuples, lists and dicts, such as the arguments or the result of a function."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -127,28 +133,32 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _lists_of_samples(batch: Any) -> list[tuple[Any, ...] | list[Any]]:
-    """The lists in a batch that hold one item for each sample, as of sequences that were not padded."""
-    beside: list[Tensor] = []
+    """Return the lists in a batch that hold one item per sample, such as sequences that were not padded."""
+    other_tensors: list[Tensor] = []
     lists: list[tuple[Any, ...] | list[Any]] = []
 
-    def see(part: Part) -> None:
-        if isinstance(part, Tensor):
-            beside.append(part)
-        elif type(part) in (tuple, list):  # not a named one
-            lists.append(part)
+    def collect(leaf: Leaf) -> None:
+        if isinstance(leaf, Tensor):
+            other_tensors.append(leaf)
+        elif type(leaf) in (tuple, list):
+            # Named tuples have fields, not samples.
+            lists.append(leaf)
 
     for item in batch if isinstance(batch, tuple | list) else [batch]:
-        apply_to_collection(item, _PARTS, see)
-    size, sizes = _most_common_size(beside), {tensor.shape[:1] for tensor in beside if tensor.dim()}
+        apply_to_collection(item, _LEAF_TYPES, collect)
+    size = _most_common_size(other_tensors)
+    first_dims = {tensor.shape[:1] for tensor in other_tensors if tensor.dim()}
     return [
-        own
-        for own in lists
-        if len(own) == size and _are_alike(own) and {tensor.shape[:1] for tensor in _tensors(own)} - sizes
+        items
+        for items in lists
+        if len(items) == size
+        and _are_homogeneous(items)
+        and {tensor.shape[:1] for tensor in _tensors(items)} - first_dims
     ]
 
 
-def _are_alike(items: Sequence[Any]) -> bool:
-    """Whether these may be one thing for each sample, and are no pair such as of inputs and labels."""
+def _are_homogeneous(items: Sequence[Any]) -> bool:
+    """Return whether all items may be samples of one kind, unlike those of a pair of inputs and labels."""
     return len({(type(item), getattr(item, "ndim", None), getattr(item, "dtype", None)) for item in items}) == 1
 
 
@@ -157,70 +167,79 @@ def _most_common_size(tensors: Iterable[Tensor]) -> int | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _apply_to_parts(batch: Any, function: Callable[[Part], Any]) -> Any:
-    """The batch with what a function makes of every list of samples, and of every tensor outside of those."""
-    lists = {id(part) for part in _lists_of_samples(batch)}
+def _map_leaves(batch: Any, function: Callable[[Leaf], Any]) -> Any:
+    """Apply a function to every list of samples, and to every tensor outside of those."""
+    lists = {id(items) for items in _lists_of_samples(batch)}
 
-    def visit(part: Part) -> Any:
-        if isinstance(part, Tensor) or id(part) in lists:
-            return function(part)
-        if type(part) in (tuple, list):
-            return type(part)(apply_to_collection(item, _PARTS, visit) for item in part)
-        return apply_to_collection(part, Tensor, function)
+    def visit(node: Leaf) -> Any:
+        if isinstance(node, Tensor) or id(node) in lists:
+            return function(node)
+        if type(node) in (tuple, list):
+            return type(node)(apply_to_collection(item, _LEAF_TYPES, visit) for item in node)
+        return apply_to_collection(node, Tensor, function)
 
-    return apply_to_collection(batch, _PARTS, visit)
-
-
-def _parts(batch: Any) -> list[Part]:
-    found: list[Part] = []
-    _apply_to_parts(batch, found.append)
-    return found
+    return apply_to_collection(batch, _LEAF_TYPES, visit)
 
 
-def _by_sample(tensor: Tensor, size: int | None) -> bool:
+def _leaves(batch: Any) -> list[Leaf]:
+    leaves: list[Leaf] = []
+    _map_leaves(batch, leaves.append)
+    return leaves
+
+
+def _has_sample_dim(tensor: Tensor, size: int | None) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == size
 
 
-def _rows(tensor: Tensor, first: int, end: int) -> Tensor:
+def _slice_tensor(tensor: Tensor, start: int, stop: int) -> Tensor:
     if tensor.layout in (torch.strided, torch.jagged):
-        return tensor[first:end]
-    rows = torch.arange(first, min(end, len(tensor)), device=tensor.device)  # no sparse tensor can be sliced
-    taken: Tensor = tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
-    return taken
+        return tensor[start:stop]
+    # torch cannot slice sparse tensors.
+    rows = torch.arange(start, min(stop, len(tensor)), device=tensor.device)
+    sliced: Tensor = tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+    return sliced
 
 
 def _deepcopy_memo(batch: Any) -> dict[int, Any]:
-    """What a deep copy of a batch is not to make itself: clones of tensors, and the objects that hold no numbers.
+    """Return a memo that makes a deep copy of a batch clone its tensors and share the objects that hold no numbers.
 
-    Others may know those by their identity, and what they refer to, such as a vocabulary, may be large.
+    Such objects are shared because they may be compared by identity, and may be large, such as a vocabulary.
     """
     holders: dict[int, list[Any]] = {}
-    found: dict[int, Any] = {}
-    ahead, numbers = [batch], []
-    while ahead:
-        value = ahead.pop()
-        if id(value) in found or isinstance(value, IMMUTABLE):
+    reachable: dict[int, Any] = {}
+    pending, arrays = [batch], []
+    while pending:
+        value = pending.pop()
+        if id(value) in reachable or isinstance(value, IMMUTABLE):
             continue
-        found[id(value)] = value
+        reachable[id(value)] = value
         if isinstance(value, Tensor | np.ndarray):
-            numbers.append(value)
+            arrays.append(value)
         elif not isinstance(value, Dataset | DataLoader | nn.Module):
             items = referents(value)
             for item in items:
                 holders.setdefault(id(item), []).append(value)
-            ahead += items
-    changing: set[int] = set()
-    ahead = list(numbers)
-    while ahead:
-        value = ahead.pop()
-        if id(value) not in changing:
-            changing.add(id(value))
-            ahead += holders.get(id(value), [])
-    shared = {key: value for key, value in found.items() if key not in changing and not isinstance(value, _COLLECTIONS)}
-    return shared | {id(value): value.detach().clone() for value in numbers if isinstance(value, Tensor)}
+            pending += items
+    to_copy = _ids_of_holders(arrays, holders)
+    shared = {
+        key: value for key, value in reachable.items() if key not in to_copy and not isinstance(value, _COLLECTIONS)
+    }
+    return shared | {id(array): array.detach().clone() for array in arrays if isinstance(array, Tensor)}
+
+
+def _ids_of_holders(values: Sequence[Any], holders: dict[int, list[Any]]) -> set[int]:
+    """Return the ids of the values and of all objects that refer to them, directly or through others."""
+    ids: set[int] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if id(value) not in ids:
+            ids.add(id(value))
+            pending += holders.get(id(value), [])
+    return ids
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
-    return found
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    return tensors

@@ -1,4 +1,4 @@
-"""Probing leaves no trace: modes, buffers, random numbers and precision are put back as they were."""
+"""Restore modes, buffers, random number generators and the default dtype after a probe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Restores the state of every global random number generator, also after an exception."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global generator is what must be kept)
-    # CUDA is left alone as long as nobody has initialised it: asking for its state would.
+    """Restore the state of every global random number generator on exit."""
+    # NumPy's legacy generator is the global one, so it is the one to restore.
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Reading the state of CUDA's generators would initialise CUDA.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -27,39 +28,45 @@ def isolated_rng() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Runs compiled modules uncompiled: their calls cannot be watched, and their hooks may be dead."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and asking would import the compiler
+def _force_eager() -> Iterator[None]:
+    """Run compiled modules uncompiled, since hooks do not run in compiled code."""
+    # Without this check, set_stance would import the compiler for models that are not compiled.
+    if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):  # acts when it is built, not when it is entered
+    # set_stance takes effect when it is called, so the call must not be moved out of the with statement.
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode; restores each one's mode and buffers, also after an exception.
+    """Put every module into evaluation mode, and restore the modes and buffers of all modules on exit.
 
-    Modules do not hear of it: some do more in their ``train`` and ``eval``, such as to merge weights.
+    The attribute ``training`` is set directly, because some modules override ``train`` and ``eval`` to do more, such as
+    to merge weights.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
-    tensors = [buffer for own in buffers for buffer in own.values() if buffer is not None]
-    tensors += [m.weight for m in modules if isinstance(m, nn.Embedding) and m.max_norm is not None]  # renormalised
-    tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # which nobody can change in place
-    values = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
+    tensors = [buffer for module_buffers in buffers for buffer in module_buffers.values() if buffer is not None]
+    # The forward pass of an embedding with max_norm renormalises its weight in place.
+    tensors += [m.weight for m in modules if isinstance(m, nn.Embedding) and m.max_norm is not None]
+    # Inference tensors cannot be changed in place.
+    tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    saved = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
     try:
         for module in modules:
             module.training = False
         yield
     finally:
-        for module, training, own in zip(modules, modes, buffers, strict=True):
+        for module, training, module_buffers in zip(modules, modes, buffers, strict=True):
             module.training = training
-            if not isinstance(module, torch.jit.ScriptModule):  # whose buffers nobody can replace
-                module._buffers.update(own)
+            # The buffers of a scripted module cannot be replaced.
+            if not isinstance(module, torch.jit.ScriptModule):
+                module._buffers.update(module_buffers)
         with torch.no_grad():
-            for tensor, (value, version) in zip(tensors, values, strict=True):
+            for tensor, (value, version) in zip(tensors, saved, strict=True):
                 if _has_changed(tensor, value, version):
                     tensor.copy_(value)
 
@@ -67,12 +74,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def _has_changed(tensor: Tensor, before: Tensor, version: int) -> bool:
     if tensor.layout is torch.strided:
         return not torch.equal(tensor, before)
-    return tensor._version != version  # torch does not compare the values of sparse tensors
+    # torch.equal does not support all sparse layouts.
+    return tensor._version != version
 
 
 @contextlib.contextmanager
 def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers without cuDNN: its own have no backward pass in evaluation mode, and no second one at all."""
+    """Run recurrent layers without cuDNN, which has no backward pass in evaluation mode and no double backward."""
     enabled = torch.backends.cudnn.enabled
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         torch.backends.cudnn.enabled = False
@@ -84,7 +92,7 @@ def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors in float64 where that is what weights are, as a Trainer with ``precision="64-true"`` has it."""
+    """Create new tensors in float64 if the dtype is float64, as a Trainer with ``precision="64-true"`` does."""
     before = torch.get_default_dtype()
     if dtype == torch.float64:
         torch.set_default_dtype(dtype)
@@ -96,7 +104,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def probe_mode(model: nn.Module) -> Iterator[None]:
-    """What every probe runs in: evaluation mode, random numbers of its own, gradients, no autocast, no compiler."""
+    """Enter the state that all probes run in, and restore the previous one on exit.
+
+    It consists of evaluation mode, isolated random numbers, enabled gradients, and no inference mode, autocast,
+    compiled code or cuDNN recurrence.
+
+    Raises:
+        ValueError: If the model is on the meta device.
+    """
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     if device == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")
@@ -106,7 +121,7 @@ def probe_mode(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device, enabled=False),
-        _eager(),
+        _force_eager(),
         differentiable_recurrence(model),
     ):
         yield

@@ -1,4 +1,4 @@
-"""The diagnostics of :mod:`lightning_plasticity.functional` as torchmetrics metrics: over batches and devices."""
+"""Accumulate the diagnostics of :mod:`lightning_plasticity.functional` over batches and devices with torchmetrics."""
 
 from lightning_plasticity.metrics.gradients import GradientDormantFraction, OptimizationReadiness
 from lightning_plasticity.metrics.monitor import MonitoredLayer, PlasticityMonitor

@@ -1,4 +1,4 @@
-"""What all metrics here have in common: sums in float64 that take their shape from the first data."""
+"""Provide the base class of all metrics: sums in float64 that take their shape from the first data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_plasticity.distributed.agreement import sync_errors
 class PlasticityMetric(Metric):
     """A metric whose states are sums over batches and devices.
 
-    A state starts as a zero without dimensions and takes the shape of what is first added to it, so that nobody has to
-    say how many units there are. Before devices are summed they agree on the shapes: one without any data takes part.
-    Sums stay in float64 whatever a network they are part of is converted to, ``set_dtype`` included.
+    A state starts as a zero without dimensions and takes the shape of the first addend, so the number of units is no
+    argument. Processes agree on the shapes before they sum the states, so that one without data takes part. States stay
+    in float64 under ``set_dtype`` and when a module that contains the metric is cast.
 
     Args:
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -46,7 +46,7 @@ class PlasticityMetric(Metric):
             state, value = getattr(self, name), torch.as_tensor(addend, dtype=torch.float64, device=device)
             if state.ndim and state.shape != value.shape:
                 raise ValueError(
-                    f"{type(self).__name__} has seen {state.shape[-1]} units and now gets {value.shape[-1]}: "
+                    f"{type(self).__name__} has accumulated {state.shape[-1]} units and now gets {value.shape[-1]}: "
                     "reset() it first, or use one metric for each layer"
                 )
             setattr(self, name, state.to(device) + value)
@@ -61,16 +61,17 @@ class PlasticityMetric(Metric):
     ) -> None:
         if should_sync and not self._is_synced and dist.is_available() and dist.is_initialized():
             sync_errors()
-            self._agree_on_shapes(process_group or self.process_group)
+            self._sync_shapes(process_group or self.process_group)
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
-    def _agree_on_shapes(self, group: Any | None) -> None:
-        sums = {name: state for name in self._defaults if isinstance(state := getattr(self, name), Tensor)}
-        mine = {name: tuple(state.shape) for name, state in sums.items()}
-        everyone: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(everyone, mine, group=group)
-        for name, state in sums.items():
-            shapes = {theirs[name] for theirs in everyone if theirs[name]}
+    def _sync_shapes(self, group: Any | None) -> None:
+        """Expand the states of a process without data to the shapes that they have in the other processes."""
+        states = {name: state for name in self._defaults if isinstance(state := getattr(self, name), Tensor)}
+        local_shapes = {name: tuple(state.shape) for name, state in states.items()}
+        all_shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(all_shapes, local_shapes, group=group)
+        for name, state in states.items():
+            shapes = {rank_shapes[name] for rank_shapes in all_shapes if rank_shapes[name]}
             if len(shapes) > 1:
                 raise ValueError(
                     f"the processes give {type(self).__name__} different numbers of units: {name} has the shapes "
@@ -81,20 +82,21 @@ class PlasticityMetric(Metric):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
-        def moved(state: Tensor) -> Tensor:  # to another device, and never to fewer digits
-            there = fn(state)
-            return there if there.dtype == state.dtype else state.to(there.device)
+        def move(state: Tensor) -> Tensor:
+            # A cast to half precision would lose digits of the sums; only the device may change.
+            moved = fn(state)
+            return moved if moved.dtype == state.dtype else state.to(moved.device)
 
-        super()._apply(moved, *args, **kwargs)
+        super()._apply(move, *args, **kwargs)
         return self
 
     @override
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any | None = None) -> Any:
-        """Plots a value or several, by default the current one; needs matplotlib.
+        """Plot one value or several; requires matplotlib.
 
         Args:
-            val: What ``forward`` or ``compute`` returned, or a list of it.
-            ax: The axes of matplotlib to draw in.
+            val: A result of ``forward`` or ``compute``, or a list of results; by default the current value.
+            ax: The matplotlib axes to draw in; by default new ones.
 
         Returns:
             The figure and its axes.
@@ -103,10 +105,10 @@ class PlasticityMetric(Metric):
 
 
 def is_empty(data: Tensor) -> bool:
-    """Whether a batch holds nothing: it adds nothing then, and its shape may be that of no layer."""
+    """Return whether a batch has no entries. It adds nothing then, and its shape may not be that of the layer."""
     return isinstance(data, Tensor) and data.numel() == 0
 
 
 def finite_or_nan(value: Tensor) -> Tensor:
-    """The value, or NaN where it is infinite: what is not a number must look like it."""
+    """Return the value, with NaN where it is infinite, so that all results of invalid data look alike."""
     return torch.where(torch.isfinite(value), value, math.nan)

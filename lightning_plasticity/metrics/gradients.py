@@ -1,4 +1,4 @@
-"""Diagnostics of gradients."""
+"""Accumulate diagnostics of gradients: gradient-dormant units and optimization readiness."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_plasticity.metrics.units import DormantFraction
 
 
 class GradientDormantFraction(DormantFraction):
-    """Share of units that hardly learn (:func:`~lightning_plasticity.functional.gradient_dormant_fraction`).
+    """Fraction of units with small gradients (:func:`~lightning_plasticity.functional.gradient_dormant_fraction`).
 
     Args:
-        threshold: Units whose incoming weights have at most this share of the layer's mean gradient, in [0, 1].
+        threshold: The score, in units of the layer's mean gradient magnitude, up to which a unit is dormant, in [0, 1].
         channel_dim: The dimension of the weight that counts units: 0, or 1 for transposed convolutions.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``threshold`` is out of range; at an update with another number of units than before.
+        ValueError: If ``threshold`` is out of range, or an update has another number of units than those before.
 
     Shape:
         ``update(gradient)`` takes the gradient of a weight on one batch, ``(out, in)`` or ``(out, in, *kernel)``.
-        ``compute()`` returns a share, float64; NaN if there was no gradient, or an entry that is not finite.
+        ``compute()`` returns a fraction, float64; NaN if there was no gradient or an entry was not finite.
 
     References:
         Liu et al. 2025, arXiv 2505.24061.
@@ -46,26 +46,26 @@ class GradientDormantFraction(DormantFraction):
 
     @override
     def update(self, gradient: Tensor) -> None:
-        """Adds the magnitudes of the gradient on one batch."""
+        """Add the magnitudes of the gradient on one batch."""
         super().update(gradient)
 
 
 class OptimizationReadiness(PlasticityMetric):
-    """Whether gradients are strong and agree (:func:`~lightning_plasticity.functional.optimization_readiness`).
+    """Optimization readiness (:func:`~lightning_plasticity.functional.optimization_readiness`).
 
-    Give it the loss and the gradient of each of several minibatches of the same size, at the same weights. Keeps one
-    vector of all parameters in float64.
+    Update it with the loss and the gradient of several minibatches of the same size, all at the same weights. The state
+    is one vector with as many entries as there are parameters, in float64.
 
     Args:
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: At ``compute()`` if the mean loss is negative.
+        ValueError: In ``compute()`` if the mean loss is negative.
 
     Shape:
-        ``update(loss, gradients)`` takes a number and a tensor of any shape, several, or a module: then the ``.grad``
-        of its parameters. ``compute()`` returns a number ≥ 0, float64; NaN without updates, or if something is not
-        finite.
+        ``update(loss, gradients)`` takes a scalar, and a tensor of any shape, several tensors, or a module: the
+        ``.grad`` of its parameters are taken. ``compute()`` returns a number ≥ 0, float64; NaN if there were no
+        updates, or the loss or an entry of a gradient was not finite.
 
     References:
         "Predicting plasticity in deep continual learning: a theoretical perspective" 2026, arXiv 2605.09044.
@@ -92,7 +92,7 @@ class OptimizationReadiness(PlasticityMetric):
 
     @override
     def update(self, loss: Tensor | float, gradients: nn.Module | Tensor | Iterable[Tensor]) -> None:
-        """Adds one minibatch."""
+        """Add one minibatch."""
         gradient = flat_gradient(gradients)
         self._accumulate(
             gradient_sum=gradient,
@@ -103,9 +103,10 @@ class OptimizationReadiness(PlasticityMetric):
 
     @override
     def compute(self) -> Tensor:
-        """The readiness over all minibatches seen."""
+        """Return the readiness over all minibatches."""
         if not self.gradient_sum.ndim:
             return torch.full_like(self.gradient_sum, math.nan)
-        mean = self.gradient_sum / self.minibatches
-        square = self.square_sum / self.minibatches
-        return finite_or_nan(readiness(self.loss_sum / self.minibatches, mean.square().sum(), square))
+        loss = self.loss_sum / self.minibatches
+        squared_mean = (self.gradient_sum / self.minibatches).square().sum()
+        mean_square = self.square_sum / self.minibatches
+        return finite_or_nan(readiness(loss, squared_mean, mean_square))

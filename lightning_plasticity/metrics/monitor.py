@@ -487,7 +487,7 @@ class PlasticityMonitor(PlasticityMetric):
             )
 
     @override
-    def _agree_on_shapes(self, group: Any | None) -> None:
+    def _sync_shapes(self, group: Any | None) -> None:
         mine = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
         everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(everyone, mine, group=group)
@@ -496,7 +496,7 @@ class PlasticityMonitor(PlasticityMetric):
             rows = self._state(layer, "rows")
             if rows is not None and not rows:
                 rows.append(torch.empty(0, min(units, self.max_units), dtype=torch.float64, device=self.device))
-        super()._agree_on_shapes(group)
+        super()._sync_shapes(group)
         self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
 
     @override

@@ -1,4 +1,4 @@
-"""In how many directions do the features of a layer spread?"""
+"""Accumulate soft ranks of the features of one layer: effective rank, stable rank and srank."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from lightning_plasticity.metrics.base import PlasticityMetric, is_empty
 class EffectiveRank(PlasticityMetric):
     r"""Effective rank of the features of a layer (:func:`~lightning_plasticity.functional.effective_rank`).
 
-    Of the features of all batches and devices in one matrix :math:`F`, exactly, by its second moments
-    :math:`F^\top F`: memory for ``d × d`` numbers in float64, and an eigenvalue decomposition at ``compute()``. Agrees
-    with the singular values of :math:`F` to 1e-6 up to condition numbers of 10⁶; beyond, singular values below about
-    1e-7 of the largest count as zero.
+    The rank is that of the matrix :math:`F` of the features of all batches and devices. It is computed exactly from the
+    second moments :math:`F^\top F`, which take ``d × d`` numbers in float64, by an eigenvalue decomposition in
+    ``compute()``. It agrees with the rank from the singular values of :math:`F` to 1e-6 up to condition numbers of 10⁶;
+    beyond, singular values below about 1e-7 of the largest one count as zero.
 
     Args:
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: At an update with another number of units than before.
+        ValueError: If an update has another number of units than those before.
 
     Warns:
-        UserWarning: If there were fewer samples than units, which bounds the rank.
+        UserWarning: If there are fewer samples than units, which bounds the rank.
 
     Shape:
         ``update(features)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a number from 1
-        to ``min(N, d)``, float64; 0 if all features are zero; NaN if there were no samples, or a feature that is not
+        to ``min(N, d)``, float64; 0 if all features are zero; NaN if there were no samples or a feature was not
         finite.
 
     References:
@@ -70,7 +70,7 @@ class EffectiveRank(PlasticityMetric):
 
     @override
     def update(self, features: Tensor) -> None:
-        """Adds the samples of a batch; one without samples adds nothing."""
+        """Add the samples of a batch; one without samples adds nothing."""
         if not is_empty(features):
             self._accumulate(
                 moment_sum=second_moments(features.detach(), self.channel_dim),
@@ -79,14 +79,14 @@ class EffectiveRank(PlasticityMetric):
 
     @override
     def compute(self) -> Tensor:
-        """The rank over everything seen."""
+        """Return the rank of the features of all updates."""
         if not self.moment_sum.ndim:
             return torch.full_like(self.moment_sum, math.nan)
         units = len(self.moment_sum)
         if self.samples < units:
             rank_zero_warn(
-                f"{type(self).__name__} has seen fewer samples than the {units} units that there are: it is bounded by "
-                "the number of samples",
+                f"{type(self).__name__} has fewer samples than the {units} units that there are: the number of samples "
+                "bounds it",
                 category=UserWarning,
             )
         return self._rank(singular_values_of_moments(self.moment_sum))
@@ -100,10 +100,10 @@ class StableRank(EffectiveRank):
 
     Args:
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Shape:
-        As :class:`EffectiveRank`, with which it shares the work in a ``MetricCollection``.
+        As :class:`EffectiveRank`. The two share their states in a ``MetricCollection``.
 
     References:
         Rudelson and Vershynin 2007, arXiv math/0503442.
@@ -124,16 +124,16 @@ class SRank(EffectiveRank):
     r"""Number of singular values that make up 1 - δ of their sum (:func:`~lightning_plasticity.functional.srank`).
 
     Args:
-        delta: δ in [0, 1). With 0 every singular value counts that is above rounding
-            (:func:`~lightning_plasticity.functional.ranks.singular_values_of_moments`).
+        delta: The fraction δ of the sum to leave out, in [0, 1). With 0, all singular values above the rounding error
+            (:func:`~lightning_plasticity.functional.ranks.singular_values_of_moments`) count.
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``delta`` is out of range.
 
     Shape:
-        As :class:`EffectiveRank`, with which it shares the work in a ``MetricCollection``.
+        As :class:`EffectiveRank`. The two share their states in a ``MetricCollection``.
 
     References:
         Kumar et al. 2020, arXiv 2010.14498.

@@ -1,4 +1,4 @@
-"""Are the units alive? One layer at a time."""
+"""Accumulate diagnostics of the units of one layer: dormant and dead units, norms of features."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan, i
 
 
 class DormantFraction(PlasticityMetric):
-    """Share of the units of a layer that are dormant (:func:`~lightning_plasticity.functional.dormant_fraction`).
+    """Fraction of the units of a layer that are dormant (:func:`~lightning_plasticity.functional.dormant_fraction`).
 
-    The mean magnitudes are those of all samples of all batches and devices together.
+    The mean magnitudes are taken over all samples of all batches and devices.
 
     Args:
-        threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
+        threshold: The score, in units of the layer's mean magnitude, up to which a unit is dormant, in [0, 1].
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``threshold`` is out of range; at an update with another number of units than before.
+        ValueError: If ``threshold`` is out of range, or an update has another number of units than those before.
 
     Shape:
-        ``update(activations)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a share,
-        float64; NaN if there were no samples, or an activation that is not finite.
+        ``update(activations)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a
+        fraction, float64; NaN if there were no samples or an activation was not finite.
 
     References:
         Sokar et al. 2023, arXiv 2302.12902.
@@ -62,27 +62,27 @@ class DormantFraction(PlasticityMetric):
 
     @override
     def update(self, activations: Tensor) -> None:
-        """Adds the samples of a batch; one without samples adds nothing."""
+        """Add the samples of a batch; one without samples adds nothing."""
         if not is_empty(activations):
             self._accumulate(magnitude_sum=magnitude_sums(activations.detach(), self.channel_dim))
 
     @override
     def compute(self) -> Tensor:
-        """The share over everything seen."""
+        """Return the fraction over all samples of all updates."""
         if not self.magnitude_sum.ndim:
             return torch.full_like(self.magnitude_sum, math.nan)
         return dormant_share(self.magnitude_sum, self.threshold)
 
 
 class DeadFraction(DormantFraction):
-    """Share of the units of a layer that are always zero (:func:`~lightning_plasticity.functional.dead_fraction`).
+    """Fraction of the units of a layer that are always zero (:func:`~lightning_plasticity.functional.dead_fraction`).
 
     Args:
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Shape:
-        As :class:`DormantFraction`, which it is for a threshold of 0.
+        As :class:`DormantFraction`; this is its case with a threshold of 0.
 
     References:
         Dohare et al. 2024, Nature 632, 768-774.
@@ -100,15 +100,15 @@ class DeadFraction(DormantFraction):
 
 
 class FeatureNorm(PlasticityMetric):
-    """Mean length of the feature vectors (:func:`~lightning_plasticity.functional.feature_norm`).
+    """Mean norm of the feature vectors (:func:`~lightning_plasticity.functional.feature_norm`).
 
     Args:
         channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Shape:
-        ``update(features)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a length,
-        float64; NaN if there were no samples, or a feature that is not finite.
+        ``update(features)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a norm,
+        float64; NaN if there were no samples or a feature was not finite.
 
     References:
         Lyle et al. 2024, arXiv 2402.18762.
@@ -131,7 +131,7 @@ class FeatureNorm(PlasticityMetric):
 
     @override
     def update(self, features: Tensor) -> None:
-        """Adds the samples of a batch; one without samples adds nothing."""
+        """Add the samples of a batch; one without samples adds nothing."""
         if not is_empty(features):
             self._accumulate(
                 norm_sum=norm_sum(features.detach(), self.channel_dim), samples=sample_count(features, self.channel_dim)
@@ -139,5 +139,5 @@ class FeatureNorm(PlasticityMetric):
 
     @override
     def compute(self) -> Tensor:
-        """The mean over everything seen."""
+        """Return the mean over all samples of all updates."""
         return finite_or_nan(self.norm_sum / self.samples)

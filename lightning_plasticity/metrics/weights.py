@@ -1,4 +1,4 @@
-"""Diagnostics of the weights."""
+"""Accumulate the mean magnitude of the weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
 class WeightMagnitude(PlasticityMetric):
     """Mean magnitude of the weights (:func:`~lightning_plasticity.functional.weight_magnitude`).
 
-    Several updates are averaged: over the layers, the steps or the devices that they came from, by numbers of entries.
+    The mean is taken over the entries of all updates, which may come from several layers, steps or devices.
 
     Args:
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Shape:
-        ``update(weights)`` takes a tensor of any shape, several, or a module. ``compute()`` returns a number in the
-        units of the weights, float64; NaN if there were none, or one that is not finite.
+        ``update(weights)`` takes a tensor of any shape, several tensors, or a module. ``compute()`` returns a
+        magnitude in the units of the weights, float64; NaN if there were no entries or one was not finite.
 
     References:
         Dohare et al. 2024, Nature 632, 768-774.
@@ -46,11 +46,11 @@ class WeightMagnitude(PlasticityMetric):
 
     @override
     def update(self, weights: nn.Module | Tensor | Iterable[Tensor]) -> None:
-        """Adds the entries of all tensors."""
+        """Add the entries of all tensors."""
         total, count = magnitude_total(weights)
         self._accumulate(magnitude_sum=total, entries=count)
 
     @override
     def compute(self) -> Tensor:
-        """The mean over everything seen."""
+        """Return the mean over the entries of all updates."""
         return finite_or_nan(self.magnitude_sum / self.entries)

@@ -1,1 +1,1 @@
-"""Show what was measured: loggers, figures, progress bars and errors."""
+"""Report results and errors to loggers, figures, progress bars and warnings."""

@@ -1,47 +1,63 @@
-"""What could not be done, and why: said in a warning, and kept for the report of the task."""
+"""Warn of errors that do not end training, and collect them for the report of the task."""
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from lightning_plasticity.collapse import PlasticityWarning
 from lightning_plasticity.distributed.agreement import all_gather_object, format_error
+from lightning_plasticity.messages import rank_zero_warn
 
 
 class ErrorLog:
-    """Failures that training survives: each is warned of, and the first of each culprit is kept."""
+    """Errors that do not end training. Every error is a warning; the first one of each source is kept.
 
-    def __init__(self) -> None:
-        self._first: dict[str, str] = {}
+    Args:
+        name: The name of the callback, which its warnings begin with.
+    """
 
-    def record(self, who: str, what: str, error: Exception | str) -> None:
-        """Warns of a failure.
+    def __init__(self, name: str | None = None) -> None:
+        self._prefix = "" if name is None else f"{name}: "
+        self._errors: dict[str, str] = {}
+
+    def warn(self, message: str) -> None:
+        """Issue a :class:`~lightning_plasticity.PlasticityWarning` on rank 0."""
+        rank_zero_warn(f"{self._prefix}{message}", stacklevel=4)
+
+    def record(self, source: str, consequence: str, error: Exception | str) -> None:
+        """Warn of an error, and keep it if it is the first one of its source.
 
         Args:
-            who: Who failed, as in :attr:`~lightning_plasticity.reports.TaskReport.errors`.
-            what: What follows from it.
-            error: Why.
+            source: The part that failed: a key of :attr:`~lightning_plasticity.reports.TaskReport.errors`.
+            consequence: The effect of the error on the run; the warning begins with it.
+            error: The error.
+
+        Warns:
+            PlasticityWarning: Always.
         """
-        rank_zero_warn(f"{what}, training goes on: {str(error) or format_error(error)}", category=PlasticityWarning)
-        self._first.setdefault(who, format_error(error))
+        self.warn(f"{consequence}, training goes on: {str(error) or format_error(error)}")
+        self._errors.setdefault(source, format_error(error))
 
     def flush_into(self, errors: dict[str, str]) -> None:
-        """Adds the first error of each to those that are known of it, if none is; begins anew."""
-        for who, error in self._first.items():
-            errors.setdefault(who, error)
-        self._first.clear()
+        """Move the errors into a dictionary, in which earlier errors of the same source stay."""
+        for source, error in self._errors.items():
+            errors.setdefault(source, error)
+        self._errors.clear()
 
 
 def gather_errors(errors: dict[str, str]) -> dict[str, str]:
-    """The errors of all processes that train together, the same in each of them. To be asked for at the same point.
+    """Return the errors of all ranks, on every rank. All ranks must call it at the same point.
+
+    Args:
+        errors: The errors of this rank by their sources.
+
+    Returns:
+        For each source, the error of the lowest rank that has one, with the rank in front unless it is 0.
 
     Warns:
-        PlasticityWarning: Of those that the first process, the one that is heard, has not had itself.
+        PlasticityWarning: On rank 0, for each error that rank 0 did not have itself.
     """
-    first, *others = all_gather_object(errors)
-    everywhere: dict[str, str] = dict(first)
-    for rank, theirs in enumerate(others, start=1):
-        for who in theirs.keys() - everywhere.keys():
-            everywhere[who] = f"in process {rank}: {theirs[who]}"
-            rank_zero_warn(f"{who} failed {everywhere[who]}", category=PlasticityWarning)
-    return everywhere
+    rank_zero_errors, *others = all_gather_object(errors)
+    gathered: dict[str, str] = dict(rank_zero_errors)
+    for rank, rank_errors in enumerate(others, start=1):
+        for source in rank_errors.keys() - gathered.keys():
+            gathered[source] = f"on rank {rank}: {rank_errors[source]}"
+            rank_zero_warn(f"{source} failed {gathered[source]}")
+    return gathered

@@ -1,8 +1,9 @@
-"""Where people see it: every logger gets the numbers, TensorBoard the spectra and a picture too."""
+"""Log the metrics to every logger, and spectra and a figure of the history to TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,47 +18,110 @@ from lightning_plasticity.reporting.errors import ErrorLog
 from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
 from lightning_plasticity.reports import TaskReport
 
-BY_STEP = "plasticity/"
-"""Prefix of names logged at the number of optimizer steps over all fits."""
 
-BY_TASK = "plasticity_by_task/"
-"""Prefix of names logged at the number of the task."""
+@dataclass(frozen=True)
+class LogGroups:
+    """Prefixes of logged names.
+
+    Args:
+        name: The name of the callback, which several callbacks of one Trainer need.
+
+    Example:
+        >>> LogGroups().by_step, LogGroups("actor").by_task
+        ('plasticity/', 'plasticity_actor_by_task/')
+    """
+
+    name: str | None = None
+
+    @property
+    def by_step(self) -> str:
+        """Prefix of metrics of a task, logged against the number of optimizer steps over all fits."""
+        return f"{self._base}/"
+
+    @property
+    def by_task(self) -> str:
+        """Prefix of metrics of a task, logged against the number of the task."""
+        return f"{self._base}_by_task/"
+
+    @property
+    def in_training(self) -> str:
+        """Prefix of metrics logged during training, against the number of optimizer steps over all fits."""
+        return f"{self._base}_training/"
+
+    @property
+    def _base(self) -> str:
+        return "plasticity" if self.name is None else f"plasticity_{self.name}"
 
 
-IN_TRAINING = "plasticity_training/"
-"""Prefix of names logged while training, at the number of optimizer steps over all fits."""
+def log_step(
+    loggers: Iterable[Logger],
+    values: Mapping[str, float],
+    step: int,
+    errors: ErrorLog,
+    groups: LogGroups = LogGroups(),
+) -> None:
+    """Log the values measured during one training step.
 
+    Args:
+        loggers: The loggers of the Trainer.
+        values: The values by their names without prefix.
+        step: Number of optimizer steps over all fits.
+        errors: Records the errors of loggers that fail.
+        groups: The prefixes of the names.
+    """
 
-def log_step(loggers: Iterable[Logger], numbers: Mapping[str, float], step: int, errors: ErrorLog) -> None:
-    """Logs what was seen of a batch in flight."""
+    def log(logger: Logger) -> None:
+        # Every logger gets its own dictionary, because it may keep or change it.
+        logger.log_metrics({groups.in_training + name: value for name, value in values.items()}, step=step)
 
-    def log(logger: Logger) -> None:  # a dict for each: it may keep it, or change it
-        logger.log_metrics({IN_TRAINING + name: value for name, value in numbers.items()}, step=step)
-
-    if numbers:
+    if values:
         _for_each(loggers, log, errors)
 
 
-def log_task(loggers: Iterable[Logger], report: TaskReport, errors: ErrorLog) -> None:
-    """Logs the numbers of one task, and to TensorBoard the spectrum as a histogram."""
-    numbers = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
+def log_task(
+    loggers: Iterable[Logger],
+    report: TaskReport,
+    errors: ErrorLog,
+    groups: LogGroups = LogGroups(),
+) -> None:
+    """Log the metrics of one task, and its spectrum as a histogram to TensorBoard.
+
+    Args:
+        loggers: The loggers of the Trainer.
+        report: The report of the task.
+        errors: Records the errors of loggers that fail.
+        groups: The prefixes of the names.
+    """
+    values = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(report.spectrum is None)}
 
     def log(logger: Logger) -> None:
-        logger.log_metrics({BY_STEP + name: value for name, value in numbers.items()}, step=report.step)
-        logger.log_metrics({BY_TASK + name: value for name, value in numbers.items()}, step=report.task)
+        logger.log_metrics({groups.by_step + name: value for name, value in values.items()}, step=report.step)
+        logger.log_metrics({groups.by_task + name: value for name, value in values.items()}, step=report.task)
         if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
-            _log_histograms(logger, report, report.spectrum)
+            _log_histograms(logger, report, report.spectrum, groups.by_task)
 
     _for_each(loggers, log, errors)
 
 
-def log_summary(loggers: Iterable[Logger], history: Sequence[TaskReport], errors: ErrorLog) -> None:
-    """Logs a picture of the whole history to TensorBoard."""
+def log_summary(
+    loggers: Iterable[Logger],
+    history: Sequence[TaskReport],
+    errors: ErrorLog,
+    groups: LogGroups = LogGroups(),
+) -> None:
+    """Log a figure of all tasks to TensorBoard.
+
+    Args:
+        loggers: The loggers of the Trainer.
+        history: The reports of all tasks; without a spectrum in any of them, nothing is logged.
+        errors: Records the errors of loggers that fail.
+        groups: The prefixes of the names.
+    """
 
     def log(logger: Logger) -> None:
         if is_lightning(logger, TensorBoardLogger):
-            pixels = _pixels(plot_history(history))
-            logger.experiment.add_image(BY_TASK + "history", pixels, history[-1].task, dataformats="HWC")
+            image = _render(plot_history(history))
+            logger.experiment.add_image(groups.by_task + "history", image, history[-1].task, dataformats="HWC")
 
     if any(report.spectrum is not None for report in history):
         _for_each(loggers, log, errors)
@@ -67,19 +131,20 @@ def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], errors: 
     for logger in loggers:
         try:
             log(logger)
-        except Exception as error:  # whatever is wrong with a logger must not end the run
+        except Exception as error:
+            # An error of a logger must not end the run.
             name = type(logger).__name__
             errors.record(name, f"{name} could not log the plasticity of the network", format_error(error))
 
 
-def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum) -> None:
-    """The same bins for every task, one step a task: TensorBoard's Histograms tab shows them as a ridge plot."""
+def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum, prefix: str) -> None:
+    """Log the eigenvalues in the same bins for every task, which TensorBoard shows as a ridge plot over tasks."""
     for sign, negative in (("", False), ("negative_", True)):
         values, counts = log_eigenvalues(spectrum, negative=negative)
         if not len(values):
             continue
         logger.experiment.add_histogram_raw(
-            f"{BY_TASK}log10_{report.matrix}_{sign}eigenvalues",
+            f"{prefix}log10_{report.matrix}_{sign}eigenvalues",
             min=values.min().item(),
             max=values.max().item(),
             num=round(counts.sum().item()),
@@ -91,7 +156,7 @@ def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spe
         )
 
 
-def _pixels(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _render(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

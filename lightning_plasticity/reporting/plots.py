@@ -1,7 +1,8 @@
-"""Pictures of a history of tasks."""
+"""Plot the spectra and the first diagnostic of all tasks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,53 +17,54 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, MATRIX_TITLES
 from lightning_plasticity.reports import TaskReport
 
 LOG_EIGENVALUE_EDGES = torch.linspace(-8.0, 4.0, 61, dtype=torch.float64)
-"""Bins of log10 of an eigenvalue; what lies outside is counted in the first or last bin."""
+"""Bin edges for log10 of an eigenvalue. Values outside are counted in the first or the last bin."""
 
-_RIDGES = 50
-"""More could not be told apart, and would make the picture of a long history slow to draw."""
+_MAX_RIDGES = 50
+"""Maximum number of ridges: more could not be distinguished, and would make the figure slow to draw."""
 
 
 def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """log10 of the sizes of eigenvalues, between the ends of the bins, and how many eigenvalues each stands for.
-
-    An exact Gauss-Newton spectrum has one entry for the eigenvalues that are zero because the Gram matrix has fewer
-    rows than there are parameters, which is left out.
+    """Return log10 of the magnitudes of the eigenvalues, clamped to the range of the bins, and their multiplicities.
 
     Args:
         spectrum: The spectrum.
-        negative: Of the negative eigenvalues, rather than of those that are not.
+        negative: Select the negative eigenvalues instead of the others.
 
     Returns:
-        Two tensors of shape ``(k,)``.
+        Logarithms and multiplicities, both of shape ``(k,)``.
     """
     values, weights = spectrum.shown
     counts = spectrum.num_parameters * weights
-    chosen = (values < 0) == negative
+    selected = (values < 0) == negative
     if spectrum.exact:
-        chosen &= counts < 1.5
+        # One entry stands for all eigenvalues that are zero because the Gram matrix has fewer rows than there are
+        # parameters. It is left out, because it would dwarf the others.
+        selected &= counts < 1.5
     low, high = LOG_EIGENVALUE_EDGES[0].item(), LOG_EIGENVALUE_EDGES[-1].item()
-    return values[chosen].abs().clamp(min=10.0**low).log10().clamp(low, high), counts[chosen]
+    return values[selected].abs().clamp(min=10.0**low).log10().clamp(low, high), counts[selected]
 
 
 def plot_history(history: Sequence[TaskReport]) -> Figure:
-    """The spectrum at the start of every task as a ridge plot, and a curve of what matters most beside it.
+    """Plot the spectra at the start of the tasks as ridges, and the first diagnostic beside them as a curve.
 
-    Heights are numbers of eigenvalues; of an estimate, their logarithms, since nearly all eigenvalues are in the bulk.
-    Of a long history every so many tasks have a ridge, the last one among them.
+    The height of a ridge is the number of eigenvalues in a bin, or its logarithm if the spectrum is an estimate, since
+    nearly all eigenvalues are in the bulk. In a long history only every n-th task has a ridge, the last one included.
 
     Args:
-        history: The reports of a run, one a task.
+        history: The reports of a run, one per task.
 
     Returns:
-        A figure that belongs to nobody: not to pyplot's list of figures.
+        A figure that is not registered with pyplot, so it need not be closed.
     """
     figure = Figure(figsize=(9, 4.5))
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)  # an automatic layout draws twice
-    ridges, curve = figure.subplots(1, 2)
+    # An automatic layout would draw the figure twice.
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)
+    ridge_axes, curve_axes = figure.subplots(1, 2)
     probed = [report for report in history if report.spectrum is not None]
-    every = -(-len(probed) // _RIDGES) or 1
-    _draw_ridges(ridges, probed[::-every][::-1])
-    _draw_curve(curve, probed)
+    stride = math.ceil(len(probed) / _MAX_RIDGES) or 1
+    # The slice starts from the end, so that the last task has a ridge.
+    _draw_ridges(ridge_axes, probed[::-stride][::-1])
+    _draw_curve(curve_axes, probed)
     return figure
 
 
@@ -73,7 +75,8 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
         counts = {report.task: _heights(report, negative=negative) for report in probed}
         if negative and not any(count.any() for count in counts.values()):
             continue
-        # Ridges are three tasks high at most, whatever lies in the first bin: in a collapse nearly everything does.
+        # A ridge is at most three tasks high. The first bin does not count, since in a collapse it holds nearly all
+        # eigenvalues and would flatten the rest.
         tallest = max((count[1:].max() for count in counts.values()), default=0) or 1
         label = "negative eigenvalues, by their size" if negative else None
         for report in reversed(probed):
@@ -86,12 +89,13 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
     axes.axvline(np.log10(EPSILON), color="black", linestyle=":", linewidth=0.8, label=f"ε = {EPSILON:g}")
     matrices = " or ".join(dict.fromkeys(MATRIX_TITLES[report.matrix] for report in probed))
     axes.set(xlabel=f"log10 eigenvalue of the {matrices}", ylabel="task")
-    axes.set_title("spectrum at task start", y=1.0)  # a place of its own: looking for a free one takes time
+    # With a fixed y, matplotlib does not search for a free position, which takes time.
+    axes.set_title("spectrum at task start", y=1.0)
     axes.legend(loc="upper right")
-    axes.yaxis.set_major_locator(_whole_tasks())
+    axes.yaxis.set_major_locator(_integer_ticks())
 
 
-def _whole_tasks() -> MaxNLocator:
+def _integer_ticks() -> MaxNLocator:
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
@@ -105,7 +109,7 @@ def _heights(report: TaskReport, *, negative: bool) -> np.ndarray[tuple[int, ...
 
 
 def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
-    """The first diagnostic of the table that was measured."""
+    """Draw the first diagnostic, in the order of ``DIAGNOSTICS``, that was measured for any task."""
     name = next((name for name in DIAGNOSTICS if any(name in report.metrics for report in probed)), None)
     if name is None:
         return
@@ -113,11 +117,12 @@ def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
     values = {report.task: report.metrics.get(name, float("nan")) for report in probed}
     relative = [report.metrics.get(f"{name}_vs_initial", float("nan")) for report in probed]
     axes.plot(tasks, list(values.values()), "o-", markersize=3, label="the network")
-    if DIAGNOSTICS[name].is_fraction:  # of the same size
+    if DIAGNOSTICS[name].is_fraction:
+        # A fraction and the ratio of two fractions are of the same order of magnitude.
         axes.plot(tasks, relative, "--", color="gray", label="relative to its initial weights")
-    alarms = [report.task for report in probed if report.collapsed]
-    axes.plot(alarms, [values[task] for task in alarms], "rv", label="collapse")
+    collapsed = [report.task for report in probed if report.collapsed]
+    axes.plot(collapsed, [values[task] for task in collapsed], "rv", label="collapse")
     axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, ylim=(0, None))
     axes.set_title("can it still learn?", y=1.0)
     axes.legend(loc="lower left")
-    axes.xaxis.set_major_locator(_whole_tasks())
+    axes.xaxis.set_major_locator(_integer_ticks())

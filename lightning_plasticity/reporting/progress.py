@@ -1,4 +1,4 @@
-"""A long probe says in the Trainer's progress bar how far it is."""
+"""Show the progress of a long probe in the progress bar of the Trainer."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from lightning_plasticity._compat import training_description
 from lightning_plasticity.curvature.problem import Progress
 
 _INTERVAL = 0.25
-"""Seconds between two updates, and before the first: faster ones cannot be read, and short probes need none."""
+"""Seconds before the first update and between updates. Faster ones cannot be read; short probes need none."""
 
 
 @contextlib.contextmanager
-def shown_progress(trainer: Trainer, what: str) -> Iterator[Progress]:
-    """Shows progress in the description of the training bar, and puts it back afterwards, also after an exception.
+def shown_progress(trainer: Trainer, activity: str) -> Iterator[Progress]:
+    """Show progress in the description of the training progress bar, and restore the description on exit.
 
     Args:
-        trainer: The Trainer. If it has no progress bar, or one of another kind than Lightning's, nothing is shown.
-        what: What is under way.
+        trainer: The Trainer. Without a progress bar, or with one that is not Lightning's, nothing is shown.
+        activity: Name of the activity, such as ``"probing curvature"``.
 
     Yields:
-        A function to be called with the number of steps done and the number of all steps.
+        A function to call with the number of completed steps and the total number of steps.
     """
     description = None
-    with _forgiven():
+    with _ignore_errors():
         description = training_description(trainer)
-    last, shown = time.monotonic(), False
+    last_update, shown = time.monotonic(), False
 
     def show(done: int, total: int) -> None:
-        nonlocal last, shown
-        if description is not None and time.monotonic() - last >= _INTERVAL:
-            with _forgiven():
-                description.show(f"{what} {done}/{total}")
-            last, shown = time.monotonic(), True
+        nonlocal last_update, shown
+        if description is not None and time.monotonic() - last_update >= _INTERVAL:
+            with _ignore_errors():
+                description.show(f"{activity} {done}/{total}")
+            last_update, shown = time.monotonic(), True
 
     try:
         yield show
     finally:
         if description is not None and shown:
-            with _forgiven():
+            with _ignore_errors():
                 description.restore()
 
 
-def _forgiven() -> contextlib.suppress:
-    """Any error: a bar is decoration, and some of Lightning's kind are other bars inside, or none."""
+def _ignore_errors() -> contextlib.suppress:
+    """Ignore all errors: the progress bar is optional, and subclasses of Lightning's bars may lack its parts."""
     return contextlib.suppress(Exception)

@@ -84,10 +84,10 @@ def is_from_lanczos(spectrum: Spectrum) -> bool:
     ("options", "reason"),
     [
         ({"micro_batch_size": 2}, "micro_batch_size=2, and the exact matrix needs all samples at once"),
-        ({"max_rows": 17}, "are 18 numbers and the Gram matrix has a row for each, more than max_rows=17"),
+        ({"max_rows": 17}, "18 outputs on this batch and the Gram matrix a row for each, more than max_rows=17"),
         (
             {"num_probes": 1, "num_steps": 2},
-            r"90 backward passes for the Jacobian row by row by 'scale' \(used by",
+            r"90 backward passes for the row-by-row Jacobian of 'scale' \(used by",
         ),
     ],
 )
@@ -132,8 +132,8 @@ def test_jacobians_too_large_to_be_held_are_left_to_products(monkeypatch: pytest
 def test_cotangents_are_computed_group_by_group_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     case = named("conv2d depthwise, same")
     whole = gram(*case.build(), case.loss_fn)
-    monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian._COTANGENT_ELEMENTS", 1)
-    monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_closed_form._COTANGENT_ELEMENTS", 1)
+    monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_closed_form._CHUNK_ELEMENTS", 1)
     parts = gram(*case.build(), case.loss_fn)
     assert (parts.loss_weighted - whole.loss_weighted).abs().max() <= 1e-13 * whole.loss_weighted.abs().max()
 
@@ -191,10 +191,10 @@ def test_a_sketch_of_many_outputs_never_writes_the_hessian_of_one_sample_out() -
         ({"method": "exact"}, "method='exact' must be 'auto', 'gram' or 'lanczos'"),
         ({"method": "lanczos", "sketch": 2}, "sketch=2 is a way to make the exact matrix smaller"),
         ({"method": "gram", "micro_batch_size": 2}, "micro_batch_size=2 is for 'lanczos'"),
-        ({"sketch": 0}, "sketch=0 must be a whole number, 1 or larger"),
-        ({"max_rows": 1.5}, r"max_rows=1.5 must be a whole number, 1 or larger"),
-        ({"samples": -3}, "samples=-3 must be a whole number, 1 or larger"),
-        ({"method": "lanczos", "num_steps": 0}, "num_steps=0 must be a whole number, 1 or larger"),
+        ({"sketch": 0}, "sketch=0 must be a whole number, at least 1"),
+        ({"max_rows": 1.5}, r"max_rows=1.5 must be a whole number, at least 1"),
+        ({"samples": -3}, "samples=-3 must be a whole number, at least 1"),
+        ({"method": "lanczos", "num_steps": 0}, "num_steps=0 must be a whole number, at least 1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -206,10 +206,10 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"num_probes": 0}, "num_probes=0 must be a whole number, 1 or larger"),
-        ({"num_probes": "x"}, "num_probes='x' must be a whole number, 1 or larger"),
-        ({"num_steps": -3}, "num_steps=-3 must be a whole number, 1 or larger"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number, 1 or larger"),
+        ({"num_probes": 0}, "num_probes=0 must be a whole number, at least 1"),
+        ({"num_probes": "x"}, "num_probes='x' must be a whole number, at least 1"),
+        ({"num_steps": -3}, "num_steps=-3 must be a whole number, at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number, at least 1"),
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"seed": 2**70}, f"seed={2**70} must be a whole number"),
         ({"reorthogonalization": "x"}, "reorthogonalization='x' must be 'full', 'partial' or 'none'"),
@@ -257,7 +257,7 @@ def test_roots_multiply_as_their_matrices_do(seed: int, blocks: int, size: int) 
         torch.testing.assert_close(matrix @ matrix.mT, hessian, rtol=1e-12, atol=1e-14)
         vectors = random(*root.shape)
         torch.testing.assert_close(root.matvec(vectors), (matrix @ vectors[..., None])[..., 0])
-        torch.testing.assert_close(root.transposed_matvec(vectors), (matrix.mT @ vectors[..., None])[..., 0])
+        torch.testing.assert_close(root.rmatvec(vectors), (matrix.mT @ vectors[..., None])[..., 0])
 
 
 @each_case

@@ -1,4 +1,4 @@
-"""The exact curvature against dense float64 Jacobians."""
+"""Compare the exact curvature with dense float64 Jacobians."""
 
 import copy
 import math
@@ -21,17 +21,18 @@ each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CA
 
 
 def padded(spectrum: Spectrum) -> Tensor:
-    """All eigenvalues, the many zeros included."""
+    """Return all eigenvalues, each repeated by its multiplicity."""
     counts = (spectrum.weights * spectrum.num_parameters).round().long()
     return spectrum.eigenvalues.repeat_interleave(counts)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation, relative to the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @each_case
-def test_spectrum_equals_that_of_the_dense_gauss_newton_matrix(case: Case) -> None:
+def test_spectrum_equals_dense_ggn(case: Case) -> None:
     spectrum = ggn_spectrum(*case.build(), case.loss_fn)
     expected = dense(case).eigenvalues
     assert spectrum.exact
@@ -40,23 +41,24 @@ def test_spectrum_equals_that_of_the_dense_gauss_newton_matrix(case: Case) -> No
 
 
 @each_case
-def test_float32_spectrum_is_within_1e_4_of_the_largest_eigenvalue(case: Case) -> None:
+def test_float32_spectrum_is_close_to_dense_ggn(case: Case) -> None:
+    """The error is at most 1e-4 of the largest eigenvalue."""
     spectrum = ggn_spectrum(*case.build(torch.float32), case.loss_fn)
     assert relative_error(padded(spectrum), dense(case).eigenvalues) <= 1e-4
 
 
 @each_case
-def test_tangent_kernel_equals_that_of_the_dense_jacobian(case: Case) -> None:
+def test_tangent_kernel_equals_dense_kernel(case: Case) -> None:
     matrices = gram(*case.build(), case.loss_fn)
     expected = dense(case)
     if case.name == "mixup and a penalty on the outputs":
-        assert len(matrices.residual) == len(expected.residual), "outputs shared by several losses count once"
+        assert len(matrices.residual) == len(expected.residual), "outputs shared by several losses must count once"
     assert relative_error(matrices.tangent_kernel, expected.tangent_kernel) <= 1e-10
     assert relative_error(matrices.residual, expected.residual) <= 1e-10
 
 
 @each_case
-def test_derived_numbers_equal_those_of_the_dense_matrices(case: Case) -> None:
+def test_ranks_and_trace_equal_dense_values(case: Case) -> None:
     spectrum, expected = ggn_spectrum(*case.build(), case.loss_fn), dense(case)
     values = expected.eigenvalues
     for epsilon in (1e-1, 1e-2, 1e-3):
@@ -67,15 +69,15 @@ def test_derived_numbers_equal_those_of_the_dense_matrices(case: Case) -> None:
     assert spectrum.lambda_max == pytest.approx(values[0].item(), rel=1e-10)
     share = values.clamp(min=0) / values.clamp(min=0).sum()
     assert spectrum.effective_rank == pytest.approx(torch.exp(-torch.xlogy(share, share).sum()).item(), rel=1e-6)
-    # The learnable fraction from the matrix exponential: what is left of the residual after gradient flow.
+    # The matrix exponential gives the residual that is left after gradient flow.
     kernel, residual = expected.tangent_kernel, expected.residual
     time = 100 / torch.linalg.eigvalsh(kernel)[-1]
-    left = torch.linalg.matrix_exp(-time * kernel) @ residual
-    fraction = 1 - (left.square().sum() / residual.square().sum()).item()
+    remaining = torch.linalg.matrix_exp(-time * kernel) @ residual
+    fraction = 1 - (remaining.square().sum() / residual.square().sum()).item()
     assert spectrum.learnable_fraction() == pytest.approx(fraction, abs=1e-9)
 
 
-def test_loss_of_two_heads_is_the_sum_of_their_curvatures() -> None:
+def test_curvatures_of_two_heads_add_up() -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,7 +110,7 @@ def test_loss_of_two_heads_is_the_sum_of_their_curvatures() -> None:
     assert relative_error(padded(ggn_spectrum(model, x, loss_fn)), expected) <= 1e-10
 
 
-def test_flattened_tokens_equal_the_same_tokens_unflattened() -> None:
+def test_flattened_tokens_equal_unflattened_tokens() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     tokens, labels = torch.randint(7, (4, 5)), torch.randint(3, (4, 5))
@@ -119,7 +121,7 @@ def test_flattened_tokens_equal_the_same_tokens_unflattened() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), factor=st.floats(1e-6, 1e6))
-def test_loss_times_a_factor_scales_the_eigenvalues(seed: int, factor: float) -> None:
+def test_loss_factor_scales_eigenvalues(seed: int, factor: float) -> None:
     torch.manual_seed(seed)
     model, x, y = (
         nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
@@ -134,7 +136,7 @@ def test_loss_times_a_factor_scales_the_eigenvalues(seed: int, factor: float) ->
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31))
-def test_order_of_the_samples_and_rotation_of_the_inputs_do_not_matter(seed: int) -> None:
+def test_sample_order_and_input_rotation_do_not_matter(seed: int) -> None:
     torch.manual_seed(seed)
     model, x, y = (
         nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
@@ -153,7 +155,7 @@ def test_order_of_the_samples_and_rotation_of_the_inputs_do_not_matter(seed: int
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20), st.floats(0, 1e3), st.floats(0, 1e3))
-def test_epsilon_rank_falls_with_epsilon_and_counts(values: list[float], low: float, high: float) -> None:
+def test_epsilon_rank_counts_eigenvalues_and_decreases(values: list[float], low: float, high: float) -> None:
     low, high = sorted((low, high))
     eigenvalues = torch.tensor(values, dtype=torch.float64)
     weights = torch.full_like(eigenvalues, 1 / len(values))
@@ -163,7 +165,7 @@ def test_epsilon_rank_falls_with_epsilon_and_counts(values: list[float], low: fl
     assert spectrum.trace == pytest.approx(sum(values), abs=1e-9)
 
 
-def test_dead_network_has_no_curvature_and_nothing_learnable() -> None:
+def test_dead_network_has_no_curvature() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
     with torch.no_grad():
         model[0].bias.fill_(-100)
@@ -172,7 +174,7 @@ def test_dead_network_has_no_curvature_and_nothing_learnable() -> None:
     assert spectrum.effective_rank == spectrum.learnable_fraction() == 0
 
 
-def test_no_residual_means_that_all_of_it_can_be_learned() -> None:
+def test_zero_residual_is_fully_learnable() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     target = model(x).detach()
     assert ggn_spectrum(model, x, lambda m, b: F.mse_loss(m(b), target)).learnable_fraction() == 1.0
@@ -186,7 +188,7 @@ def test_unused_parameters_count_as_flat_directions() -> None:
 
 
 class Shifted(nn.Module):
-    """A linear layer and a bare parameter."""
+    """A linear layer plus a parameter outside of any layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,12 +199,16 @@ class Shifted(nn.Module):
 
 
 class Siamese(nn.Sequential):
+    """A model that sends two views of each sample through its layers in one batch."""
+
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(super().forward(torch.cat([x, x.flip(1)])))
         return h[: len(x)] - h[len(x) :]
 
 
 class BatchStatistics(nn.Sequential):
+    """Two layers with the batch mean subtracted in between."""
+
     def forward(self, x: Tensor) -> Tensor:
         h = self[0](x)
         return self[1](h - h.mean(0))
@@ -224,28 +230,28 @@ def regress(model: nn.Module, x: Tensor) -> Tensor:
         ("prelu", r"'1.weight' \(used by prelu\)"),
         ("weight norm", r"original0' \(used by _weight_norm\)"),
         ("weight of a view", r"'weight' \(used by t\)"),
-        ("a function of the user's own", r"'w' \(used by something\)"),
+        ("a function of the user's own", r"'w' \(used by an unknown function\)"),
         ("positions as many as samples", r"'place.weight' \(its layer mixes samples\)$"),
     ],
 )
-def test_what_comes_row_by_row_is_logged_with_the_reason(
+def test_row_by_row_parameters_are_logged_with_reason(
     case: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (found,) = [known for known in CASES if known.name == case]
+    model_case = next(candidate for candidate in CASES if candidate.name == case)
     with caplog.at_level("INFO", "lightning_plasticity"):
-        ggn_spectrum(*found.build(), found.loss_fn)
+        ggn_spectrum(*model_case.build(), model_case.loss_fn)
     assert re.search(message, caplog.messages[0])
 
 
 @each_case
-def test_only_parameters_without_a_closed_form_come_row_by_row(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_missing_closed_forms_go_row_by_row(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning_plasticity"):
         ggn_spectrum(*case.build(), case.loss_fn)
     assert len(caplog.messages) == (case in ROW_BY_ROW_CASES)
 
 
-def test_parameters_are_accounted_for_however_small_their_part() -> None:
-    """A tolerance would let this one pass: the first sample is 10⁵ times as large as the parameter's use."""
+def test_parameter_with_tiny_influence_is_found() -> None:
+    """The dependence is exact: a tolerance would miss a use 10⁵ times smaller than the first sample."""
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     x[0] *= 1e5
     case = Case("shifted", lambda: (Shifted(), x, classes(8, 2)))
@@ -255,7 +261,7 @@ def test_parameters_are_accounted_for_however_small_their_part() -> None:
     assert torch.allclose((kernel - without)[2:, 2:], ones[2:, 2:], atol=1e-10)
 
 
-def test_parameters_of_another_model_are_noticed() -> None:
+def test_parameters_of_another_model_are_refused() -> None:
     other = nn.Linear(3, 2)
     with pytest.raises(UnsupportedModelError, match=r"a parameter of shape \(2, 3\) that is not the model's own"):
         ggn_spectrum(nn.Linear(3, 2), torch.randn(5, 3), lambda m, x: F.mse_loss(m(x) + other(x), torch.zeros(5, 2)))
@@ -269,15 +275,16 @@ def test_parameters_of_another_model_are_noticed() -> None:
         pytest.param(lambda: nn.Sequential(Siamese(nn.Linear(3, 2))), id="two views in one batch"),
     ],
 )
-def test_samples_that_depend_on_each_other_are_one_block(model: Callable[[], nn.Module]) -> None:
+def test_interacting_samples_form_one_block(model: Callable[[], nn.Module]) -> None:
     case = Case("coupled", lambda: (model(), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss)
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
 
 
 @pytest.mark.parametrize(("name", "logged"), [("one block", 0), ("a few parameters at a time", 1)])
-def test_batches_of_one_block_whose_jacobian_is_too_large_to_be_held_at_once(
+def test_jacobian_larger_than_held_at_once(
     name: str, logged: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """It is computed in one block if that fits, else for a few parameters at a time."""
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_rows._HELD_ELEMENTS", 10 * 15)
     if name != "one block":
         monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian._DENSE_ELEMENTS", 0)
@@ -291,7 +298,7 @@ def test_batches_of_one_block_whose_jacobian_is_too_large_to_be_held_at_once(
     assert relative_error(padded(spectrum), dense(case).eigenvalues) <= 1e-10
 
 
-def test_jacobians_too_large_to_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_jacobian_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian._DENSE_ELEMENTS", 0)
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_rows._HELD_ELEMENTS", 10 * 12 - 1)
     with pytest.raises(
@@ -301,7 +308,7 @@ def test_jacobians_too_large_to_be_held_are_refused(monkeypatch: pytest.MonkeyPa
         ggn_spectrum(BatchStatistics(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), regress, method="gram")
 
 
-def test_gradients_that_are_not_finite_are_refused() -> None:
+def test_non_finite_gradients_are_refused() -> None:
     class Norm(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + super().forward(0 * x).sub(self.bias).square().sum(1, keepdim=True).sqrt()
@@ -311,14 +318,15 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.parametrize("change", ["relu", "add", "assign"])
-def test_outputs_with_positions_changed_in_place(change: str) -> None:
+def test_layer_output_changed_in_place(change: str) -> None:
     class Changed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)  # with a bias and positions, torch returns a view here
+            # torch returns a view from a linear layer with a bias and positions.
+            h = self.first(x)
             if change == "relu":
                 F.relu_(h)
             elif change == "add":
@@ -332,6 +340,8 @@ def test_outputs_with_positions_changed_in_place(change: str) -> None:
 
 
 class Checkpointed(nn.Sequential):
+    """A model that recomputes all of its activations in the backward pass."""
+
     def __init__(self, *, use_reentrant: bool) -> None:
         super().__init__(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
         self.use_reentrant = use_reentrant
@@ -340,15 +350,15 @@ class Checkpointed(nn.Sequential):
         return checkpoint(super().forward, x.requires_grad_(), use_reentrant=self.use_reentrant)
 
 
-def test_checkpoints_change_nothing_or_are_refused() -> None:
+def test_only_reentrant_checkpoints_are_refused() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 5)
-    hidden, seen = Checkpointed(use_reentrant=True), Checkpointed(use_reentrant=False)
-    plain = ggn_spectrum(nn.Sequential(*seen), x, lambda m, x: F.cross_entropy(m(x), classes(6)))
-    spectrum = ggn_spectrum(seen, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    reentrant, non_reentrant = Checkpointed(use_reentrant=True), Checkpointed(use_reentrant=False)
+    plain = ggn_spectrum(nn.Sequential(*non_reentrant), x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+    spectrum = ggn_spectrum(non_reentrant, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
     assert relative_error(spectrum.eigenvalues, plain.eigenvalues) <= 1e-6
     with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
-        ggn_spectrum(hidden, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
+        ggn_spectrum(reentrant, x, lambda m, x: F.cross_entropy(m(x), classes(6)))
 
 
 def test_loss_scaled_in_place() -> None:
@@ -364,7 +374,7 @@ def test_loss_scaled_in_place() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, -1])
-def test_outputs_are_what_a_log_softmax_in_the_model_was_taken_of(dim: int) -> None:
+def test_log_softmax_in_model_counts_as_part_of_loss(dim: int) -> None:
     case = Case("log-softmax", lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)))
     model, batch = case.build()
     matrices = gram(nn.Sequential(model, nn.LogSoftmax(dim)), batch, lambda m, b: F.nll_loss(m(b[0]), b[1]))
@@ -373,8 +383,8 @@ def test_outputs_are_what_a_log_softmax_in_the_model_was_taken_of(dim: int) -> N
     assert relative_error(matrices.tangent_kernel, expected.tangent_kernel) <= 1e-10
 
 
-def test_outputs_that_depend_on_outputs() -> None:
-    """Deep supervision: the loss of an output and of another one made of it."""
+def test_outputs_that_depend_on_other_outputs() -> None:
+    """Deep supervision: one loss of an output and another of a function of it."""
     case = Case(
         "nested",
         lambda: (nn.Linear(3, 3), torch.randn(5, 3), classes(5)),
@@ -383,16 +393,17 @@ def test_outputs_that_depend_on_outputs() -> None:
     assert relative_error(padded(ggn_spectrum(*case.build(), case.loss_fn)), dense(case).eigenvalues) <= 1e-10
 
 
-def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
+def test_kernel_is_independent_of_loss_decomposition() -> None:
+    """A mean over all samples equals the mean of the means over two halves."""
     model, x, y = nn.Linear(3, 3).double(), torch.randn(6, 3, dtype=torch.float64), classes(6)
 
     def halves(model: nn.Module, x: Tensor) -> Tensor:
         return (F.cross_entropy(model(x[:3]), y[:3]) + F.cross_entropy(model(x[3:]), y[3:])) / 2
 
-    whole = ggn_spectrum(model, x, lambda m, x: F.cross_entropy(m(x), y))
-    parts = ggn_spectrum(model, x, halves, samples=6)
-    assert relative_error(parts.eigenvalues, whole.eigenvalues) <= 1e-12
-    assert relative_error(parts.kernel.eigenvalues, whole.kernel.eigenvalues) <= 1e-12
+    single = ggn_spectrum(model, x, lambda m, x: F.cross_entropy(m(x), y))
+    split = ggn_spectrum(model, x, halves, samples=6)
+    assert relative_error(split.eigenvalues, single.eigenvalues) <= 1e-12
+    assert relative_error(split.kernel.eigenvalues, single.kernel.eigenvalues) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -426,13 +437,13 @@ def test_kernel_does_not_depend_on_how_the_loss_is_taken_apart() -> None:
         (lambda m, x: regress(m, x) * math.nan, "loss on the probe batch is nan"),
     ],
 )
-def test_losses_without_a_known_curvature_are_refused(loss_fn: object, message: str) -> None:
+def test_losses_of_unknown_curvature_are_refused(loss_fn: object, message: str) -> None:
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises((UnsupportedModelError, ValueError), match=message):
         ggn_spectrum(nn.Linear(3, 2), x, loss_fn)  # type: ignore[arg-type]
 
 
-def test_a_hook_on_the_outputs_that_changes_their_gradient_is_named() -> None:
+def test_gradient_hook_on_outputs_is_named_in_error() -> None:
     def hooked(model: nn.Module, x: Tensor) -> Tensor:
         outputs = model(x)
         outputs.register_hook(lambda gradient: 2 * gradient)
@@ -442,19 +453,20 @@ def test_a_hook_on_the_outputs_that_changes_their_gradient_is_named() -> None:
         ggn_spectrum(nn.Linear(3, 2), torch.randn(5, 3), hooked)
 
 
-def test_a_sparse_buffer_that_is_changed_in_place_is_put_back() -> None:
+def test_sparse_buffer_is_restored() -> None:
+    """A loss that changes a sparse buffer in place leaves no trace."""
     model = nn.Linear(3, 2)
     model.register_buffer("adjacency", torch.eye(5).to_sparse())
 
-    def spreading(model: nn.Module, x: Tensor) -> Tensor:
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         model.adjacency.mul_(2)
         return regress(model, torch.sparse.mm(model.adjacency, x))
 
-    ggn_spectrum(model, torch.randn(5, 3), spreading)
+    ggn_spectrum(model, torch.randn(5, 3), loss_fn)
     assert torch.equal(model.adjacency.to_dense(), torch.eye(5))
 
 
-def test_models_that_cannot_be_probed_are_refused() -> None:
+def test_unsuitable_models_are_refused() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"float64 or|model.float\(\)"):
         ggn_spectrum(nn.Linear(3, 2).bfloat16(), x, regress)
@@ -463,12 +475,13 @@ def test_models_that_cannot_be_probed_are_refused() -> None:
     with pytest.raises(ValueError, match="not initialised"):
         ggn_spectrum(nn.LazyLinear(2), x, regress)
     with pytest.raises(
-        TooManyRowsError, match="are 10 numbers and the Gram matrix has a row for each, more than max_rows=9"
+        TooManyRowsError, match="has 10 outputs on this batch and the Gram matrix a row for each, more than max_rows=9"
     ):
         ggn_spectrum(nn.Linear(3, 2), x, regress, max_rows=9, method="gram")
 
 
-def test_probe_leaves_no_trace_on_the_model_also_when_it_fails() -> None:
+def test_model_and_generator_are_restored() -> None:
+    """Parameters, buffers, gradients, modes and the random state survive a measurement and a failing one."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     model[2].eval()
     model[0].weight.grad = torch.ones(4, 3)
@@ -491,21 +504,22 @@ def test_probe_leaves_no_trace_on_the_model_also_when_it_fails() -> None:
 
 
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_recurrent_layers_are_probed_without_cudnn(recurrent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recurrent_layers_run_without_cudnn(recurrent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recurrent layers of cuDNN have no backward pass in evaluation mode."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
-    seen = []
+    cudnn_enabled = []
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
-        seen.append(torch.backends.cudnn.enabled)
+        cudnn_enabled.append(torch.backends.cudnn.enabled)
         return regress(model, x)
 
     model = nn.ModuleList([nn.GRU(3, 2)]) if recurrent else nn.ModuleList([nn.Linear(3, 2)])
     ggn_spectrum(model, torch.randn(5, 3), lambda m, x: loss_fn(lambda x: m[0](x)[0] if recurrent else m[0](x), x))
-    assert seen == [not recurrent]
+    assert cudnn_enabled == [not recurrent]
     assert torch.backends.cudnn.enabled
 
 
-def test_probe_works_inside_no_grad_and_under_autocast() -> None:
+def test_no_grad_and_autocast_have_no_effect() -> None:
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     plain = ggn_spectrum(model, x, regress)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Two processes that train together: what they report, decide and repair is the same in both, and training too."""
+"""Tests of training on two ranks with DDP: both report, decide and repair the same."""
 
 import os
 import warnings
@@ -27,18 +27,20 @@ class Decay(Regularizer):
         return self.coefficient * torch.stack([p.pow(4).sum() for p in model.parameters()]).sum()
 
 
-class Seeing(Classifier):
-    """Keeps the batches that it is trained on."""
+class RecordingBatches(Classifier):
+    """A classifier that keeps the batches it is trained on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.batches: list[Any] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.seen.append(batch)
+        self.batches.append(batch)
 
 
-class Decayed(Seeing):
+class Decayed(RecordingBatches):
+    """Adds the penalty of ``Decay`` to its own loss."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + Decay(0.1).penalty(self)
 
@@ -47,23 +49,25 @@ def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     size = 8 * STEPS
     x, y = torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
-    return TensorDataset(x, y, torch.arange(size) // (size - 1))  # one sample of another task
+    # The last sample is of another task.
+    return TensorDataset(x, y, torch.arange(size) // (size - 1))
 
 
 def fit(
     rank: int,
     *interventions: Intervention,
-    module: type[Seeing] = Seeing,
+    module: type[RecordingBatches] = RecordingBatches,
     collapse: Collapse = Collapse(below=1e-9),  # noqa: B008  (immutable)
     detector: Callable[[], TaskDetector] = TaskDetector,
     with_callback: bool = True,
 ) -> dict[str, Any]:
-    """Two fits in one of two processes; each sees every other sample."""
+    """Run two fits on one of two ranks; each rank trains on every other sample."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
     torch.manual_seed(0)
     net = module()
     with torch.no_grad():
-        net.net[0].bias[::3] = -100  # dead
+        # Every third unit is dead.
+        net.net[0].bias[::3] = -100
     callback = SpectralCollapseCallback(
         GGNProbe(samples=6),
         collapse=collapse,
@@ -83,15 +87,15 @@ def fit(
         "weights": weights(net),
         "noise": torch.rand(3),
         "history": [report.to_dict() for report in callback.history],
-        "seen": net.seen,
+        "batches": net.batches,
     }
 
 
-def plain(rank: int) -> dict[str, Any]:
+def without_callback(rank: int) -> dict[str, Any]:
     return fit(rank, with_callback=False)
 
 
-def watched(rank: int) -> dict[str, Any]:
+def with_callback(rank: int) -> dict[str, Any]:
     return fit(rank)
 
 
@@ -99,7 +103,7 @@ def regularized(rank: int) -> dict[str, Any]:
     return fit(rank, Decay(0.1))
 
 
-def regularized_by_hand(rank: int) -> dict[str, Any]:
+def regularized_in_loss(rank: int) -> dict[str, Any]:
     return fit(rank, module=Decayed, with_callback=False)
 
 
@@ -113,7 +117,7 @@ def labelled(rank: int) -> dict[str, Any]:
 
 
 def everything(rank: int) -> dict[str, dict[str, Any]]:
-    jobs = (plain, watched, regularized, regularized_by_hand, repaired, labelled)
+    jobs = (without_callback, with_callback, regularized, regularized_in_loss, repaired, labelled)
     return {job.__name__: job(rank) for job in jobs}
 
 
@@ -123,56 +127,56 @@ def runs() -> dict[str, list[dict[str, Any]]]:
     return {name: [one[name], other[name]] for name in one}
 
 
-def test_processes_end_with_the_same_weights_and_reports(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_ranks_end_with_the_same_weights_and_reports(runs: dict[str, list[dict[str, Any]]]) -> None:
     for one, other in runs.values():
         assert torch.equal(one["weights"], other["weights"])
         assert str(one["history"]) == str(other["history"])
 
 
-def test_training_is_bit_identical_with_and_without_the_callback(runs: dict[str, list[dict[str, Any]]]) -> None:
-    assert len(runs["watched"][0]["history"]) == 2
-    for without, with_callback in zip(runs["plain"], runs["watched"], strict=True):
-        assert torch.equal(with_callback["weights"], without["weights"])
-        assert torch.equal(with_callback["noise"], without["noise"])
+def test_callback_leaves_training_bit_identical(runs: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(runs["with_callback"][0]["history"]) == 2
+    for expected, actual in zip(runs["without_callback"], runs["with_callback"], strict=True):
+        assert torch.equal(actual["weights"], expected["weights"])
+        assert torch.equal(actual["noise"], expected["noise"])
 
 
-def test_the_probe_sees_samples_of_both(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_probe_uses_samples_of_both_ranks(runs: dict[str, list[dict[str, Any]]]) -> None:
     torch.manual_seed(0)
     net = Classifier()
     with torch.no_grad():
         net.net[0].bias[::3] = -100
-    x, y = (torch.cat([run["seen"][0][part][:3] for run in runs["watched"]]) for part in (0, 1))
+    x, y = (torch.cat([run["batches"][0][part][:3] for run in runs["with_callback"]]) for part in (0, 1))
     expected = ggn_spectrum(net, (x, y), lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1]))
-    report = runs["watched"][0]["history"][0]
+    report = runs["with_callback"][0]["history"][0]
     assert report["metrics"]["epsilon_rank"] == expected.epsilon_rank(1e-2)
     assert report["metrics"]["ggn_trace"] == pytest.approx(float(expected.trace), rel=1e-6)
     dead = (net.net[0](x) <= 0).all(0)
     assert report["metrics"]["dead_fraction"] == dead.double().mean() >= 3 / 8
 
 
-def test_a_regularizer_equals_the_same_term_in_training_step(runs: dict[str, list[dict[str, Any]]]) -> None:
-    by_callback, by_hand = runs["regularized"][0]["weights"], runs["regularized_by_hand"][0]["weights"]
-    assert (by_callback - by_hand).abs().max() <= 1e-6
-    assert (by_callback - runs["plain"][0]["weights"]).abs().max() > 1e-3
+def test_regularizer_equals_its_term_in_training_step(runs: dict[str, list[dict[str, Any]]]) -> None:
+    by_callback, in_loss = runs["regularized"][0]["weights"], runs["regularized_in_loss"][0]["weights"]
+    assert (by_callback - in_loss).abs().max() <= 1e-6
+    assert (by_callback - runs["without_callback"][0]["weights"]).abs().max() > 1e-3
 
 
-def test_repairs_are_decided_together(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_repairs_are_the_same_on_both_ranks(runs: dict[str, list[dict[str, Any]]]) -> None:
     first, second = runs["repaired"][0]["history"]
     assert {0, 3, 6} <= set(first["repairs"][0]["units"]["net.0"].tolist())
     assert [repair["step"] for repair in first["repairs"]] == [0, 2, 4, 6]
     assert [repair["step"] for repair in second["repairs"]] == [6, 8, 10, 12]
 
 
-def test_a_task_begins_in_both_when_one_sees_its_label(runs: dict[str, list[dict[str, Any]]]) -> None:
-    steps = [[step for step, batch in enumerate(run["seen"]) if 1 in batch[2]] for run in runs["labelled"]]
-    assert sorted(map(len, steps)) == [0, 2], "one of them sees it, in both epochs"
-    begun = [(report["task_id"], report["step"]) for report in runs["labelled"][0]["history"]]
-    assert begun == [(0, 0), (1, min(steps[0] + steps[1]))]
+def test_label_on_one_rank_starts_a_task_on_both(runs: dict[str, list[dict[str, Any]]]) -> None:
+    steps = [[step for step, batch in enumerate(run["batches"]) if 1 in batch[2]] for run in runs["labelled"]]
+    assert sorted(map(len, steps)) == [0, 2], "one rank has it, in both fits"
+    tasks = [(report["task_id"], report["step"]) for report in runs["labelled"][0]["history"]]
+    assert tasks == [(0, 0), (1, min(steps[0] + steps[1]))]
 
 
 @pytest.mark.parametrize(
     ("device", "backend", "expected"),
     [("cpu", "nccl", "cuda"), ("cuda:1", "nccl", "cuda:1"), ("cpu", "gloo", "cpu"), ("cuda:1", "gloo", "cuda:1")],
 )
-def test_what_is_on_the_cpu_is_sent_by_nccl_from_the_gpu(device: str, backend: str, expected: str) -> None:
+def test_nccl_sends_cpu_tensors_from_the_gpu(device: str, backend: str, expected: str) -> None:
     assert backend_device(torch.device(device), backend) == torch.device(expected)

@@ -1,4 +1,7 @@
-"""What fails in one of two processes alone is done in neither, told of by the first, and in the reports of both."""
+"""Tests of failures on one of two ranks.
+
+The failed work is undone on both ranks, rank 0 warns of it, and the reports of both hold it.
+"""
 
 import functools
 import os
@@ -23,9 +26,9 @@ from lightning_plasticity import (
     SpectralCollapseCallback,
     TaskDetector,
 )
-from lightning_plasticity.distributed import agreement as processes
-from lightning_plasticity.engine import intervention_runner as remedies
-from lightning_plasticity.engine import monitoring
+from lightning_plasticity.distributed import agreement
+from lightning_plasticity.engine import context as probe_context
+from lightning_plasticity.engine import intervention_runner, monitoring, regularizer_gradients
 from lightning_plasticity.interventions import (
     ContinualBackprop,
     EffectiveRankRegularizer,
@@ -37,9 +40,10 @@ from lightning_plasticity.interventions import (
     StepIntervention,
     effective_rank,
 )
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.units.layer_statistics import UnitStatistics
 from lightning_plasticity.interventions.weights import updates
-from lightning_plasticity.training import sandbox as training_loss
+from lightning_plasticity.training import sandbox
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_two_processes
 
@@ -47,12 +51,12 @@ FITS, STEPS = 3, 4
 
 
 class InPlace(StepIntervention):
-    """Changes one tensor after the other, and remembers how often it was asked."""
+    """Shrinks one tensor after the other, by a factor that depends on the number of steps."""
 
     def __init__(self) -> None:
         self.steps = 0
 
-    def after_step(self, model: nn.Module, *_: Any, **__: Any) -> None:
+    def step(self, model: nn.Module, context: InterventionContext) -> None:
         for parameter in model.parameters():
             self.shrink(parameter)
         self.steps += 1
@@ -68,24 +72,24 @@ class InPlace(StepIntervention):
         self.steps = state["steps"]
 
 
-class Forgetful(InPlace):
-    """Fails half way, and then cannot say where it was."""
+class FailingHalfway(InPlace):
+    """Raises in its fourth step."""
 
     def shrink(self, parameter: Tensor) -> None:
         if self.steps == 3:
-            raise ArithmeticError("half way")
+            raise ArithmeticError("halfway")
         super().shrink(parameter)
 
 
-class CopiedByItself(SpectralRegularizer):
-    """Says by itself how it is copied."""
+class WithDeepcopy(SpectralRegularizer):
+    """Implements its own ``__deepcopy__``."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regularizer:
         return SpectralRegularizer(self.coefficient)
 
 
-class Detecting:
-    """Sees no drift, watching the mean of the inputs."""
+class NeverDrifting:
+    """A drift detector that never detects a drift, with the mean of the inputs as its statistic."""
 
     drift_detected = False
 
@@ -96,8 +100,8 @@ class Detecting:
         return float(batch[0].mean())
 
 
-class Counting(Detecting):
-    """Sees a drift in every fifth number."""
+class DriftingPeriodically(NeverDrifting):
+    """A drift detector that detects a drift at every fifth number."""
 
     numbers = 0
 
@@ -109,8 +113,8 @@ class Counting(Detecting):
         return self.numbers % 5 == 0
 
 
-class Keys:
-    """Names the tasks of one fit after the other."""
+class TaskKeys:
+    """Counts batches; every second one starts a task."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -120,14 +124,14 @@ class Keys:
         return self.batches // 2
 
 
-class Unsendable:
+class Unpicklable:
     def __reduce__(self) -> str:
-        raise TypeError("not to be sent")
+        raise TypeError("cannot pickle this")
 
 
 @contextmanager
 def failing(owner: Any, name: str, number: int, after: bool = False) -> Iterator[None]:
-    """In the second process, the ``number``-th call of a function fails: at its beginning or ``after`` its work."""
+    """Let the ``number``-th call of a function on rank 1 fail, before or ``after`` its work."""
     function, calls = getattr(owner, name), 0
 
     @functools.wraps(function)
@@ -145,7 +149,7 @@ def failing(owner: Any, name: str, number: int, after: bool = False) -> Iterator
 
 
 def fit(*interventions: Intervention, detector: TaskDetector | None = None) -> dict[str, Any]:
-    """Some fits in one of two processes. The second process logs too."""
+    """Run a few fits on one of two ranks. Rank 1 has a logger too."""
     torch.manual_seed(0)
     net, logger = Classifier(), MemoryLogger()
     callback = SpectralCollapseCallback(
@@ -186,103 +190,120 @@ def raise_ranks() -> Intervention:
 
 @dataclass(frozen=True)
 class Case:
-    """Which call of what fails in the second process, in fits with which remedy, and who is said to have failed."""
+    """A call that fails on rank 1.
 
-    fails: tuple[Any, ...]
-    remedy: Callable[[], Intervention] | None = None
-    who: str | None = None
+    Args:
+        call: The arguments of :func:`failing`.
+        intervention: Makes the intervention of the fits.
+        source: The key of the error in reports.
+        detector: Makes the task detector of the fits.
+    """
+
+    call: tuple[Any, ...]
+    intervention: Callable[[], Intervention] | None = None
+    source: str | None = None
     detector: Callable[[], TaskDetector] | None = None
 
     def fit(self) -> dict[str, Any]:
-        with failing(*self.fails):
-            remedies = [] if self.remedy is None else [self.remedy()]
-            return fit(*remedies, detector=None if self.detector is None else self.detector())
+        with failing(*self.call):
+            interventions = [] if self.intervention is None else [self.intervention()]
+            return fit(*interventions, detector=None if self.detector is None else self.detector())
 
 
-def watch_inputs() -> TaskDetector:
-    return TaskDetector(drift_detector=(detecting := Detecting()), drift_statistic=detecting.statistic)
+def monitor_inputs(drift_detector: NeverDrifting) -> TaskDetector:
+    return TaskDetector(drift_detector=drift_detector, drift_statistic=drift_detector.statistic)
 
 
 CASES = {
-    "working a repair out": Case((ShrinkPerturb, "changes", 2), shrink, "ShrinkPerturb"),
+    "computing a repair": Case((ShrinkPerturb, "plan", 2), shrink, "ShrinkPerturb"),
     "applying a repair": Case((updates, "reset_state", 1, True), shrink, "ShrinkPerturb"),
-    "before a sum": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
-    "the copy for a repair": Case((training_loss, "copy_module", 4), lambda: ReDo(0.9, when=3), "ReDo"),
-    "hearing activity": Case((UnitStatistics, "heard", 3), replace_units, "ContinualBackprop"),
+    "before an all-reduce": Case((ReDo, "scores", 2), lambda: ReDo(0.9, when="task"), "ReDo"),
+    "copying the module for a repair": Case((sandbox, "copy_module", 3), lambda: ReDo(0.9, when=3), "ReDo"),
+    "reducing unit statistics": Case((UnitStatistics, "reduce", 3), replace_units, "ContinualBackprop"),
     "replacing units": Case((updates, "reset_state", 3), replace_units, "ContinualBackprop"),
-    "getting ready": Case((ContinualBackprop, "start", 2), replace_units, "ContinualBackprop"),
-    "half way in place": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
-    "features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
-    "a batch that waits": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
-    "a penalty": Case((remedies, "_term_and_gradients", 4), SpectralRegularizer, "SpectralRegularizer"),
-    "its gradient": Case((remedies, "_term_and_gradients", 4, True), SpectralRegularizer, "SpectralRegularizer"),
-    "the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
-    "the end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
-    "the monitor of the probe": Case((monitoring, "probe_mode", 2), None, "monitor"),
-    "the monitor in flight": Case((PlasticityMonitor, "attach", 6, True), None, "monitor"),
-    "what the monitor has seen": Case((monitoring, "values_of", 6), None, "monitor"),
+    "starting an intervention": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
+    "halfway through an in-place change": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
+    "rank of features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
+    "storing a batch": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
+    "before a penalty": Case(
+        (regularizer_gradients, "differentiate_penalty", 4), SpectralRegularizer, "SpectralRegularizer"
+    ),
+    "after its gradient": Case(
+        (regularizer_gradients, "differentiate_penalty", 4, True), SpectralRegularizer, "SpectralRegularizer"
+    ),
+    "start of the probe": Case((GGNProbe, "measure", 2), lambda: ReDo(0.9, when="task"), "probe"),
+    "end of the probe": Case((GGNProbe, "measure", 3, True), None, "probe"),
+    "monitor of the probe": Case((monitoring, "probe_mode", 2), None, "monitor"),
+    "monitor during training": Case((PlasticityMonitor, "attach", 6, True), None, "monitor"),
+    "values of the monitor": Case((monitoring, "values_of", 6), None, "monitor"),
     "a logger": Case((MemoryLogger, "log_metrics", 12), None, "MemoryLogger"),
-    "a statistic": Case((Detecting, "statistic", 6), None, "task_detector", watch_inputs),
-    "joining batches": Case((training_loss, "all_gather_batch", 2)),
-    "copying a regularizer": Case((CopiedByItself, "__deepcopy__", 1), CopiedByItself),
+    "a drift statistic": Case(
+        (NeverDrifting, "statistic", 6), None, "task_detector", lambda: monitor_inputs(NeverDrifting())
+    ),
+    "gathering batches": Case((probe_context, "all_gather_batch", 2)),
+    "copying a regularizer": Case((WithDeepcopy, "__deepcopy__", 1), WithDeepcopy),
 }
 
 DETECTORS = {
-    "losses": Case((Counting, "update", 6), detector=lambda: TaskDetector(drift_detector=Counting())),
-    "statistic": Case(
-        (Counting, "update", 6),
-        detector=lambda: TaskDetector(drift_detector=(counting := Counting()), drift_statistic=counting.statistic),
+    "losses": Case(
+        (DriftingPeriodically, "update", 6), detector=lambda: TaskDetector(drift_detector=DriftingPeriodically())
     ),
-    "key": Case((Keys, "every_other_step", 2 * STEPS, True), detector=lambda: TaskDetector(Keys().every_other_step)),
+    "statistic": Case(
+        (DriftingPeriodically, "update", 6),
+        detector=lambda: monitor_inputs(DriftingPeriodically()),
+    ),
+    "key": Case(
+        (TaskKeys, "every_other_step", 2 * STEPS, True), detector=lambda: TaskDetector(TaskKeys().every_other_step)
+    ),
 }
 
-FIRST = {
+FIRST_TASK = {
     "probe": Case((GGNProbe, "measure", 1), replace_units),
-    "key": Case((Keys, "every_other_step", 1), detector=lambda: TaskDetector(Keys().every_other_step)),
-    "remedy": Case((ContinualBackprop, "start", 1), replace_units),
-    "trial of a regularizer": Case((remedies, "_term_and_gradients", 1), SpectralRegularizer),
+    "key": Case((TaskKeys, "every_other_step", 1), detector=lambda: TaskDetector(TaskKeys().every_other_step)),
+    "intervention": Case((ContinualBackprop, "prepare", 1), replace_units),
+    "trial of a regularizer": Case((intervention_runner, "differentiate_penalty", 1), SpectralRegularizer),
 }
 
 
-def in_process(rank: int) -> dict[str, Any]:
+def run_all(rank: int) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
     results: dict[str, Any] = {name: case.fit() for name, case in CASES.items()}
-    results |= {f"detector of {name}": case.fit() for name, case in DETECTORS.items()}
+    results |= {f"detector: {name}": case.fit() for name, case in DETECTORS.items()}
     results["no failure"], results["no failure, repaired"] = fit(), fit(shrink())
-    results |= {f"first {what}": error_of(case.fit) for what, case in FIRST.items()}
-    results["state after a failure"] = error_of(Case((Forgetful, "state_dict", 1), Forgetful).fit)
-    results["unsendable"] = error_of(lambda: sent_together(Unsendable() if rank else None))
-    results["another sum"] = error_of(lambda: summed_together("other" if rank else "net"))
-    results["a sum less"] = error_of(lambda: summed_together("net", *["more"] * (1 - rank)))
+    results |= {f"first task: {name}": error_of(case.fit) for name, case in FIRST_TASK.items()}
+    results["state after a failure"] = error_of(Case((FailingHalfway, "state_dict", 1), FailingHalfway).fit)
+    results["unpicklable"] = error_of(lambda: gather_in_block(Unpicklable() if rank else None))
+    results["another sum"] = error_of(lambda: sum_in_block("other" if rank else "net"))
+    results["a missing sum"] = error_of(lambda: sum_in_block("net", *["more"] * (1 - rank)))
     return results
 
 
-def summed_together(*names: str) -> None:
-    """As where a model takes another path in each process."""
-    with processes.all_or_none():
+def sum_in_block(*names: str) -> None:
+    """Sum one tensor per name; the names differ if a model takes another path on each rank."""
+    with agreement.all_or_none():
         for name in names:
-            processes.all_reduce_sum(torch.ones(2), name)
+            agreement.all_reduce_sum(torch.ones(2), name)
 
 
-def sent_together(value: object) -> None:
-    with processes.all_or_none():
-        processes.all_gather_object(value)
+def gather_in_block(value: object) -> None:
+    with agreement.all_or_none():
+        agreement.all_gather_object(value)
 
 
 def error_of(work: Callable[[], object]) -> str:
-    with pytest.raises(Exception, match="no") as caught:
+    with pytest.raises(Exception, match=r"no more|cannot pickle|different") as caught:
         work()
     return f"{caught.type.__name__}: {caught.value}"
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[Any]]:
-    one, other = in_two_processes(in_process)
+    one, other = in_two_processes(run_all)
     return {name: [one[name], other[name]] for name in one}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_end_with_the_same_weights_reports_and_states(name: str, runs: dict[str, list[Any]]) -> None:
+def test_ranks_end_with_the_same_weights_and_reports(name: str, runs: dict[str, list[Any]]) -> None:
     one, other = runs[name]
     assert torch.equal(one["weights"], other["weights"])
     assert one["history"] == other["history"]
@@ -290,81 +311,85 @@ def test_both_end_with_the_same_weights_reports_and_states(name: str, runs: dict
     assert len(one["errors"]) == FITS
 
 
-@pytest.mark.parametrize(("name", "who"), [(name, case.who) for name, case in CASES.items() if case.who])
-def test_the_first_tells_of_what_failed_in_the_second(name: str, who: str, runs: dict[str, list[Any]]) -> None:
-    ((culprit, words),) = [error for errors in runs[name][0]["errors"] for error in errors.items()]
-    assert culprit == who
-    assert words.startswith("in process 1: MemoryError: no more")
+@pytest.mark.parametrize(("name", "source"), [(name, case.source) for name, case in CASES.items() if case.source])
+def test_rank_0_reports_the_error_of_rank_1(name: str, source: str, runs: dict[str, list[Any]]) -> None:
+    ((reported_source, message),) = [error for errors in runs[name][0]["errors"] for error in errors.items()]
+    assert reported_source == source
+    assert message.startswith("on rank 1: MemoryError: no more")
     (warning,) = runs[name][0]["warnings"]
-    assert words in warning
+    assert message in warning
 
 
-def test_a_repair_that_fails_in_one_is_done_in_neither(runs: dict[str, list[Any]]) -> None:
+def test_repair_that_fails_on_one_rank_is_done_on_neither(runs: dict[str, list[Any]]) -> None:
     assert [run["repairs"] for run in runs["no failure, repaired"]] == [[[], ["ShrinkPerturb"], ["ShrinkPerturb"]]] * 2
-    for name in ("working a repair out", "applying a repair"):
-        assert [run["repairs"] for run in runs[name]] == [[[], [], ["ShrinkPerturb"]]] * 2, "the next one is done again"
-    assert torch.equal(runs["working a repair out"][0]["weights"], runs["applying a repair"][0]["weights"])
-    assert [run["repairs"] for run in runs["before a sum"]] == [[[], [], ["ReDo"]]] * 2
-    assert [run["repairs"] for run in runs["the copy for a repair"]] == [[[], ["ReDo"], ["ReDo", "ReDo"]]] * 2
+    for name in ("computing a repair", "applying a repair"):
+        assert [run["repairs"] for run in runs[name]] == [[[], [], ["ShrinkPerturb"]]] * 2, (
+            "the repair of the next task succeeds"
+        )
+    assert torch.equal(runs["computing a repair"][0]["weights"], runs["applying a repair"][0]["weights"])
+    assert [run["repairs"] for run in runs["before an all-reduce"]] == [[[], [], ["ReDo"]]] * 2
+    assert [run["repairs"] for run in runs["copying the module for a repair"]] == [[[], ["ReDo"], ["ReDo", "ReDo"]]] * 2
 
 
-def test_a_probe_that_fails_in_one_has_seen_nothing(runs: dict[str, list[Any]]) -> None:
-    for name in ("the probe", "the end of the probe"):
+def test_probe_that_fails_on_one_rank_has_no_spectrum(runs: dict[str, list[Any]]) -> None:
+    for name in ("start of the probe", "end of the probe"):
         assert [run["probed"] for run in runs[name]] == [[True, False, True]] * 2
-    assert [run["repairs"] for run in runs["the probe"]] == [[[], ["ReDo"], ["ReDo"]]] * 2, "it was not on a collapse"
+    assert [run["repairs"] for run in runs["start of the probe"]] == [[[], ["ReDo"], ["ReDo"]]] * 2, "at every task"
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.remedy is None])
-def test_training_goes_on_as_if_nothing_had_failed(name: str, runs: dict[str, list[Any]]) -> None:
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.intervention is None])
+def test_failed_measurement_leaves_training_unchanged(name: str, runs: dict[str, list[Any]]) -> None:
     assert runs["no failure"][0]["errors"] == [{}] * FITS
     assert torch.equal(runs[name][0]["weights"], runs["no failure"][0]["weights"])
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_tasks_begin_in_both_although_a_detector_has_failed_in_one(name: str, runs: dict[str, list[Any]]) -> None:
-    one, other = runs[f"detector of {name}"]
+def test_tasks_agree_although_a_detector_failed_on_one_rank(name: str, runs: dict[str, list[Any]]) -> None:
+    one, other = runs[f"detector: {name}"]
     assert torch.equal(one["weights"], other["weights"])
     assert one["history"] == other["history"]
     assert len(one["errors"]) > FITS
-    (error,) = [words for errors in one["errors"] for words in errors.values()]
-    assert error == "in process 1: MemoryError: no more"
+    (error,) = [message for errors in one["errors"] for message in errors.values()]
+    assert error == "on rank 1: MemoryError: no more"
 
 
-@pytest.mark.parametrize("what", FIRST)
-def test_what_fails_at_first_is_an_error_in_both(what: str, runs: dict[str, list[Any]]) -> None:
-    assert runs[f"first {what}"] == ["PeerFailedError: in process 1: MemoryError: no more", "MemoryError: no more"]
+@pytest.mark.parametrize("name", FIRST_TASK)
+def test_failure_at_the_first_task_raises_on_both_ranks(name: str, runs: dict[str, list[Any]]) -> None:
+    expected = ["PeerFailedError: on rank 1: MemoryError: no more", "MemoryError: no more"]
+    assert runs[f"first task: {name}"] == expected
 
 
-def test_not_to_know_what_another_remembers_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    assert runs["state after a failure"] == ["PeerFailedError: in process 1: MemoryError: no more"] * 2
+def test_state_that_cannot_be_synchronised_raises_on_both_ranks(runs: dict[str, list[Any]]) -> None:
+    """After a failed step, ranks take over the state of rank 0; here ``state_dict`` fails too."""
+    assert runs["state after a failure"] == ["PeerFailedError: on rank 1: MemoryError: no more"] * 2
 
 
-def test_what_cannot_be_sent_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    assert runs["unsendable"] == ["PeerFailedError: in process 1: TypeError: not to be sent"] * 2
+def test_unpicklable_object_raises_on_both_ranks(runs: dict[str, list[Any]]) -> None:
+    assert runs["unpicklable"] == ["PeerFailedError: on rank 1: TypeError: cannot pickle this"] * 2
 
 
-def test_not_to_do_the_same_is_an_error_in_both(runs: dict[str, list[Any]]) -> None:
-    differ = "PeerFailedError: the processes do not do the same, but come to a sum of "
-    assert runs["another sum"] == [f"{differ}net of shape (2,) and a sum of other of shape (2,)"] * 2
-    assert runs["a sum less"] == [f"{differ}more of shape (2,) and the end"] * 2
+def test_different_synchronisation_points_raise_on_both_ranks(runs: dict[str, list[Any]]) -> None:
+    beginning = "PeerFailedError: ranks reached different synchronisation points: a sum of "
+    assert runs["another sum"] == [f"{beginning}net of shape (2,) and a sum of other of shape (2,)"] * 2
+    assert runs["a missing sum"] == [f"{beginning}more of shape (2,) and the end"] * 2
 
 
-def survive_what_can_be_survived() -> None:
-    with suppress(Exception), processes.all_or_none():
+def suppress_exceptions() -> None:
+    with suppress(Exception), agreement.all_or_none():
         pass
 
 
-def test_not_to_know_of_the_others_is_not_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_communication_errors_are_not_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(agreement, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
-    with pytest.raises(processes.CommunicationError, match="cannot reach each other: connection closed by peer"):
-        survive_what_can_be_survived()
+    with pytest.raises(agreement.CommunicationError, match="cannot reach each other: connection closed by peer"):
+        suppress_exceptions()
 
 
-def test_a_single_process_has_its_errors_as_they_are() -> None:
-    with pytest.raises(KeyError), processes.all_or_none():
+def test_errors_pass_unchanged_without_a_process_group() -> None:
+    with pytest.raises(KeyError), agreement.all_or_none():
         raise KeyError

@@ -1,4 +1,4 @@
-"""Two processes that Lightning launches itself, from a script or by spawning, train as they do without the callback."""
+"""Tests of training on two ranks that Lightning launches itself, from a script or by spawning."""
 
 import csv
 import subprocess
@@ -11,7 +11,7 @@ import torch
 
 
 def launched(strategy: str, net: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What the two processes of a training end with."""
+    """Train on two ranks and return the final state of each."""
     folder.mkdir()
     command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.launched", strategy, net, str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -20,7 +20,7 @@ def launched(strategy: str, net: str, folder: Path, *arguments: str) -> list[dic
 
 
 def logged(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The rows logged by the callback, and all others."""
+    """Return the rows logged by the callback, and all others."""
     with next(folder.rglob("metrics.csv")).open() as file:
         rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
     ours = [row for row in rows if any("plasticity" in name for name in row)]
@@ -30,10 +30,10 @@ def logged(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp", "convolutional", "transformer", "gru"])
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_training_is_bit_identical_with_and_without_the_callback(strategy: str, net: str, tmp_path: Path) -> None:
+def test_callback_leaves_training_bit_identical(strategy: str, net: str, tmp_path: Path) -> None:
     without = launched(strategy, net, tmp_path / "without")
     with_callback = launched(strategy, net, tmp_path / "with", "with_callback")
-    assert without[0]["losses"] != without[1]["losses"], "each has samples of its own"
+    assert without[0]["losses"] != without[1]["losses"], "each rank trains on its own samples"
     for one, other in zip(with_callback, without, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():

@@ -1,4 +1,4 @@
-"""A module that FSDP has sharded is, for a while, what it would be without: copies are whole, and it is unharmed."""
+"""Tests that ``gather_full_parameters`` turns a sharded module into an unsharded one and back."""
 
 import contextlib
 import copy
@@ -37,14 +37,14 @@ class Tied(nn.Module):
 
 
 class Scoring(nn.Sequential):
-    """Is called by another method, which FSDP must be told of."""
+    """A network with another forward method, which is registered with FSDP."""
 
     def score(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
 
-class Counting:
-    """A hook with a memory."""
+class CountingHook:
+    """A forward hook that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -57,10 +57,10 @@ def layers(kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
     return kind(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 8), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def hooked() -> nn.Sequential:
+def layers_with_hooks() -> nn.Sequential:
     net = layers()
-    net.register_forward_hook(Counting())
-    net[2].register_forward_hook(Counting())
+    net.register_forward_hook(CountingHook())
+    net[2].register_forward_hook(CountingHook())
     return net
 
 
@@ -68,9 +68,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "layer by layer": layers,
     "replicated": layers,
     "by columns": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)),
-    "several as one": layers,
+    "several as a group": layers,
     "with a method": lambda: layers(Scoring),
-    "with hooks": hooked,
+    "with hooks": layers_with_hooks,
     "recurrent": Recurrent,
     "tied": Tied,
 }
@@ -90,7 +90,7 @@ def shard(name: str, module: Any) -> None:
         options["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     elif name == "by columns":
         options["shard_placement_fn"] = lambda parameter: Shard(1) if parameter.ndim == 2 else None
-    elif name == "several as one":
+    elif name == "several as a group":
         fully_shard([module[0], module[2]], **options)
     elif name == "recurrent":
         fully_shard(module.lstm, **options)
@@ -99,8 +99,8 @@ def shard(name: str, module: Any) -> None:
         register_fsdp_forward_method(module, "score")
 
 
-def inside(module: nn.Module) -> list[Any]:
-    """All that a module is made of, by identity."""
+def snapshot(module: nn.Module) -> list[Any]:
+    """Return the classes of all submodules and the identities of all they hold."""
 
     def identities(value: Any) -> Any:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
@@ -113,79 +113,83 @@ def full(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def gradients(module: nn.Module, call: Call, x: Tensor) -> list[Any]:
-    """Of what a module returns, and that itself."""
+def output_and_gradients(module: nn.Module, call: Call, x: Tensor) -> list[Any]:
+    """Return the output of a module, and the gradients of its sum of squares for all parameters."""
     module.zero_grad()
     output = call(module, x)
     output.square().sum().backward()
     return [output, *(full(parameter.grad) for parameter in module.parameters())]
 
 
-def counted(module: nn.Module) -> list[int]:
+def calls_of_hooks(module: nn.Module) -> list[int]:
     hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
-    return [hook.calls for hook in hooks if isinstance(hook, Counting)]
+    return [hook.calls for hook in hooks if isinstance(hook, CountingHook)]
 
 
-def same(some: Any, others: Any) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
+def equal(tensors: Any, others: Any) -> bool:
+    return len(tensors) == len(others) and all(map(torch.equal, tensors, others))
 
 
-def facts(name: str) -> dict[str, bool]:
-    """What is so of a module; all of it should be."""
+def check(name: str) -> dict[str, bool]:
+    """Shard a module, gather its parameters twice, and return the result of each check."""
     torch.manual_seed(0)
-    expected = MODULES[name]()
-    sharded: Any = copy.deepcopy(expected)
+    unsharded = MODULES[name]()
+    sharded: Any = copy.deepcopy(unsharded)
     shard(name, sharded)
     call: Call = (lambda net, x: net.score(x)) if name == "with a method" else (lambda net, x: net(x))
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    wanted, parameters = gradients(expected, call, x), [*sharded.parameters()]
-    found = {"trains as it should": same(gradients(sharded, call, x), wanted)}
-    sharded.state_dict()  # FSDP has hooks for it from now on
-    before, calls = inside(sharded), counted(sharded)
+    expected, parameters = output_and_gradients(unsharded, call, x), [*sharded.parameters()]
+    checks = {"trains like the unsharded": equal(output_and_gradients(sharded, call, x), expected)}
+    # The first call of state_dict lets FSDP register its hooks for it.
+    sharded.state_dict()
+    before, calls = snapshot(sharded), calls_of_hooks(sharded)
     with torch.no_grad():
-        call(sharded, x)  # which leaves parameters gathered
-    found["is gathered"] = inside(sharded) != before
-    with contextlib.suppress(KeyError), gather_full_parameters(sharded) as wholes:
+        # A forward pass leaves parameters gathered.
+        call(sharded, x)
+    checks["is gathered after a forward pass"] = snapshot(sharded) != before
+    with contextlib.suppress(KeyError), gather_full_parameters(sharded) as full_parameters:
         copied = copy_module(sharded)
-        found["its parameters are found"] = same([wholes[p] for p in parameters], [*expected.parameters()])
-        pieces = [sharded_like(p, wholes[p].detach()) for p in parameters]
+        checks["full parameters equal"] = equal([full_parameters[p] for p in parameters], [*unsharded.parameters()])
+        shards = [sharded_like(p, full_parameters[p].detach()) for p in parameters]
         raise KeyError
-    found["is as before"] = inside(sharded) == before
+    checks["is restored after an error"] = snapshot(sharded) == before
     with gather_full_parameters(sharded):
-        again = copy_module(sharded)
-    found["is as before, again"] = inside(sharded) == before
-    found["pieces are cut as they are"] = same([p.to_local() for p in pieces], [p.to_local() for p in parameters])
-    for number, other in enumerate((copied, again)):
-        found[f"copy {number} is of the same kinds"] = [*map(type, other.modules())] == [*map(type, expected.modules())]
-        found[f"copy {number} has the same state"] = same(other.state_dict().values(), expected.state_dict().values())
-        found[f"copy {number} trains as it should"] = same(gradients(other, call, x), wanted)
-        found[f"copy {number} knows nothing of FSDP"] = "_fully_shard." not in str([vars(p) for p in other.modules()])
-    found["its hooks have not seen the copies"] = counted(sharded) == [count + 1 for count in calls]
-    found["still trains as it should"] = same(gradients(sharded, call, x), wanted)
-    return found
+        copied_again = copy_module(sharded)
+    checks["is restored"] = snapshot(sharded) == before
+    checks["shards equal"] = equal([p.to_local() for p in shards], [p.to_local() for p in parameters])
+    for number, other in enumerate((copied, copied_again)):
+        checks |= {
+            f"copy {number} is of the same classes": [*map(type, other.modules())] == [*map(type, unsharded.modules())],
+            f"copy {number} has the same state": equal(other.state_dict().values(), unsharded.state_dict().values()),
+            f"copy {number} trains like the unsharded": equal(output_and_gradients(other, call, x), expected),
+            f"copy {number} is free of FSDP": "_fully_shard." not in str([vars(p) for p in other.modules()]),
+        }
+    checks["copies leave hooks alone"] = calls_of_hooks(sharded) == [count + 1 for count in calls]
+    checks["still trains like the unsharded"] = equal(output_and_gradients(sharded, call, x), expected)
+    return checks
 
 
-def of_all(rank: int) -> dict[str, dict[str, bool]]:
-    return {name: facts(name) for name in MODULES}
+def check_all(rank: int) -> dict[str, dict[str, bool]]:
+    return {name: check(name) for name in MODULES}
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, dict[str, bool]]]:
+def results() -> list[dict[str, dict[str, bool]]]:
     skip_without_fsdp_on_the_cpu()
-    return in_two_processes(of_all)
+    return in_two_processes(check_all)
 
 
 @pytest.mark.parametrize("name", [*MODULES])
-def test_a_sharded_module_is_made_whole_and_left_as_it_was(name: str, found: list[dict[str, dict[str, bool]]]) -> None:
-    for facts in found:
-        assert len(facts[name]) == 16
-        assert [fact for fact, is_so in facts[name].items() if not is_so] == []
+def test_sharded_module_is_gathered_and_restored(name: str, results: list[dict[str, dict[str, bool]]]) -> None:
+    for checks in results:
+        assert len(checks[name]) == 16
+        assert [check for check, passed in checks[name].items() if not passed] == []
 
 
-def test_nothing_happens_to_a_module_that_is_not_sharded() -> None:
+def test_unsharded_module_is_left_alone() -> None:
     module = layers()
-    before = inside(module)
-    with gather_full_parameters(module) as wholes:
-        assert inside(module) == before
-        assert not wholes
+    before = snapshot(module)
+    with gather_full_parameters(module) as full_parameters:
+        assert snapshot(module) == before
+        assert not full_parameters
     assert sharded_like(module[0].weight, gradient := torch.ones(7, 4)) is gradient

@@ -1,4 +1,7 @@
-"""Two processes that shard weights (FSDP2): what is measured and added is what one process with whole weights has."""
+"""Tests of training with sharded weights (FSDP2) on two ranks.
+
+Reports and penalties equal those of one process with full weights.
+"""
 
 import os
 import re
@@ -21,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, SpectralCollapseCallback
 from lightning_plasticity._compat import has_full_weights, is_model_parallel
 from lightning_plasticity.curvature import ggn_spectrum
-from lightning_plasticity.distributed import sharded_weights as sharding_module
+from lightning_plasticity.distributed import sharded_weights
 from lightning_plasticity.distributed.agreement import PeerFailedError
 from lightning_plasticity.interventions import (
     L2ER,
@@ -33,13 +36,15 @@ from lightning_plasticity.interventions import (
     SpectralRegularizer,
     WassersteinInit,
 )
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.probes import Probe
 from tests.distributed.test_failing_ranks import failing
 from tests.helpers.modules import MemoryLogger, trainer
 from tests.helpers.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
 STEPS = 4
-SANITY_STEPS = 2  # by default, before the first training step
+SANITY_STEPS = 2
+"""Validation steps that the Trainer takes by default before the first training step."""
 SAMPLES = 6
 HESSIAN = HessianProbe(SAMPLES, num_probes=2, num_steps=9, ggn=GGNProbe(SAMPLES))
 FLOAT32 = {"dtype": torch.float32}
@@ -57,74 +62,77 @@ CLIPPED: dict[str, dict[str, Any]] = {
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def clipped_terms() -> list[Regularizer]:
+def clipped_regularizers() -> list[Regularizer]:
     return [SpectralRegularizer(0.1, exact=True), Parseval(0.1), L2Init(0.3), WassersteinInit(0.3)]
 
 
-class Hooked(L2Init):
-    """Notes what happens in hooks that it puts on a layer, and removes one that somebody else has put there."""
+class WithHooks(L2Init):
+    """A regularizer that registers hooks on a layer, and removes a foreign one."""
 
-    def __init__(self) -> None:
+    def __init__(self, foreign_handle: Any) -> None:
         super().__init__(0.3)
-        self.happened: list[str] = []
+        self.calls: list[str] = []
         self.handles: list[Any] = []
-        self.removes: Any = None
+        self.foreign_handle = foreign_handle
 
-    def start(self, model: nn.Module, **options: Any) -> None:
-        super().start(model, **options)
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        super().prepare(model, context)
         if not self.handles:
 
-            def noting(what: str) -> Callable[..., None]:
-                return lambda layer, *_: self.happened.append(f"{what} {'sharded' if is_sharded(layer) else 'whole'}")
+            def recorder(hook: str) -> Callable[..., None]:
+                return lambda layer, *_: self.calls.append(f"{hook}: {'sharded' if is_sharded(layer) else 'full'}")
 
             self.handles = [
-                model.net[0].register_forward_pre_hook(noting("before")),
-                model.net[0].register_forward_pre_hook(noting("first"), prepend=True),
-                model.net[0].register_forward_hook(noting("after")),
-                model.net[0].register_forward_hook(noting("behind"), prepend=True),
+                model.net[0].register_forward_pre_hook(recorder("pre")),
+                model.net[0].register_forward_pre_hook(recorder("first pre"), prepend=True),
+                model.net[0].register_forward_hook(recorder("post")),
+                model.net[0].register_forward_hook(recorder("first post"), prepend=True),
             ]
-            self.removes.remove()
+            self.foreign_handle.remove()
 
     def stop(self) -> None:
         for handle in self.handles:
             handle.remove()
 
 
-class Whole(LightningModule):
-    """In float64, so that sums in another order do not show; every epoch is a task."""
+class FullWeights(LightningModule):
+    """A classifier with full weights.
 
-    def __init__(self, terms: Sequence[Regularizer] = (), dtype: torch.dtype = torch.float64) -> None:
+    Its weights are float64, so that results do not depend on the order of sums. Every epoch is a task.
+    """
+
+    def __init__(self, regularizers: Sequence[Regularizer] = (), dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-        self.own_dtype = dtype
-        self.terms = terms
-        self.seen: list[Any] = []
-        for term in terms:
-            term.start(self)
+        self.input_dtype = dtype
+        self.regularizers = regularizers
+        self.batches: list[Any] = []
+        for regularizer in regularizers:
+            regularizer.start(self)
 
     @property
     def task_id(self) -> int:
         return self.current_epoch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.seen.append(batch)
+        self.batches.append(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self.net(batch[0].to(self.own_dtype)), batch[1])
-        return loss + self.term()
+        loss = F.cross_entropy(self.net(batch[0].to(self.input_dtype)), batch[1])
+        return loss + self.penalty()
 
-    def term(self) -> Tensor:
-        return sum((term.penalty(self) for term in self.terms), torch.zeros(()))
+    def penalty(self) -> Tensor:
+        return sum((regularizer.penalty(self) for regularizer in self.regularizers), torch.zeros(()))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.net(batch[0].to(self.own_dtype))
+        self.net(batch[0].to(self.input_dtype))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-class Sharded(Whole):
-    """After a validation, FSDP leaves the root of the network gathered."""
+class Sharded(FullWeights):
+    """A classifier whose root FSDP leaves gathered after validation."""
 
     def configure_model(self) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -139,8 +147,8 @@ class Sharded(Whole):
         return MixedPrecisionPolicy()
 
 
-class WithNoise(Sharded):
-    """Of its buffers and random numbers a trace could be seen."""
+class WithBuffersAndNoise(Sharded):
+    """A classifier with buffers and dropout, which a probe could disturb."""
 
     def __init__(self) -> None:
         super().__init__(**FLOAT32)
@@ -148,21 +156,22 @@ class WithNoise(Sharded):
         self.net.insert(3, nn.Dropout(0.2))
 
 
-class LearningFromTerms(Whole):
-    """In float32, and of the loss it learns nothing: what is rounded in the forward pass is not to be seen."""
+class LearningFromPenalties(FullWeights):
+    """A float32 network that only its penalties train, so that rounding in the forward pass does not matter."""
 
-    def __init__(self, terms: Sequence[Regularizer] = ()) -> None:
-        super().__init__(terms, **FLOAT32)
-        self.ran_in: list[str] = []
+    def __init__(self, regularizers: Sequence[Regularizer] = ()) -> None:
+        super().__init__(regularizers, **FLOAT32)
+        self.output_dtypes: list[str] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.net(batch[0].float())
-        self.ran_in.append(str(output.dtype))
-        share = 0 if self.training else 1  # a probe is no training
-        return share * F.cross_entropy(output.float(), batch[1]) + self.term()
+        self.output_dtypes.append(str(output.dtype))
+        # The probe needs the loss; it runs the module in evaluation mode.
+        factor = 0 if self.training else 1
+        return factor * F.cross_entropy(output.float(), batch[1]) + self.penalty()
 
 
-class InHalfPrecision(Sharded, LearningFromTerms):
+class InHalfPrecision(Sharded, LearningFromPenalties):
     def precision(self) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -176,7 +185,7 @@ def data() -> TensorDataset:
 
 
 def loader(rank: int | None) -> DataLoader[Any]:
-    """All samples, eight at a time; or every other one, four at a time."""
+    """Return all samples in batches of 8; on a rank, every other one in batches of 4."""
     sampler = None if rank is None else DistributedSampler(data(), 2, rank, shuffle=False)
     return DataLoader(data(), batch_size=8 if rank is None else 4, sampler=sampler)
 
@@ -190,8 +199,8 @@ def callback_with(
     )
 
 
-def sharding(rank: int | None, **options: Any) -> dict[str, Any]:
-    """Options of a Trainer; none in the only process."""
+def sharding_options(rank: int | None, **options: Any) -> dict[str, Any]:
+    """Return the options of a Trainer that shards weights; none without a rank."""
     if rank is None:
         return {}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
@@ -205,21 +214,21 @@ def fit(
     callback: SpectralCollapseCallback | None,
     **options: Any,
 ) -> dict[str, Any]:
-    """In this process alone, or in one of two."""
+    """Train on one of two ranks, or on a single process if the rank is ``None``."""
     logger = MemoryLogger()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = {"max_epochs": 2, "logger": logger, **sharding(rank), **options}
+        given = {"max_epochs": 2, "logger": logger, **sharding_options(rank), **options}
         fitted = trainer(*[callback] if callback else [], **given)
         fitted.fit(module, loader(rank), loader(rank))
     return {
-        "weights": flat(module),
+        "weights": full_weights(module),
         "optimizer": [full(value) for state in fitted.optimizers[0].state.values() for value in state.values()],
         "buffers": [*module.buffers()],
         "noise": torch.rand(3),
         "history": [report.to_dict() for report in callback.history] if callback else [],
         "logged": [row for row in logger.rows if any("plasticity" in name for name in row)],
-        "seen": module.seen,
+        "batches": module.batches,
     }
 
 
@@ -231,54 +240,55 @@ def full(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def flat(module: nn.Module) -> Tensor:
-    for part in module.modules():  # gathered by the validation, in the precision that it ran in
+def full_weights(module: nn.Module) -> Tensor:
+    # Validation leaves parameters gathered, in the precision of its forward pass.
+    for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()
     return torch.cat([full(parameter.detach()).flatten() for parameter in module.parameters()])
 
 
-def made(make: Callable[..., LightningModule], *arguments: Any) -> LightningModule:
+def seeded(make: Callable[..., LightningModule], *arguments: Any) -> LightningModule:
     torch.manual_seed(0)
     return make(*arguments)
 
 
 def resumed(rank: int, *, save_distributed_checkpoint: bool) -> list[dict[str, Any]]:
-    """Three epochs at once, and in two parts."""
+    """Train three epochs without interruption, and again with a resumed fit."""
     folder = [tempfile.mkdtemp()]
     torch.distributed.broadcast_object_list(folder)
 
     def train(name: str, epochs: int, **options: Any) -> dict[str, Any]:
         callback, saving = callback_with([L2Init(0.3)]), ModelCheckpoint(Path(folder[0], name), filename="{epoch}")
-        given = sharding(rank, save_distributed_checkpoint=save_distributed_checkpoint)
-        module = made(Sharded)
+        given = sharding_options(rank, save_distributed_checkpoint=save_distributed_checkpoint)
+        module = seeded(Sharded)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fitted = trainer(callback, saving, max_epochs=epochs, enable_checkpointing=True, **given)
             fitted.fit(module, loader(rank), **options)
-        return {"weights": flat(module), "history": [report.to_dict() for report in callback.history]}
+        return {"weights": full_weights(module), "history": [report.to_dict() for report in callback.history]}
 
-    whole = train("whole", 3)
+    uninterrupted = train("uninterrupted", 3)
     train("first", 2)
-    return [whole, train("second", 3, ckpt_path=str(Path(folder[0], "first", "epoch=1.ckpt")))]
+    return [uninterrupted, train("second", 3, ckpt_path=str(Path(folder[0], "first", "epoch=1.ckpt")))]
 
 
-class PartlySharded(Whole):
+class PartlySharded(FullWeights):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
 
 
-class ShardedByOneProcess(Whole):
+class ShardedOverOneRank(FullWeights):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(self.net, mesh=self.device_mesh["tensor_parallel"])
 
 
-class ParallelByHand(Whole):
-    """A layer is split between the processes, and FSDP does not know of it."""
+class ParallelizedLayer(FullWeights):
+    """A network with a layer that is split between ranks without FSDP."""
 
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -291,78 +301,79 @@ class ParallelByHand(Whole):
 
 
 def refused(rank: int) -> dict[str, str]:
-    """What is said to trainings that cannot be."""
-    two = {"data_parallel_size": 1, "tensor_parallel_size": 2}
-    cases: dict[str, tuple[Callable[[], Whole], Any, dict[str, int]]] = {
-        "tensor parallelism": (Sharded, (), two),
-        "tensor parallelism by hand": (ParallelByHand, (), {}),
-        "sharded in part": (PartlySharded, (), {}),
-        "sharded by one process": (ShardedByOneProcess, (), {}),
+    """Return the error messages of trainings that are not supported."""
+    tensor_parallel = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+    cases: dict[str, tuple[Callable[[], FullWeights], Any, dict[str, int]]] = {
+        "tensor parallelism": (Sharded, (), tensor_parallel),
+        "a parallelized layer": (ParallelizedLayer, (), {}),
+        "partly sharded": (PartlySharded, (), {}),
+        "sharded over one rank": (ShardedOverOneRank, (), {}),
         "a repair": (Sharded, [ShrinkPerturb(), L2Init()], {}),
-        "a running remedy": (Sharded, [SelfNormalizedReset(), L2ER()], {}),
+        "step interventions": (Sharded, [SelfNormalizedReset(), L2ER()], {}),
     }
     messages = {}
     for name, (make, interventions, sizes) in cases.items():
-        module = made(make)
+        module = seeded(make)
         try:
-            fit(rank, module, callback_with(interventions), **sharding(rank, **sizes))
+            fit(rank, module, callback_with(interventions), **sharding_options(rank, **sizes))
         except MisconfigurationException as error:
             messages[name] = str(error)
-        assert not module.seen, "it was trained on"
+        assert not module.batches, "it was trained on"
     return messages
 
 
-def hooked(rank: int) -> dict[str, Any]:
-    """A regularizer's own hooks are on the sharded module, as long as it wants them there."""
-    module, regularizer, others = made(Sharded), Hooked(), []
-    regularizer.removes = module.net[0].register_forward_hook(lambda *_: others.append(1))
+def with_hooks(rank: int) -> dict[str, Any]:
+    """Train with a regularizer that has hooks, and count their calls during and after training."""
+    module, foreign_calls = seeded(Sharded), []
+    regularizer = WithHooks(module.net[0].register_forward_hook(lambda *_: foreign_calls.append(1)))
     result = fit(rank, module, callback_with([regularizer]), max_epochs=1)
-    during = len(regularizer.happened)
+    during = len(regularizer.calls)
     module.net(torch.ones(2, 4, dtype=torch.float64))
     return {
         "weights": result["weights"],
-        "order": regularizer.happened[:8],
+        "order": regularizer.calls[:8],
         "during": during,
-        "after": len(regularizer.happened) - during,
-        "of others": len(others),
+        "after": len(regularizer.calls) - during,
+        "foreign": len(foreign_calls),
     }
 
 
 def failed(rank: int, name: str, number: int) -> dict[str, Any]:
-    """What is left of a training in which a call of a function of ours has failed in the second process."""
-    with failing(sharding_module, name, number):
-        return fit(rank, made(Sharded), callback_with([L2Init(0.3)]))
+    """Train while the ``number``-th call of a function of ``sharded_weights`` fails on rank 1."""
+    with failing(sharded_weights, name, number):
+        return fit(rank, seeded(Sharded), callback_with([L2Init(0.3)]))
 
 
 FAILED = {
-    "memory for the first task": ("_gather", 1),
-    "memory for a step": ("_gather", 3),
-    "memory for a later task": ("_gather", 2 + STEPS),
-    "a later task half way": ("_unsharded", 7 * (1 + STEPS) + 4),
+    "gathering at the first task": ("_gather", 1),
+    "gathering at a step": ("_gather", 3),
+    "gathering at a later task": ("_gather", 2 + STEPS),
+    "halfway through a later task": ("_unsharded_attributes", 7 * (1 + STEPS) + 4),
 }
 
 
 def everything(rank: int) -> dict[str, Any]:
     results = {
-        "plain": fit(rank, made(WithNoise), None),
-        "watched": fit(rank, made(WithNoise), callback_with()),
-        "probed": fit(rank, made(Sharded), callback_with()),
-        "hessian": fit(rank, made(Sharded), callback_with(probe=HESSIAN), max_epochs=1),
-        "half": fit(rank, half := made(InHalfPrecision), callback_with(clipped_terms())),
-        "half_ran_in": half.ran_in,
+        "without_callback": fit(rank, seeded(WithBuffersAndNoise), None),
+        "with_callback": fit(rank, seeded(WithBuffersAndNoise), callback_with()),
+        "probed": fit(rank, seeded(Sharded), callback_with()),
+        "hessian": fit(rank, seeded(Sharded), callback_with(probe=HESSIAN), max_epochs=1),
+        "half": fit(rank, half := seeded(InHalfPrecision), callback_with(clipped_regularizers())),
+        "half_output_dtypes": half.output_dtypes,
     }
     results |= {
-        name: fit(rank, made(Sharded), callback_with([regularizer()])) for name, regularizer in REGULARIZERS.items()
+        name: fit(rank, seeded(Sharded), callback_with([regularizer()])) for name, regularizer in REGULARIZERS.items()
     }
     results |= {
-        name: fit(rank, made(Sharded), callback_with(clipped_terms()), **options) for name, options in CLIPPED.items()
+        name: fit(rank, seeded(Sharded), callback_with(clipped_regularizers()), **options)
+        for name, options in CLIPPED.items()
     }
-    results["hooked"] = hooked(rank)
-    for what, (name, number) in FAILED.items():
+    results["with_hooks"] = with_hooks(rank)
+    for case, (name, number) in FAILED.items():
         try:
-            results[what] = failed(rank, name, number)
+            results[case] = failed(rank, name, number)
         except (MemoryError, PeerFailedError) as error:
-            results[what] = f"{type(error).__name__}: {error}"
+            results[case] = f"{type(error).__name__}: {error}"
     results["refused"] = refused(rank)
     results["resumed"] = resumed(rank, save_distributed_checkpoint=False)
     results["resumed_distributed"] = resumed(rank, save_distributed_checkpoint=True)
@@ -377,128 +388,127 @@ def runs() -> Runs:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return fit(None, made(Whole), callback_with())
+def unsharded() -> dict[str, Any]:
+    return fit(None, seeded(FullWeights), callback_with())
 
 
-def same_numbers(numbers: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
+def assert_close(numbers: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
     assert numbers.keys() == expected.keys()
     for name, value in expected.items():
         assert numbers[name] == pytest.approx(value, rel=rel, abs=rel), name
 
 
-def test_training_is_bit_identical_with_and_without_the_callback(runs: Runs) -> None:
-    assert len(runs["watched"][0]["history"]) == 2
-    assert any("plasticity_training/dormant_fraction" in row for row in runs["watched"][0]["logged"])
-    for without, with_callback in zip(runs["plain"], runs["watched"], strict=True):
+def test_callback_leaves_training_bit_identical(runs: Runs) -> None:
+    assert len(runs["with_callback"][0]["history"]) == 2
+    assert any("plasticity_training/dormant_fraction" in row for row in runs["with_callback"][0]["logged"])
+    for expected, actual in zip(runs["without_callback"], runs["with_callback"], strict=True):
         for name in ("weights", "optimizer", "buffers", "noise"):
-            torch.testing.assert_close(with_callback[name], without[name], rtol=0, atol=0, msg=f"{name} differs")
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0, msg=f"{name} differs")
 
 
-def test_processes_have_the_same_weights_and_reports(runs: Runs) -> None:
-    for name in ("watched", "probed", "hessian", "half", *REGULARIZERS, *CLIPPED):
+def test_ranks_have_the_same_weights_and_reports(runs: Runs) -> None:
+    for name in ("with_callback", "probed", "hessian", "half", *REGULARIZERS, *CLIPPED):
         one, other = runs[name]
         assert torch.equal(one["weights"], other["weights"])
         assert str(one["history"]) == str(other["history"])
 
 
-def test_the_probe_equals_that_of_one_process_with_whole_weights(runs: Runs, alone: dict[str, Any]) -> None:
-    torch.testing.assert_close(runs["probed"][0]["weights"], alone["weights"], rtol=0, atol=1e-14)
-    for report, expected in zip(runs["probed"][0]["history"], alone["history"], strict=True):
+def test_probe_equals_that_of_full_weights(runs: Runs, unsharded: dict[str, Any]) -> None:
+    torch.testing.assert_close(runs["probed"][0]["weights"], unsharded["weights"], rtol=0, atol=1e-14)
+    for report, expected in zip(runs["probed"][0]["history"], unsharded["history"], strict=True):
         assert (report["task"], report["step"]) == (expected["task"], expected["step"])
-        same_numbers(report["metrics"], expected["metrics"], rel=1e-9)
+        assert_close(report["metrics"], expected["metrics"], rel=1e-9)
         for name in ("eigenvalues", "weights"):
             torch.testing.assert_close(report["spectrum"][name], expected["spectrum"][name], rtol=1e-9, atol=1e-12)
 
 
-def test_the_probe_sees_samples_of_both(runs: Runs) -> None:
-    net = made(Whole).net
-    x, y = (torch.cat([run["seen"][0][part][: SAMPLES // 2] for run in runs["probed"]]) for part in (0, 1))
+def test_probe_uses_samples_of_both_ranks(runs: Runs) -> None:
+    net = seeded(FullWeights).net
+    x, y = (torch.cat([run["batches"][0][part][: SAMPLES // 2] for run in runs["probed"]]) for part in (0, 1))
     expected = ggn_spectrum(net, (x, y), lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]))
     report = runs["probed"][0]["history"][0]
     assert report["metrics"]["ggn_trace"] == pytest.approx(float(expected.trace), rel=1e-12)
     assert report["metrics"]["epsilon_rank"] == expected.epsilon_rank(1e-2)
 
 
-def test_the_hessian_equals_that_of_one_process_with_whole_weights(runs: Runs) -> None:
-    expected = fit(None, made(Whole), callback_with(probe=HESSIAN), max_epochs=1)["history"][0]
+def test_hessian_equals_that_of_full_weights(runs: Runs) -> None:
+    expected = fit(None, seeded(FullWeights), callback_with(probe=HESSIAN), max_epochs=1)["history"][0]
     report = runs["hessian"][0]["history"][0]
     assert report["matrix"] == "hessian"
-    same_numbers(report["metrics"], expected["metrics"], rel=1e-6)  # rounding grows from step to step of Lanczos
+    # Rounding errors grow with the steps of Lanczos.
+    assert_close(report["metrics"], expected["metrics"], rel=1e-6)
 
 
-def test_what_is_monitored_while_training_equals_that_of_one_process(runs: Runs, alone: dict[str, Any]) -> None:
-    expected = [row for row in alone["logged"] if "plasticity_training/effective_rank/net.0" in row]
+def test_monitor_equals_that_of_full_weights(runs: Runs, unsharded: dict[str, Any]) -> None:
+    expected = [row for row in unsharded["logged"] if "plasticity_training/effective_rank/net.0" in row]
     assert [row["step"] for row in expected] == [0, 3, 6]
     for run in runs["probed"]:
         rows = [row for row in run["logged"] if "plasticity_training/dormant_fraction" in row]
         for row, other in zip(rows, expected, strict=True):
-            same_numbers(row, other, rel=1e-9)
+            assert_close(row, other, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", [*REGULARIZERS])
-def test_a_regularizer_equals_the_same_term_in_the_loss_of_one_process(
-    name: str, runs: Runs, alone: dict[str, Any]
-) -> None:
-    by_hand = fit(None, made(Whole, [REGULARIZERS[name]()]), None)
-    torch.testing.assert_close(runs[name][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
-    assert (by_hand["weights"] - alone["weights"]).abs().max() > 1e-2
+def test_regularizer_equals_its_penalty_in_the_loss(name: str, runs: Runs, unsharded: dict[str, Any]) -> None:
+    in_loss = fit(None, seeded(FullWeights, [REGULARIZERS[name]()]), None)
+    torch.testing.assert_close(runs[name][0]["weights"], in_loss["weights"], rtol=0, atol=1e-13)
+    assert (in_loss["weights"] - unsharded["weights"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", [*CLIPPED])
-def test_regularizers_are_accumulated_and_clipped_like_the_same_terms_in_the_loss(name: str, runs: Runs) -> None:
-    by_hand = fit(None, made(Whole, clipped_terms()), None, **CLIPPED[name])
+def test_regularizer_gradients_are_accumulated_and_clipped(name: str, runs: Runs) -> None:
+    in_loss = fit(None, seeded(FullWeights, clipped_regularizers()), None, **CLIPPED[name])
     unclipped = {"accumulate_grad_batches": CLIPPED[name]["accumulate_grad_batches"]}
-    without_clipping = fit(None, made(Whole, clipped_terms()), None, **unclipped)
-    torch.testing.assert_close(runs[name][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
-    assert (by_hand["weights"] - without_clipping["weights"]).abs().max() > 1e-2
+    without_clipping = fit(None, seeded(FullWeights, clipped_regularizers()), None, **unclipped)
+    torch.testing.assert_close(runs[name][0]["weights"], in_loss["weights"], rtol=0, atol=1e-13)
+    assert (in_loss["weights"] - without_clipping["weights"]).abs().max() > 1e-2
 
 
-def test_mixed_precision_is_no_matter_of_the_probe_and_of_regularizers(runs: Runs) -> None:
-    assert runs["half_ran_in"][0] == ["torch.bfloat16"] * 2 * STEPS
-    by_hand = fit(None, made(LearningFromTerms, clipped_terms()), None)
-    torch.testing.assert_close(runs["half"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-6)
-    assert (by_hand["weights"] - flat(made(LearningFromTerms))).abs().max() > 1e-2
-    expected = fit(None, made(LearningFromTerms), callback_with(clipped_terms()))["history"]
+def test_mixed_precision_does_not_affect_probe_and_regularizers(runs: Runs) -> None:
+    assert runs["half_output_dtypes"][0] == ["torch.bfloat16"] * 2 * STEPS
+    in_loss = fit(None, seeded(LearningFromPenalties, clipped_regularizers()), None)
+    torch.testing.assert_close(runs["half"][0]["weights"], in_loss["weights"], rtol=0, atol=1e-6)
+    assert (in_loss["weights"] - full_weights(seeded(LearningFromPenalties))).abs().max() > 1e-2
+    expected = fit(None, seeded(LearningFromPenalties), callback_with(clipped_regularizers()))["history"]
     for report, other in zip(runs["half"][0]["history"], expected, strict=True):
-        same_numbers(report["metrics"], other["metrics"], rel=1e-5)
+        assert_close(report["metrics"], other["metrics"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed_distributed"])
-def test_a_resumed_training_goes_on_as_if_nothing_had_happened(name: str, runs: Runs) -> None:
+def test_resumed_training_equals_an_uninterrupted_one(name: str, runs: Runs) -> None:
     for uninterrupted, resumed in runs[name]:
         assert torch.equal(resumed["weights"], uninterrupted["weights"])
         assert len(resumed["history"]) == 3
         assert str(resumed["history"]) == str(uninterrupted["history"])
 
 
-def test_hooks_of_a_regularizer_are_where_it_puts_them_and_as_long(runs: Runs) -> None:
-    for run in runs["hooked"]:
-        assert run["order"] == ["first sharded", "before whole", "behind whole", "after sharded"] * 2
+def test_hooks_of_a_regularizer_keep_their_order_and_lifetime(runs: Runs) -> None:
+    for run in runs["with_hooks"]:
+        assert run["order"] == ["first pre: sharded", "pre: full", "first post: full", "post: sharded"] * 2
         assert run["during"] == 4 * (STEPS + STEPS), "training and validation"
         assert run["after"] == 0
-        assert run["of others"] == SANITY_STEPS, "until it was removed"
-    by_hand = fit(None, made(Whole, [L2Init(0.3)]), None, max_epochs=1)
-    torch.testing.assert_close(runs["hooked"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
+        assert run["foreign"] == SANITY_STEPS, "until the regularizer removed it"
+    in_loss = fit(None, seeded(FullWeights, [L2Init(0.3)]), None, max_epochs=1)
+    torch.testing.assert_close(runs["with_hooks"][0]["weights"], in_loss["weights"], rtol=0, atol=1e-13)
 
 
-def test_whoever_lacks_the_memory_for_whole_weights_does_not_let_the_others_wait(runs: Runs) -> None:
-    words = "in process 1: MemoryError: no more"
-    assert runs["memory for the first task"] == [f"PeerFailedError: {words}", "MemoryError: no more"]
-    for name, who, task in (
-        ("memory for a step", "L2Init", 0),
-        ("memory for a later task", "probe", 1),
-        ("a later task half way", "probe", 1),
+def test_oom_on_one_rank_raises_on_all(runs: Runs) -> None:
+    message = "on rank 1: MemoryError: no more"
+    assert runs["gathering at the first task"] == [f"PeerFailedError: {message}", "MemoryError: no more"]
+    for name, source, task in (
+        ("gathering at a step", "L2Init", 0),
+        ("gathering at a later task", "probe", 1),
+        ("halfway through a later task", "probe", 1),
     ):
         one, other = runs[name]
         assert torch.equal(one["weights"], other["weights"])
         assert str(one["history"]) == str(other["history"])
         errors: list[dict[str, str]] = [{}, {}]
-        errors[task] = {who: words}
+        errors[task] = {source: message}
         assert [report["errors"] for report in one["history"]] == errors
-        assert [report["spectrum"] is not None for report in one["history"]] == [True, who != "probe"]
-    by_hand = fit(None, made(Whole, [L2Init(0.3)]), None)
-    torch.testing.assert_close(runs["memory for a later task"][0]["weights"], by_hand["weights"], rtol=0, atol=1e-13)
+        assert [report["spectrum"] is not None for report in one["history"]] == [True, source != "probe"]
+    in_loss = fit(None, seeded(FullWeights, [L2Init(0.3)]), None)
+    torch.testing.assert_close(runs["gathering at a later task"][0]["weights"], in_loss["weights"], rtol=0, atol=1e-13)
 
 
 ONLY_FULLY_SHARD = "shards all trainable parameters by torch.distributed.fsdp.fully_shard over the data-parallel mesh"
@@ -508,33 +518,36 @@ ONLY_FULLY_SHARD = "shards all trainable parameters by torch.distributed.fsdp.fu
     ("name", "message"),
     [
         ("tensor parallelism", r"does not work with ModelParallelStrategy\(tensor_parallel_size=2\): use"),
-        ("tensor parallelism by hand", f"{ONLY_FULLY_SHARD}.*: that is not so of net.2.weight, net.2.bias$"),
-        ("sharded in part", f"{ONLY_FULLY_SHARD}.*: that is not so of net.2.weight, .*, net.4.weight and 1 more$"),
-        ("sharded by one process", f"{ONLY_FULLY_SHARD}.*: that is not so of net.0.weight, .* and 3 more$"),
-        ("a repair", "^ShrinkPerturb cannot change weights that ModelParallelStrategy shards: what works with it is"),
-        ("a running remedy", "^SelfNormalizedReset and L2ER cannot change weights that ModelParallelStrategy shards"),
+        ("a parallelized layer", f"{ONLY_FULLY_SHARD}.*: not satisfied by net.2.weight, net.2.bias$"),
+        ("partly sharded", f"{ONLY_FULLY_SHARD}.*: not satisfied by net.2.weight, .*, net.4.weight and 1 more$"),
+        ("sharded over one rank", f"{ONLY_FULLY_SHARD}.*: not satisfied by net.0.weight, .* and 3 more$"),
+        (
+            "a repair",
+            "^ShrinkPerturb cannot change weights that ModelParallelStrategy shards: measurements work with it",
+        ),
+        ("step interventions", "^SelfNormalizedReset and L2ER cannot change weights that ModelParallelStrategy shards"),
     ],
 )
-def test_what_does_not_work_is_an_error_before_the_first_step(name: str, message: str, runs: Runs) -> None:
+def test_unsupported_sharding_is_refused_before_training(name: str, message: str, runs: Runs) -> None:
     for run in runs["refused"]:
         assert re.search(message, run[name])
 
 
-def test_a_module_that_is_not_sharded_at_all_is_refused() -> None:
-    class Unsharded(Whole):
+def test_unsharded_module_is_refused() -> None:
+    class Unsharded(FullWeights):
         def configure_model(self) -> None:
             pass
 
-    module = made(Unsharded)
+    module = seeded(Unsharded)
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
-    with pytest.raises(MisconfigurationException, match=f"{ONLY_FULLY_SHARD}.*: that is not so of net.0.weight, "):
+    with pytest.raises(MisconfigurationException, match=f"{ONLY_FULLY_SHARD}.*: not satisfied by net.0.weight, "):
         trainer(callback_with(), strategy=strategy, devices=1).fit(module, loader(None), loader(None))
     torch.distributed.destroy_process_group()
-    assert not module.seen, "it was trained on"
+    assert not module.batches, "it was trained on"
 
 
 def derived(kind: type[Any]) -> type[Any]:
-    return type(f"Own{kind.__name__}", (kind,), {})
+    return type(f"Derived{kind.__name__}", (kind,), {})
 
 
 NAMES = ["DeepSpeedStrategy", "FSDPStrategy", "SingleDeviceXLAStrategy", "XLAStrategy"]
@@ -542,19 +555,20 @@ NAMES = ["DeepSpeedStrategy", "FSDPStrategy", "SingleDeviceXLAStrategy", "XLAStr
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 @pytest.mark.parametrize("name", NAMES)
-def test_strategies_that_shard_in_other_ways_are_refused(package: str, name: str) -> None:
+def test_strategies_that_shard_otherwise_are_refused(package: str, name: str) -> None:
     kind = getattr(pytest.importorskip(f"{package}.strategies"), name)
-    for strategy in (kind.__new__(kind), derived(kind).__new__(derived(kind))):  # to build it takes hardware or library
+    # The constructors need hardware or libraries that are missing here.
+    for strategy in (kind.__new__(kind), derived(kind).__new__(derived(kind))):
         fitted = trainer()
         fitted._accelerator_connector.strategy = strategy
         with pytest.raises(
             MisconfigurationException, match=rf"not with {type(strategy).__name__}: use Trainer\(devices=1\) or"
         ):
-            callback_with().setup(fitted, Whole(), "fit")
+            callback_with().setup(fitted, FullWeights(), "fit")
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_strategies_that_are_derived_from_supported_ones_are_supported(package: str) -> None:
+def test_subclasses_of_supported_strategies_are_supported(package: str) -> None:
     strategies = pytest.importorskip(f"{package}.strategies")
     for kind in (strategies.SingleDeviceStrategy, strategies.DDPStrategy):
         assert has_full_weights(derived(kind)())

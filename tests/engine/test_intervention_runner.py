@@ -1,7 +1,6 @@
-"""Interventions in the training loop: each at its time, equal to the same done by hand, and no harm if one fails."""
+"""Check interventions in the training loop: when they act, against loops by hand, and when they fail."""
 
 import copy
-import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,32 +16,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector, interventions
+from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import (
-    DASH,
-    FIRE,
-    L2ER,
     ContinualBackprop,
-    EffectiveRankRegularizer,
-    HareTortoise,
     Intervention,
     L2Init,
-    NormalizeAndProject,
-    Parseval,
     ReDo,
     ReGraMa,
     Regularizer,
     Repair,
     RepairReport,
     Reset,
-    SelfNormalizedReset,
     ShrinkPerturb,
-    SoftShrinkPerturb,
-    SpectralRegularizer,
     StepIntervention,
-    WassersteinInit,
     WeightClipping,
 )
+from lightning_plasticity.interventions.base import InterventionContext
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+from tests.helpers.interventions import INTERVENTIONS, Row, for_each, select
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.processes import in_another_process
 from tests.helpers.usages import Quartic, half_precision
@@ -51,7 +42,7 @@ NEVER = Collapse(below=1e-9)
 
 
 class Regularized(Classifier):
-    """The same term in training_step."""
+    """Adds the term in ``training_step``."""
 
     term: Regularizer | None = None
 
@@ -73,7 +64,7 @@ class ByFusedAdam(Regularized):
 
 
 class BySparseGradients(BySGD):
-    """An embedding whose gradients are sparse."""
+    """Has an embedding with sparse gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +76,7 @@ class BySparseGradients(BySGD):
 
 
 class ByLossBackward(BySGD):
-    """Manual optimization of which Lightning is not told when gradients are added to."""
+    """Calls ``loss.backward()`` itself, which Lightning does not see."""
 
     use_pl_optimizer = True
 
@@ -103,7 +94,7 @@ class ByLossBackward(BySGD):
 
 
 class Skipping(BySGD):
-    """Trains on every other batch, as by Lightning's own example of ``optimizer_step``."""
+    """Trains on every other batch, as in Lightning's example of ``optimizer_step``."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if batch_idx % 2:
@@ -119,7 +110,7 @@ class AccumulatingItself(Skipping):
 
 
 class WithNewOptimizers(BySGD):
-    """Each epoch is trained by a new optimizer."""
+    """Creates a new optimizer for each epoch."""
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch:
@@ -145,7 +136,7 @@ def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
         pytest.param(WithNewOptimizers, {}, id="new optimizers"),
     ],
 )
-def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[Regularized], options: Any) -> None:
+def test_regularizer_counts_only_batches_with_a_loss(kind: type[Regularized], options: Any) -> None:
     ends = []
     for by_callback in (False, True):
         torch.manual_seed(0)
@@ -165,7 +156,7 @@ def test_a_regularizer_weighs_as_much_as_the_batches_that_had_a_loss(kind: type[
     assert (ends[0] - weights(plain)).abs().max() > 1e-3, "without the term it is another training"
 
 
-def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path: Path) -> None:
+def test_penalty_is_logged_every_n_steps(tmp_path: Path) -> None:
     logger = MemoryLogger()
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1)])
     module = Classifier()
@@ -176,11 +167,11 @@ def test_the_value_of_a_regularizer_is_logged_as_often_as_anything_else(tmp_path
     assert 0 < penalties[1] != first
 
 
-def test_several_of_a_kind_are_numbered_in_logs_and_reports() -> None:
-    logger, remedies = MemoryLogger(), [Counting(), Counting(fails=[2])]
+def test_interventions_of_one_kind_are_numbered_in_logs() -> None:
+    logger, interventions = MemoryLogger(), [Counting(), Counting(fails=[2])]
     repairs = [Noting(2), Noting(3)]
     terms = [Quartic(0.1), Quartic(0.2)]
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[*terms, *remedies, *repairs])
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[*terms, *interventions, *repairs])
     with pytest.warns(PlasticityWarning, match="Counting_2 failed and changed nothing, training goes on: no luck"):
         trainer(callback, logger=logger).fit(Classifier(), loader(batches=3))
     first, second = (logger.values(f"plasticity_training/{name}/penalty") for name in ("Quartic", "Quartic_2"))
@@ -193,7 +184,7 @@ def test_several_of_a_kind_are_numbered_in_logs_and_reports() -> None:
 
 
 class NotFinite(Regularizer):
-    """Fails at some of its calls."""
+    """Is not finite at some of its calls."""
 
     def __init__(self, fails: Sequence[int]) -> None:
         super().__init__(1.0)
@@ -208,7 +199,7 @@ def weights_term(model: nn.Module) -> Tensor:
     return torch.stack([p.square().sum() for p in model.parameters()]).sum()
 
 
-def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> None:
+def test_regularizer_failure_raises_at_first_then_warns() -> None:
     module = Classifier()
     before = weights(module)
     with pytest.raises(ValueError, match="a gradient is not finite"):
@@ -230,19 +221,19 @@ def test_a_regularizer_that_fails_is_an_error_at_first_and_later_left_out() -> N
 
 
 class Counting(StepIntervention):
-    """Counts what it is asked, and fails at some steps."""
+    """Records its calls, and fails at some steps."""
 
     def __init__(self, fails: Sequence[int] = ()) -> None:
         self.events: list[str] = []
         self.steps, self.fails = 0, fails
         self.handle: Any = None
 
-    def start(self, model: nn.Module, **_: Any) -> None:
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
         self.stop()
         self.events.append("start")
         self.handle = model.register_forward_pre_hook(lambda *_: None)
 
-    def after_step(self, model: nn.Module, optimizers: Any = (), **_: Any) -> RepairReport | None:
+    def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
         self.steps += 1
         if self.steps in self.fails:
             raise ValueError("no luck")
@@ -265,60 +256,62 @@ def hooks(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
-def test_a_running_remedy_starts_before_the_first_step_and_acts_after_each(tmp_path: Path) -> None:
-    remedy, module, logger = Counting(), Classifier(), MemoryLogger()
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+def test_step_intervention_starts_once_and_acts_each_step(tmp_path: Path) -> None:
+    intervention, module, logger = Counting(), Classifier(), MemoryLogger()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])
     trainer(callback, logger=logger).fit(module, loader(batches=4))
-    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"], 4, 0)
+    assert (intervention.events, intervention.steps, hooks(module)) == (["start", "stop"], 4, 0)
     assert logger.values("plasticity_training/Counting/units") == {1: 1, 2: 2, 3: 3, 4: 4}
     trainer(callback, accumulate_grad_batches=3).fit(module, loader(batches=4))
-    assert (remedy.events, remedy.steps, hooks(module)) == (["start", "stop"] * 2, 6, 0)
+    assert (intervention.events, intervention.steps, hooks(module)) == (["start", "stop"] * 2, 6, 0)
 
 
-def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
+def test_steps_skipped_by_a_gradient_scaler_do_not_count() -> None:
     class Overflowing(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
             return loss * float("inf") if batch_idx == 1 and not self.trainer.sanity_checking else loss
 
-    remedy = Counting()
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    intervention = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention], loss_fn=cross_entropy)
     trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
-    assert remedy.steps == 3
+    assert intervention.steps == 3
 
 
-def test_steps_that_a_fused_optimizer_skips_are_none() -> None:
-    """It undoes the scaling itself: its ``step`` is called, and does nothing."""
+def test_steps_skipped_by_a_fused_optimizer_do_not_count() -> None:
+    """Such an optimizer unscales gradients itself: its ``step`` is called, and does nothing."""
 
     class Overflowing(ByFusedAdam):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return Classifier.training_step(self, batch, 0) * (float("inf") if batch_idx == 1 else 1)
 
-    remedy = Counting()
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy], loss_fn=cross_entropy)
+    intervention = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention], loss_fn=cross_entropy)
     trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
-    assert remedy.steps == 3
+    assert intervention.steps == 3
 
 
 class RawOptimizer(ByLossBackward):
     use_pl_optimizer = False
 
 
-def test_a_regularizer_that_is_never_asked_says_so_once_and_running_remedies_act() -> None:
-    remedy = Counting()
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Quartic(0.1), remedy], loss_fn=cross_entropy)
+def test_raw_optimizer_steps_skip_regularizers_with_one_warning() -> None:
+    intervention = Counting()
+    callback = SpectralCollapseCallback(
+        collapse=NEVER, interventions=[Quartic(0.1), intervention], loss_fn=cross_entropy
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(callback, max_epochs=2).fit(RawOptimizer(), loader())
-    said = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
+    messages = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
     expected = "SGD was stepped without Lightning, as with use_pl_optimizer=False: step what self.optimizers() returns"
-    assert said == [f"Quartic is left out of steps, training goes on: {expected}"]
+    assert messages == [f"Quartic is left out of steps, training goes on: {expected}"]
     assert callback.history[0].errors == {"Quartic": expected}
-    assert remedy.steps == 6
+    assert intervention.steps == 6
 
 
 @pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_batch_start"])
-def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
+def test_steps_of_new_optimizers_count(when: str) -> None:
     class Renewing(Classifier):
         renewals = 0
 
@@ -327,16 +320,16 @@ def test_steps_of_optimizers_that_are_new_are_steps_too(when: str) -> None:
         self.trainer.strategy.setup_optimizers(self.trainer)
 
     setattr(Renewing, when, renew)
-    remedy, module = Counting(), Renewing()
-    fitted = trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), max_epochs=2)
+    intervention, module = Counting(), Renewing()
+    fitted = trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[intervention]), max_epochs=2)
     fitted.fit(module, loader(batches=3))
-    assert remedy.steps == 6
+    assert intervention.steps == 6
     assert module.renewals > 1
     assert not fitted.optimizers[0]._optimizer_step_post_hooks
 
 
 class Unfreezing(BaseFinetuning):
-    """Trains the head alone, and all of it from the third epoch on."""
+    """Trains the head alone, and all layers from the third epoch on."""
 
     def freeze_before_training(self, module: Any) -> None:
         self.freeze(module.net[0])
@@ -352,7 +345,7 @@ class OfWhatIsTrained(BySGD):
 
 
 class Growing(BySGD):
-    """Gets another class in the middle of a task."""
+    """Gets a fourth class in the middle of a task."""
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 2:
@@ -367,7 +360,7 @@ IN_THE_MIDDLE = pytest.mark.parametrize(
 
 
 class FromTheirBeginning(Callback):
-    """Starts a term before anything is trained: what it remembers already stays."""
+    """Starts a term before each step, which keeps the initial values that it has."""
 
     def __init__(self, term: Regularizer) -> None:
         self.term = term
@@ -377,9 +370,7 @@ class FromTheirBeginning(Callback):
 
 
 @IN_THE_MIDDLE
-def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_the_term(
-    kind: type[Regularized], others: list[Callback]
-) -> None:
+def test_regularizer_of_parameters_trained_from_mid_task_on(kind: type[Regularized], others: list[Callback]) -> None:
     ends, callback = [], SpectralCollapseCallback(collapse=NEVER, interventions=[L2Init(0.1)], loss_fn=cross_entropy)
     for term in (None, L2Init(0.1)):
         torch.manual_seed(0)
@@ -393,41 +384,40 @@ def test_a_regularizer_of_what_is_trained_only_from_the_middle_of_a_task_equals_
 
 
 @IN_THE_MIDDLE
-@pytest.mark.parametrize(
-    "make", [WassersteinInit, lambda: HareTortoise(0.9, 3), NormalizeAndProject, SoftShrinkPerturb]
-)
-def test_remedies_take_up_what_is_trained_only_from_the_middle_of_a_task(
-    make: Callable[[], Intervention], kind: type[Regularized], others: list[Callback]
+@for_each(row for row in INTERVENTIONS if row.needs == {"start"})
+def test_start_covers_parameters_trained_from_mid_task_on(
+    row: Row, kind: type[Regularized], others: list[Callback]
 ) -> None:
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[make()])
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[row.make()])
     trainer(callback, *copy.deepcopy(others), max_epochs=4).fit(kind(), loader())
     assert [report.errors for report in callback.history] == [{}]
 
 
-def test_remedies_start_again_only_for_what_is_new() -> None:
+def test_interventions_restart_only_for_new_parameters() -> None:
     class InTurn(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.net[0].requires_grad_(batch_idx % 2 == 0)
 
-    remedy, module = Counting(), InTurn()
+    intervention, module = Counting(), InTurn()
     module.net[0].requires_grad_(False)
-    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])).fit(module, loader(batches=8))
-    assert remedy.events.count("start") == 2
+    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])).fit(module, loader(batches=8))
+    assert intervention.events.count("start") == 2
 
 
-@pytest.mark.parametrize("make", [lambda: ContinualBackprop(0.3, 0), lambda: SelfNormalizedReset(cap=4)])
-def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: Callable[[], Intervention]) -> None:
+@for_each(select(StepIntervention, on_units=True))
+def test_start_failing_at_a_later_task_only_warns(row: Row) -> None:
     class Two(Classifier):
         task = 0
 
         def __init__(self) -> None:
             super().__init__()
-            self.second = nn.Linear(4, 3)  # of no hidden units
+            # This head has no hidden units.
+            self.second = nn.Linear(4, 3)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy((self.second if self.task else self.net)(batch[0]), batch[1])
 
-    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[make()], monitor=False), Two()
+    callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[row.make()], monitor=False), Two()
     trainer(callback).fit(module, loader())
     module.task = 1
     with pytest.warns(
@@ -439,12 +429,12 @@ def test_a_remedy_that_cannot_start_at_a_later_task_does_not_end_the_run(make: C
     assert (len(callback.history), hooks(module)) == (3, 0)
 
 
-def test_a_running_remedy_that_fails_is_warned_of_and_training_goes_on() -> None:
-    remedy, module = Counting(fails=[2]), Classifier()
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+def test_failing_step_intervention_only_warns() -> None:
+    intervention, module = Counting(fails=[2]), Classifier()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])
     with pytest.warns(PlasticityWarning, match="Counting failed and changed nothing, training goes on: no luck"):
         trainer(callback).fit(module, loader(batches=4))
-    assert remedy.steps == 4
+    assert intervention.steps == 4
 
 
 def compiled_before(module: Classifier) -> None:
@@ -458,43 +448,43 @@ def in_evaluation_mode(module: Classifier) -> None:
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 @pytest.mark.parametrize("deafened", [compiled_before, in_evaluation_mode])
-def test_a_running_remedy_that_hears_nothing_is_warned_of(deafened: Callable[[Classifier], None]) -> None:
+def test_hooks_that_never_run_warn(deafened: Callable[[Classifier], None]) -> None:
     module = Classifier()
     deafened(module)
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ContinualBackprop(0.3, 0)])
-    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*hears nothing"):
+    with pytest.warns(PlasticityWarning, match="ContinualBackprop failed and changed nothing.*recorded no activations"):
         trainer(callback).fit(module, loader())
-    assert "hears nothing" in callback.history[0].errors["ContinualBackprop"]
+    assert "recorded no activations" in callback.history[0].errors["ContinualBackprop"]
 
 
-def test_nothing_is_left_in_the_module_when_training_fails() -> None:
+def test_hooks_are_removed_when_training_fails() -> None:
     class Failing(Classifier):
         def on_train_batch_end(self, *_: Any) -> None:
             raise RuntimeError("out of luck")
 
-    remedy, module = Counting(), Failing()
+    intervention, module = Counting(), Failing()
     with pytest.raises(RuntimeError, match="out of luck"):
-        trainer(SpectralCollapseCallback(interventions=[remedy])).fit(module, loader())
-    assert (remedy.events, hooks(module)) == (["start", "stop"], 0)
+        trainer(SpectralCollapseCallback(interventions=[intervention])).fit(module, loader())
+    assert (intervention.events, hooks(module)) == (["start", "stop"], 0)
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
 class Noting(Repair):
-    """Notes when it is called, and changes one weight."""
+    """Resets one layer."""
 
     def __init__(self, when: Any, fails: bool = False) -> None:
         super().__init__(when)
         self.fails = fails
 
-    def changes(self, model: nn.Module, request: Any) -> Any:
-        return Reset(["net.2"]).changes(model, request)
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        return Reset(["net.2"]).plan(model, context)
 
 
 @pytest.mark.parametrize(
     ("when", "by_task"),
     [("task", [[], [8], [16]]), (5, [[5], [10, 15], [20]]), (8, [[8], [16], [24]]), ("collapse", [[], [], []])],
 )
-def test_repairs_are_done_when_they_are_asked_for(when: Any, by_task: list[list[int]]) -> None:
+def test_repairs_run_on_their_occasions(when: Any, by_task: list[list[int]]) -> None:
     callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[Noting(when)]), Classifier()
     for _ in range(3):
         trainer(callback, max_epochs=2).fit(module, loader(batches=4))
@@ -502,13 +492,13 @@ def test_repairs_are_done_when_they_are_asked_for(when: Any, by_task: list[list[
 
 
 @pytest.mark.parametrize("when", ["never", "steps", 0, -3, 1.5, True, None])
-def test_other_times_are_refused(when: Any) -> None:
+def test_other_values_of_when_are_refused(when: Any) -> None:
     with pytest.raises(ValueError, match=rf"ReDo\(when={when!r}\) must be 'collapse' or 'task' or a number"):
         ReDo(when=when)
 
 
 class Busy(Classifier):
-    """A training_step that leaves traces."""
+    """Has a ``training_step`` with side effects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,9 +513,7 @@ class Busy(Classifier):
 
 
 @pytest.mark.parametrize("intervention", [ReDo(), ReGraMa(0.1)], ids=lambda i: i.name)
-def test_units_are_recycled_at_a_collapse_as_by_hand_and_training_step_leaves_no_traces(
-    intervention: ReDo | ReGraMa, tmp_path: Path
-) -> None:
+def test_unit_reset_at_collapse_equals_one_by_hand(intervention: ReDo | ReGraMa, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, logger = Busy(), MemoryLogger()
     callback = SpectralCollapseCallback(collapse=Collapse(below=1, relative_to=None), interventions=[intervention])
@@ -553,7 +541,7 @@ def test_units_are_recycled_at_a_collapse_as_by_hand_and_training_step_leaves_no
     assert torch.equal(weights(module), weights(by_hand))
 
 
-def test_units_are_recycled_every_so_many_steps() -> None:
+def test_units_are_reset_every_n_steps() -> None:
     torch.manual_seed(0)
     module = Busy()
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ReDo(threshold=0.5, when=2)])
@@ -564,7 +552,7 @@ def test_units_are_recycled_every_so_many_steps() -> None:
     assert module.calls == 5
 
 
-def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path) -> None:
+def test_step_interventions_resume_from_a_checkpoint(tmp_path: Path) -> None:
     def callback(*interventions: Intervention) -> SpectralCollapseCallback:
         return SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
 
@@ -585,45 +573,13 @@ def test_what_runs_along_goes_on_where_the_checkpoint_was_written(tmp_path: Path
     assert other.steps == 3
 
 
-def test_what_is_no_intervention_of_a_known_kind_is_refused() -> None:
+def test_interventions_of_unknown_kinds_are_refused() -> None:
     with pytest.raises(TypeError, match="must hold instances of Repair, StepIntervention or Regularizer"):
         SpectralCollapseCallback(interventions=[Intervention()])
 
 
-EVERY_ONE: list[Callable[[], Intervention]] = [
-    lambda: ReDo(threshold=0.5, when="task"),
-    lambda: ReGraMa(threshold=0.5, when=4),
-    lambda: Reset(last=1, when=4),
-    lambda: ShrinkPerturb(0.1, when=3),
-    lambda: FIRE(when="task"),
-    lambda: DASH(when="task"),
-    lambda: ContinualBackprop(replacement_rate=0.2, maturity_threshold=2),
-    lambda: SelfNormalizedReset(rejection=0.5),
-    lambda: WeightClipping(kappa=0.3),
-    NormalizeAndProject,
-    lambda: HareTortoise(every_n_steps=4),
-    SoftShrinkPerturb,
-    SpectralRegularizer,
-    Parseval,
-    L2Init,
-    WassersteinInit,
-    lambda: EffectiveRankRegularizer(every_n_samples=12),
-    lambda: L2ER(every_n_samples=12),  # an epoch: batches that wait are not kept in a checkpoint
-]
-
-
-def test_every_intervention_is_tried_in_the_loop_and_has_a_row_in_the_documentation() -> None:
-    kinds = [getattr(interventions, name) for name in interventions.__all__]
-    concrete = {k for k in kinds if isinstance(k, type) and issubclass(k, Repair | StepIntervention | Regularizer)}
-    concrete -= {Repair, StepIntervention, Regularizer}
-    assert {type(make()) for make in EVERY_ONE} == concrete
-    table = (Path(__file__).parents[2] / "docs" / "interventions.md").read_text()
-    rows = [line.split("|")[1].strip(" `") for line in table.splitlines() if line.count("|") == 8]
-    assert rows[2:] == [kind.__name__ for kind in (type(make()) for make in EVERY_ONE)]
-
-
 class Deep(Busy):
-    """Some of its units are silent most of the time."""
+    """Has units that are inactive most of the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -632,10 +588,8 @@ class Deep(Busy):
             self.net[0].bias -= 0.8
 
 
-@pytest.mark.parametrize("make", EVERY_ONE, ids=lambda make: make().name)
-def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
-    make: Callable[[], Intervention], tmp_path: Path
-) -> None:
+@for_each(INTERVENTIONS)
+def test_every_intervention_acts_leaves_no_hooks_and_resumes(row: Row, tmp_path: Path) -> None:
     def fit(epochs: int, intervention: Intervention | None, path: Path | None = None) -> tuple[Deep, Any, Any]:
         torch.manual_seed(0)
         module = Deep()
@@ -652,28 +606,23 @@ def test_every_intervention_acts_in_the_loop_leaves_nothing_behind_and_resumes(
         return module, callback, fitted
 
     plain, _, _ = fit(6, None)
-    whole, first, _ = fit(6, make())
+    whole, first, _ = fit(6, row.make())
     assert not torch.equal(weights(whole), weights(plain)), "it did nothing"
     assert whole.calls == plain.calls
     assert hooks(whole) == hooks(plain)
-    fit(3, make())
+    fit(3, row.make())
     torch.load(tmp_path / "last.ckpt", weights_only=True)
-    resumed, second, _ = fit(6, make(), tmp_path / "last.ckpt")
+    resumed, second, _ = fit(6, row.make(), tmp_path / "last.ckpt")
     assert torch.equal(weights(resumed), weights(whole))
     assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
 
 
-def everything() -> list[Intervention]:
-    """One of each kind, with its defaults but for when it acts."""
-    kinds = [kind for name in interventions.__all__ if inspect.isclass(kind := getattr(interventions, name))]
-    remedies = [kind for kind in kinds if issubclass(kind, Intervention) and not inspect.isabstract(kind)]
-    return [kind() for kind in remedies if kind not in (Intervention, StepIntervention)]
-
-
 @pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: Callable[[Any], Any]) -> None:
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=everything(), monitor_every_n_steps=1)
+def test_callback_can_be_copied_and_pickled(make_copy: Callable[[Any], Any]) -> None:
+    callback = SpectralCollapseCallback(
+        collapse=NEVER, interventions=[row.kind() for row in INTERVENTIONS], monitor_every_n_steps=1
+    )
     ends = []
     for _ in range(2):
         callback = make_copy(callback)
@@ -684,21 +633,21 @@ def test_a_callback_can_be_copied_and_pickled_before_and_after_a_fit(make_copy: 
     assert [report.errors for report in callback.history] == [{}, {}]
 
 
-def test_a_copy_made_while_training_takes_nothing_away() -> None:
+def test_copies_made_in_training_keep_the_original_hooks() -> None:
     class Copying(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            copy.deepcopy(remedy).stop()
+            copy.deepcopy(intervention).stop()
 
     ends = []
     for others in ([], [Copying()]):
         torch.manual_seed(0)
-        module, remedy = Classifier(), ContinualBackprop(0.5, 0)
-        trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[remedy]), *others).fit(module, loader(8))
+        module, intervention = Classifier(), ContinualBackprop(0.5, 0)
+        trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[intervention]), *others).fit(module, loader(8))
         ends.append(weights(module))
     assert torch.equal(*ends)
 
 
-def test_an_optimizer_of_frozen_parameters_is_left_alone() -> None:
+def test_optimizers_of_frozen_parameters_are_not_regularized() -> None:
     class HalfFrozen(Classifier):
         automatic_optimization = False
 
@@ -725,7 +674,7 @@ def test_an_optimizer_of_frozen_parameters_is_left_alone() -> None:
     assert not torch.equal(module.net[2].weight, before[1])
 
 
-def test_without_optimizer_there_is_nothing_to_regularize() -> None:
+def test_regularizer_without_optimizer_does_nothing() -> None:
     class Still(Classifier):
         def configure_optimizers(self) -> None:  # type: ignore[override]
             pass
@@ -736,19 +685,20 @@ def test_without_optimizer_there_is_nothing_to_regularize() -> None:
     assert callback.history[0].errors == {}
 
 
-@pytest.mark.parametrize("remedy", [ContinualBackprop(), SelfNormalizedReset(), SoftShrinkPerturb(seed=3)])
-def test_remedies_with_random_numbers_can_be_sent_to_a_process(remedy: StepIntervention) -> None:
-    """As ``strategy="ddp_spawn"`` does."""
-    assert in_another_process(state_of, remedy) == state_of(remedy)
+@for_each(row for row in INTERVENTIONS if "seed" in row.annotations)
+def test_interventions_with_random_numbers_can_be_pickled(row: Row) -> None:
+    """``strategy="ddp_spawn"`` sends them to another process."""
+    intervention = row.make(seed=3)
+    assert in_another_process(generator_state, intervention) == generator_state(intervention)
 
 
-def state_of(remedy: StepIntervention) -> list[int]:
-    state: list[int] = remedy.state_dict()["generator"].tolist()
+def generator_state(intervention: StepIntervention) -> list[int]:
+    state: list[int] = intervention.state_dict()["generator"].tolist()
     return state
 
 
 class HoldingMoments(torch.optim.lr_scheduler.LRScheduler):
-    """A schedule that looks at what the optimizer remembers."""
+    """A scheduler that refers to the optimizer state."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.moments = optimizer.state
@@ -758,7 +708,7 @@ class HoldingMoments(torch.optim.lr_scheduler.LRScheduler):
         return list(self.base_lrs)
 
 
-def test_an_optimizer_forgets_what_is_reset_although_a_schedule_holds_its_state() -> None:
+def test_state_is_reset_although_a_scheduler_refers_to_it() -> None:
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
@@ -775,7 +725,7 @@ def test_an_optimizer_forgets_what_is_reset_although_a_schedule_holds_its_state(
     assert remembered == [4, 0, 4, 0]
 
 
-def test_layers_that_are_trained_in_turn_keep_their_ages_while_they_are_frozen() -> None:
+def test_frozen_layers_keep_their_ages() -> None:
     class InTurn(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -786,20 +736,20 @@ def test_layers_that_are_trained_in_turn_keep_their_ages_while_they_are_frozen()
             self.net[0].requires_grad_(first)
             self.net[3].requires_grad_(not first)
 
-    remedy, ages = ContinualBackprop(replacement_rate=1e-6), []
+    intervention, ages = ContinualBackprop(replacement_rate=1e-6), []
 
     class Look(Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
-            ages.append({layer: int(record["age"].max()) for layer, record in remedy._records.items()})
+            ages.append({layer: int(record["age"].max()) for layer, record in intervention._records.items()})
 
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[remedy])
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])
     trainer(callback, Look(), max_epochs=4).fit(InTurn(), loader(batches=4))
     assert [own["net.0"] for own in ages] == [4, 4, 8, 8]
     assert [own.get("net.3.0", 0) for own in ages][1::2] == [4, 8]
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As some from elsewhere: its constructor does not call that of torch."""
+    """Wraps an optimizer without calling the constructor of torch, as some libraries do."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups
@@ -812,7 +762,7 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
 
-def test_an_optimizer_that_takes_no_hooks_is_no_hindrance_to_regularizers_and_refused_for_running_remedies() -> None:
+def test_optimizers_without_hooks_allow_only_regularizers() -> None:
     class ByHand(Classifier):
         def __init__(self) -> None:
             super().__init__()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.engine.monitoring import StepMonitor
+from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics.monitor import MEASURES
 from lightning_plasticity.reporting.errors import ErrorLog
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer
@@ -167,7 +168,7 @@ def test_a_collapse_of_the_features_can_be_watched() -> None:
     ("arguments", "error", "message"),
     [
         ({"monitor": "yes"}, TypeError, "monitor='yes' must be True, False or a PlasticityMonitor"),
-        ({"monitor_every_n_steps": 0}, ValueError, "monitor_every_n_steps=0 must be a whole number, 1 or larger"),
+        ({"monitor_every_n_steps": 0}, ValueError, "monitor_every_n_steps=0 must be a whole number, at least 1"),
         ({"monitor": False, "monitor_every_n_steps": 5}, ValueError, "with monitor=False: there is no monitor"),
     ],
 )
@@ -304,6 +305,6 @@ def test_names_that_can_match_nothing_end_a_run_at_once() -> None:
     with pytest.raises(ValueError, match=r"layers=\['1'\] can match nothing in Classifier, .*\['net'\]"):
         trainer(SpectralCollapseCallback(monitor=monitor)).fit(module, loader())
     step_monitor = StepMonitor(monitor, 1, ErrorLog())
-    with pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: layers=\['1'\] can match nothing"):
+    with pytest.raises(MisconfigurationError, match=r"monitor_every_n_steps: layers=\['1'\] can match nothing"):
         step_monitor.begin(module, 0)
     assert hooks(module) == 0

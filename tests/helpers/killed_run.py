@@ -1,4 +1,4 @@
-"""A run that kills itself at a chosen moment, and the same run resumed: what happens in the child processes."""
+"""Define a run for a child process that kills itself at a chosen moment, and that resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EPOCHS, BATCHES, EPOCHS_OF_A_TASK = 6, 8, 2
 
 
 class Epoch:
-    """The batches of one epoch: they depend on their number only. A checkpoint says how many have been taken."""
+    """The batches of one epoch, which depend on their index only; its state is the number of batches taken."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch, self.taken = epoch, 0
@@ -75,10 +75,11 @@ class Model(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def callback() -> SpectralCollapseCallback:
-    """Everything at once that has a state."""
+def make_callback() -> SpectralCollapseCallback:
+    """Return a callback with all interventions that have a state."""
     return SpectralCollapseCallback(
-        collapse=Collapse(below=1, relative_to=None),  # always
+        # Every task is a collapse.
+        collapse=Collapse(below=1, relative_to=None),
         task_detector=TaskDetector(every_n_epochs=EPOCHS_OF_A_TASK),
         monitor_every_n_steps=5,
         interventions=[
@@ -93,38 +94,38 @@ def callback() -> SpectralCollapseCallback:
 
 
 class Killer(Callback):
-    """Kills the process in one hook of one batch, as in ``"on_after_backward 17"``; batches count from 1."""
+    """Kills the process in a hook of a batch, such as ``"on_after_backward 17"``; batches count from 1."""
 
     def __init__(self, moment: str) -> None:
         self._hook, _, batch = moment.partition(" ")
         self._batch = int(batch)
-        self._seen = 0
+        self._current_batch = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._seen += 1
-        self._maybe("on_train_batch_start")
+        self._current_batch += 1
+        self._kill_in("on_train_batch_start")
 
     def on_after_backward(self, *_: Any) -> None:
-        self._maybe("on_after_backward")
+        self._kill_in("on_after_backward")
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        self._maybe("on_before_optimizer_step")
+        self._kill_in("on_before_optimizer_step")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._maybe("on_train_batch_end")
+        self._kill_in("on_train_batch_end")
 
-    def _maybe(self, hook: str) -> None:
-        if hook == self._hook and self._seen == self._batch:
+    def _kill_in(self, hook: str) -> None:
+        if hook == self._hook and self._current_batch == self._batch:
             kill()
 
 
 def kill() -> None:
-    """As ``kill -9`` from outside, or the out-of-memory killer."""
+    """Send SIGKILL, as the out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_at_call(owner: Any, name: str, number: int) -> Any:
-    """Kills the process in the ``number``-th call of a function, after its work and before anybody knows."""
+    """Patch a function to kill the process in its ``number``-th call, after its work and before it returns."""
     function, calls = getattr(owner, name), 0
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -138,45 +139,44 @@ def killed_at_call(owner: Any, name: str, number: int) -> Any:
     return patch.object(owner, name, wrapper)
 
 
-INSIDE: dict[str, Callable[[int], Any]] = {
+KILLED_CALLS: dict[str, Callable[[int], Any]] = {
     "probe": lambda number: killed_at_call(GGNProbe, "measure", number),
-    "repair": lambda number: killed_at_call(
-        updates, "reset_state", number
-    ),  # weights and optimizers are new, counts are not
+    # Weights and optimizer state are new at this point, the callback's counts are not.
+    "repair": lambda number: killed_at_call(updates, "reset_state", number),
     "checkpoint": lambda number: killed_at_call(Trainer, "save_checkpoint", number),
 }
 
 
-def only_weights() -> dict[str, bool]:
-    """That a checkpoint is loaded as plain Python and tensors, where Lightning (2.6) can be told so."""
+def weights_only_option() -> dict[str, bool]:
+    """Return the option of ``Trainer.fit`` (Lightning 2.6) that loads only tensors and plain Python objects."""
     return {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 
 
 def run(folder: Path, moment: str | None, every_n_train_steps: int | None = None) -> None:
-    """Trains from the newest checkpoint in ``folder`` or from scratch; writes what came out, unless killed."""
+    """Train from the newest checkpoint in ``folder`` or from scratch, and save the result there unless killed."""
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model, plasticity, logger = Model(), callback(), MemoryLogger()
-    saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=every_n_train_steps)
-    last, inside = folder / "last.ckpt", contextlib.nullcontext()
+    model, plasticity, logger = Model(), make_callback(), MemoryLogger()
+    checkpointing = ModelCheckpoint(folder, save_last=True, every_n_train_steps=every_n_train_steps)
+    last, killed_call = folder / "last.ckpt", contextlib.nullcontext()
     others: list[Callback] = []
     if moment is not None:
         where, _, number = moment.partition(" ")
-        if where in INSIDE:
-            inside = INSIDE[where](int(number))
+        if where in KILLED_CALLS:
+            killed_call = KILLED_CALLS[where](int(number))
         else:
             others = [Killer(moment)]
     options: dict[str, Any] = {"max_epochs": EPOCHS, "reload_dataloaders_every_n_epochs": 1, "logger": logger}
-    fitted = trainer(plasticity, *others, saver, enable_checkpointing=True, **options)
-    with inside:
-        fitted.fit(model, ckpt_path=last if last.exists() else None, **only_weights())
+    pl_trainer = trainer(plasticity, *others, checkpointing, enable_checkpointing=True, **options)
+    with killed_call:
+        pl_trainer.fit(model, ckpt_path=last if last.exists() else None, **weights_only_option())
     result = {
         "callback": plasticity.state_dict(),
         "weights": model.state_dict(),
-        "optimizer": fitted.optimizers[0].state_dict(),
-        "schedule": fitted.lr_scheduler_configs[0].scheduler.state_dict(),
+        "optimizer": pl_trainer.optimizers[0].state_dict(),
+        "schedule": pl_trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "logged": logger.rows,
     }
     torch.save(result, folder / "result.pt")

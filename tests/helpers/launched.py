@@ -1,4 +1,7 @@
-"""Train in two processes that Lightning launches: ``python -m tests.helpers.launched STRATEGY NET FOLDER [...]``."""
+"""Train on two ranks that Lightning launches.
+
+Usage: ``python -m tests.helpers.launched STRATEGY NET FOLDER [with_callback]``.
+"""
 
 import random
 import sys
@@ -13,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import Collapse, SpectralCollapseCallback
 from tests.helpers import usages
 from tests.helpers.modules import trainer
-from tests.helpers.usages import Busy
+from tests.helpers.usages import StatefulClassifier
 
 
-class Saved(Busy):
-    """Leaves in a folder what each process ends with."""
+class SavingFinalState(StatefulClassifier):
+    """Saves the final state of its rank to a folder."""
 
     def __init__(self, net: str, folder: Path) -> None:
         super().__init__(getattr(usages, net)())
@@ -45,7 +48,7 @@ def main(strategy: str, net: str, folder: Path, *, with_callback: bool) -> None:
     data = TensorDataset(torch.randn(40, 1, 6, 6), torch.randint(3, (40,)))
     options: dict[str, Any] = {"strategy": strategy, "devices": 2, "max_epochs": 2, "logger": CSVLogger(folder)}
     trainer(*[callback] * with_callback, **options).fit(
-        Saved(net, folder), DataLoader(data, batch_size=8, shuffle=True)
+        SavingFinalState(net, folder), DataLoader(data, batch_size=8, shuffle=True)
     )
 
 

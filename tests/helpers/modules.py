@@ -1,4 +1,4 @@
-"""LightningModules, loaders and Trainers for the tests."""
+"""Define the LightningModules, loaders, loggers and Trainers that the tests share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import SpectralCollapseCallback
+from lightning_plasticity import Collapse, SpectralCollapseCallback
+
+NEVER = Collapse(below=1e-9)
+"""A rule under which no task of these tests is a collapse."""
 
 
 class Classifier(LightningModule):
-    """A small classifier that knows nothing of the callback."""
+    """A small classifier without any reference to the callback."""
 
     def __init__(self, lr: float = 1e-2) -> None:
         super().__init__()
@@ -30,20 +33,29 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
-class LoggingByItself(Classifier):
-    """Has a logger of its own."""
+class FirstBatchRecorder(Classifier):
+    """Records the first batch of each fit, and the weights before its step."""
 
-    def __init__(self, own: Logger) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and self.current_epoch == 0:
+            self.first_batch = [tensor.clone() for tensor in batch]
+            self.first_state = {name: value.clone() for name, value in self.state_dict().items()}
+
+
+class DirectLogging(Classifier):
+    """Writes to a logger that the Trainer does not know."""
+
+    def __init__(self, direct_logger: Logger) -> None:
         super().__init__()
-        self.own = own
+        self.direct_logger = direct_logger
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.own.log_metrics({"x": 1.0}, step=self.trainer.global_step)
+        self.direct_logger.log_metrics({"x": 1.0}, step=self.trainer.global_step)
         return super().training_step(batch, batch_idx)
 
 
 class MemoryLogger(Logger):
-    """Keeps what it is given (CSVLogger forgets what it has written)."""
+    """Keeps all rows in memory; ``CSVLogger`` drops those that it has written."""
 
     name, version = "memory", 0
 
@@ -58,11 +70,16 @@ class MemoryLogger(Logger):
         pass
 
     def values(self, name: str) -> dict[int, float]:
-        """The values of one name by step."""
+        """Return the logged values of one metric, by step."""
         return {round(row["step"]): row[name] for row in self.rows if name in row}
 
 
+def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
 def loader(batches: int = 3, size: int = 4, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    """Return shuffled batches of random inputs of shape ``(size, 4)`` with labels of three classes."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batches * size, 4, generator=generator)
     y = torch.randint(3, (batches * size,), generator=generator)
@@ -70,6 +87,7 @@ def loader(batches: int = 3, size: int = 4, seed: int = 0) -> DataLoader[tuple[T
 
 
 def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    """Return a quiet Trainer for one epoch on the CPU."""
     defaults: dict[str, Any] = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -83,8 +101,10 @@ def trainer(*callbacks: Callback, **options: Any) -> Trainer:
 
 
 def weights(module: nn.Module) -> Tensor:
+    """Return a copy of all parameters as one flat vector."""
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()
 
 
 def tasks_seen(callback: SpectralCollapseCallback) -> list[tuple[int, int | str | None, int]]:
+    """Return ``(task, task_id, step)`` of every report."""
     return [(report.task, report.task_id, report.step) for report in callback.history]

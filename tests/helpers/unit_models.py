@@ -1,4 +1,4 @@
-"""Models whose units the tests recycle, each with inputs and with what there is to be recycled."""
+"""Models for tests of units, each with the shape of its inputs and the expected units."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Model:
     """A model of the table.
 
     Args:
-        name: Its name.
-        build: Makes the module.
-        shape: Of its input.
-        groups: Number of units of each layer that has some to be recycled, and the consumers of them.
-        excluded: A part of the reason, by name of the layer.
+        name: Name in the ids of tests.
+        build: Builds the module.
+        shape: Shape of its input.
+        groups: Number of resettable units and names of their consumers, by name of the layer.
+        excluded: A part of the reason why a layer has no such units, by its name.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Model:
 
 
 class Functional(nn.Module):
-    """Attributes that are registered in another order than they are called in, and functional activations."""
+    """Registers its layers in another order than it calls them, and uses functional activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TwoHeads(nn.Module):
 
 
 class DetachedHead(TwoHeads):
-    """No graph leads to the second head."""
+    """Detaches the second head from the graph."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = F.relu(self.trunk(x))
@@ -59,7 +59,7 @@ class DetachedHead(TwoHeads):
 
 
 class Residual(nn.Module):
-    """Adds its input, which is in no graph."""
+    """Adds its input, which has no graph, to the units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18, narrow and for small images."""
+    """A narrow ResNet-18 for small images."""
 
     def __init__(self, width: int = 4, blocks: tuple[int, ...] = (2, 2, 2, 2), classes: int = 3) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Gru(nn.Module):
 
 
 class BothWays(nn.Module):
-    """A recurrent layer that puts its directions together itself, and whose inputs no layer made."""
+    """Starts with a bidirectional recurrent layer, which concatenates its directions itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class BothWays(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer twice."""
+    """Calls one layer twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Shared(nn.Module):
 
 
 class Tied(nn.Module):
-    """The same weight in an embedding and as logits, and one used without its layer."""
+    """Uses one weight as embedding and for logits, without the call of a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Gated(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """Two layers side by side, and the input, read by one."""
+    """Concatenates two layers for a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Concatenated(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """Flattens as Flax does: channels vary fastest."""
+    """Flattens with channels varying fastest, as Flax does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class ChannelsLast(nn.Module):
 
 
 class Softmaxed(nn.Module):
-    """Units that compete without any layer to show it."""
+    """Couples its units by a functional softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def frozen() -> nn.Module:
     return model
 
 
-RESNET_SITES = {f"layers.{i}.conv1": (4 * 2 ** (i // 2), (f"layers.{i}.conv2",)) for i in range(8)}
+RESNET_GROUPS = {f"layers.{i}.conv1": (4 * 2 ** (i // 2), (f"layers.{i}.conv2",)) for i in range(8)}
 
 MODELS = [
     Model(
@@ -268,7 +268,7 @@ MODELS = [
         "resnet",
         ResNet,
         (2, 3, 8, 8),
-        RESNET_SITES,
+        RESNET_GROUPS,
         {"conv1": "residual stream", "layers.0.conv2": "residual stream", "layers.2.downsample.0": "residual stream"},
     ),
     Model(

@@ -1,4 +1,4 @@
-"""The ways in which people use Lightning, and the networks that they train, for what has to hold in all of them."""
+"""Define the networks and the ways to use Lightning over which the training tests are parametrised."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-class Rows(nn.Module):
-    """Takes an image for a sequence of its rows, and classifies by the last output."""
+class RowSequenceClassifier(nn.Module):
+    """Reads an image as the sequence of its rows, and classifies the last output."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -47,15 +47,16 @@ class Rows(nn.Module):
 
 
 def transformer() -> nn.Module:
-    return Rows(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.2, batch_first=True))  # scaled dot product attention
+    """Return a classifier with scaled dot product attention."""
+    return RowSequenceClassifier(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.2, batch_first=True))
 
 
 def gru() -> nn.Module:
-    return Rows(nn.GRU(6, 5, num_layers=2, dropout=0.2, batch_first=True))
+    return RowSequenceClassifier(nn.GRU(6, 5, num_layers=2, dropout=0.2, batch_first=True))
 
 
 class Quartic(Regularizer):
-    """A term whose gradient depends on where it is taken."""
+    """The penalty ``coefficient * sum(p**4)``, whose gradient depends on the weights."""
 
     def penalty(self, model: nn.Module) -> Tensor:
         return self.coefficient * torch.stack([p.float().pow(4).sum() for p in model.parameters()]).sum()
@@ -64,11 +65,11 @@ class Quartic(Regularizer):
 NETS = (mlp, convolutional, transformer, gru)
 
 
-class Busy(LightningModule):
-    """Everything in a training_step that a careless probe would disturb."""
+class StatefulClassifier(LightningModule):
+    """Changes every kind of state in ``training_step`` that a careless probe would disturb."""
 
     term: Regularizer | None = None
-    """A regularizer written into the loss."""
+    """A regularizer that ``training_step`` adds to the loss."""
 
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
 
@@ -76,7 +77,8 @@ class Busy(LightningModule):
         super().__init__()
         self.net = net
         self.accuracy = MulticlassAccuracy(3)
-        self.tally = MulticlassAccuracy(3)  # Lightning does not reset it, since it is not logged
+        # Lightning does not reset this metric, since it is not logged.
+        self.tally = MulticlassAccuracy(3)
         self.outputs: list[Tensor] = []
         self.steps_seen = 0
         self.noise: list[float] = []
@@ -92,13 +94,15 @@ class Busy(LightningModule):
         x, y = self.inputs_and_labels(batch)
         logits = self.logits(x)
         loss = F.cross_entropy(logits, y)
-        self.take_notes(loss, logits, y)
+        self.record_step(loss, logits, y)
         return {"loss": loss if self.term is None else loss + self.term.penalty(self)}
 
-    def take_notes(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+    def record_step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Update metrics, counters and lists, draw random numbers, and log."""
         self.accuracy(logits, y)
         self.tally.update(logits, y)
-        self.outputs.append(loss)  # with its graph
+        # The loss is kept with its graph on purpose.
+        self.outputs.append(loss)
         self.steps_seen += 1
         self.noise.append(random.random() + float(np.random.rand()))  # noqa: NPY002
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True, batch_size=len(y))
@@ -113,14 +117,14 @@ class Busy(LightningModule):
         return self.make_optimizer(self.parameters(), lr=1e-2)
 
 
-def data_loss(module: Busy, batch: Any) -> Tensor:
-    """The loss without anything else."""
+def data_loss(module: StatefulClassifier, batch: Any) -> Tensor:
+    """Return the cross-entropy, without the regularizer and without any side effect on metrics or loggers."""
     x, y = module.inputs_and_labels(batch)
     return F.cross_entropy(module.logits(x), y)
 
 
-class ByHand(Busy):
-    """Two optimizers in turn."""
+class ManualOptimization(StatefulClassifier):
+    """Steps two optimizers in turn, each on its own loss."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -138,32 +142,34 @@ class ByHand(Busy):
         return [self.make_optimizer([first], lr=1e-2), torch.optim.SGD(others, lr=0.1)]
 
 
-class ByLBFGS(Busy):
+class LBFGSOptimization(StatefulClassifier):
+    """Evaluates ``training_step`` several times a batch."""
+
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
 
-class Compilable(Busy):
-    """Takes its notes after the step: torch (2.13) cannot compile Lightning's ``log``."""
+class Compilable(StatefulClassifier):
+    """Records a step after it has ended: torch (2.13) cannot compile Lightning's ``log``."""
 
-    noted: tuple[Tensor, Tensor, Tensor] | None = None
+    last_step: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def take_notes(self, *noted: Tensor) -> None:
-        self.noted = noted
+    def record_step(self, *last_step: Tensor) -> None:
+        self.last_step = last_step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().take_notes(*self.noted)
+        super().record_step(*self.last_step)
 
 
-class Checkpointed(Busy):
-    """Keeps no activations: they are computed again in the backward pass."""
+class ActivationCheckpointing(StatefulClassifier):
+    """Recomputes activations in the backward pass instead of storing them."""
 
     def logits(self, x: Tensor) -> Tensor:
         return checkpoint(self.net, x, use_reentrant=False)
 
 
-class Truncated(Busy):
-    """Is given dicts, and carries something from one batch to the next, as truncated backpropagation through time."""
+class TruncatedBPTT(StatefulClassifier):
+    """Takes dicts, and carries a state between batches as truncated backpropagation through time does."""
 
     carried: Tensor | None = None
 
@@ -178,16 +184,16 @@ class Truncated(Busy):
         return logits
 
 
-class Combined(Busy):
-    """Is given batches of two loaders."""
+class CombinedBatches(StatefulClassifier):
+    """Takes batches of two loaders at once."""
 
     def inputs_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
         (x, y), (more_x, more_y) = batch["one"], batch["other"]
         return torch.cat([x, more_x]), torch.cat([y, more_y])
 
 
-class Stream(IterableDataset[Any]):
-    """Knows no length, and draws its order itself."""
+class StreamDataset(IterableDataset[Any]):
+    """Shuffles the samples itself, and has no length."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -196,25 +202,25 @@ class Stream(IterableDataset[Any]):
         return (self.data[int(index)] for index in torch.randperm(len(self.data)))
 
 
-def batches(data: TensorDataset) -> Any:
+def tensor_loader(data: TensorDataset) -> Any:
     return DataLoader(data, batch_size=8, shuffle=True)
 
 
-def dicts(data: TensorDataset) -> Any:
-    def named(samples: list[Any]) -> dict[str, Tensor]:
+def dict_loader(data: TensorDataset) -> Any:
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
         return dict(zip("xy", default_collate(samples), strict=True))
 
-    return DataLoader(data, batch_size=8, shuffle=True, collate_fn=named)
+    return DataLoader(data, batch_size=8, shuffle=True, collate_fn=collate)
 
 
-def two_loaders(data: TensorDataset) -> Any:
-    some = TensorDataset(*data[:8])
-    loaders = {"one": batches(data), "other": DataLoader(some, batch_size=4, shuffle=True)}
+def combined_loader(data: TensorDataset) -> Any:
+    subset = TensorDataset(*data[:8])
+    loaders = {"one": tensor_loader(data), "other": DataLoader(subset, batch_size=4, shuffle=True)}
     return CombinedLoader(loaders, "max_size_cycle")
 
 
-def stream(data: TensorDataset) -> Any:
-    return DataLoader(Stream(data), batch_size=8)
+def stream_loader(data: TensorDataset) -> Any:
+    return DataLoader(StreamDataset(data), batch_size=8)
 
 
 def half_precision() -> dict[str, Any]:
@@ -231,7 +237,7 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")
 
 
-def with_compiled_network(module: Busy) -> Busy:
+def with_compiled_network(module: StatefulClassifier) -> StatefulClassifier:
     module.net = compiled(module.net)
     return module
 
@@ -241,36 +247,37 @@ class Usage:
     """One way to use Lightning.
 
     Args:
-        name: Its name.
-        module: The kind of module.
-        options: Makes arguments of the Trainer: what holds state must be new in each.
-        callbacks: Makes other callbacks.
-        loader: Makes what the data come from.
-        prepared: Makes of the module what the Trainer is given.
-        loss_fn: What the callback needs to know.
+        name: Test id.
+        module: Class of the LightningModule.
+        options: Factory of Trainer arguments; a factory, because stateful ones must be new for each Trainer.
+        callbacks: Factory of further callbacks.
+        loader: Factory of the training loader.
+        prepared: Maps the module to the object that is passed to ``Trainer.fit``.
+        loss_fn: ``loss_fn`` of the callback.
     """
 
     name: str
-    module: type[Busy] = Busy
+    module: type[StatefulClassifier] = StatefulClassifier
     options: Callable[[], dict[str, Any]] = dict
     callbacks: Callable[[], list[Callback]] = list
-    loader: Callable[[TensorDataset], Any] = batches
-    prepared: Callable[[Busy], Any] = lambda module: module
+    loader: Callable[[TensorDataset], Any] = tensor_loader
+    prepared: Callable[[StatefulClassifier], Any] = lambda module: module
     loss_fn: Callable[[Any, Any], Tensor] | None = None
 
     def fit(
-        self, module: Busy, *callbacks: Callback, fits: int = 2, **options: Any
+        self, module: StatefulClassifier, *callbacks: Callback, fits: int = 2, **options: Any
     ) -> tuple[list[Trainer], MemoryLogger]:
-        """Fits of two epochs of three batches each, on other data and with a Trainer of its own each time."""
+        """Run ``fits`` fits of two epochs of three batches, each on new data and with a new Trainer."""
         prepared, logger, trainers = self.prepared(module), MemoryLogger(), []
         generator = torch.Generator().manual_seed(1)
         for _ in range(fits):
             x = torch.randn(24, 1, 6, 6, generator=generator)
             data = TensorDataset(x, torch.randint(3, (24,), generator=generator))
-            given = {"logger": logger, "max_epochs": 2, **self.options(), **options}
-            trainers.append(trainer(*callbacks, *self.callbacks(), **given))
+            trainer_options = {"logger": logger, "max_epochs": 2, **self.options(), **options}
+            trainers.append(trainer(*callbacks, *self.callbacks(), **trainer_options))
             trainers[-1].fit(prepared, self.loader(data))
-            module.outputs = [loss.detach() for loss in module.outputs]  # or averages could not copy it
+            # Callbacks that average weights deep-copy the module, which fails for tensors with a graph.
+            module.outputs = [loss.detach() for loss in module.outputs]
         return trainers, logger
 
 
@@ -282,14 +289,14 @@ USAGES = (
     Usage("bf16", options=lambda: {"precision": "bf16-mixed"}),
     Usage("fp16", options=half_precision),
     Usage("clipping", options=lambda: {"gradient_clip_val": 0.1}),
-    Usage("two optimizers by hand", module=ByHand, loss_fn=data_loss),
-    Usage("LBFGS", module=ByLBFGS),
+    Usage("two manual optimizers", module=ManualOptimization, loss_fn=data_loss),
+    Usage("LBFGS", module=LBFGSOptimization),
     Usage("compiled module", module=Compilable, prepared=compiled),
     Usage("compiled network", prepared=with_compiled_network),
-    Usage("activation checkpoints", module=Checkpointed),
+    Usage("activation checkpoints", module=ActivationCheckpointing),
     Usage("EMA", callbacks=weight_averages),
     Usage("SWA", callbacks=lambda: [StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)]),
-    Usage("dicts and what is carried on", module=Truncated, loader=dicts),
-    Usage("two loaders", module=Combined, loader=two_loaders),
-    Usage("stream", loader=stream),
+    Usage("dicts and carried state", module=TruncatedBPTT, loader=dict_loader),
+    Usage("two loaders", module=CombinedBatches, loader=combined_loader),
+    Usage("stream", loader=stream_loader),
 )

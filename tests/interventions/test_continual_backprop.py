@@ -1,4 +1,4 @@
-"""ContinualBackprop replaces what its rule says, when it says, and nothing is left of the old units."""
+"""Check ContinualBackprop against its rule in NumPy, and what is left of the old units."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def hidden(
 
 
 class ByHand:
-    """The rule for one layer, unit by unit."""
+    """Apply the rule to one layer, unit by unit."""
 
     def __init__(self, size: int, rate: float, maturity: int, decay: float) -> None:
         self.rate, self.maturity, self.decay = rate, maturity, decay
@@ -87,23 +87,23 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: Tensor) 
     decay=st.sampled_from([0.0, 0.9, 0.99]),
     seed=st.integers(0, 2**31),
 )
-def test_a_whole_training_equals_the_rule_in_numpy(
+def test_training_equals_the_rule_in_numpy(
     sizes: list[int], activation: str, rate: float, maturity: int, decay: float, seed: int
 ) -> None:
-    """Which units are replaced at which step, utilities, ages and every weight."""
+    """Compare the replaced units of each step, utilities, ages and every weight."""
     torch.manual_seed(seed)
     make, phi = ACTIVATIONS[activation]
     model = mlp(sizes, make)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    remedy = ContinualBackprop(rate, maturity, decay, seed=seed)
-    remedy.start(model, forward=lambda model: model(torch.randn(4, sizes[0], dtype=torch.float64)))
+    intervention = ContinualBackprop(rate, maturity, decay, seed=seed)
+    intervention.start(model, forward=lambda model: model(torch.randn(4, sizes[0], dtype=torch.float64)))
     rules = [ByHand(size, rate, maturity, decay) for size in sizes[1:-1]]
     for _ in range(15):
         x = torch.randn(5, sizes[0], dtype=torch.float64)
         h = hidden(arrays(model), x.numpy(), phi)
         train(model, optimizer, x)
         before = arrays(model)
-        report = remedy.after_step(model, [optimizer])
+        report = intervention.after_step(model, [optimizer])
         after = arrays(model)
 
         replaced = [rule.step(h[i], before[i + 1][0]) for i, rule in enumerate(rules)]
@@ -121,7 +121,7 @@ def test_a_whole_training_equals_the_rule_in_numpy(
             fresh = np.delete(new_weight[rows], columns, axis=1)
             assert (fresh != np.delete(weight[rows], columns, axis=1)).all()
             assert (np.abs(fresh) <= 1 / np.sqrt(weight.shape[1])).all(), "torch's own initialisation"
-        layers = remedy.state_dict()["layers"]
+        layers = intervention.state_dict()["layers"]
         for i, rule in enumerate(rules):
             record = layers[f"{2 * i}"]
             assert record["age"].tolist() == rule.age
@@ -130,7 +130,7 @@ def test_a_whole_training_equals_the_rule_in_numpy(
 
 
 def constant_units(values: list[float], outgoing: list[list[float]]) -> nn.Sequential:
-    """Hidden units that say the same whatever comes in."""
+    """Build a network whose hidden units are constant."""
     model = mlp([2, len(values), len(outgoing)])
     with torch.no_grad():
         model[0].weight.zero_()
@@ -142,98 +142,100 @@ def constant_units(values: list[float], outgoing: list[list[float]]) -> nn.Seque
 X = torch.ones(4, 2, dtype=torch.float64)
 
 
-def started(model: nn.Module, remedy: ContinualBackprop, x: Tensor = X) -> ContinualBackprop:
-    remedy.start(model, forward=lambda model: model(x))
-    return remedy
+def started(model: nn.Module, intervention: ContinualBackprop, x: Tensor = X) -> ContinualBackprop:
+    intervention.start(model, forward=lambda model: model(x))
+    return intervention
 
 
-def step(model: nn.Module, remedy: ContinualBackprop, *batches: Tensor) -> dict[str, list[int]]:
-    """A step of length zero."""
+def step(model: nn.Module, intervention: ContinualBackprop, *batches: Tensor) -> dict[str, list[int]]:
+    """Take a step with learning rate zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train(model, optimizer, *batches or (X,))
-    report = remedy.after_step(model, [optimizer])
+    report = intervention.after_step(model, [optimizer])
     return {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
 
 
-def test_the_lowest_utility_is_replaced_and_not_the_highest() -> None:
-    """peers 3.9; in lop-jax [5, 1, 4, 2, 3] and two to replace gives {5, 4}."""
+def test_units_of_lowest_utility_are_replaced() -> None:
+    """One public implementation replaces the units of the highest utility."""
     model = constant_units([5.0, 1, 4, 2, 3], [[1.0] * 5])
     assert step(model, started(model, ContinualBackprop(0.4, 0))) == {"0": [1, 3]}
 
 
 def test_utility_is_activation_times_outgoing_weights() -> None:
-    model = constant_units([5.0, 1, 4], [[0.1, 2, -1], [0.1, 2, 1]])  # 1, 4, 8
+    # The utilities are 1, 4 and 8.
+    model = constant_units([5.0, 1, 4], [[0.1, 2, -1], [0.1, 2, 1]])
     assert step(model, started(model, ContinualBackprop(1 / 3, 0))) == {"0": [0]}
 
 
-def test_the_average_is_corrected_by_the_age_of_the_unit_itself() -> None:
-    """peers 3.8: a young unit's average is near zero, and without correction it would be replaced again and again."""
+def test_average_is_corrected_by_the_age_of_each_unit() -> None:
+    """Without correction, the average of a young unit is near zero, and it would be replaced again and again."""
     model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
-    remedy = started(model, ContinualBackprop(0.0, 2))
+    intervention = started(model, ContinualBackprop(0.0, 2))
     for _ in range(200):
-        step(model, remedy)
-    state = remedy.state_dict()
+        step(model, intervention)
+    state = intervention.state_dict()
     record = state["layers"]["0"]
     record["utility"], record["age"] = record["utility"].clone(), record["age"].clone()
-    record["utility"][0], record["age"][0] = 0, 0  # as new, and it says more than unit 1
-    remedy.load_state_dict(state)
+    # Unit 0 is new, and contributes more than unit 1.
+    record["utility"][0], record["age"][0] = 0, 0
+    intervention.load_state_dict(state)
     for _ in range(3):
-        step(model, remedy)
-    utility = remedy.state_dict()["layers"]["0"]["utility"]
+        step(model, intervention)
+    utility = intervention.state_dict()["layers"]["0"]["utility"]
     assert utility[0] < utility[1], "what the raw averages say"
-    remedy.replacement_rate = 1 / 3
-    assert step(model, remedy) == {"0": [1]}
+    intervention.replacement_rate = 1 / 3
+    assert step(model, intervention) == {"0": [1]}
 
 
 def test_units_that_are_not_mature_are_safe() -> None:
     model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
-    remedy = started(model, ContinualBackprop(1.0, 3))
-    assert [step(model, remedy) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
-    assert [step(model, remedy) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
+    intervention = started(model, ContinualBackprop(1.0, 3))
+    assert [step(model, intervention) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
+    assert [step(model, intervention) for _ in range(4)] == [{}, {}, {}, {"0": [0, 1, 2]}]
 
 
-def test_shares_of_units_add_up_over_steps() -> None:
-    """Neither truncated nor drawn: 3 units at 0.25 make one after 2 steps, and another after 3, 4 and 6."""
+def test_fractions_of_units_accumulate_over_steps() -> None:
+    """Fractions are neither truncated nor drawn: 3 units at 0.25 make one after 2 steps, others after 3, 4 and 6."""
     model = constant_units([2.0, 1, 3], [[1.0, 1, 1]])
-    remedy = started(model, ContinualBackprop(0.25, 0))
-    counts = [len(step(model, remedy).get("0", [])) for _ in range(8)]
+    intervention = started(model, ContinualBackprop(0.25, 0))
+    counts = [len(step(model, intervention).get("0", [])) for _ in range(8)]
     assert counts == [0, 1, 1, 1, 0, 1, 1, 1]
 
 
-def test_replaced_units_stay_unheard_until_the_next_step() -> None:
-    """peers 3.7: reset inside backward, the step refills the zeroed column from stale gradients and moments."""
+def test_replaced_units_have_no_effect_until_the_next_step() -> None:
+    """A reset inside backward lets the step refill the zeroed column from stale gradients and moments."""
     torch.manual_seed(0)
     model = mlp([3, 8, 8, 2])
     x = torch.randn(16, 3, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    remedy = started(model, ContinualBackprop(0.5, 3), x)
+    intervention = started(model, ContinualBackprop(0.5, 3), x)
     for _ in range(3):
         train(model, optimizer, x)
-        assert remedy.after_step(model, [optimizer]) is None
+        assert intervention.after_step(model, [optimizer]) is None
     optimizer.zero_grad()
     weights = copy.deepcopy(model.state_dict())
     (model(x) - 1).square().mean().backward()
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
     optimizer.step()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    report = remedy.after_step(model, [optimizer])
+    report = intervention.after_step(model, [optimizer])
     assert report is not None
     for consumer, units in ((model[2], report.units["0"]), (model[4], report.units["2"])):
         assert len(units) == 4
         assert (consumer.weight[:, units] == 0).all()
         for key in ("exp_avg", "exp_avg_sq"):
-            assert (optimizer.state[consumer.weight][key][:, units] == 0).all(), "peers 3.3: moments in place"
+            assert (optimizer.state[consumer.weight][key][:, units] == 0).all(), "moments are reset in place"
     kept = [unit for unit in range(8) if unit not in report.units["2"].tolist()]
     assert (optimizer.state[model[4].weight]["exp_avg"][:, kept] != 0).all()
     for producer, units in ((model[0], report.units["0"]), (model[2], report.units["2"])):
         for parameter in (producer.weight, producer.bias):
             assert (optimizer.state[parameter]["exp_avg"][units] == 0).all()
-    assert all(int(state["step"]) == 4 for state in optimizer.state.values()), "peers 3.3: the common step count stays"
+    assert all(int(state["step"]) == 4 for state in optimizer.state.values()), "the common step count stays"
     assert all(map(torch.equal, gradients, (parameter.grad for parameter in model.parameters())))
 
 
-def test_incoming_weights_are_drawn_first_and_then_outgoing_ones_become_zero() -> None:
-    """peers 3.5: all units of both layers at once."""
+def test_outgoing_zeros_win_over_fresh_incoming_weights() -> None:
+    """Replace all units of both layers at once."""
     model = mlp([3, 4, 5, 2])
     assert step(
         model, started(model, ContinualBackprop(1.0, 0), torch.randn(4, 3).double()), torch.randn(4, 3).double()
@@ -247,19 +249,19 @@ def test_incoming_weights_are_drawn_first_and_then_outgoing_ones_become_zero() -
     assert (model[4].weight == 0).all()
 
 
-def test_new_units_differ_from_each_other_and_from_the_last_ones_in_their_place() -> None:
+def test_new_units_differ_from_each_other_and_from_earlier_ones() -> None:
     model = mlp([3, 4, 2])
     x = torch.randn(4, 3).double()
-    remedy = started(model, ContinualBackprop(1.0, 0), x)
+    intervention = started(model, ContinualBackprop(1.0, 0), x)
     rows = []
     for _ in range(3):
-        step(model, remedy, x)
+        step(model, intervention, x)
         rows += model[0].weight.detach().clone().tolist()
     assert len({tuple(row) for row in rows}) == 12
 
 
-def test_the_mean_of_a_replaced_unit_goes_to_the_biases_in_the_right_order() -> None:
-    """peers 3.10: in the reference the mean is cleared before it is read, and no bias ever moves."""
+def test_mean_of_a_replaced_unit_is_added_to_biases() -> None:
+    """In the authors' code the mean is cleared before it is read, and no bias ever changes."""
     model = constant_units([2.0, 1, 3], [[1.0, 0.25, 1], [-1, 0.5, 1]])
     before, bias = model(X), model[2].bias.detach().clone()
     assert step(model, started(model, ContinualBackprop(1 / 3, 0, transfer_bias=True))) == {"0": [1]}
@@ -274,9 +276,9 @@ def test_the_mean_is_signed_and_averaged_over_steps() -> None:
         model[0].bias.zero_()
         model[2].weight.copy_(torch.tensor([[0.5, 5.0]]))
     xs = [torch.full((3, 1), value).double() for value in (-1.0, 0.5, 2.0)]
-    remedy = started(model, ContinualBackprop(1 / 2, 2, 0.8, transfer_bias=True), xs[0])
+    intervention = started(model, ContinualBackprop(1 / 2, 2, 0.8, transfer_bias=True), xs[0])
     bias = model[2].bias.item()
-    assert [step(model, remedy, x) for x in xs] == [{}, {}, {"0": [0]}]
+    assert [step(model, intervention, x) for x in xs] == [{}, {}, {"0": [0]}]
     shares = np.array([0.8**2, 0.8, 1]) * 0.2 / (1 - 0.8**3)
     mean = (shares * np.tanh([-1.0, 0.5, 2.0])).sum()
     assert model[2].bias.item() - bias == pytest.approx(0.5 * mean, rel=1e-12)
@@ -289,13 +291,13 @@ def test_biases_stay_by_default() -> None:
     assert torch.equal(model[2].bias, bias)
 
 
-def test_optimizers_remember_biases_that_only_gain() -> None:
+def test_transferred_biases_keep_their_optimizer_state() -> None:
     model = constant_units([2.0, 1, 3], [[1.0, 0.25, 1], [-1, 0.5, 1]])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-9)
-    remedy = started(model, ContinualBackprop(1 / 3, 0, transfer_bias=True))
+    intervention = started(model, ContinualBackprop(1 / 3, 0, transfer_bias=True))
     train(model, optimizer, X)
     moments = optimizer.state[model[2].bias]["exp_avg"].clone()
-    assert remedy.after_step(model, [optimizer]) is not None
+    assert intervention.after_step(model, [optimizer]) is not None
     assert torch.equal(optimizer.state[model[2].bias]["exp_avg"], moments)
     assert (moments != 0).all()
 
@@ -311,7 +313,7 @@ CONSUMERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("build", CONSUMERS.values(), ids=list(CONSUMERS))
 def test_utility_and_mean_are_right_for_every_kind_of_consumer(build: Callable[[], nn.Module]) -> None:
-    """By what happens: constant units say |h| times the change of the output, if all weights are positive."""
+    """Constant units contribute |h| times the change of the output, if all weights are positive."""
     torch.manual_seed(0)
     model = build().double()
     x = torch.zeros(2, 1, 6, 6).double()
@@ -330,27 +332,31 @@ def test_utility_and_mean_are_right_for_every_kind_of_consumer(build: Callable[[
             twin[0].bias[unit] = 0
         lost = (before - outputs(twin))[0].unflatten(0, (len(before[0]), -1)).flatten(1).mean(1).sum()
         gone.append(lost * (model[-1].stride[0] ** 2 if averaged else 1))
-    remedy = started(model, ContinualBackprop(0.0, 0, 0.9, transfer_bias=True), x)
-    step(model, remedy, x)
-    utility = remedy.state_dict()["layers"]["0"]["utility"] / 0.1
+    intervention = started(model, ContinualBackprop(0.0, 0, 0.9, transfer_bias=True), x)
+    step(model, intervention, x)
+    utility = intervention.state_dict()["layers"]["0"]["utility"] / 0.1
     torch.testing.assert_close(utility, torch.stack(gone), rtol=1e-10, atol=0)
-    remedy.replacement_rate = 1 / 4
-    assert step(model, remedy, x) == {"0": [int(utility.argmin())]}
+    intervention.replacement_rate = 1 / 4
+    assert step(model, intervention, x) == {"0": [int(utility.argmin())]}
     torch.testing.assert_close(outputs(model), before, rtol=1e-10, atol=0)
 
 
 def test_two_heads_add_up_and_only_those_called_count() -> None:
     model = TwoHeads().double()
     x = torch.rand(5, 4).double()
-    remedy = started(model, ContinualBackprop(0.0, 0, 0.0), x)
+    intervention = started(model, ContinualBackprop(0.0, 0, 0.0), x)
     h = F.relu(model.trunk(x)).mean(0)
     both = sum(h * head.weight.abs().sum(0) for head in (model.policy, model.value))
-    step(model, remedy, x)
-    torch.testing.assert_close(remedy.state_dict()["layers"]["trunk"]["utility"], both.detach(), rtol=1e-12, atol=0)
+    step(model, intervention, x)
+    torch.testing.assert_close(
+        intervention.state_dict()["layers"]["trunk"]["utility"], both.detach(), rtol=1e-12, atol=0
+    )
     model.policy(F.relu(model.trunk(x)))
-    remedy.after_step(model)
+    intervention.after_step(model)
     one = h * model.policy.weight.abs().sum(0)
-    torch.testing.assert_close(remedy.state_dict()["layers"]["trunk"]["utility"], one.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        intervention.state_dict()["layers"]["trunk"]["utility"], one.detach(), rtol=1e-12, atol=0
+    )
 
 
 def test_arguments_out_of_range_are_named() -> None:

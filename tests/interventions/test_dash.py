@@ -1,4 +1,4 @@
-"""DASH shrinks what points away from the negative gradient of the new data."""
+"""Check DASH against its rule in NumPy, layer by layer."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import DASH, Repair
-from lightning_plasticity.interventions.base import Loss, Request
+from lightning_plasticity.interventions.base import InterventionContext, Loss
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from tests.helpers.processes import in_two_processes
 
@@ -68,7 +68,7 @@ def test_dash_of_an_mlp_equals_its_rule_in_numpy(
 
 
 def towards(model: nn.Module, direction: dict[str, Tensor]) -> Tensor:
-    """A loss with these negative gradients."""
+    """Return a loss with these negative gradients."""
     return -sum((parameter * direction[name]).sum() for name, parameter in model.named_parameters())  # type: ignore[return-value]
 
 
@@ -99,7 +99,7 @@ def test_the_projections_of_attention_shrink_row_by_row() -> None:
         )
 
 
-def test_a_gradient_along_the_weights_leaves_them_and_one_against_them_shrinks_them_most() -> None:
+def test_only_weights_against_the_descent_direction_shrink() -> None:
     model = nn.Linear(3, 2, bias=False)
     old = model.weight.detach().clone()
     sign = torch.tensor([[1.0], [-1.0]])
@@ -108,7 +108,7 @@ def test_a_gradient_along_the_weights_leaves_them_and_one_against_them_shrinks_t
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_the_size_of_gradients_does_not_matter(size: float) -> None:
+def test_gradient_scale_does_not_matter(size: float) -> None:
     model, direction = nn.Linear(3, 2, bias=False), torch.randn(2, 3)
     twin = copy.deepcopy(model)
     DASH().repair(model, loss=lambda model: -(model.weight * direction).sum())
@@ -127,7 +127,7 @@ def test_dead_units_shrink_and_zero_weights_stay_zero() -> None:
     assert torch.isfinite(model.weight).all()
 
 
-def test_layers_that_the_loss_does_not_use_stay() -> None:
+def test_layers_unused_by_the_loss_stay() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
     before = copy.deepcopy(model.state_dict())
     DASH().repair(model, loss=lambda model: model["used"](torch.ones(1, 3)).sum())
@@ -135,7 +135,7 @@ def test_layers_that_the_loss_does_not_use_stay() -> None:
     assert not torch.equal(model["used"].weight, before["used.weight"])
 
 
-def test_a_layer_that_a_mini_batch_does_not_use_has_a_gradient_of_zero_there() -> None:
+def test_layer_unused_by_a_mini_batch_has_zero_gradient_there() -> None:
     model = nn.Linear(2, 1, bias=False)
     first, last = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
     twin = copy.deepcopy(model)
@@ -146,7 +146,7 @@ def test_a_layer_that_a_mini_batch_does_not_use_has_a_gradient_of_zero_there() -
     torch.testing.assert_close(model.weight, twin.weight)
 
 
-def test_norm_layers_embeddings_recurrent_layers_and_frozen_parameters_stay() -> None:
+def test_norms_embeddings_recurrent_and_frozen_layers_stay() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Embedding(2, 2), nn.GRUCell(2, 2))
     model[2].weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -155,7 +155,7 @@ def test_norm_layers_embeddings_recurrent_layers_and_frozen_parameters_stay() ->
     assert changed == {"0.weight", "0.bias", "2.bias"}
 
 
-def test_optimizers_go_on_remembering() -> None:
+def test_optimizer_state_is_kept() -> None:
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
     optimizer = torch.optim.Adam(model.parameters())
     model(x).square().sum().backward()
@@ -175,7 +175,7 @@ def test_gradients_modes_and_statistics_are_left_alone() -> None:
 
 
 def _dash_towards(ranks: list[int]) -> Tensor:
-    """With what these processes see."""
+    """Run DASH on the data of these ranks."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=False)
     directions = [model.weight.detach() + 0.2 * torch.randn(2, 3) for _ in range(2)]
@@ -188,20 +188,20 @@ def _dash_of_one_process(rank: int) -> Tensor:
     return _dash_towards([rank])
 
 
-def test_processes_that_see_different_data_shrink_alike() -> None:
+def test_ranks_with_different_data_shrink_alike() -> None:
     weights = in_two_processes(_dash_of_one_process)
     assert torch.equal(*weights)
     torch.testing.assert_close(weights[0], _dash_towards([0, 1]))
     assert not torch.allclose(weights[0], _dash_towards([0]))
 
 
-def test_without_a_loss_dash_says_what_it_needs() -> None:
+def test_missing_loss_raises() -> None:
     for loss in (None, []):
         with pytest.raises(ValueError, match=r"DASH needs gradients: .* or a list of such functions, one for each"):
             DASH().repair(nn.Linear(2, 2), loss=loss)
 
 
-def test_gradients_that_are_not_finite_are_an_error_and_change_nothing() -> None:
+def test_non_finite_gradients_raise_and_change_nothing() -> None:
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="DASH: the gradient of 'weight' is not finite"):
@@ -210,9 +210,9 @@ def test_gradients_that_are_not_finite_are_an_error_and_change_nothing() -> None
 
 
 class Spy(Repair):
-    def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
-        assert request.loss is not None
-        self.loss, self.losses = request.loss(model).item(), [loss(model).item() for loss in request.losses]
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        self.loss = context.require_mean_loss(self.name)(model).item()
+        self.losses = [loss(model).item() for loss in context.losses]
         return WeightUpdate({})
 
 

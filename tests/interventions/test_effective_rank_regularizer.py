@@ -1,4 +1,4 @@
-"""The effective rank goes up by plain gradient steps on the right features, and nothing else changes."""
+"""Check the ascent on the effective rank: its gradient, its features, and what it leaves unchanged."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def rank(features: np.ndarray) -> float:
 
 
 def mean_rank(weights: list[np.ndarray], x: np.ndarray, phi: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Of the two hidden layers of :func:`mlp`, in numpy."""
+    """Compute the mean effective rank of the two hidden layers of :func:`mlp` in NumPy."""
     first = phi(x @ weights[0].T + weights[1])
     return (rank(first) + rank(phi(first @ weights[2].T + weights[3]))) / 2
 
@@ -87,7 +87,7 @@ def test_the_step_is_plain_ascent_along_finite_differences(activation: str, samp
 def test_the_penalty_is_minus_the_mean_effective_rank(samples: int, seed: int, activation: str) -> None:
     make, phi = PHI[activation]
     model, x = mlp(seed, make), inputs(samples, seed)
-    penalty = EffectiveRankRegularizer().penalty(model, on(x), coefficient=0.3).item()
+    penalty = EffectiveRankRegularizer().rank_penalty(model, on(x), coefficient=0.3).item()
     expected = 0.0
     h = x.numpy()
     weights = arrays(model)
@@ -103,25 +103,26 @@ def test_the_gradient_of_the_penalty_passes_gradcheck() -> None:
 
     def penalty(weight: Tensor) -> Tensor:
         model = mlp(activation=nn.Tanh)
-        return EffectiveRankRegularizer().penalty(
+        return EffectiveRankRegularizer().rank_penalty(
             model, lambda model: torch.func.functional_call(model, {"0.weight": weight}, x)
         )
 
     assert torch.autograd.gradcheck(penalty, mlp()[0].weight.detach().requires_grad_())
 
 
-def test_features_are_those_of_all_minibatches_since_the_last_step_with_the_weights_of_now() -> None:
+def test_step_uses_all_pending_minibatches_and_current_weights() -> None:
     model, batches = mlp(), [inputs(8, seed) for seed in range(6)]
     twin = copy.deepcopy(model)
-    remedy = EffectiveRankRegularizer(learning_rate=0.1, every_n_samples=20)
+    intervention = EffectiveRankRegularizer(learning_rate=0.1, every_n_samples=20)
     other = EffectiveRankRegularizer(learning_rate=0.1, every_n_samples=1)
     for number, x in enumerate(batches):
         before = arrays(model)
-        with torch.no_grad():  # an optimizer's step
+        # Stand in for an optimizer step.
+        with torch.no_grad():
             for parameter in (*model.parameters(), *twin.parameters()):
                 parameter.mul_(0.99)
         scaled = arrays(model)
-        remedy.after_step(model, forward=on(x))
+        intervention.after_step(model, forward=on(x))
         stepped = any((old != new).any() for old, new in zip(scaled, arrays(model), strict=True))
         assert stepped == (number in (2, 5)), "8 + 8 + 8 ≥ 20"
         assert any((old != new).any() for old, new in zip(before, arrays(model), strict=True))
@@ -131,21 +132,23 @@ def test_features_are_those_of_all_minibatches_since_the_last_step_with_the_weig
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_functions_of_a_loop_variable_keep_the_inputs_of_their_turn(scope: str) -> None:
-    """All of them would see the last inputs, for they are called later."""
+def test_closures_keep_the_inputs_of_their_iteration(scope: str) -> None:
+    """Unbound closures are called after the loop and would all use the last inputs."""
     batches, results = [inputs(10, seed) for seed in range(3)], []
-    loop = "for x in batches:\n    remedy.after_step(model, forward=lambda model, *, factor=1: model(factor * x))\n"
+    loop = (
+        "for x in batches:\n    intervention.after_step(model, forward=lambda model, *, factor=1: model(factor * x))\n"
+    )
     local: dict[str, Any] = {}
-    exec("def run(batches, remedy, model):\n    " + loop.replace("\n", "\n    "), local)
+    exec("def run(batches, intervention, model):\n    " + loop.replace("\n", "\n    "), local)
     for run in ("as written", "bound"):
-        model, remedy = mlp(), EffectiveRankRegularizer(0.1, 30)
+        model, intervention = mlp(), EffectiveRankRegularizer(0.1, 30)
         if run == "bound":
             for batch in batches:
-                remedy.after_step(model, forward=on(batch))
+                intervention.after_step(model, forward=on(batch))
         elif scope == "local":
-            local["run"](batches, remedy, model)
+            local["run"](batches, intervention, model)
         else:
-            exec(loop, {"batches": batches, "remedy": remedy, "model": model})
+            exec(loop, {"batches": batches, "intervention": intervention, "model": model})
         results.append(model.state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -159,14 +162,14 @@ def test_a_few_steps_raise_the_effective_rank() -> None:
         with torch.no_grad():
             return [effective_rank(model[:count](x)).item() for count in (2, 4)]
 
-    remedy, before = EffectiveRankRegularizer(learning_rate=1e-2, every_n_samples=64), ranks()
+    intervention, before = EffectiveRankRegularizer(learning_rate=1e-2, every_n_samples=64), ranks()
     for _ in range(30):
-        remedy.after_step(model, forward=on(x))
+        intervention.after_step(model, forward=on(x))
     assert all(new > old + 1 for old, new in zip(before, ranks(), strict=True))
 
 
 def test_the_gradient_is_clipped_where_features_are_small() -> None:
-    """It grows as 1 / ‖F‖."""
+    """The gradient grows as 1 / ‖F‖."""
     model, x = mlp(), inputs()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -193,12 +196,13 @@ def test_features_that_vanish_give_no_nan(scale: float) -> None:
         assert all((old == new).all() for old, new in zip(before, after, strict=True))
 
 
-def test_a_layer_that_is_dead_or_of_deficient_rank_gives_a_finite_gradient() -> None:
+def test_dead_or_rank_deficient_layers_give_finite_gradients() -> None:
     """The derivative of p log p is infinite at p = 0."""
     model, x = mlp(), inputs()
     with torch.no_grad():
-        model[0].bias[:3] = -100  # dead units
-        model[2].weight[1] = model[2].weight[0]  # two that say the same
+        # Make three units dead, and two others equal.
+        model[0].bias[:3] = -100
+        model[2].weight[1] = model[2].weight[0]
         model[2].bias[1] = model[2].bias[0]
     dead = model[0].weight[:3].detach().clone()
     EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(x))
@@ -210,10 +214,10 @@ def test_a_layer_that_is_dead_or_of_deficient_rank_gives_a_finite_gradient() -> 
     assert all(np.isfinite(array).all() for array in arrays(model))
 
 
-# What it leaves alone
+# Unchanged state
 
 
-def test_the_optimizer_never_sees_it_and_gradients_stay() -> None:
+def test_optimizer_state_and_gradients_are_unchanged() -> None:
     model, x = mlp(), inputs()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     model(x).square().sum().backward()
@@ -231,15 +235,15 @@ def test_the_optimizer_never_sees_it_and_gradients_stay() -> None:
     assert pointers == [parameter.data_ptr() for parameter in model.parameters()]
 
 
-def test_buffers_modes_hooks_and_random_numbers_stay_as_they_were() -> None:
+def test_buffers_modes_hooks_and_random_numbers_are_unchanged() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(0.5), nn.Linear(7, 3))
     model[1].eval()
     x = torch.randn(16, 4)
     buffers, state = copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
-    remedy = EffectiveRankRegularizer(every_n_samples=1)
-    remedy.after_step(model, forward=on(x))
-    remedy.penalty(model, on(x)).backward()
+    intervention = EffectiveRankRegularizer(every_n_samples=1)
+    intervention.after_step(model, forward=on(x))
+    intervention.rank_penalty(model, on(x)).backward()
     torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model] == [True, False, True, True, True]
@@ -254,7 +258,8 @@ def test_frozen_parameters_stay() -> None:
     EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(x))
     assert all((old == new).all() for old, new in zip(frozen, arrays(model[0]), strict=True))
     assert all((old != new).any() for old, new in zip(moving, arrays(model[2]), strict=True))
-    for trainable in (model[4], None):  # the head, which no feature depends on; nothing
+    # No feature depends on the head.
+    for trainable in (model[4], None):
         model.requires_grad_(False)
         if trainable is not None:
             trainable.requires_grad_(True)
@@ -263,7 +268,7 @@ def test_frozen_parameters_stay() -> None:
         assert all((old == new).all() for old, new in zip(before, arrays(model), strict=True))
 
 
-def test_with_a_copy_the_model_itself_is_never_run() -> None:
+def test_only_the_copy_is_run() -> None:
     model, x = mlp(), inputs()
     twin = copy.deepcopy(model)
 
@@ -287,15 +292,15 @@ def test_with_a_copy_the_model_itself_is_never_run() -> None:
 def test_it_is_deterministic() -> None:
     results = []
     for seed in range(2):
-        model, remedy = mlp(), EffectiveRankRegularizer(0.1, 30)
+        model, intervention = mlp(), EffectiveRankRegularizer(0.1, 30)
         torch.manual_seed(seed)
         for number in range(6):
-            remedy.after_step(model, forward=on(inputs(10, number)))
+            intervention.after_step(model, forward=on(inputs(10, number)))
         results.append(model.state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-# Which features
+# Selection of features
 
 
 @pytest.mark.parametrize(
@@ -322,7 +327,7 @@ def test_features_are_outputs_of_activations_that_feed_a_layer(
     assert all(rows.requires_grad for several in found.values() for rows in several)
 
 
-def test_features_are_what_was_there_before_anything_changed_them_in_place() -> None:
+def test_features_are_recorded_before_in_place_changes() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -336,7 +341,7 @@ def test_features_are_what_was_there_before_anything_changed_them_in_place() -> 
 
     model, x = InPlace(), torch.randn(20, 4)
     expected = effective_rank(F.relu(model.first(x)).detach()).item()
-    assert EffectiveRankRegularizer().penalty(model, on(x), 1).item() == pytest.approx(-expected, rel=1e-6)
+    assert EffectiveRankRegularizer().rank_penalty(model, on(x), 1).item() == pytest.approx(-expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("build", [Encoder, ResNet, Gru])
@@ -344,13 +349,13 @@ def test_the_step_works_on_real_networks(build: Callable[[], nn.Module]) -> None
     shapes = {Encoder: (6, 5), ResNet: (4, 3, 8, 8), Gru: (6, 5, 4)}
     torch.manual_seed(0)
     model, x = build(), torch.randn(*shapes[build])  # type: ignore[index]
-    remedy = EffectiveRankRegularizer(learning_rate=1e-4, every_n_samples=4)
-    before = remedy.penalty(model, on(x), 1).item()
-    remedy.after_step(model, forward=on(x[:4]))
+    intervention = EffectiveRankRegularizer(learning_rate=1e-4, every_n_samples=4)
+    before = intervention.rank_penalty(model, on(x), 1).item()
+    intervention.after_step(model, forward=on(x[:4]))
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     for _ in range(3):
-        remedy.after_step(model, forward=on(x))
-    assert remedy.penalty(model, on(x), 1).item() < before
+        intervention.after_step(model, forward=on(x))
+    assert intervention.rank_penalty(model, on(x), 1).item() < before
 
 
 @pytest.mark.parametrize(
@@ -366,43 +371,43 @@ def test_the_step_leaves_finite_weights_on_all_kinds_of_models(case: Model) -> N
 # State and processes
 
 
-def test_state_survives_a_checkpoint_and_training_goes_on_to_the_last_bit(tmp_path: Path) -> None:
-    """Saved between two windows; minibatches that wait are not saved."""
-    model, remedy = mlp(), EffectiveRankRegularizer(0.1, 20)
+def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Save between two windows: pending minibatches are not saved."""
+    model, intervention = mlp(), EffectiveRankRegularizer(0.1, 20)
     for number in range(4):
-        remedy.after_step(model, forward=on(inputs(10, number)))
-    torch.save([model.state_dict(), remedy.state_dict()], tmp_path / "checkpoint")
+        intervention.after_step(model, forward=on(inputs(10, number)))
+    torch.save([model.state_dict(), intervention.state_dict()], tmp_path / "checkpoint")
     weights, state = torch.load(tmp_path / "checkpoint", weights_only=True)
     resumed, restored = mlp(seed=1), EffectiveRankRegularizer(0.1, 20)
     resumed.load_state_dict(weights)
     restored.load_state_dict(state)
     for number in range(4, 9):
-        remedy.after_step(model, forward=on(inputs(10, number)))
+        intervention.after_step(model, forward=on(inputs(10, number)))
         restored.after_step(resumed, forward=on(inputs(10, number)))
         torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert restored.state_dict() == remedy.state_dict() == {"samples_per_batch": 10.0}
+    assert restored.state_dict() == intervention.state_dict() == {"samples_per_batch": 10.0}
 
 
-def test_to_stop_lets_go_of_minibatches() -> None:
-    model, remedy = mlp(), EffectiveRankRegularizer(0.1, 20)
-    remedy.after_step(model, forward=on(inputs(10, 0)))
-    remedy.stop()
+def test_stop_discards_pending_minibatches() -> None:
+    model, intervention = mlp(), EffectiveRankRegularizer(0.1, 20)
+    intervention.after_step(model, forward=on(inputs(10, 0)))
+    intervention.stop()
     before = arrays(model)
-    remedy.after_step(model, forward=on(inputs(10, 1)))
+    intervention.after_step(model, forward=on(inputs(10, 1)))
     assert all((old == new).all() for old, new in zip(before, arrays(model), strict=True))
 
 
 def _weights_of(process: int) -> dict[str, Any]:
     model = mlp(activation=nn.Tanh)
-    remedy = EffectiveRankRegularizer(0.1, 14)
+    intervention = EffectiveRankRegularizer(0.1, 14)
     for number in range(2):
         # Uneven minibatches, 6 and 8: 7 on average, so that both processes step after two.
-        remedy.after_step(model, forward=on(inputs(6 + 2 * process, number + 2 * process)))
+        intervention.after_step(model, forward=on(inputs(6 + 2 * process, number + 2 * process)))
     assert dist.get_world_size() == 2
     return dict(model.state_dict())
 
 
-def test_processes_average_the_gradients_and_stay_equal() -> None:
+def test_ranks_average_gradients_and_stay_equal() -> None:
     first, second = in_two_processes(_weights_of)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     steps = []
@@ -418,33 +423,33 @@ def test_processes_average_the_gradients_and_stay_equal() -> None:
 # L2-ER
 
 
-def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
-    remedy = L2ER(learning_rate=0.1, weight_decay=0.5, every_n_samples=20)
-    assert isinstance(remedy, Regularizer)
-    assert isinstance(remedy, StepIntervention)
+def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
+    intervention = L2ER(learning_rate=0.1, weight_decay=0.5, every_n_samples=20)
+    assert isinstance(intervention, Regularizer)
+    assert isinstance(intervention, StepIntervention)
     model, twin, x = mlp(), mlp(), inputs()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     other = torch.optim.Adam(twin.parameters(), lr=1e-2, weight_decay=0.5)
     rank_only = EffectiveRankRegularizer(0.1, 20)
-    remedy.start(model)
+    intervention.start(model)
     for _ in range(5):
         optimizer.zero_grad()
-        (model(x).square().mean() + remedy.penalty(model)).backward()
+        (model(x).square().mean() + intervention.penalty(model)).backward()
         optimizer.step()
-        remedy.after_step(model, [optimizer], forward=on(x))
+        intervention.after_step(model, [optimizer], forward=on(x))
         other.zero_grad()
         twin(x).square().mean().backward()
         other.step()
         rank_only.after_step(twin, forward=on(x))
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
-    assert remedy.state_dict() == rank_only.state_dict()
+    assert intervention.state_dict() == rank_only.state_dict()
     restored = L2ER()
-    restored.load_state_dict(remedy.state_dict())
-    assert restored.state_dict() == remedy.state_dict()
-    remedy.stop()
+    restored.load_state_dict(intervention.state_dict())
+    assert restored.state_dict() == intervention.state_dict()
+    intervention.stop()
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -456,8 +461,11 @@ def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
             r"\(every_n_samples=0\) must be a whole number, at least 1",
         ),
         (lambda: EffectiveRankRegularizer(every_n_samples=2.5), r"\(every_n_samples=2.5\) must be a whole number"),
-        (lambda: EffectiveRankRegularizer(max_norm=0), r"\(max_norm=0\) must be positive; float\('inf'\) never clips"),
-        (lambda: L2ER(max_norm=0), r"L2ER\(max_norm=0\) must be positive"),
+        (
+            lambda: EffectiveRankRegularizer(max_norm=0),
+            r"\(max_norm=0\) must be greater than 0: float\('inf'\) never clips",
+        ),
+        (lambda: L2ER(max_norm=0), r"L2ER\(max_norm=0\) must be greater than 0"),
         (
             lambda: EffectiveRankRegularizer().after_step(mlp()),
             r"needs to see the model run: after_step\(model, forward=",
@@ -472,12 +480,12 @@ def test_l2er_is_both_kinds_of_intervention_and_does_what_both_do() -> None:
         ),
     ],
 )
-def test_what_is_wrong_or_missing_is_named(build: Callable[[], object], message: str) -> None:
+def test_wrong_and_missing_arguments_raise(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_a_failed_step_leaves_weights_and_hooks_as_they_were() -> None:
+def test_failed_step_changes_neither_weights_nor_hooks() -> None:
     model, before = mlp(), arrays(mlp())
     with pytest.raises(ValueError, match="NaN"):
         EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(inputs() * torch.nan))
@@ -485,7 +493,7 @@ def test_a_failed_step_leaves_weights_and_hooks_as_they_were() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_after_a_failed_step_it_goes_on_with_the_next_minibatches() -> None:
+def test_failed_step_discards_its_minibatches() -> None:
     regularizer, expected = (EffectiveRankRegularizer(every_n_samples=1) for _ in range(2))
     model, twin = mlp(), mlp()
     with pytest.raises(ValueError, match="NaN"):

@@ -1,4 +1,4 @@
-"""ReDo and ReGraMa recycle what their rules say, from the layer's own initialisation, and optimizers forget it."""
+"""Check ReDo and ReGraMa: the units that they reset, the new weights, and the optimizer state."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, ReGraMa, Repair, Reset
-from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state
 from lightning_plasticity.interventions.weights.updates import apply_update
 
@@ -25,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def mlp(sizes: list[int], activation: Callable[[], nn.Module], seed: int) -> nn.Sequential:
-    """In float64, with weights of very different size, so that some units do much and some little."""
+    """Build a float64 network with weights of very different size: some units are active, some are not."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
@@ -42,10 +42,10 @@ def arrays(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()) for layer in model[::2]]
 
 
-def recycled_by_hand(
+def reset_by_hand(
     weights: list[tuple[np.ndarray, np.ndarray]], fresh: list[tuple[np.ndarray, np.ndarray]], dormant: list[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rule in plain numpy: all rows first, then all columns."""
+    """Reset units in NumPy: first all rows, then all columns."""
     result = [(weight.copy(), bias.copy()) for weight, bias in weights]
     for (weight, bias), (new_weight, new_bias), units in zip(result, fresh, dormant, strict=False):
         weight[units], bias[units] = new_weight[units], new_bias[units]
@@ -80,7 +80,7 @@ def test_redo_equals_its_rule_in_numpy(sizes: list[int], activation: str, thresh
         h = phi(h @ weight.T + bias)
         activity = np.abs(h).mean(0)
         dormant.append(np.flatnonzero(activity <= threshold * activity.mean()))
-    expected = recycled_by_hand(before, arrays(twin), dormant)
+    expected = reset_by_hand(before, arrays(twin), dormant)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ReDo: all units of")
@@ -115,7 +115,7 @@ def test_regrama_equals_its_rule_in_numpy(sizes: list[int], threshold: float, se
         delta = delta @ before[layer + 1][0] * (1 - hs[layer + 1] ** 2)
         score = np.abs(delta.T @ hs[layer]).mean(1)
         dormant.insert(0, np.flatnonzero(score <= threshold * score.mean()))
-    expected = recycled_by_hand(before, arrays(twin), dormant)
+    expected = reset_by_hand(before, arrays(twin), dormant)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ReGraMa: all units of")
@@ -127,7 +127,7 @@ def test_regrama_equals_its_rule_in_numpy(sizes: list[int], threshold: float, se
         np.testing.assert_array_equal(bias, expected_bias)
 
 
-def test_regrama_of_a_transposed_convolution_with_one_output_channel() -> None:
+def test_regrama_of_transposed_convolution_with_one_output() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.ConvTranspose2d(3, 1, 2), nn.Tanh(), nn.Conv2d(1, 2, 2)]
     model, x = nn.Sequential(*layers), torch.randn(4, 2, 5, 5)
@@ -136,7 +136,7 @@ def test_regrama_of_a_transposed_convolution_with_one_output_channel() -> None:
 
 
 def with_dead_units(seed: int = 0) -> tuple[nn.Sequential, Tensor]:
-    """Units 1 and 3 of layer 0, and unit 2 of layer 2, never fire."""
+    """Build a network in which units 1 and 3 of layer 0, and unit 2 of layer 2, are dead."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     with torch.no_grad():
@@ -153,16 +153,16 @@ def repair(model: nn.Module, x: Tensor, *optimizers: torch.optim.Optimizer, seed
     return {layer: units.tolist() for layer, units in report.units.items()}
 
 
-def test_the_lowest_units_are_recycled_and_not_the_highest() -> None:
-    """peers 3.9."""
+def test_units_with_the_lowest_scores_are_reset() -> None:
+    """One public implementation resets the highest."""
     model, x = with_dead_units()
     with torch.no_grad():
         model[0].bias[0] = 50
     assert repair(model, x)["0"] == DEAD["0"]
 
 
-def test_the_weights_of_the_model_change_and_not_those_of_a_copy() -> None:
-    """``weight[:, mask].data.fill_(0)`` writes to a copy, in public code."""
+def test_repair_changes_the_model_and_not_the_copy() -> None:
+    """Public code with ``weight[:, mask].data.fill_(0)`` writes to a copy."""
     model, x = with_dead_units()
     parameters = list(model.parameters())
     pointers = [parameter.data_ptr() for parameter in parameters]
@@ -175,7 +175,7 @@ def test_the_weights_of_the_model_change_and_not_those_of_a_copy() -> None:
 
 
 def test_redo_draws_from_the_layers_own_initialisation() -> None:
-    """Public code draws up to 2.45 times as wide as the network was built (peers 3.4)."""
+    """Public code draws up to 2.45 times as wide as the initialisation."""
     model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 2))
     with torch.no_grad():
         model[0].bias[:200] = -1000
@@ -188,12 +188,13 @@ def test_redo_draws_from_the_layers_own_initialisation() -> None:
     assert model[0].bias[:200].abs().max() <= 1 / 20
 
 
-def test_redo_draws_from_the_initial_weights_where_they_are_given() -> None:
+def test_redo_draws_from_given_initial_weights() -> None:
     model, x = with_dead_units()
     with torch.no_grad():
         nn.init.constant_(model[0].weight, 3.5)
         nn.init.zeros_(model[0].bias)
-        redo = ReDo(initial=model.state_dict())  # which shares its memory with the model
+        # The state_dict shares its memory with the model.
+        redo = ReDo(initial=model.state_dict())
         nn.init.constant_(model[0].weight, 1)
         model[0].bias.copy_(torch.tensor([5.0, -50, 5, -50, 5, 5]))
     redo.repair(model, forward=lambda model: model(x))
@@ -209,8 +210,8 @@ def test_initial_weights_of_another_model_are_refused() -> None:
         ReDo(initial={"net.0.weight": torch.ones(6, 4)}).repair(model, forward=lambda model: model(x))
 
 
-def test_a_layer_whose_units_are_all_silent_is_recycled_as_a_whole() -> None:
-    """0/0 is NaN in public code, and such a layer is never reset (peers 3.6)."""
+def test_layer_of_dormant_units_is_reset_as_a_whole() -> None:
+    """In public code 0/0 gives NaN, and such a layer is never reset."""
     model, x = with_dead_units()
     with torch.no_grad():
         model[0].bias.fill_(-50)
@@ -219,8 +220,8 @@ def test_a_layer_whose_units_are_all_silent_is_recycled_as_a_whole() -> None:
     assert chosen["0"] == list(range(6))
 
 
-def test_one_silent_sample_does_not_stop_redo() -> None:
-    """A mean of ratios is NaN for the whole layer then (peers 1.6)."""
+def test_samples_without_activation_do_not_stop_redo() -> None:
+    """A mean of ratios over samples would be NaN for the whole layer."""
     model, x = with_dead_units()
     with torch.no_grad():
         model[0].weight.abs_()
@@ -229,7 +230,7 @@ def test_one_silent_sample_does_not_stop_redo() -> None:
     assert repair(model, torch.cat([x, torch.zeros(1, 4)]))["0"] == DEAD["0"]
 
 
-def test_activations_that_are_not_finite_are_refused() -> None:
+def test_non_finite_activations_raise() -> None:
     model, x = with_dead_units()
     with torch.no_grad():
         model[0].bias[0] = torch.nan
@@ -238,7 +239,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
 
 
 def test_units_of_sequences_are_features_and_not_positions() -> None:
-    """peers 3.14."""
+    """Public code treats the wrong dimension as units."""
     model, _ = with_dead_units()
     assert repair(model, torch.rand(2, 7, 4)) == DEAD
 
@@ -253,7 +254,7 @@ def test_the_activation_of_a_channel_is_averaged_over_positions() -> None:
     assert repair(model, x) == {"0": [2]}
 
 
-def test_a_unit_is_as_active_as_for_the_layer_that_hears_it_most() -> None:
+def test_activity_is_the_maximum_over_consumers() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,7 +286,7 @@ def run(intervention: Repair, model: nn.Module, x: Tensor, *optimizers: Any, see
 
 
 @BOTH
-def test_repairs_are_deterministic_and_touch_no_gradients_or_global_generators(
+def test_unit_resets_are_deterministic_and_leave_gradients(
     intervention: Repair,
 ) -> None:
     models = [with_dead_units()[0] for _ in range(2)]
@@ -304,7 +305,7 @@ def test_repairs_are_deterministic_and_touch_no_gradients_or_global_generators(
     assert not torch.equal(other[0].weight, models[0][0].weight)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_arguments_raise() -> None:
     model, x = with_dead_units()
     with pytest.raises(ValueError, match=r"ReDo needs to see the model run: repair\(model, forward=lambda"):
         ReDo().repair(model)
@@ -314,7 +315,7 @@ def test_what_is_missing_is_named() -> None:
         ReDo(-1)
 
 
-def test_a_model_without_sites_is_left_alone() -> None:
+def test_model_without_resettable_units_is_unchanged() -> None:
     model = nn.Linear(3, 2)
     assert run(ReGraMa(), model, torch.ones(2, 3)).units == run(ReDo(), model, torch.ones(2, 3)).units == {}
 
@@ -350,8 +351,8 @@ def steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, gradients: 
 
 
 @EVERY_OPTIMIZER
-def test_new_entries_do_not_depend_on_the_past_and_others_go_on_as_before(make: Make) -> None:
-    """Two pasts that differ at the new entries only have the same future."""
+def test_reset_entries_do_not_depend_on_earlier_training(make: Make) -> None:
+    """Trainings that differ only in the reset entries are equal after the reset."""
     mask = torch.rand(4, 5) < 0.4
     common, later = ([torch.randn(4, 5) for _ in range(7)] for _ in range(2))
     futures = []
@@ -373,7 +374,7 @@ def test_new_entries_do_not_depend_on_the_past_and_others_go_on_as_before(make: 
 
 
 @EVERY_OPTIMIZER
-def test_a_parameter_that_is_new_as_a_whole_goes_on_as_in_a_new_optimizer_and_others_as_before(make: Make) -> None:
+def test_fully_reset_parameter_has_the_state_of_a_new_one(make: Make) -> None:
     new, kept = nn.Parameter(torch.rand(4, 5)), nn.Parameter(torch.rand(3))
     optimizer = make([new, kept])
     past, future = ([(torch.randn(4, 5), torch.randn(3)) for _ in range(5)] for _ in range(2))
@@ -400,15 +401,16 @@ def both_step(
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Passes its groups on, as many do."""
+    """Shares the groups of the wrapped optimizer, as many wrappers do."""
 
     def __init__(self, name: str, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, {})
         setattr(self, name, inner)
 
 
-@pytest.mark.parametrize("name", ["optimizer", "optim"])  # the latter is ZeroRedundancyOptimizer's
-def test_a_wrapped_optimizer_forgets(name: str) -> None:
+# ZeroRedundancyOptimizer calls it optim.
+@pytest.mark.parametrize("name", ["optimizer", "optim"])
+def test_state_of_a_wrapped_optimizer_is_reset(name: str) -> None:
     parameter = nn.Parameter(torch.rand(4, 5))
     inner = torch.optim.Adam([parameter])
     steps(inner, parameter, [torch.randn(4, 5)])
@@ -422,8 +424,8 @@ def _averages(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "AdamW foreach", "ASGD", "Rprop"])
-def test_without_clearing_the_future_does_depend_on_the_past(name: str) -> None:
-    """What the test above would see if moments were left in place, as most public code does (peers 3)."""
+def test_without_state_reset_entries_depend_on_earlier_training(name: str) -> None:
+    """The test above detects moments that are left in place, as in most public code."""
     mask = torch.rand(4, 5) < 0.4
     common, later = ([torch.randn(4, 5) for _ in range(7)] for _ in range(2))
     futures = []
@@ -451,14 +453,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, count: 
 
 
 @EVERY_OPTIMIZER
-def test_a_repair_clears_exactly_the_entries_of_the_units(make: Make) -> None:
+def test_repair_resets_state_of_exactly_the_unit_entries(make: Make) -> None:
     model, x = with_dead_units()
     optimizer = make(list(model.parameters()))
     train(model, optimizer, x)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor) and value.ndim:
-                value.add_(1)  # no entry is zero by chance
+                # No entry is zero by chance.
+                value.add_(1)
     before = copy.deepcopy([dict(optimizer.state[parameter]) for parameter in model.parameters()])
     assert repair(model, x, optimizer) == DEAD
     rows, columns = torch.zeros(6, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
@@ -484,7 +487,7 @@ def test_a_repair_clears_exactly_the_entries_of_the_units(make: Make) -> None:
                 assert value == old[key]
 
 
-def test_factored_moments_become_zero_where_all_their_weights_are_new() -> None:
+def test_factored_moments_are_reset_where_all_weights_are_new() -> None:
     parameter = nn.Parameter(torch.randn(4, 5))
     optimizer = torch.optim.Adafactor([parameter])
     steps(optimizer, parameter, [torch.randn(4, 5) for _ in range(3)])
@@ -502,7 +505,7 @@ def test_factored_moments_become_zero_where_all_their_weights_are_new() -> None:
     assert state["step"] == before["step"]
 
 
-def test_a_repair_makes_lbfgs_forget_everything() -> None:
+def test_repair_resets_all_state_of_lbfgs() -> None:
     model, x = with_dead_units()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
 
@@ -518,7 +521,7 @@ def test_a_repair_makes_lbfgs_forget_everything() -> None:
 
 
 class Foreign(torch.optim.Optimizer):
-    """Not torch's."""
+    """An optimizer from another library."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -532,7 +535,7 @@ class Foreign(torch.optim.Optimizer):
             }
 
 
-def test_of_unknown_optimizers_entries_are_cleared_and_the_rest_is_named() -> None:
+def test_unknown_optimizers_reset_entries_and_name_the_rest() -> None:
     model, x = with_dead_units()
     optimizer = Foreign(model.parameters())
     with pytest.warns(UserWarning, match=r"Foreign is not known here: its state \['note', 'packed', 'rows'\] stayed"):
@@ -544,10 +547,8 @@ def test_of_unknown_optimizers_entries_are_cleared_and_the_rest_is_named() -> No
 
 
 @EVERY_OPTIMIZER
-def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fails at every write in turn: the n-th copy into a weight, the n-th assignment into a state."""
+def test_failed_repair_restores_weights_and_optimizer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every write fail in turn: the n-th copy into a weight, the n-th assignment into a state."""
     model, x = with_dead_units()
     optimizer = make(list(model.parameters()))
     train(model, optimizer, x)
@@ -569,7 +570,7 @@ def test_a_repair_that_fails_midway_leaves_weights_and_optimizer_as_they_were(
                     raise RuntimeError("injected")
                 return original(tensor, *args)
 
-            planned = ReDo().changes(model, Request(lambda model: model(x), generator=generator()))
+            planned = ReDo().plan(model, InterventionContext(forward=lambda model: model(x), generator=generator()))
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, method, failing)
                 try:

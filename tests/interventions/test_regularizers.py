@@ -1,4 +1,4 @@
-"""Regularizers are their formulas, count what they should, remember what they must, and touch nothing else."""
+"""Check regularizers against their formulas: parameters, stored state, and side effects."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """In float64, away from its initialisation, gains and biases too."""
+    """Build a float64 network away from its initialisation, scales and biases included."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
@@ -57,7 +57,7 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def started(make: Callable[[], Regularizer], model: nn.Module, moved: float = 0.3) -> Regularizer:
-    """A regularizer that has seen the model before it moved."""
+    """Start a regularizer, then move the model."""
     regularizer = make()
     regularizer.start(model)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_spectral_regularization_equals_its_formula_in_numpy(power: int) -> None
 
 
 def test_spectral_target_is_one_and_not_two() -> None:
-    """Public code charges 1 for a matrix whose largest singular value is 1 (peers 3.17)."""
+    """In public code the term is 1 for a matrix whose largest singular value is 1."""
     layer = nn.Linear(5, 3, bias=False).double()
     nn.init.orthogonal_(layer.weight)
     for exact in (False, True):
@@ -101,7 +101,7 @@ def test_spectral_target_is_one_and_not_two() -> None:
 
 
 def test_spectral_bias_term_has_the_power_of_the_matrices() -> None:
-    """``‖b‖^2k``: public code has ``‖b‖²`` for k = 2 (peers 3.17)."""
+    """The term is ``‖b‖^2k``; public code has ``‖b‖²`` for k = 2."""
     layer = nn.Linear(3, 3)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(3))
@@ -110,14 +110,15 @@ def test_spectral_bias_term_has_the_power_of_the_matrices() -> None:
         assert SpectralRegularizer(1, power).penalty(layer).item() == pytest.approx(3.0 ** (2 * power))
 
 
-def test_spectral_regularization_flattens_kernels_to_outputs_by_the_rest() -> None:
-    """(out, in · kh · kw), and not another grouping of the entries (peers 3.17)."""
+def test_kernels_are_flattened_to_outputs_by_inputs() -> None:
+    """The matrix is (out, in · kh · kw), and no other grouping of the entries."""
     conv = nn.Conv2d(3, 4, 2, bias=False).double()
     sigma = np.linalg.svd(array(conv.weight).reshape(4, 12), compute_uv=False)[0]
     penalty = SpectralRegularizer(1, exact=True).penalty(conv).item()
     assert penalty == pytest.approx((sigma**2 - 1) ** 2, rel=1e-12)
     transposed = nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False).double()
-    kernel = array(transposed.weight)  # (in, out / groups, kh, kw)
+    # (in, out / groups, kh, kw)
+    kernel = array(transposed.weight)
     rows = [kernel[2 * (out // 3) : 2 * (out // 3) + 2, out % 3].ravel() for out in range(6)]
     sigma = np.linalg.svd(np.stack(rows), compute_uv=False)[0]
     penalty = SpectralRegularizer(1, exact=True).penalty(transposed).item()
@@ -125,7 +126,7 @@ def test_spectral_regularization_flattens_kernels_to_outputs_by_the_rest() -> No
 
 
 @pytest.mark.parametrize("dims", [{}, {"kdim": 3, "vdim": 5}])
-def test_queries_keys_values_and_outputs_of_attention_are_a_matrix_each(dims: dict[str, int]) -> None:
+def test_attention_projections_are_separate_matrices(dims: dict[str, int]) -> None:
     attention = nn.MultiheadAttention(6, 2, **dims).double()
     with torch.no_grad():
         attention.in_proj_bias.copy_(torch.arange(18) / 18)
@@ -142,7 +143,7 @@ def test_queries_keys_values_and_outputs_of_attention_are_a_matrix_each(dims: di
     assert penalty == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_gates_of_recurrent_layers_are_a_matrix_each() -> None:
+def test_recurrent_gates_are_separate_matrices() -> None:
     lstm = nn.LSTM(3, 4, proj_size=2, bias=False).double()
     matrices = [*lstm.weight_ih_l0.chunk(4), *lstm.weight_hh_l0.chunk(4), lstm.weight_hr_l0]
     expected = sum((np.linalg.norm(array(matrix), 2) ** 2 - 1) ** 2 for matrix in matrices)
@@ -151,7 +152,7 @@ def test_the_gates_of_recurrent_layers_are_a_matrix_each() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 3)])
 def test_parseval_equals_its_formula_in_numpy(shape: tuple[int, int]) -> None:
-    """A tall matrix lacks the constant that it cannot get below; the gradient is the same."""
+    """For a tall matrix the term leaves out a constant; the gradient is the same."""
     model = nn.Sequential(nn.Linear(*shape[::-1]), nn.Linear(shape[0], 2)).double()
     weight = model[0].weight
     out, into = shape
@@ -200,7 +201,7 @@ def test_the_l2_part_of_l2er_is_over_every_trainable_parameter() -> None:
 
 @EVERY
 def test_gradients_equal_finite_differences(make: Callable[[], Regularizer]) -> None:
-    """With the power iteration converged: only then is its gradient that of the singular value."""
+    """Let the power iteration converge: only then is its gradient that of the singular value."""
     model = network()
     regularizer = started(make, model)
     for _ in range(3000 if isinstance(regularizer, SpectralRegularizer) and not regularizer.exact else 1):
@@ -223,9 +224,7 @@ def test_gradients_equal_finite_differences(make: Callable[[], Regularizer]) -> 
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 2**31), scale=st.floats(2, 1e3))
-def test_the_power_iteration_never_exceeds_the_spectral_norm_and_converges_to_it(
-    rows: int, columns: int, seed: int, scale: float
-) -> None:
+def test_power_iteration_converges_from_below(rows: int, columns: int, seed: int, scale: float) -> None:
     layer = nn.Linear(columns, rows, bias=False).double()
     left, right = (
         torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64))[0] for n in (rows, columns)
@@ -253,7 +252,7 @@ def test_parseval_is_zero_for_orthogonal_matrices_only(rows: int, columns: int, 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), moved=st.floats(1e-3, 2))
-def test_wasserstein_does_not_see_permutations_and_is_at_most_the_distance(seed: int, moved: float) -> None:
+def test_wasserstein_ignores_permutations_and_is_at_most_l2(seed: int, moved: float) -> None:
     model = nn.Linear(6, 5).double()
     regularizer = WassersteinInit(1)
     regularizer.start(model)
@@ -299,7 +298,7 @@ def test_penalty_and_gradient_are_finite_for_extreme_weights(make: Callable[[], 
         assert all(bool(gradient.isfinite().all()) for gradient in gradients(penalty, model).values())
 
 
-def test_the_power_iteration_recovers_from_a_matrix_that_was_zero() -> None:
+def test_power_iteration_recovers_from_a_zero_matrix() -> None:
     layer = nn.Linear(5, 4, bias=False).double()
     weight = layer.weight.detach().clone()
     regularizer = SpectralRegularizer(1, power=1)
@@ -316,7 +315,7 @@ def test_the_power_iteration_recovers_from_a_matrix_that_was_zero() -> None:
 # The power iteration
 
 
-def test_one_call_is_one_power_iteration_of_vectors_without_a_graph() -> None:
+def test_each_call_is_one_power_iteration_without_a_graph() -> None:
     layer = nn.Linear(7, 5, bias=False).double()
     regularizer = SpectralRegularizer(1, power=1)
     regularizer.penalty(layer)
@@ -334,7 +333,7 @@ def test_one_call_is_one_power_iteration_of_vectors_without_a_graph() -> None:
     np.testing.assert_allclose(array(gradient), 2 * (sigma - 1) * np.outer(array(new), v), rtol=1e-10, atol=1e-14)
 
 
-def test_the_first_estimate_is_within_a_few_percent_and_gets_better() -> None:
+def test_first_estimate_is_close_and_improves() -> None:
     layer = nn.Linear(1000, 784, bias=False)
     nn.init.normal_(layer.weight)
     regularizer = SpectralRegularizer(1, power=1)
@@ -344,7 +343,7 @@ def test_the_first_estimate_is_within_a_few_percent_and_gets_better() -> None:
     assert last > 0.995 * truth
 
 
-def test_a_look_at_the_penalty_does_not_move_the_power_iteration() -> None:
+def test_penalty_without_gradients_keeps_the_vectors() -> None:
     model, regularizer = network(), SpectralRegularizer()
     regularizer.penalty(model)
     before = regularizer.state_dict()
@@ -355,7 +354,7 @@ def test_a_look_at_the_penalty_does_not_move_the_power_iteration() -> None:
     assert torch.equal(value, regularizer.penalty(model).detach())
 
 
-def test_a_head_that_grows_gets_a_vector_of_its_own_and_others_keep_theirs() -> None:
+def test_grown_head_gets_a_new_vector() -> None:
     model, regularizer = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), SpectralRegularizer()
     regularizer.penalty(model)
     grown = copy.deepcopy(model)
@@ -368,7 +367,7 @@ def test_a_head_that_grows_gets_a_vector_of_its_own_and_others_keep_theirs() -> 
     assert others["2.weight"].shape == (5,)
 
 
-# What counts
+# Regularized parameters
 
 
 @EVERY
@@ -398,7 +397,8 @@ def test_tied_parameters_count_once(make: Callable[[], Regularizer]) -> None:
             if twice:
                 self.embed, self.b = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
                 self.embed.weight = self.b.weight = self.a.weight
-                self.head = self._modules.pop("head")  # registered last again
+                # Register the head last again.
+                self.head = self._modules.pop("head")
 
     values = []
     for twice in (False, True):
@@ -421,7 +421,7 @@ def test_embeddings_tokens_and_slopes_have_no_spectral_norm() -> None:
 
 
 @pytest.mark.parametrize("build", [Encoder, ResNet])
-def test_every_matrix_bias_and_gain_of_real_networks_is_regularized(build: Callable[[], nn.Module]) -> None:
+def test_every_matrix_bias_and_scale_is_regularized(build: Callable[[], nn.Module]) -> None:
     model = build()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -430,8 +430,9 @@ def test_every_matrix_bias_and_gain_of_real_networks_is_regularized(build: Calla
     assert moved == {name for name, _ in model.named_parameters() if not name.startswith("embed")}
 
 
-def test_the_last_layer_is_free_of_parseval_or_those_that_are_named() -> None:
-    model = Functional()  # registers its head first
+def test_parseval_excludes_the_last_layer_or_named_ones() -> None:
+    # This model registers its head first.
+    model = Functional()
     moved = {name for name, value in gradients(Parseval().penalty(model), model).items() if value.any()}
     assert moved == {"head.weight", "second.weight"}, "documented: the last one registered is left free"
     moved = {name for name, value in gradients(Parseval(exclude=["head"]).penalty(model), model).items() if value.any()}
@@ -446,7 +447,7 @@ def test_the_last_layer_is_free_of_parseval_or_those_that_are_named() -> None:
     assert {name for name, value in excluded.items() if value.any()} == {"body.weight"}
 
 
-def test_of_parametrized_layers_the_weight_that_comes_out_has_a_spectral_norm() -> None:
+def test_parametrized_layers_use_the_computed_weight() -> None:
     layer = parametrizations.weight_norm(nn.Linear(5, 4).double())
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(3)
@@ -461,7 +462,7 @@ def test_of_parametrized_layers_the_weight_that_comes_out_has_a_spectral_norm() 
         Parseval(1, exclude=[]).penalty(layer)
 
 
-def test_a_parametrization_with_state_is_left_as_it_was() -> None:
+def test_stateful_parametrizations_are_unchanged() -> None:
     layer = parametrizations.spectral_norm(nn.Linear(5, 4))
     before = copy.deepcopy(layer.state_dict())
     SpectralRegularizer().penalty(layer)
@@ -487,7 +488,8 @@ def test_half_precision_is_computed_in_float32(make: Callable[[], Regularizer], 
     other.start(twin)
     with torch.no_grad():
         for parameter, same in zip(model.parameters(), twin.parameters(), strict=True):
-            parameter.mul_(300)  # squares and their sums overflow float16
+            # Squares and their sums overflow float16.
+            parameter.mul_(300)
             same.copy_(parameter)
     penalty, expected = regularizer.penalty(model), other.penalty(twin)
     assert penalty.dtype == torch.float32
@@ -510,7 +512,7 @@ def test_autocast_does_not_matter(make: Callable[[], Regularizer]) -> None:
 
 
 @EVERY
-def test_training_with_the_penalty_equals_a_loop_that_adds_its_gradient(make: Callable[[], Regularizer]) -> None:
+def test_training_with_penalty_equals_adding_its_gradient(make: Callable[[], Regularizer]) -> None:
     x, results = torch.randn(8, 2, 6, 6, dtype=torch.float64), []
     for by_hand in (False, True):
         model = network()
@@ -532,7 +534,7 @@ def test_training_with_the_penalty_equals_a_loop_that_adds_its_gradient(make: Ca
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_l2_init_in_a_loop_equals_decay_toward_the_start_by_hand() -> None:
+def test_l2_init_equals_decay_toward_the_start_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     twin = copy.deepcopy(model)
@@ -551,7 +553,7 @@ def test_l2_init_in_a_loop_equals_decay_toward_the_start_by_hand() -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-def test_spectral_regularization_by_itself_pulls_spectral_norms_to_one() -> None:
+def test_spectral_regularization_pulls_spectral_norms_to_one() -> None:
     model = network()
     regularizer = SpectralRegularizer(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -565,9 +567,7 @@ def test_spectral_regularization_by_itself_pulls_spectral_norms_to_one() -> None
 
 
 @EVERY
-def test_state_survives_a_checkpoint_and_training_goes_on_to_the_last_bit(
-    make: Callable[[], Regularizer], tmp_path: Path
-) -> None:
+def test_training_resumes_bit_for_bit(make: Callable[[], Regularizer], tmp_path: Path) -> None:
     x = torch.randn(8, 2, 6, 6, dtype=torch.float64)
 
     def steps(model: nn.Module, regularizer: Regularizer, count: int) -> None:
@@ -588,7 +588,8 @@ def test_state_survives_a_checkpoint_and_training_goes_on_to_the_last_bit(
     resumed, restored = network(seed=1), make()
     resumed.load_state_dict(state["model"])
     restored.load_state_dict(state["regularizer"])
-    restored.start(resumed)  # what is remembered stays
+    # The loaded initial values are kept.
+    restored.start(resumed)
     steps(resumed, restored, 3)
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(restored.state_dict(), regularizer.state_dict(), rtol=0, atol=0)
@@ -609,7 +610,7 @@ def test_state_shares_no_memory_with_the_regularizer(make: Callable[[], Regulari
 
 
 @EVERY
-def test_nothing_but_the_penalty_happens(make: Callable[[], Regularizer]) -> None:
+def test_penalty_has_no_side_effects(make: Callable[[], Regularizer]) -> None:
     model = network()
     regularizer = started(make, model)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -622,7 +623,7 @@ def test_nothing_but_the_penalty_happens(make: Callable[[], Regularizer]) -> Non
 
 
 @EVERY
-def test_regularizers_are_deterministic_and_do_not_depend_on_the_global_generator(
+def test_regularizers_ignore_the_global_generator(
     make: Callable[[], Regularizer],
 ) -> None:
     values = []
@@ -634,32 +635,34 @@ def test_regularizers_are_deterministic_and_do_not_depend_on_the_global_generato
     assert torch.equal(*values)
 
 
-# What goes wrong
+# Errors
 
 
 @REMEMBERING
-def test_a_start_that_is_missing_is_asked_for(make: type[L2Init]) -> None:
-    with pytest.raises(RuntimeError, match=rf"{make.__name__} does not know where parameter 'weight' .* call start"):
+def test_penalty_before_start_raises(make: type[L2Init]) -> None:
+    with pytest.raises(
+        RuntimeError, match=rf"{make.__name__} has no initial value of parameter 'weight' .* call start"
+    ):
         make().penalty(nn.Linear(3, 2))
 
 
 @REMEMBERING
-def test_a_head_that_grows_asks_for_another_start_which_leaves_the_rest(make: type[L2Init]) -> None:
+def test_grown_head_needs_another_start_and_others_keep_values(make: type[L2Init]) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     regularizer = started(make, model)
     first = regularizer.state_dict()["initial"]["0.weight"]
     model[2] = nn.Linear(6, 5)
-    with pytest.raises(RuntimeError, match=r"parameter '2.weight' of shape \(5, 6\) began \(it was 18 numbers\)"):
+    with pytest.raises(RuntimeError, match=r"parameter '2.weight' of shape \(5, 6\) \(one of shape \(3, 6\) is stored"):
         regularizer.penalty(model)
     regularizer.start(model)
     assert regularizer.penalty(model).item() > 0
     state = regularizer.state_dict()["initial"]
     assert torch.equal(state["0.weight"], first)
-    assert state["2.weight"].sort().values.equal(make().remembered(model[2].weight.detach()).sort().values)
+    assert state["2.weight"].sort().values.equal(make().reference(model[2].weight.detach()).sort().values)
 
 
 @REMEMBERING
-def test_what_is_remembered_is_kept_in_full_where_the_model_is_not(make: type[L2Init]) -> None:
+def test_initial_values_stay_float32_for_bfloat16_models(make: type[L2Init]) -> None:
     model = nn.Linear(5, 4)
     regularizer = make()
     regularizer.start(model)
@@ -675,7 +678,7 @@ def test_what_is_remembered_is_kept_in_full_where_the_model_is_not(make: type[L2
         (lambda: SpectralRegularizer(-1), r"SpectralRegularizer\(coefficient=-1\) must be a finite number, at least 0"),
         (lambda: SpectralRegularizer(power=0.5), r"SpectralRegularizer\(power=0.5\) must be a finite number, at least"),
         (lambda: SpectralRegularizer(power=math.nan), r"SpectralRegularizer\(power=nan\)"),
-        (lambda: Parseval(gain=0), r"Parseval\(gain=0\) must be a positive number"),
+        (lambda: Parseval(gain=0), r"Parseval\(gain=0\) must be a finite number, greater than 0"),
         (lambda: Parseval(exclude="head"), r"Parseval\(exclude='head'\) must be a list of names, such as \['head'\]"),
         (lambda: L2Init(math.inf), r"L2Init\(coefficient=inf\) must be a finite number"),
         (lambda: WassersteinInit(math.nan), r"WassersteinInit\(coefficient=nan\)"),

@@ -1,4 +1,4 @@
-"""Repairs change what they should, in the scale they should, and the optimizer forgets what is gone."""
+"""Check Reset and ShrinkPerturb: the new values, their scale, and the optimizer state."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import Repair, RepairReport, Reset, ShrinkPerturb
-from lightning_plasticity.interventions.base import Request
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 
 
@@ -41,7 +41,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: 
 
 @settings(max_examples=20, deadline=None)
 @given(s=st.floats(0.01, 1), seed=st.integers(0, 2**31))
-def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, seed: int) -> None:
+def test_shrink_perturb_interpolates_old_and_fresh_weights(s: float, seed: int) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     old, twin = values(model), copy.deepcopy(model)
     ShrinkPerturb(s).repair(model, generator=generator(seed))
@@ -54,18 +54,18 @@ def test_shrink_perturb_is_a_weighted_mean_of_old_and_fresh_weights(s: float, se
 
 def test_new_values_of_another_shape_are_refused() -> None:
     class OneRow(Repair):
-        def changes(self, model: nn.Module, request: Request) -> WeightUpdate:
+        def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
             return WeightUpdate({model.weight: torch.ones(4)})
 
     model = nn.Linear(4, 3)
     before = values(model)
-    with pytest.raises(ValueError, match=r"^OneRow: a tensor of shape \(3, 4\) was to get values of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"^OneRow: new values have shape \(4,\), expected \(3, 4\)"):
         OneRow().repair(model)
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 
 
-def test_shrink_perturb_leaves_norm_layers_buffers_and_frozen_parameters() -> None:
-    """peers 3.16."""
+def test_shrink_perturb_keeps_norms_buffers_and_frozen_ones() -> None:
+    """Public code also shrinks the scales of norm layers and buffers."""
     model = network()
     with torch.no_grad():
         model[1].weight.fill_(3)
@@ -104,7 +104,7 @@ def test_reset_of_named_layers_leaves_the_rest() -> None:
     assert report.num_parameters_changed == 12 + 8 + 195
 
 
-def test_a_module_has_the_last_word_on_the_initialisation_of_what_is_inside_it() -> None:
+def test_parent_initialises_its_submodules_last() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,7 +126,7 @@ def test_tied_weights_stay_tied() -> None:
 
 
 @pytest.mark.parametrize("intervention", [Reset(), ShrinkPerturb()], ids=lambda one: type(one).__name__)
-def test_repairs_are_deterministic_and_leave_the_global_generator_alone(intervention: Repair) -> None:
+def test_repairs_are_deterministic_without_global_random_numbers(intervention: Repair) -> None:
     models = [network() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     state = torch.get_rng_state()
@@ -179,7 +179,7 @@ OPTIMIZERS: list[Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = [
 
 
 class Lazy(torch.optim.Optimizer):
-    """Not torch's: keeps a copy of the weights from its first step on, as schedule-free optimizers do."""
+    """Keeps a copy of the weights from its first step on, as schedule-free optimizers do."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "unaccepted": 1})
@@ -199,7 +199,7 @@ class Lazy(torch.optim.Optimizer):
 
 
 class Eager(Lazy):
-    """The same, but it makes its state when it is built."""
+    """Creates its state in the constructor."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr)
@@ -212,7 +212,7 @@ class Derived(torch.optim.Rprop):
 
 
 class Wrapper:
-    """Like Lightning's."""
+    """Wraps an optimizer as Lightning does."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
@@ -234,7 +234,7 @@ OPTIMIZERS += [
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_after_a_reset_an_optimizer_goes_on_like_a_new_one(
+def test_optimizer_after_reset_equals_a_new_one(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> None:
     x = torch.randn(5, 4, generator=generator())
@@ -258,7 +258,7 @@ def test_state_of_parameters_that_did_not_change_is_kept() -> None:
     assert model[1].weight not in optimizer.state
 
 
-def test_unknown_optimizers_that_cannot_be_made_anew_are_zeroed_with_a_warning() -> None:
+def test_state_of_unknown_optimizers_is_zeroed_with_a_warning() -> None:
     class Foreign(Lazy):
         def __init__(self, params: Any, needed: int) -> None:
             super().__init__(params)
@@ -275,7 +275,7 @@ def test_unknown_optimizers_that_cannot_be_made_anew_are_zeroed_with_a_warning()
     assert state["rows"].sum() == 3
 
 
-def test_one_optimizer_given_twice_is_cleared_once() -> None:
+def test_optimizer_given_twice_is_reset_once() -> None:
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer, torch.ones(2, 4))
@@ -291,7 +291,7 @@ def test_frozen_norm_layers_keep_their_statistics() -> None:
     assert torch.equal(model[1].running_mean, torch.full((4,), 5.0))
 
 
-def test_full_shrink_perturb_replaces_weights_that_are_not_finite() -> None:
+def test_full_shrink_perturb_replaces_non_finite_weights() -> None:
     model = nn.Linear(4, 3)
     with torch.no_grad():
         model.weight.fill_(torch.nan)

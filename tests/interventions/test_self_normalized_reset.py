@@ -1,4 +1,4 @@
-"""SelfNormalizedReset recycles units that are silent for longer than they use to be, and no others."""
+"""Check SelfNormalizedReset against its rule in NumPy: it resets units with unusually long silences only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.unit_models import TwoHeads
 
 
 def echo(units: int) -> nn.Sequential:
-    """Unit ``i`` says what input ``i`` is."""
+    """Build a network whose unit ``i`` equals input ``i``."""
     model = nn.Sequential(nn.Linear(units, units), nn.ReLU(), nn.Linear(units, 2))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(units))
@@ -23,20 +23,20 @@ def echo(units: int) -> nn.Sequential:
     return model
 
 
-def started(model: nn.Module, remedy: SelfNormalizedReset, shape: tuple[int, ...]) -> SelfNormalizedReset:
-    remedy.start(model, forward=lambda model: model(torch.ones(shape)))
-    return remedy
+def started(model: nn.Module, intervention: SelfNormalizedReset, shape: tuple[int, ...]) -> SelfNormalizedReset:
+    intervention.start(model, forward=lambda model: model(torch.ones(shape)))
+    return intervention
 
 
-def step(model: nn.Module, remedy: SelfNormalizedReset, *batches: Tensor) -> dict[str, list[int]]:
+def step(model: nn.Module, intervention: SelfNormalizedReset, *batches: Tensor) -> dict[str, list[int]]:
     for x in batches:
         model(x)
-    report = remedy.after_step(model)
+    report = intervention.after_step(model)
     return {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
 
 
 class ByHand:
-    """The rule for one unit, with a plain list of its silences."""
+    """Apply the rule to one unit, with a plain list of its silences."""
 
     def __init__(self, rejection: float, cap: int) -> None:
         self.rejection, self.cap = rejection, cap
@@ -64,25 +64,26 @@ class ByHand:
     rate=st.floats(0.02, 0.9),
     seed=st.integers(0, 2**31),
 )
-def test_a_whole_training_equals_the_rule_in_numpy(
+def test_training_equals_the_rule_in_numpy(
     units: int, rejection: float, cap: int, batch: int, rate: float, seed: int
 ) -> None:
     """Silences stay below 14 samples where buckets are exact, or above the cap."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = echo(units)
-    remedy = started(model, SelfNormalizedReset(rejection, cap, seed=seed), (2, units))
+    intervention = started(model, SelfNormalizedReset(rejection, cap, seed=seed), (2, units))
     rules = [ByHand(rejection, cap) for _ in range(units)]
     for _ in range(60):
         fires = rng.random((batch, units)) < rate
         fires |= np.array([rule.silence + batch > 13 and cap > 14 for rule in rules])
         x = torch.from_numpy(np.where(fires, rng.random((batch, units)) + 0.1, -rng.random((batch, units)))).float()
         expected = [i for i, rule in enumerate(rules) if rule.step(bool(fires[:, i].any()), batch)]
-        assert step(model, remedy, x) == ({"0": expected} if expected else {})
+        assert step(model, intervention, x) == ({"0": expected} if expected else {})
         with torch.no_grad():
-            model[0].weight.copy_(torch.eye(units))  # what was recycled goes on echoing
+            # Units that were reset equal their inputs again.
+            model[0].weight.copy_(torch.eye(units))
             model[0].bias.zero_()
-        record = remedy.state_dict()["layers"]["0"]
+        record = intervention.state_dict()["layers"]["0"]
         assert record["silence"].tolist() == [rule.silence for rule in rules]
         assert record["past silences"].sum(1).tolist() == [len(rule.past) for rule in rules]
 
@@ -94,11 +95,11 @@ def silences(*lengths: int) -> list[Tensor]:
     return [x for length in lengths for x in [*[SILENT] * length, FIRES]]
 
 
-def run(remedy: SelfNormalizedReset, xs: list[Tensor]) -> list[int]:
-    """The steps at which the one unit is recycled."""
+def run(intervention: SelfNormalizedReset, xs: list[Tensor]) -> list[int]:
+    """Return the steps at which the one unit is reset."""
     model = echo(1)
-    started(model, remedy, (2, 1))
-    return [number for number, x in enumerate(xs) if step(model, remedy, x)]
+    started(model, intervention, (2, 1))
+    return [number for number, x in enumerate(xs) if step(model, intervention, x)]
 
 
 def test_a_silence_must_exceed_the_percentile() -> None:
@@ -107,32 +108,32 @@ def test_a_silence_must_exceed_the_percentile() -> None:
     assert run(SelfNormalizedReset(0.1), [*past, *[SILENT] * 5]) == [len(past) + 3]
 
 
-def test_too_few_silences_say_nothing() -> None:
+def test_few_past_silences_never_reset() -> None:
     assert run(SelfNormalizedReset(0.1), [*silences(*[3] * 8), *[SILENT] * 200]) == []
     assert run(SelfNormalizedReset(0.1, cap=100), [*silences(*[3] * 8), *[SILENT] * 102]) == [8 * 4 + 99]
 
 
 def test_each_unit_is_compared_with_itself() -> None:
     model = echo(2)
-    remedy = started(model, SelfNormalizedReset(0.1), (2, 2))
+    intervention = started(model, SelfNormalizedReset(0.1), (2, 2))
     for _ in range(12):
         for number in range(8):
             x = torch.tensor([[1.0 if number % 2 else -1.0, 1.0 if number == 7 else -1.0]])
-            assert step(model, remedy, x) == {}
-    steps = [step(model, remedy, -torch.ones(1, 2)) for _ in range(9)]
+            assert step(model, intervention, x) == {}
+    steps = [step(model, intervention, -torch.ones(1, 2)) for _ in range(9)]
     assert [number for number, found in enumerate(steps) if found] == [1, 7]
     assert steps[1] == {"0": [0]}
     assert steps[7] == {"0": [1]}
 
 
-def test_a_unit_that_always_fires_is_not_recycled_at_its_first_pause() -> None:
+def test_first_pause_of_a_firing_unit_is_no_reset() -> None:
     assert run(SelfNormalizedReset(0.1), [*[FIRES] * 100, SILENT, SILENT, FIRES]) == []
 
 
-def test_time_is_counted_in_samples() -> None:
+def test_silence_is_counted_in_samples() -> None:
     model = echo(1)
-    remedy = started(model, SelfNormalizedReset(cap=100), (2, 1))
-    assert [step(model, remedy, SILENT.expand(40, 1)) for _ in range(3)] == [{}, {}, {"0": [0]}]
+    intervention = started(model, SelfNormalizedReset(cap=100), (2, 1))
+    assert [step(model, intervention, SILENT.expand(40, 1)) for _ in range(3)] == [{}, {}, {"0": [0]}]
 
 
 def test_one_sample_at_one_position_is_enough_to_fire() -> None:
@@ -140,14 +141,14 @@ def test_one_sample_at_one_position_is_enough_to_fire() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([1.0, -1]).view(2, 1, 1, 1))
         model[0].bias.zero_()
-    remedy = started(model, SelfNormalizedReset(), (2, 1, 3, 3))
+    intervention = started(model, SelfNormalizedReset(), (2, 1, 3, 3))
     x = torch.zeros(4, 1, 3, 3)
     x[2, 0, 1, 1] = 1
-    step(model, remedy, x)
-    assert remedy.state_dict()["layers"]["0"]["silence"].tolist() == [0, 4]
+    step(model, intervention, x)
+    assert intervention.state_dict()["layers"]["0"]["silence"].tolist() == [0, 4]
 
 
-def test_a_unit_fires_if_one_of_two_heads_reads_something() -> None:
+def test_unit_fires_if_one_of_two_heads_reads_it() -> None:
     class Two(TwoHeads):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             h = self.trunk(x)
@@ -157,36 +158,36 @@ def test_a_unit_fires_if_one_of_two_heads_reads_something() -> None:
     with torch.no_grad():
         model.trunk.weight.zero_()
         model.trunk.bias.copy_(torch.tensor([1.0, -1, 0, 1, -1, 0]))
-    remedy = started(model, SelfNormalizedReset(), (2, 4))
-    step(model, remedy, torch.ones(3, 4))
-    assert remedy.state_dict()["layers"]["trunk"]["silence"].tolist() == [0, 0, 3, 0, 0, 3]
+    intervention = started(model, SelfNormalizedReset(), (2, 4))
+    step(model, intervention, torch.ones(3, 4))
+    assert intervention.state_dict()["layers"]["trunk"]["silence"].tolist() == [0, 0, 3, 0, 0, 3]
 
 
 def test_micro_batches_are_one_step() -> None:
     models = [echo(2), echo(2)]
-    remedies = [started(model, SelfNormalizedReset(), (2, 2)) for model in models]
+    interventions = [started(model, SelfNormalizedReset(), (2, 2)) for model in models]
     parts = [torch.tensor([[1.0, -1], [-1, -1]]), torch.tensor([[-1.0, -1]])]
-    step(models[0], remedies[0], *parts)
-    step(models[1], remedies[1], torch.cat(parts))
-    records = [remedy.state_dict()["layers"]["0"] for remedy in remedies]
+    step(models[0], interventions[0], *parts)
+    step(models[1], interventions[1], torch.cat(parts))
+    records = [intervention.state_dict()["layers"]["0"] for intervention in interventions]
     assert records[0]["silence"].tolist() == records[1]["silence"].tolist() == [0, 3]
 
 
-def test_a_unit_that_goes_on_as_before_is_recycled_once_in_fifty_silences_at_most() -> None:
+def test_false_reset_rate_is_at_most_the_rejection_level() -> None:
     generator = torch.Generator().manual_seed(0)
     model = echo(400)
-    remedy = started(model, SelfNormalizedReset(0.02), (2, 400))
-    recycled = ended = 0
+    intervention = started(model, SelfNormalizedReset(0.02), (2, 400))
+    resets = ended = 0
     for _ in range(600):
         x = (torch.rand(1, 400, generator=generator) < 0.5).float() - 0.5
-        silent = remedy.state_dict()["layers"]["0"]["silence"] > 0
+        silent = intervention.state_dict()["layers"]["0"]["silence"] > 0
         ended += int((silent & (x[0] > 0)).sum())
-        units = step(model, remedy, x).get("0", [])
-        recycled += len(units)
+        units = step(model, intervention, x).get("0", [])
+        resets += len(units)
         with torch.no_grad():
             model[0].weight.copy_(torch.eye(400))
             model[0].bias.zero_()
-    assert 0.002 < recycled / (ended + recycled) <= 0.02
+    assert 0.002 < resets / (ended + resets) <= 0.02
 
 
 @pytest.mark.parametrize("cap", [1, 2, 13, 100, 20_000, 10**6])
@@ -200,25 +201,25 @@ def test_buckets_are_exact_below_14_and_narrow_beyond(cap: int) -> None:
 
 
 def test_memory_is_bounded() -> None:
-    remedy = started(echo(3), SelfNormalizedReset(), (2, 3))
-    assert remedy.state_dict()["layers"]["0"]["past silences"].shape == (3, 97)
+    intervention = started(echo(3), SelfNormalizedReset(), (2, 3))
+    assert intervention.state_dict()["layers"]["0"]["past silences"].shape == (3, 97)
 
 
 def test_arguments_out_of_range_are_named() -> None:
     with pytest.raises(ValueError, match=r"SelfNormalizedReset\(rejection=0\) must be in \(0, 1\)"):
         SelfNormalizedReset(0)
-    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=0\) must be a whole number, at least 1"):
         SelfNormalizedReset(cap=0)
-    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=20000.0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"SelfNormalizedReset\(cap=20000.0\) must be a whole number, at least 1"):
         SelfNormalizedReset(cap=2e4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_no_silence(value: float) -> None:
+def test_non_finite_values_are_no_silence(value: float) -> None:
     model = echo(3)
-    remedy = started(model, SelfNormalizedReset(cap=2), (1, 3))
-    state = remedy.state_dict()
+    intervention = started(model, SelfNormalizedReset(cap=2), (1, 3))
+    state = intervention.state_dict()
     for _ in range(3):
         with pytest.warns(UserWarning, match="is passed over, values are not finite"):
-            assert step(model, remedy, torch.full((1, 3), value)) == {}
-    torch.testing.assert_close(remedy.state_dict(), state, rtol=0, atol=0)
+            assert step(model, intervention, torch.full((1, 3), value)) == {}
+    torch.testing.assert_close(intervention.state_dict(), state, rtol=0, atol=0)

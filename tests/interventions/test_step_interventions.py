@@ -1,4 +1,4 @@
-"""Remedies that act on the weights after every step follow their rules, and forget and disturb nothing."""
+"""Check step interventions on weights against their rules in NumPy, and repairs on weights."""
 
 import copy
 import io
@@ -23,21 +23,19 @@ from lightning_plasticity.interventions import (
     NormalizeAndProject,
     Repair,
     Reset,
-    ShrinkPerturb,
     SoftShrinkPerturb,
     StepIntervention,
     WeightClipping,
 )
+from tests.helpers.interventions import select
 from tests.helpers.unit_models import MODELS, Encoder, Functional, Gru, Model, ResNet
 
-REMEDIES: dict[str, Callable[[], StepIntervention]] = {
-    "WeightClipping": lambda: WeightClipping(0.7),
-    "NormalizeAndProject": NormalizeAndProject,
-    "HareTortoise": lambda: HareTortoise(0.6, every_n_steps=3),
-    "SoftShrinkPerturb": lambda: SoftShrinkPerturb(0.9, 0.3, seed=5),
+ON_WEIGHTS = [row for row in select(StepIntervention, on_units=False) if "forward" not in row.needs]
+STEP_INTERVENTIONS: dict[str, Callable[[], StepIntervention]] = {
+    **{row.name: row.make for row in ON_WEIGHTS},
     "SoftShrinkPerturb, every 2": lambda: SoftShrinkPerturb(0.9, 0.3, every_n_steps=2),
 }
-WITH_MEMORY = [name for name in REMEDIES if name != "WeightClipping"]
+WITH_STATE = [row.name for row in ON_WEIGHTS if "start" in row.needs] + ["SoftShrinkPerturb, every 2"]
 
 
 def mlp(sizes: Sequence[int], seed: int = 0) -> nn.Sequential:
@@ -52,7 +50,7 @@ def arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def moves(model: nn.Module, steps: int, seed: int, size: float = 0.5) -> list[dict[str, np.ndarray]]:
-    """What an optimizer might do."""
+    """Draw random weight changes, in place of an optimizer."""
     rng = np.random.default_rng(seed)
     return [{name: size * rng.standard_normal(p.shape) for name, p in model.named_parameters()} for _ in range(steps)]
 
@@ -63,10 +61,10 @@ def move(model: nn.Module, by: dict[str, np.ndarray]) -> None:
             parameter.add_(torch.from_numpy(np.asarray(by[name])).to(parameter))
 
 
-def run(model: nn.Module, remedy: StepIntervention, steps: int, seed: int = 0) -> None:
+def run(model: nn.Module, intervention: StepIntervention, steps: int, seed: int = 0) -> None:
     for by in moves(model, steps, seed):
         move(model, by)
-        remedy.after_step(model)
+        intervention.after_step(model)
 
 
 def changed(model: nn.Module, before: dict[str, Any]) -> set[str]:
@@ -83,10 +81,10 @@ SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 @given(sizes=SIZES, steps=st.integers(1, 4), kappa=st.floats(0.1, 5), seed=st.integers(0, 2**31))
 def test_weight_clipping_equals_its_rule_in_numpy(sizes: list[int], steps: int, kappa: float, seed: int) -> None:
     model = mlp(sizes, seed)
-    theta, remedy = arrays(model), WeightClipping(kappa)
+    theta, intervention = arrays(model), WeightClipping(kappa)
     for by in moves(model, steps, seed, size=2):
         move(model, by)
-        assert remedy.after_step(model) is None
+        assert intervention.after_step(model) is None
         for name in theta:
             bound = kappa / np.sqrt(sizes[int(name.split(".")[0])])
             theta[name] = np.clip(theta[name] + by[name], -bound, bound)
@@ -97,12 +95,12 @@ def test_weight_clipping_equals_its_rule_in_numpy(sizes: list[int], steps: int, 
 @settings(max_examples=30, deadline=None)
 @given(sizes=SIZES, steps=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_normalize_and_project_equals_its_rule_in_numpy(sizes: list[int], steps: int, seed: int) -> None:
-    model, remedy = mlp(sizes, seed), NormalizeAndProject()
-    remedy.start(model)
+    model, intervention = mlp(sizes, seed), NormalizeAndProject()
+    intervention.start(model)
     first, theta = arrays(model), arrays(model)
     for by in moves(model, steps, seed):
         move(model, by)
-        assert remedy.after_step(model) is None
+        assert intervention.after_step(model) is None
         for name in theta:
             theta[name] = theta[name] + by[name]
             if name.endswith("weight"):
@@ -118,12 +116,12 @@ def test_normalize_and_project_equals_its_rule_in_numpy(sizes: list[int], steps:
 def test_hare_tortoise_equals_its_rule_in_numpy(
     sizes: list[int], steps: int, every: int, decay: float, seed: int
 ) -> None:
-    model, remedy = mlp(sizes, seed), HareTortoise(decay, every)
-    remedy.start(model)
+    model, intervention = mlp(sizes, seed), HareTortoise(decay, every)
+    intervention.start(model)
     hare, tortoise = arrays(model), arrays(model)
     for step, by in enumerate(moves(model, steps, seed), 1):
         move(model, by)
-        report = remedy.after_step(model)
+        report = intervention.after_step(model)
         for name in hare:
             hare[name] = hare[name] + by[name]
             tortoise[name] = decay * tortoise[name] + (1 - decay) * hare[name]
@@ -149,103 +147,105 @@ def test_hare_tortoise_equals_its_rule_in_numpy(
 def test_soft_shrink_perturb_equals_its_rule_in_numpy(
     sizes: list[int], steps: int, every: int, shrink: float, noise: float, seed: int
 ) -> None:
-    model, remedy = mlp(sizes, seed), SoftShrinkPerturb(shrink, noise, every, seed=seed)
-    remedy.start(model)
+    model, intervention = mlp(sizes, seed), SoftShrinkPerturb(shrink, noise, every, seed=seed)
+    intervention.start(model)
     theta = arrays(model)
     xi = torch.Generator().manual_seed(seed)
     for step, by in enumerate(moves(model, steps, seed), 1):
         move(model, by)
-        assert remedy.after_step(model) is None
+        assert intervention.after_step(model) is None
         for name in theta:
             theta[name] = theta[name] + by[name]
             if step % every == 0:
-                # In place of a loop over the steps: the noise of each shrinks until the last.
+                # The noise of each step shrinks until the last.
                 variance = sum(noise**2 * shrink ** (2 * i) for i in range(every))
                 theta[name] = shrink**every * theta[name]
                 if noise:
                     draw = torch.randn(theta[name].shape, generator=xi, dtype=torch.float64).numpy()
-                    theta[name] = theta[name] + np.sqrt(variance) * remedy.scales[name].item() * draw
+                    theta[name] = theta[name] + np.sqrt(variance) * intervention.scales[name].item() * draw
     for name, value in arrays(model).items():
         np.testing.assert_allclose(value, theta[name], rtol=1e-10, atol=1e-10)
 
 
-# What public code gets wrong
+# Errors of public code
 
 
 def test_the_hare_gets_a_copy_of_the_tortoise() -> None:
-    model, remedy = mlp([3, 4, 2]), HareTortoise(0.5, every_n_steps=1)
-    remedy.start(model)
-    run(model, remedy, 2)
-    slow = {name: value.clone() for name, value in remedy.tortoise.items()}
-    move(model, moves(model, 1, seed=9)[0])  # a step of the hare
-    for name, value in remedy.tortoise.items():
+    model, intervention = mlp([3, 4, 2]), HareTortoise(0.5, every_n_steps=1)
+    intervention.start(model)
+    run(model, intervention, 2)
+    slow = {name: value.clone() for name, value in intervention.tortoise.items()}
+    # Move the hare alone.
+    move(model, moves(model, 1, seed=9)[0])
+    for name, value in intervention.tortoise.items():
         assert value.data_ptr() != dict(model.named_parameters())[name].data_ptr()
         assert torch.equal(value, slow[name]), "the tortoise does not run with the hare"
 
 
-def test_the_noise_has_the_scale_of_each_layers_own_initialisation() -> None:
+def test_noise_has_the_scale_of_each_initialisation() -> None:
     model = nn.Sequential(nn.Linear(400, 300), nn.Linear(100, 300), nn.Conv2d(30, 40, 3), nn.Embedding(200, 100))
     fresh = {name: p.std().item() for name, p in model.named_parameters() if "weight" in name}
-    for parameter in model.parameters():  # long trained
+    # Stand in for a long training.
+    for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 7.0)
-    remedy = SoftShrinkPerturb(shrink=1, noise=1)
-    remedy.start(model)
-    remedy.after_step(model)
+    intervention = SoftShrinkPerturb(shrink=1, noise=1)
+    intervention.start(model)
+    intervention.after_step(model)
     for name, std in fresh.items():
         assert dict(model.named_parameters())[name].std().item() == pytest.approx(std, rel=0.02), name
 
 
-def test_without_a_gradient_weights_end_with_the_documented_deviation() -> None:
+def test_stationary_standard_deviation_is_as_documented() -> None:
     model = nn.Linear(100, 200)
     std = model.weight.std().item()
-    remedy = SoftShrinkPerturb(shrink=0.9, noise=math.sqrt(1 - 0.9**2))
-    remedy.start(model)
+    intervention = SoftShrinkPerturb(shrink=0.9, noise=math.sqrt(1 - 0.9**2))
+    intervention.start(model)
     torch.nn.init.zeros_(model.weight)
     for _ in range(60):
-        remedy.after_step(model)
+        intervention.after_step(model)
     assert model.weight.std().item() == pytest.approx(std, rel=0.02)
 
 
-def test_soft_shrink_perturb_leaves_norm_gains_shifts_and_statistics() -> None:
+def test_soft_shrink_perturb_keeps_norm_layers() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(4))
-    remedy, before = SoftShrinkPerturb(0.5, 1), copy.deepcopy(model.state_dict())
-    remedy.start(model)
-    remedy.after_step(model)
+    intervention, before = SoftShrinkPerturb(0.5, 1), copy.deepcopy(model.state_dict())
+    intervention.start(model)
+    intervention.after_step(model)
     assert changed(model, before) == {"0.weight", "0.bias"}
 
 
-def test_what_starts_as_a_constant_gets_no_noise() -> None:
+def test_constant_initial_values_get_no_noise() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Embedding(5, 3, padding_idx=2))
-    remedy = SoftShrinkPerturb(1, 1)
-    remedy.start(model)
-    remedy.after_step(model)
+    intervention = SoftShrinkPerturb(1, 1)
+    intervention.start(model)
+    intervention.after_step(model)
     assert torch.equal(model[0].in_proj_bias, torch.zeros(24))
     assert torch.equal(model[1].weight[2], torch.zeros(3)), "the vector of the padding"
     assert bool((model[1].weight[[0, 1, 3, 4]] != 0).all())
 
 
-def test_weight_clipping_leaves_gains_of_norm_layers() -> None:
+def test_weight_clipping_keeps_norm_layers_and_embeddings() -> None:
     model = nn.Sequential(nn.Linear(400, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Embedding(3, 100))
     before = copy.deepcopy(model.state_dict())
     WeightClipping(1e-3).after_step(model)
     assert changed(model, before) == {"0.weight", "0.bias"}
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_what_the_optimizer_remembers_stays(make: Callable[[], StepIntervention]) -> None:
-    model, remedy = mlp([4, 3, 2]), make()
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
+def test_optimizer_state_is_unchanged(make: Callable[[], StepIntervention]) -> None:
+    model, intervention = mlp([4, 3, 2]), make()
     optimizer = torch.optim.Adam(model.parameters())
-    remedy.start(model)
+    intervention.start(model)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
         before = copy.deepcopy(optimizer.state_dict())
-        remedy.after_step(model, [optimizer])
+        intervention.after_step(model, [optimizer])
         torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
-# Which parameters, and which bound
+# Parameters and bounds
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_what_the_optimizer_remembers_stays(make: Callable[[], StepIntervention]
     ],
     ids=lambda case: type(case).__name__,
 )
-def test_the_bound_of_weight_clipping_is_that_of_the_fan_in(layer: nn.Module, fans: dict[str, int]) -> None:
+def test_weight_clipping_bound_follows_the_fan_in(layer: nn.Module, fans: dict[str, int]) -> None:
     layer = copy.deepcopy(layer).double()
     for parameter in layer.parameters():
         torch.nn.init.constant_(parameter, 7)
@@ -292,16 +292,17 @@ def test_the_bound_of_weight_clipping_is_that_of_the_fan_in(layer: nn.Module, fa
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(50, 400), lambda: nn.Conv2d(10, 400, 3)], ids=["linear", "conv"])
-def test_the_bound_at_kappa_1_is_that_of_torchs_own_initialisation(make: Callable[[], nn.Module]) -> None:
+def test_bound_at_kappa_1_is_the_initial_one_of_torch(make: Callable[[], nn.Module]) -> None:
     layer = make()
     before = copy.deepcopy(layer.state_dict())
-    WeightClipping(1 + 1e-6).after_step(layer)  # torch rounds the bound
+    # torch rounds the bound.
+    WeightClipping(1 + 1e-6).after_step(layer)
     assert changed(layer, before) == set()
     WeightClipping(0.98).after_step(layer)
     assert changed(layer, before) == {"weight", "bias"}
 
 
-def test_biases_are_clipped_also_where_the_weight_is_shared_or_frozen() -> None:
+def test_biases_of_shared_and_frozen_weights_are_clipped() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4), nn.Linear(4, 5), nn.Linear(4, 3))
     model[1].weight, model[3].weight = model[0].weight, model[2].weight
     model[4].weight.requires_grad_(False)
@@ -313,15 +314,15 @@ def test_biases_are_clipped_also_where_the_weight_is_shared_or_frozen() -> None:
     assert model[1].bias.max().item() == model[4].bias.max().item() == 1
 
 
-def test_normalize_and_project_keeps_the_norm_of_every_weight_and_nothing_else() -> None:
+def test_normalize_and_project_keeps_exactly_weight_norms() -> None:
     for model in (ResNet(), Encoder(), Gru()):
-        remedy, twin = NormalizeAndProject(), copy.deepcopy(model)
+        intervention, twin = NormalizeAndProject(), copy.deepcopy(model)
         first = {name: p.norm().item() for name, p in model.named_parameters()}
-        remedy.start(model)
+        intervention.start(model)
         by = moves(model, 1, seed=0)[0]
         move(model, by)
         move(twin, by)
-        remedy.after_step(model)
+        intervention.after_step(model)
         for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
             if parameter.ndim > 1 and "embed" not in name:
                 assert parameter.norm().item() == pytest.approx(first[name], rel=1e-5), name
@@ -329,24 +330,24 @@ def test_normalize_and_project_keeps_the_norm_of_every_weight_and_nothing_else()
                 assert torch.equal(parameter, other), name
 
 
-def test_weights_that_start_at_zero_stay_free_and_zero_or_broken_ones_stay_as_they_are() -> None:
-    model, remedy = (
+def test_zero_and_non_finite_weights_are_not_projected() -> None:
+    model, intervention = (
         nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)),
         NormalizeAndProject(),
     )
     torch.nn.init.zeros_(model[0].weight)
-    remedy.start(model)
+    intervention.start(model)
     with torch.no_grad():
         model[0].weight.fill_(3)
         model[1].weight.zero_()
         model[2].weight.copy_(torch.tensor([[torch.nan, 1.0], [2.0, 3.0]]))
         model[3].weight.copy_(torch.tensor([[torch.inf, 1.0], [2.0, 3.0]]))
     before = copy.deepcopy(model.state_dict())
-    remedy.after_step(model)
+    intervention.after_step(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_weights_that_are_not_finite_have_no_norm_to_start_with() -> None:
+def test_non_finite_initial_weights_raise() -> None:
     model = nn.Linear(2, 2)
     torch.nn.init.constant_(model.weight, torch.inf)
     with pytest.raises(ValueError, match="NormalizeAndProject: 'weight' starts with values that are not finite"):
@@ -361,14 +362,14 @@ def test_weight_clipping_of_values_that_are_not_finite() -> None:
     torch.testing.assert_close(model.weight.data, torch.tensor([[1.0, -1.0, torch.nan, 0.0]]), equal_nan=True)
 
 
-def test_hare_tortoise_averages_running_statistics_but_not_counters_and_masks() -> None:
-    model, remedy = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), HareTortoise(0.5, every_n_steps=1)
+def test_hare_tortoise_averages_no_counters_and_masks() -> None:
+    model, intervention = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), HareTortoise(0.5, every_n_steps=1)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-    remedy.start(model)
+    intervention.start(model)
     for buffer in (model[1].running_mean, model[1].running_var):
         buffer.add_(4)
     model[1].num_batches_tracked.fill_(8)
-    remedy.after_step(model)
+    intervention.after_step(model)
     assert torch.equal(model[1].running_mean, torch.full((3,), 2.0))
     assert torch.equal(model[1].running_var, torch.full((3,), 3.0))
     assert model[1].num_batches_tracked.item() == 8
@@ -376,79 +377,84 @@ def test_hare_tortoise_averages_running_statistics_but_not_counters_and_masks() 
 
 
 def test_the_tortoise_of_half_precision_weights_is_precise() -> None:
-    model, remedy = nn.Linear(1, 1, bias=False).to(torch.bfloat16), HareTortoise(0.999, every_n_steps=2000)
+    model, intervention = nn.Linear(1, 1, bias=False).to(torch.bfloat16), HareTortoise(0.999, every_n_steps=2000)
     torch.nn.init.zeros_(model.weight)
-    remedy.start(model)
+    intervention.start(model)
     torch.nn.init.ones_(model.weight)
     for _ in range(1999):
-        remedy.after_step(model)
-    assert remedy.tortoise["weight"].item() == pytest.approx(1 - 0.999**1999, rel=1e-4)
-    remedy.after_step(model)
+        intervention.after_step(model)
+    assert intervention.tortoise["weight"].item() == pytest.approx(1 - 0.999**1999, rel=1e-4)
+    intervention.after_step(model)
     assert model.weight.dtype == torch.bfloat16
     assert model.weight.item() == pytest.approx(1 - 0.999**2000, rel=2**-8)
 
 
-# What holds for all of them
+# Common properties
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-def test_remedies_work_on_every_model(make: Callable[[], StepIntervention], case: Model) -> None:
-    model, remedy = case.build(), make()
+def test_step_interventions_work_on_every_model(make: Callable[[], StepIntervention], case: Model) -> None:
+    model, intervention = case.build(), make()
     parameters, frozen = list(model.parameters()), [p.clone() for p in model.parameters() if not p.requires_grad]
-    model(torch.randn(case.shape))  # leaves a graph behind: nothing of this may be recorded
-    remedy.start(model)
+    # A graph that is left behind must not record the changes.
+    model(torch.randn(case.shape))
+    intervention.start(model)
     for _ in range(3):
-        remedy.after_step(model)
+        intervention.after_step(model)
     assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
     assert all(p.is_leaf and torch.isfinite(p).all() for p in parameters)
     assert all(torch.equal(*pair) for pair in zip(frozen, (p for p in parameters if not p.requires_grad), strict=True))
     model(torch.randn(case.shape))
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_frozen_parameters_and_statistics_of_frozen_norms_stay(make: Callable[[], StepIntervention]) -> None:
-    model, remedy = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)), make()
+    model, intervention = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)), make()
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
     model[2].bias.requires_grad_(False)
-    remedy.start(model)
+    intervention.start(model)
     before = {}
     for _ in range(3):
         move(model, moves(model, 1, seed=1, size=3)[0])
         model[1].running_mean.add_(1)
         before = copy.deepcopy(model.state_dict())
-        remedy.after_step(model)
-    assert {"2.weight", "3.weight"} & changed(model, before) if not isinstance(remedy, SoftShrinkPerturb) else True
+        intervention.after_step(model)
+    assert (
+        {"2.weight", "3.weight"} & changed(model, before) if not isinstance(intervention, SoftShrinkPerturb) else True
+    )
     assert changed(model, before) <= {"2.weight", "3.weight", "3.bias"}
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_shared_weights_are_treated_once(make: Callable[[], StepIntervention]) -> None:
     shared, single = mlp([4, 4, 4]), mlp([4, 4])
     shared[1].weight, shared[1].bias = shared[0].weight, shared[0].bias
     single.load_state_dict({name: shared.state_dict()[name] for name in ("0.weight", "0.bias")})
     for model in (shared, single):
-        remedy = make()
-        if isinstance(remedy, SoftShrinkPerturb):
-            remedy.noise = 0  # two layers, other fresh weights
-        remedy.start(model)
-        run(model, remedy, 3)
+        intervention = make()
+        if isinstance(intervention, SoftShrinkPerturb):
+            # With two layers, fresh weights differ.
+            intervention.noise = 0
+        intervention.start(model)
+        run(model, intervention, 3)
     assert shared[1].weight is shared[0].weight
     torch.testing.assert_close(shared[0].state_dict(), single[0].state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_half_precision_follows_single_precision(make: Callable[[], StepIntervention], dtype: torch.dtype) -> None:
     half, single = mlp([6, 5, 4]).to(dtype), mlp([6, 5, 4]).to(dtype).float()
     scales = None
     for model in (half, single):
-        remedy = make()
-        remedy.start(model)
-        if isinstance(remedy, SoftShrinkPerturb):  # of fresh weights, which other precisions draw otherwise
-            scales = remedy.scales = scales or remedy.scales
-        run(model, remedy, 3)
+        intervention = make()
+        intervention.start(model)
+        # Fresh weights, and so their scales, differ between precisions.
+        if isinstance(intervention, SoftShrinkPerturb):
+            scales = intervention.scales = scales or intervention.scales
+        run(model, intervention, 3)
     assert all(parameter.dtype == dtype for parameter in half.parameters())
     size = max(parameter.abs().max().item() for parameter in single.parameters())
     for name, value in half.state_dict().items():
@@ -458,132 +464,132 @@ def test_half_precision_follows_single_precision(make: Callable[[], StepInterven
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], StepIntervention]) -> None:
-    model, remedy = nn.Sequential(nn.Linear(3, 2, dtype=torch.cfloat), nn.Linear(2, 2)), make()
+    model, intervention = nn.Sequential(nn.Linear(3, 2, dtype=torch.cfloat), nn.Linear(2, 2)), make()
     model.append(nn.Linear(0, 3))
-    remedy.start(model)
+    intervention.start(model)
     for _ in range(3):
-        remedy.after_step(model)
+        intervention.after_step(model)
     assert model[0].weight.dtype == torch.cfloat
     assert all(torch.isfinite(torch.view_as_real(p)).all() for p in model[0].parameters())
 
 
 @pytest.mark.parametrize("name", ["WeightClipping", "NormalizeAndProject", "HareTortoise"])
-def test_parametrized_layers_are_not_asked_for_their_weight(name: str) -> None:
-    """Spectral normalisation takes a power iteration whenever somebody looks."""
+def test_weights_of_parametrized_layers_are_not_computed(name: str) -> None:
+    """Spectral normalisation takes a power iteration whenever its weight is computed."""
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
-    torch.nn.init.normal_(model[0].parametrizations.weight.original)  # for which the vectors are not right yet
-    remedy, before = REMEDIES[name](), copy.deepcopy(model.state_dict())
-    remedy.start(model)
-    remedy.after_step(model)
+    # The stored vectors do not fit these weights yet.
+    torch.nn.init.normal_(model[0].parametrizations.weight.original)
+    intervention, before = STEP_INTERVENTIONS[name](), copy.deepcopy(model.state_dict())
+    intervention.start(model)
+    intervention.after_step(model)
     assert not {key for key in changed(model, before) if "parametrizations" in key}
 
 
-def test_layers_that_do_not_say_how_they_are_initialised_get_no_noise_but_an_error() -> None:
+def test_layers_without_reset_parameters_raise() -> None:
     model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"holds the parameter 'original' but has no reset_parameters\(\)"):
         SoftShrinkPerturb().start(model)
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
-def test_a_step_before_the_start_is_an_error(name: str) -> None:
-    remedy, model = REMEDIES[name](), mlp([3, 2])
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_step_before_start_raises(name: str) -> None:
+    intervention, model = STEP_INTERVENTIONS[name](), mlp([3, 2])
     before = copy.deepcopy(model.state_dict())
-    message = r"remembers nothing of \['0.weight'.*\]: call start\(model\) before the first training step"
-    with pytest.raises(RuntimeError, match=f"{remedy.name} {message}"):
-        remedy.after_step(model)
+    message = r"has no stored state of \['0.weight'.*\]: call start\(model\) before the first training step"
+    with pytest.raises(RuntimeError, match=f"{intervention.name} {message}"):
+        intervention.after_step(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("name", WITH_STATE)
 def test_a_model_that_has_grown_needs_another_start(name: str) -> None:
-    remedy, model = REMEDIES[name](), mlp([3, 2])
-    remedy.start(model)
+    intervention, model = STEP_INTERVENTIONS[name](), mlp([3, 2])
+    intervention.start(model)
     model.append(nn.Linear(2, 2).double())
-    with pytest.raises(RuntimeError, match=r"nothing of \['1.weight'.*\]: call start"):
-        remedy.after_step(model)
-    remedy.start(model)
-    remedy.after_step(model)
+    with pytest.raises(RuntimeError, match=r"no stored state of \['1.weight'.*\]: call start"):
+        intervention.after_step(model)
+    intervention.start(model)
+    intervention.after_step(model)
 
 
-def test_a_head_that_has_grown_gets_a_norm_of_its_own() -> None:
-    remedy, model = NormalizeAndProject(), mlp([3, 2])
-    remedy.start(model)
+def test_grown_head_gets_a_new_norm() -> None:
+    intervention, model = NormalizeAndProject(), mlp([3, 2])
+    intervention.start(model)
     model[0] = nn.Linear(3, 50).double()
-    with pytest.raises(RuntimeError, match=r"nothing of \['0.weight'\]: call start"):
-        remedy.after_step(model)
+    with pytest.raises(RuntimeError, match=r"no stored state of \['0.weight'\]: call start"):
+        intervention.after_step(model)
     before = model[0].weight.norm()
-    remedy.start(model)
+    intervention.start(model)
     again = NormalizeAndProject()
-    again.load_state_dict(remedy.state_dict())
+    again.load_state_dict(intervention.state_dict())
     with torch.no_grad():
         model[0].weight *= 3
     again.after_step(model)
     torch.testing.assert_close(model[0].weight.norm(), before)
 
 
-def test_an_embedding_that_has_grown_gets_a_scale_of_its_own() -> None:
-    remedy = SoftShrinkPerturb(noise=0.1)
+def test_grown_embedding_gets_a_new_scale() -> None:
+    intervention = SoftShrinkPerturb(noise=0.1)
     for size in (3, 5):
         model = nn.Sequential(nn.Embedding(size, 4, padding_idx=0))
-        remedy.start(model)
+        intervention.start(model)
         before = model[0].weight.detach().clone()
-        remedy.after_step(model)
+        intervention.after_step(model)
         assert (model[0].weight[0] == 0).all()
         assert ((model[0].weight - before)[1:].abs() > 1e-4).any(1).all()
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 def test_starting_and_stopping_again_makes_no_difference(make: Callable[[], StepIntervention]) -> None:
     once, often = mlp([4, 3, 2]), mlp([4, 3, 2])
     for model in (once, often):
-        remedy = make()
-        remedy.start(model)
+        intervention = make()
+        intervention.start(model)
         for by in moves(model, 5, seed=0):
             move(model, by)
-            remedy.after_step(model)
+            intervention.after_step(model)
             if model is often:
-                remedy.stop()
-                remedy.start(model)
+                intervention.stop()
+                intervention.start(model)
     torch.testing.assert_close(once.state_dict(), often.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_run_resumed_from_a_checkpoint_goes_on_bit_by_bit(
-    make: Callable[[], StepIntervention], restart: bool
-) -> None:
-    model, remedy = nn.Sequential(*mlp([4, 3, 2]), nn.BatchNorm1d(2).double()), make()
-    remedy.start(model)
-    run(model, remedy, 2, seed=1)
+def test_training_resumes_bit_for_bit(make: Callable[[], StepIntervention], restart: bool) -> None:
+    model, intervention = nn.Sequential(*mlp([4, 3, 2]), nn.BatchNorm1d(2).double()), make()
+    intervention.start(model)
+    run(model, intervention, 2, seed=1)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "remedy": remedy.state_dict()}, file)
-    taken = copy.deepcopy(remedy.state_dict())
-    saved = remedy.state_dict()
-    run(model, remedy, 5, seed=2)
-    torch.testing.assert_close(saved, taken, rtol=0, atol=0)  # saving is not sharing
+    torch.save({"model": model.state_dict(), "intervention": intervention.state_dict()}, file)
+    taken = copy.deepcopy(intervention.state_dict())
+    saved = intervention.state_dict()
+    run(model, intervention, 5, seed=2)
+    # The saved state shares no memory with the intervention.
+    torch.testing.assert_close(saved, taken, rtol=0, atol=0)
 
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     again, resumed = nn.Sequential(*mlp([4, 3, 2], seed=8), nn.BatchNorm1d(2).double()), make()
     again.load_state_dict(loaded["model"])
-    resumed.load_state_dict(loaded["remedy"])
+    resumed.load_state_dict(loaded["intervention"])
     if restart:
         resumed.start(again)
     run(again, resumed, 5, seed=2)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(resumed.state_dict(), remedy.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), intervention.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_remedies_are_deterministic_and_leave_the_global_generator_alone(make: Callable[[], StepIntervention]) -> None:
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
+def test_step_interventions_ignore_the_global_generator(make: Callable[[], StepIntervention]) -> None:
     models = [mlp([4, 3, 2]), mlp([4, 3, 2])]
     state = torch.get_rng_state()
     for model in models:
-        remedy = make()
-        remedy.start(model)
-        run(model, remedy, 3)
+        intervention = make()
+        intervention.start(model)
+        run(model, intervention, 3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
@@ -591,23 +597,23 @@ def test_remedies_are_deterministic_and_leave_the_global_generator_alone(make: C
 def test_seeds_give_different_noise() -> None:
     models = [mlp([4, 3]), mlp([4, 3])]
     for seed, model in enumerate(models):
-        remedy = SoftShrinkPerturb(1, 1, seed=seed)
-        remedy.start(model)
-        remedy.after_step(model)
+        intervention = SoftShrinkPerturb(1, 1, seed=seed)
+        intervention.start(model)
+        intervention.after_step(model)
     assert not torch.equal(models[0][0].weight, models[1][0].weight)
 
 
-@pytest.mark.parametrize("make", REMEDIES.values(), ids=REMEDIES)
-def test_remedies_run_beside_an_optimizer(make: Callable[[], StepIntervention]) -> None:
-    model, remedy, x = mlp([4, 8, 2]), make(), torch.randn(16, 4, dtype=torch.float64)
+@pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
+def test_step_interventions_run_beside_an_optimizer(make: Callable[[], StepIntervention]) -> None:
+    model, intervention, x = mlp([4, 8, 2]), make(), torch.randn(16, 4, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    remedy.start(model, forward=lambda model: model(x))
+    intervention.start(model, forward=lambda model: model(x))
     for _ in range(4):
         optimizer.zero_grad()
         F.mse_loss(model(x), torch.ones(16, 2, dtype=torch.float64)).backward()
         optimizer.step()
-        remedy.after_step(model, optimizers=[optimizer], forward=lambda model: model(x))
-    remedy.stop()
+        intervention.after_step(model, optimizers=[optimizer], forward=lambda model: model(x))
+    intervention.stop()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
@@ -645,11 +651,8 @@ def test_bad_arguments_are_named(make: Callable[[], object], message: str) -> No
 
 
 REPAIRS: dict[str, Callable[[], Repair]] = {
-    "FIRE": FIRE,
-    "DASH": DASH,
-    "Reset": Reset,
-    "Reset, last": lambda: Reset(last=1),
-    "ShrinkPerturb": ShrinkPerturb,
+    **{row.name: row.make for row in select(Repair, on_units=False)},
+    "Reset, all": Reset,
 }
 
 
@@ -659,7 +662,7 @@ def loss(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("make", REPAIRS.values(), ids=REPAIRS)
-def test_repairs_are_deterministic_in_place_and_leave_the_global_generator_alone(make: Callable[[], Repair]) -> None:
+def test_repairs_are_in_place_and_ignore_the_global_generator(make: Callable[[], Repair]) -> None:
     models = [mlp([4, 4, 3]), mlp([4, 4, 3])]
     for model in models:
         model[0].requires_grad_(False)
@@ -674,7 +677,7 @@ def test_repairs_are_deterministic_in_place_and_leave_the_global_generator_alone
 
 
 @pytest.mark.parametrize("make", REPAIRS.values(), ids=REPAIRS)
-def test_repairs_worked_out_on_a_copy_are_the_same(make: Callable[[], Repair]) -> None:
+def test_repairs_planned_on_a_copy_are_the_same(make: Callable[[], Repair]) -> None:
     models = [mlp([4, 4, 3]), mlp([4, 4, 3])]
     for model, make_copy in zip(models, (None, lambda: copy.deepcopy(models[1])), strict=True):
         make().repair(model, loss=loss, forward=loss, generator=torch.Generator().manual_seed(1), make_copy=make_copy)
@@ -682,7 +685,7 @@ def test_repairs_worked_out_on_a_copy_are_the_same(make: Callable[[], Repair]) -
 
 
 class Failing(torch.optim.Adam):
-    """Cannot forget."""
+    """An optimizer whose state cannot be reset."""
 
     @property
     def state(self) -> Any:
@@ -695,7 +698,7 @@ class Failing(torch.optim.Adam):
         self.kept = value
 
 
-@pytest.mark.parametrize("name", ["FIRE", "Reset", "Reset, last", "ShrinkPerturb"])
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name != "DASH"])
 def test_repairs_are_all_or_nothing(name: str) -> None:
     model = mlp([4, 4, 3])
     optimizers = [torch.optim.Adam(model[0].parameters()), Failing(model[1].parameters())]
@@ -711,7 +714,7 @@ def test_repairs_are_all_or_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [FIRE, DASH])
-def test_repairs_of_weights_that_are_not_finite_say_which(make: Callable[[], Repair]) -> None:
+def test_repairs_name_non_finite_weights(make: Callable[[], Repair]) -> None:
     model = mlp([4, 4, 3])
     torch.nn.init.constant_(model[1].weight, torch.nan)
     before = copy.deepcopy(model.state_dict())
@@ -733,12 +736,12 @@ def reset_last(model: nn.Module, last: int, x: Tensor) -> set[str]:
     return {name.rpartition(".")[0] for name in changed(model, before)}
 
 
-def test_the_last_layers_are_those_used_last_not_those_registered_last() -> None:
+def test_last_layers_are_in_call_order() -> None:
     assert reset_last(Functional(), 1, torch.ones(1, 4)) == {"head"}
     assert reset_last(Functional(), 2, torch.ones(1, 4)) == {"second", "head"}
 
 
-def test_norm_layers_and_learned_activations_do_not_count_and_go_with_the_layers_before_them() -> None:
+def test_norms_and_prelus_are_reset_with_the_layer_before() -> None:
     model = nn.Sequential(
         nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.PReLU(), nn.Linear(4, 2)
     )
@@ -756,16 +759,16 @@ def test_attention_is_one_layer() -> None:
     assert reset_last(model, 4, torch.rand(3, 5)) == last
 
 
-def test_a_layer_that_is_used_again_counts_where_it_is_used_last() -> None:
+def test_layer_called_twice_counts_at_its_last_call() -> None:
     again = nn.Linear(4, 4)
     assert reset_last(nn.Sequential(nn.Linear(4, 4), again, nn.Linear(4, 4), again), 1, torch.ones(1, 4)) == {"1", "3"}
 
 
-def test_asking_for_more_layers_than_there_are_is_an_error() -> None:
+def test_more_last_layers_than_the_model_has_raise() -> None:
     with pytest.raises(ValueError, match=r"Reset\(last=4\) must be at most 3, the number of layers with parameters"):
         reset_last(Functional(), 4, torch.ones(1, 4))
 
 
-def test_the_last_layers_cannot_be_known_without_a_forward_pass() -> None:
+def test_last_layers_need_forward() -> None:
     with pytest.raises(ValueError, match=r"Reset\(last=...\) needs to see the model run: repair\(model, forward="):
         Reset(last=1).repair(nn.Linear(2, 2))

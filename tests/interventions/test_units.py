@@ -1,4 +1,4 @@
-"""Units are found on any architecture, and recycling dead ones changes nothing that the network says."""
+"""Test that units are found on any architecture, and that a reset of dead units does not change the outputs."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ from lightning_plasticity.interventions.weights.updates import apply_update
 from tests.helpers.unit_models import MODELS, Encoder, Model, ResNet
 
 EVERY = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-WITH_SITES = pytest.mark.parametrize("case", [case for case in MODELS if case.groups], ids=lambda case: case.name)
+WITH_GROUPS = pytest.mark.parametrize("case", [case for case in MODELS if case.groups], ids=lambda case: case.name)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -28,7 +28,7 @@ def inputs(case: Model, seed: int = 0) -> Tensor:
 
 
 def trained(case: Model) -> nn.Module:
-    """After a few steps: running statistics, biases and norms are none of a new network's."""
+    """Train a few steps, so that running statistics, biases and norms differ from those of a new network."""
     model = case.build()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=1e-2)
@@ -45,7 +45,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def evaluated(model: nn.Module, x: Tensor) -> list[Tensor]:
+def eval_outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.eval()
     with torch.no_grad():
         return outputs(model, x)
@@ -56,12 +56,12 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def silence(model: nn.Module, units: Units, chosen: dict[str, Tensor]) -> None:
-    """Makes units dead whatever their activation: every entry that makes them is zero."""
+    """Make units dead for any activation function: set all their incoming entries to zero."""
     state = model.state_dict()
-    for layer, some in chosen.items():
-        for name, owner in units.groups[layer].incoming.items():
+    for layer, indices in chosen.items():
+        for name, unit_index in units.groups[layer].incoming.items():
             value = 1.0 if name.endswith("running_var") else 0.0
-            state[name][torch.isin(owner, some).expand(state[name].shape)] = value
+            state[name][unit_mask(unit_index, indices, state[name].shape)] = value
 
 
 def some_units(case: Model, seed: int = 0) -> dict[str, Tensor]:
@@ -72,21 +72,21 @@ def some_units(case: Model, seed: int = 0) -> dict[str, Tensor]:
 
 
 @EVERY
-def test_units_are_found_and_every_other_layer_has_its_reason(case: Model) -> None:
+def test_describe_units_finds_groups_and_gives_reasons(case: Model) -> None:
     x = inputs(case)
     model = case.build()
     units = describe_units(model, lambda model: model(x))
-    assert {name: (site.num_units, tuple(site.consumers)) for name, site in units.groups.items()} == case.groups
+    assert {name: (group.num_units, tuple(group.consumers)) for name, group in units.groups.items()} == case.groups
     for layer, reason in case.excluded.items():
         assert reason in units.excluded[layer]
     layers = {name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)}
-    assert layers <= set(units.groups) | set(units.excluded), "no layer is passed over in silence"
+    assert layers <= set(units.groups) | set(units.excluded), "every layer is listed"
     for layer in [*units.groups, *units.excluded]:
         assert any(line.startswith(f"{layer} ") for line in str(units).splitlines())
 
 
 @EVERY
-def test_tracing_leaves_no_trace(case: Model) -> None:
+def test_describe_units_leaves_the_model_unchanged(case: Model) -> None:
     x = inputs(case)
     model = trained(case).train()
     next(part for part in model.modules() if not list(part.children())).eval()
@@ -114,12 +114,12 @@ def test_tracing_leaves_no_trace(case: Model) -> None:
     assert all(bool((parameter.grad == 2).all()) for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_tracing_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_describe_units_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_that_fails_is_put_back() -> None:
+def test_model_is_restored_after_a_failing_forward() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     before = values(model)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -127,61 +127,61 @@ def test_a_model_that_fails_is_put_back() -> None:
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 
 
-@WITH_SITES
+@WITH_GROUPS
 @pytest.mark.parametrize("seed", range(3))
-def test_recycling_dead_units_leaves_the_output_bit_equal(case: Model, seed: int) -> None:
+def test_reset_of_dead_units_keeps_outputs_bit_equal(case: Model, seed: int) -> None:
     model, x = trained(case), inputs(case, seed)
     units = describe_units(model, lambda model: model(x))
     dead = some_units(case, seed)
     silence(model, units, dead)
-    before = evaluated(model, x)
+    before = eval_outputs(model, x)
     report = ReDo(threshold=0).repair(model, forward=lambda model: model(x), generator=generator(seed))
-    for layer, some in dead.items():
-        assert set(some.tolist()) <= set(report.units[layer].tolist())
-    for layer, site in units.groups.items():
+    for layer, indices in dead.items():
+        assert set(indices.tolist()) <= set(report.units[layer].tolist())
+    for layer, group in units.groups.items():
         weight = model.get_parameter(f"{layer}.weight")
         for unit in dead[layer]:
-            own = (site.incoming[f"{layer}.weight"] == unit).expand_as(weight)
-            assert bool((weight[own] != 0).any()), "it has new incoming weights"
-    assert all(map(torch.equal, before, evaluated(model, x)))
+            row = (group.incoming[f"{layer}.weight"] == unit).expand_as(weight)
+            assert bool((weight[row] != 0).any()), "it has new incoming weights"
+    assert all(map(torch.equal, before, eval_outputs(model, x)))
 
 
-@WITH_SITES
-def test_recycling_any_unit_changes_nothing_but_its_entries(case: Model) -> None:
+@WITH_GROUPS
+def test_reset_changes_only_the_entries_of_its_units(case: Model) -> None:
     model, x = trained(case), inputs(case)
     units = describe_units(model, lambda model: model(x))
-    for layer, some in some_units(case).items():
-        site, one = units.groups[layer], copy.deepcopy(model)
-        old = values(one)
-        report = apply_update("test", plan_reset(one, units, {layer: some}, generator()), [])
-        assert {name: chosen.tolist() for name, chosen in report.units.items()} == {layer: some.tolist()}
+    for layer, indices in some_units(case).items():
+        group, network = units.groups[layer], copy.deepcopy(model)
+        old = values(network)
+        report = apply_update("test", plan_reset(network, units, {layer: indices}, generator()), [])
+        assert {name: chosen.tolist() for name, chosen in report.units.items()} == {layer: indices.tolist()}
         changed = 0
-        for name, new in one.state_dict().items():
-            owner = site.incoming.get(name, site.outgoing.get(name, torch.tensor(-1)))
-            theirs = torch.isin(owner, some).expand(new.shape)
-            assert torch.equal(new[~theirs], old[name][~theirs]), name
-            if name in site.outgoing:
-                assert bool((new[theirs] == 0).all())
-            changed += int((new != old[name]).sum()) if name in dict(one.named_parameters()) else 0
+        for name, new in network.state_dict().items():
+            unit_index = group.incoming.get(name, group.outgoing.get(name, torch.tensor(-1)))
+            mask = unit_mask(unit_index, indices, new.shape)
+            assert torch.equal(new[~mask], old[name][~mask]), name
+            if name in group.outgoing:
+                assert bool((new[mask] == 0).all())
+            changed += int((new != old[name]).sum()) if name in dict(network.named_parameters()) else 0
         assert report.num_parameters_changed == changed > 0
 
 
-@WITH_SITES
-def test_after_recycling_the_network_says_what_it_says_without_these_units(case: Model) -> None:
+@WITH_GROUPS
+def test_reset_has_the_output_of_a_network_without_the_units(case: Model) -> None:
     model, x = trained(case), inputs(case)
     units = describe_units(model, lambda model: model(x))
     chosen = some_units(case)
-    layer, some = next(iter(chosen.items()))
+    layer, indices = next(iter(chosen.items()))
     without = copy.deepcopy(model)
-    for name, owner in units.groups[layer].outgoing.items():
+    for name, unit_index in units.groups[layer].outgoing.items():
         weight = without.state_dict()[name]
-        weight[torch.isin(owner, some).expand(weight.shape)] = 0
-    apply_update("test", plan_reset(model, units, {layer: some}, generator()), [])
-    assert all(map(torch.equal, evaluated(model, x), evaluated(without, x)))
+        weight[unit_mask(unit_index, indices, weight.shape)] = 0
+    apply_update("test", plan_reset(model, units, {layer: indices}, generator()), [])
+    assert all(map(torch.equal, eval_outputs(model, x), eval_outputs(without, x)))
 
 
-def test_a_unit_of_a_convolution_before_flatten_is_a_block_of_columns_channel_slowest() -> None:
-    """Public code zeroes one column per channel, or takes the channel for the fastest index (peers 3.2)."""
+def test_flattened_channel_is_a_block_of_columns() -> None:
+    """The channel is the slowest index. Public code zeroes one column per channel, or the wrong columns."""
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
     units = describe_units(model, lambda model: model(torch.randn(2, 1, 6, 6)))
     assert units.groups["0"].outgoing["3.weight"].tolist() == [[channel for channel in range(3) for _ in range(16)]]
@@ -189,14 +189,14 @@ def test_a_unit_of_a_convolution_before_flatten_is_a_block_of_columns_channel_sl
     assert (model[3].weight == 0).all(dim=0).nonzero().flatten().tolist() == list(range(16, 32))
 
 
-def test_columns_of_a_grouped_convolution_are_those_of_the_units_group() -> None:
+def test_grouped_convolution_loses_columns_of_one_group() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2))
     units = describe_units(model, lambda model: model(torch.randn(2, 1, 3, 3)))
     apply_update("test", plan_reset(model, units, {"0": torch.tensor([3])}, generator()), [])
     assert (model[2].weight == 0).nonzero()[:, :2].tolist() == [[3, 1], [4, 1], [5, 1]]
 
 
-def test_batch_norm_between_goes_back_to_that_of_a_new_network() -> None:
+def test_reset_restores_batch_norm_entries() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
@@ -209,9 +209,7 @@ def test_batch_norm_between_goes_back_to_that_of_a_new_network() -> None:
     assert model[1].num_batches_tracked == 9
 
 
-def test_the_consumer_is_who_reads_the_units_and_not_who_is_registered_next() -> None:
-    """peers 3.1."""
-
+def test_consumers_follow_the_data_not_the_registration_order() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -222,14 +220,14 @@ def test_the_consumer_is_who_reads_the_units_and_not_who_is_registered_next() ->
 
     x = torch.randn(6, 4)
     units = describe_units(Backwards(), lambda model: model(x))
-    assert {layer: list(site.consumers) for layer, site in units.groups.items()} == {
+    assert {layer: list(group.consumers) for layer, group in units.groups.items()} == {
         "second": ["out"],
         "first": ["second"],
     }
 
 
-def test_zeros_win_where_the_units_of_adjacent_layers_cross() -> None:
-    """Public code resets layer by layer, and rows overwrite the zeros of the layer before (peers 3.5)."""
+def test_zeros_win_where_units_of_adjacent_layers_cross() -> None:
+    """Public code resets layer by layer, and fresh rows overwrite the zero columns of the layer before."""
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
     apply_update("test", plan_reset(model, units, {"0": torch.tensor([2]), "2": torch.tensor([1, 4])}, generator()), [])
@@ -237,8 +235,8 @@ def test_zeros_win_where_the_units_of_adjacent_layers_cross() -> None:
     assert (model[2].weight[[1, 4]] != 0).sum() == 2 * 4
 
 
-def test_what_passes_by_the_graph_is_noticed() -> None:
-    """A trained network may hide its dependences: here a gate that is closed, and units that are dead."""
+def test_dependency_outside_the_graph_excludes_the_units() -> None:
+    """Random weights show dependencies that a trained network hides: here by a closed gate and by dead units."""
 
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -255,7 +253,7 @@ def test_what_passes_by_the_graph_is_noticed() -> None:
     assert "other ways" in describe_units(model, lambda model: model(torch.randn(8, 4))).excluded["first"]
 
 
-def test_units_of_the_features_that_a_model_returns_are_left_out() -> None:
+def test_units_of_returned_features_are_excluded() -> None:
     class Features(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -282,12 +280,12 @@ def test_forward_may_return_nothing_or_a_loss() -> None:
         assert list(describe_units(model, forward).groups) == ["0"]
 
 
-def test_forward_without_a_graph_is_refused() -> None:
+def test_forward_without_a_graph_raises() -> None:
     with pytest.raises(ValueError, match=r"forward\(model\) must run the model with gradients, and return its outputs"):
         describe_units(nn.Linear(4, 2), lambda model: 3)
 
 
-def test_what_torch_pruning_cannot_follow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_pruning_error_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise TypeError("'int' and 'NoneType'")
 
@@ -296,7 +294,7 @@ def test_what_torch_pruning_cannot_follow_is_named(monkeypatch: pytest.MonkeyPat
         describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
 
 
-def test_an_error_of_the_forward_pass_is_not_torch_prunings() -> None:
+def test_forward_error_passes_through_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         describe_units(nn.Linear(4, 2), lambda model: model(torch.randn(2, 5)))
 
@@ -305,7 +303,7 @@ def test_an_error_of_the_forward_pass_is_not_torch_prunings() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("packed", [False, True])
-def test_recurrent_layers_are_left_out_whatever_they_do_inside(
+def test_recurrent_layers_are_excluded(
     kind: type[nn.RNNBase], num_layers: int, bidirectional: bool, packed: bool
 ) -> None:
     recurrent = kind(4, 6, num_layers=num_layers, bidirectional=bidirectional, batch_first=True)
@@ -327,18 +325,18 @@ def test_recurrent_layers_are_left_out_whatever_they_do_inside(
         assert units.excluded["recurrent"] == "recurrent: its units feed themselves"
 
 
-def test_lazy_layers_are_refused() -> None:
+def test_lazy_layers_raise() -> None:
     with pytest.raises(ValueError, match="lazy layers that were never called"):
         describe_units(nn.Sequential(nn.LazyLinear(2)), lambda model: model(torch.ones(1, 3)))
 
 
-def test_models_on_the_meta_device_are_refused() -> None:
+def test_meta_device_raises() -> None:
     model = nn.Sequential(nn.Linear(3, 4, device="meta"), nn.ReLU(), nn.Linear(4, 2, device="meta"))
     with pytest.raises(ValueError, match="Sequential is on the meta device, where weights have no values"):
         describe_units(model, lambda model: model(torch.ones(1, 3, device="meta")))
 
 
-def test_computed_weights_are_left_out() -> None:
+def test_computed_weights_are_excluded() -> None:
     model = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
     )
@@ -348,14 +346,14 @@ def test_computed_weights_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
-def test_units_read_by_computed_weights_are_left_out(computed: Callable[[nn.Module], nn.Module]) -> None:
+def test_units_read_by_computed_weights_are_excluded(computed: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), computed(nn.Linear(5, 2)))
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
     assert list(units.groups) == ["0"]
     assert units.excluded["2"] == "the weight of '4', which belongs to its units, is computed from other parameters"
 
 
-def test_units_that_a_computed_depthwise_convolution_passes_on_are_left_out() -> None:
+def test_units_before_computed_depthwise_weights_are_excluded() -> None:
     depthwise = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
     model = nn.Sequential(nn.Conv2d(2, 4, 3), depthwise, nn.ReLU(), nn.Conv2d(4, 2, 1))
     units = describe_units(model, lambda model: model(torch.randn(3, 2, 6, 6)))
@@ -371,7 +369,7 @@ def test_units_that_a_computed_depthwise_convolution_passes_on_are_left_out() ->
         ({"0": torch.tensor([6])}, r"units \[6\] of '0' must be in 0 ... 5"),
     ],
 )
-def test_units_that_are_not_there_are_refused(chosen: dict[str, Tensor], message: str) -> None:
+def test_plan_reset_refuses_unknown_units(chosen: dict[str, Tensor], message: str) -> None:
     model, x = MODELS[0].build(), inputs(MODELS[0])
     units = describe_units(model, lambda model: model(x))
     with pytest.raises(ValueError, match=message):
@@ -387,25 +385,27 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_resnet_of_full_width_has_its_eight_sites() -> None:
+def test_full_width_resnet_has_eight_groups() -> None:
     model, x = ResNet(64, classes=10), torch.randn(2, 3, 16, 16)
     assert list(describe_units(model, lambda model: model(x)).groups) == [f"layers.{i}.conv1" for i in range(8)]
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_positions_are_those_of_the_entries(model: Model) -> None:
-    module = model.build()
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for site in describe_units(module, lambda module: module(torch.rand(model.shape))).groups.values():
-        for some in (torch.tensor([0]), torch.arange(site.num_units), torch.tensor([], dtype=torch.long)):
-            for name, owner in {**site.incoming, **site.outgoing}.items():
+@EVERY
+def test_unit_indices_match_unit_mask(case: Model) -> None:
+    model = case.build()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in describe_units(model, lambda model: model(torch.rand(case.shape))).groups.values():
+        for indices in (torch.tensor([0]), torch.arange(group.num_units), torch.tensor([], dtype=torch.long)):
+            for name, unit_index in {**group.incoming, **group.outgoing}.items():
                 shape = tensors[name].shape
-                expected = unit_mask(owner, some, shape).flatten().nonzero().flatten()
-                assert torch.equal(unit_indices(owner, some, shape).sort().values, expected)
+                expected = unit_mask(unit_index, indices, shape).flatten().nonzero().flatten()
+                assert torch.equal(unit_indices(unit_index, indices, shape).sort().values, expected)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_what_an_lstm_with_projections_reads_is_left_out_where_torch_pruning_cannot_follow() -> None:
+def test_units_read_by_an_lstm_with_projections_are_excluded() -> None:
+    """torch-pruning follows the units through the LSTM to channels that its reader does not have."""
+
     class Projected(nn.Module):
         def __init__(self) -> None:
             super().__init__()

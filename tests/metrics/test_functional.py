@@ -1,4 +1,4 @@
-"""Every diagnostic against plain NumPy, written here from its formula."""
+"""Compare every diagnostic with NumPy, and check the properties that its definition implies."""
 
 from __future__ import annotations
 
@@ -23,64 +23,29 @@ from lightning_plasticity.functional.ranks import (
     singular_values_of_moments,
     squared_ratio,
 )
-
-Array = np.ndarray
+from tests.helpers.numpy_diagnostics import (
+    Array,
+    features,
+    numpy_dead,
+    numpy_dormant,
+    numpy_effective_rank,
+    numpy_feature_norm,
+    numpy_srank,
+    numpy_stable_rank,
+    to_matrix,
+)
 
 LAYOUTS = {
-    "(N, d)": ((40, 7), None, (1,)),
-    "(N, T, d)": ((10, 6, 7), None, (2,)),
-    "(N, C, L)": ((10, 7, 6), 1, (1,)),
-    "(N, C, H, W)": ((6, 7, 4, 5), None, (1,)),
-    "(N, H, W, C)": ((6, 4, 5, 7), -1, (3,)),
-    "(N, C, D, H, W)": ((4, 7, 2, 3, 3), None, (1,)),
+    "(N, d)": ((40, 7), None, 1),
+    "(N, T, d)": ((10, 6, 7), None, 2),
+    "(N, C, L)": ((10, 7, 6), 1, 1),
+    "(N, C, H, W)": ((6, 7, 4, 5), None, 1),
+    "(N, H, W, C)": ((6, 4, 5, 7), -1, 3),
+    "(N, C, D, H, W)": ((4, 7, 2, 3, 3), None, 1),
 }
 
 
-def features(shape: tuple[int, ...], unit_axis: int, seed: int = 0) -> Tensor:
-    """Of very different magnitudes, with dead, dormant and negative units."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([1.0, 0.0, 3.0, 0.001, 0.5, 0.0, 2.0])
-    values = torch.randn(shape, generator=generator)
-    return values * scale.reshape([-1 if axis == unit_axis else 1 for axis in range(len(shape))])
-
-
-def matrix(array: Array, axis: int) -> Array:
-    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]).astype(np.float64)
-
-
-def numpy_dormant(f: Array, threshold: float = 0.025) -> float:
-    means = np.array([np.mean(np.abs(f[:, unit])) for unit in range(f.shape[1])])
-    layer = means.mean()
-    return float(np.mean([(m / layer if layer else 0.0) <= threshold for m in means]))
-
-
-def numpy_dead(f: Array) -> float:
-    return float(np.mean([not np.any(f[:, unit]) for unit in range(f.shape[1])]))
-
-
-def numpy_effective_rank(f: Array) -> float:
-    sigma = np.linalg.svd(f, compute_uv=False)
-    p = sigma / sigma.sum()
-    return math.exp(-sum(x * math.log(x) for x in p if x > 0))
-
-
-def numpy_stable_rank(f: Array) -> float:
-    return float(np.linalg.norm(f, "fro") ** 2 / np.linalg.norm(f, 2) ** 2)
-
-
-def numpy_srank(f: Array, delta: float = 0.01) -> int:
-    sigma = np.linalg.svd(f, compute_uv=False)
-    for k in range(1, len(sigma) + 1):
-        if sigma[:k].sum() >= (1 - delta) * sigma.sum():
-            return k
-    raise AssertionError
-
-
-def numpy_feature_norm(f: Array) -> float:
-    return float(np.mean([math.sqrt((row**2).sum()) for row in f]))
-
-
-OF_FEATURES: dict[str, tuple[Callable[..., Tensor], Callable[[Array], float]]] = {
+FEATURE_DIAGNOSTICS: dict[str, tuple[Callable[..., Tensor], Callable[[Array], float]]] = {
     "dormant_fraction": (P.dormant_fraction, numpy_dormant),
     "dead_fraction": (P.dead_fraction, numpy_dead),
     "effective_rank": (P.effective_rank, numpy_effective_rank),
@@ -91,21 +56,22 @@ OF_FEATURES: dict[str, tuple[Callable[..., Tensor], Callable[[Array], float]]] =
 RANKS = ["effective_rank", "stable_rank", "srank"]
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", FEATURE_DIAGNOSTICS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_value_of_the_formula(name: str, layout: str) -> None:
-    shape, channel_dim, (axis,) = LAYOUTS[layout]
-    ours, reference = OF_FEATURES[name]
+def test_layouts_match_numpy(name: str, layout: str) -> None:
+    shape, channel_dim, axis = LAYOUTS[layout]
+    diagnostic, reference = FEATURE_DIAGNOSTICS[name]
     h = features(shape, axis)
-    assert ours(h, channel_dim=channel_dim).item() == pytest.approx(reference(matrix(h.numpy(), axis)), rel=1e-6)
+    expected = reference(to_matrix(h.numpy(), axis))
+    assert diagnostic(h, channel_dim=channel_dim).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", FEATURE_DIAGNOSTICS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_every_precision_gives_the_value_of_its_own_numbers(name: str, dtype: torch.dtype) -> None:
-    ours, reference = OF_FEATURES[name]
+def test_precisions_match_numpy_in_float64(name: str, dtype: torch.dtype) -> None:
+    diagnostic, reference = FEATURE_DIAGNOSTICS[name]
     h = features((40, 7), 1).to(dtype)
-    value = ours(h)
+    value = diagnostic(h)
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(reference(h.double().numpy()), rel=1e-6)
 
@@ -117,24 +83,24 @@ def test_half_precision_sums_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.1, 1.0])
-def test_dormancy_thresholds(threshold: float) -> None:
+def test_dormant_fraction_thresholds(threshold: float) -> None:
     h = features((50, 7), 1)
     assert P.dormant_fraction(h, threshold).item() == numpy_dormant(h.numpy(), threshold)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.01, 0.1, 0.5])
-def test_srank_of_every_delta(delta: float) -> None:
+def test_srank_deltas(delta: float) -> None:
     h = torch.randn(30, 12, dtype=torch.float64) * torch.logspace(0, -4, 12, dtype=torch.float64)
     assert P.srank(h, delta).item() == numpy_srank(h.numpy(), delta)
 
 
-def test_srank_of_equal_singular_values_reaches_an_exact_tie() -> None:
-    # 99 of 100 equal ones make up exactly 1 - 0.01 of their sum, whatever the rounding.
+def test_srank_of_equal_singular_values_is_an_exact_tie() -> None:
+    """99 of 100 equal singular values make up exactly 1 - 0.01 of their sum, whatever the rounding."""
     rotation = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))[0]
     assert P.srank(torch.eye(100)).item() == P.srank(rotation).item() == 99
 
 
-def test_gradient_dormancy_is_over_the_incoming_weights_of_each_unit() -> None:
+def test_gradient_dormancy_averages_incoming_weights() -> None:
     gradient = torch.randn(9, 5, 3, 3) * torch.tensor([1, 0, 1e-4, 1, 1, 0.011, 1, 1, 1e-3]).reshape(-1, 1, 1, 1)
     per_unit = np.array([np.abs(g).mean() for g in gradient.double().numpy()])
     expected = np.mean(per_unit / per_unit.mean() <= 0.01)
@@ -143,7 +109,7 @@ def test_gradient_dormancy_is_over_the_incoming_weights_of_each_unit() -> None:
     assert 0 < expected < 1
 
 
-def test_weight_magnitude_is_over_all_entries_not_over_layers() -> None:
+def test_weight_magnitude_averages_entries_not_layers() -> None:
     model = nn.Sequential(nn.Linear(3, 50), nn.Linear(50, 2))
     entries = np.concatenate([p.detach().double().numpy().ravel() for p in model.parameters()])
     assert P.weight_magnitude(model).item() == pytest.approx(np.abs(entries).mean(), rel=1e-12)
@@ -157,7 +123,7 @@ def test_weight_magnitude_counts_shared_weights_once() -> None:
     assert P.weight_magnitude(nn.Sequential(layer, layer)) == P.weight_magnitude(layer)
 
 
-def test_gradient_norm_is_that_of_the_whole_gradient() -> None:
+def test_gradient_norm_covers_all_parameters() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     unused = nn.Parameter(torch.ones(2))
     model.register_parameter("unused", unused)
@@ -167,7 +133,7 @@ def test_gradient_norm_is_that_of_the_whole_gradient() -> None:
     assert P.gradient_norm(p.grad for p in model.parameters() if p.grad is not None) == P.gradient_norm(model)
 
 
-def test_optimization_readiness_is_that_of_its_formula() -> None:
+def test_optimization_readiness_matches_numpy() -> None:
     minibatches = torch.randn(6, 11) + 0.3
     g = minibatches.double().numpy()
     expected = np.linalg.norm(g.mean(0)) ** 4 / (1.7 * np.mean([np.linalg.norm(row) ** 2 for row in g]))
@@ -176,7 +142,7 @@ def test_optimization_readiness_is_that_of_its_formula() -> None:
 
 
 def test_optimization_readiness_bounds_the_gain_of_one_step() -> None:
-    # L = β/2 ‖θ‖² with noisy gradients of known moments: the bound R/2β is met with equality by the best step size.
+    """For L = β/2 ‖θ‖² with noisy gradients, the best step size attains the bound R/2β with equality."""
     beta, theta = 3.0, torch.randn(8, dtype=torch.float64)
     noise = torch.randn(5, 8, dtype=torch.float64)
     gradients = beta * theta + (noise - noise.mean(0))
@@ -186,25 +152,26 @@ def test_optimization_readiness_bounds_the_gain_of_one_step() -> None:
         return (beta / 2 * (theta - step * gradients).square().sum(1)).mean().item()
 
     best = min(expected_loss(step) for step in np.linspace(0, 2 / beta, 20001))
-    share = P.optimization_readiness(loss, gradients).item() / (2 * beta)
-    assert 1 - best / loss.item() == pytest.approx(share, rel=1e-6)
+    bound = P.optimization_readiness(loss, gradients).item() / (2 * beta)
+    assert 1 - best / loss.item() == pytest.approx(bound, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (8, 3), (3, 8), (6, 4, 3, 3), (4, 6, 2)])
-def test_isometry_deviation_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
+def test_isometry_deviation_matches_numpy(shape: tuple[int, ...]) -> None:
     w = torch.randn(shape)
     taps = np.moveaxis(w.double().numpy().reshape(*shape[:2], -1), -1, 0)
     expected = sum(np.linalg.norm(tap.T @ tap - np.eye(shape[1]), "fro") ** 2 for tap in taps)
     assert P.isometry_deviation(w).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_isometry_deviation_of_an_isometry_is_zero_to_rounding() -> None:
+def test_isometry_deviation_of_isometry_is_zero() -> None:
     q = torch.linalg.qr(torch.randn(20, 6, dtype=torch.float64))[0]
     assert P.isometry_deviation(q).item() < 1e-28
-    assert P.isometry_deviation(q.T).item() == pytest.approx(14)  # 20 columns in 6 dimensions
+    # 20 columns in 6 dimensions cannot be orthonormal.
+    assert P.isometry_deviation(q.T).item() == pytest.approx(14)
 
 
-def test_kronecker_ranks_are_those_of_the_dense_product() -> None:
+def test_kronecker_ranks_match_dense_product() -> None:
     h, delta = torch.randn(30, 4), torch.randn(30, 3) * torch.tensor([1.0, 0.1, 0.0])
     a, g = (x.double().numpy().T @ x.double().numpy() / 30 for x in (h, delta))
 
@@ -218,10 +185,10 @@ def test_kronecker_ranks_are_those_of_the_dense_product() -> None:
     assert ranks.product.item() == pytest.approx(rank(np.kron(a, g)), rel=1e-6)
 
 
-# What is not a batch of numbers
+# Degenerate and invalid inputs
 
 
-def test_a_layer_of_zeros_is_dormant_and_has_no_rank() -> None:
+def test_zero_layer_is_dormant_with_rank_zero() -> None:
     h = torch.zeros(8, 5)
     assert P.dormant_fraction(h).item() == P.dormant_fraction(h, 0.0).item() == P.dead_fraction(h).item() == 1
     assert P.gradient_dormant_fraction(h).item() == 1
@@ -241,9 +208,9 @@ def test_one_sample_has_rank_one() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [*OF_FEATURES, "gradient_dormant_fraction"])
+@pytest.mark.parametrize("name", [*FEATURE_DIAGNOSTICS, "gradient_dormant_fraction"])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2)])
-def test_numbers_that_are_none_are_refused(name: str, bad: float, shape: tuple[int, ...]) -> None:
+def test_non_finite_features_raise(name: str, bad: float, shape: tuple[int, ...]) -> None:
     h = torch.ones(shape)
     h.view(-1)[5] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -251,7 +218,7 @@ def test_numbers_that_are_none_are_refused(name: str, bad: float, shape: tuple[i
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_and_gradients_that_are_no_numbers_are_refused(bad: float) -> None:
+def test_non_finite_weights_and_gradients_raise(bad: float) -> None:
     w = torch.tensor([[1.0, bad]])
     for function in (P.weight_magnitude, P.isometry_deviation, P.gradient_norm):
         with pytest.raises(ValueError, match="NaN or infinite"):
@@ -262,14 +229,14 @@ def test_weights_and_gradients_that_are_no_numbers_are_refused(bad: float) -> No
         P.optimization_readiness(bad, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("name", [*OF_FEATURES, "gradient_dormant_fraction"])
+@pytest.mark.parametrize("name", [*FEATURE_DIAGNOSTICS, "gradient_dormant_fraction"])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 3, 0, 4)])
-def test_nothing_is_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_empty_tensors_raise(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="holds no samples or no units"):
         getattr(P, name)(torch.zeros(shape))
 
 
-def test_errors_say_what_would_be_right() -> None:
+def test_error_messages() -> None:
     with pytest.raises(ValueError, match=r"write tensor\[None\] for one sample"):
         P.effective_rank(torch.ones(3))
     with pytest.raises(TypeError, match=r"floating-point numbers.*torch.int64"):
@@ -302,16 +269,17 @@ def test_errors_say_what_would_be_right() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), exponent=st.integers(-20, 20), name=st.sampled_from(list(OF_FEATURES)))
-def test_scaling_all_features_changes_only_their_norm(seed: int, exponent: int, name: str) -> None:
-    h, factor = features((30, 7), 1, seed).double(), 2.0**exponent  # a power of two: scaling is exact
+@given(seed=st.integers(0, 10_000), exponent=st.integers(-20, 20), name=st.sampled_from(list(FEATURE_DIAGNOSTICS)))
+def test_scaling_features_changes_only_their_norm(seed: int, exponent: int, name: str) -> None:
+    # Scaling by a power of two is exact.
+    h, factor = features((30, 7), 1, seed).double(), 2.0**exponent
     expected = P.feature_norm(h).item() * factor if name == "feature_norm" else getattr(P, name)(h).item()
     assert getattr(P, name)(-factor * h).item() == pytest.approx(expected, rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), name=st.sampled_from(list(OF_FEATURES)))
-def test_the_order_of_samples_and_units_does_not_matter(seed: int, name: str) -> None:
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(list(FEATURE_DIAGNOSTICS)))
+def test_order_of_samples_and_units_is_irrelevant(seed: int, name: str) -> None:
     h = features((30, 7), 1, seed).double()
     generator = torch.Generator().manual_seed(seed)
     shuffled = h[torch.randperm(30, generator=generator)][:, torch.randperm(7, generator=generator)]
@@ -320,7 +288,7 @@ def test_the_order_of_samples_and_units_does_not_matter(seed: int, name: str) ->
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 12), columns=st.integers(1, 12))
-def test_ranks_lie_between_one_and_the_smaller_side(seed: int, rows: int, columns: int) -> None:
+def test_ranks_lie_between_one_and_smaller_dimension(seed: int, rows: int, columns: int) -> None:
     f = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     for name in RANKS:
         assert 1 - 1e-9 <= getattr(P, name)(f).item() <= min(rows, columns) * (1 + 1e-9)
@@ -329,21 +297,22 @@ def test_ranks_lie_between_one_and_the_smaller_side(seed: int, rows: int, column
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), exponent=st.integers(-20, 20))
-def test_readiness_is_as_the_loss_and_gradient_dormancy_does_not_know_its_scale(seed: int, exponent: int) -> None:
+def test_readiness_scales_with_loss_but_gradient_dormancy_not(seed: int, exponent: int) -> None:
     g, factor = torch.randn(6, 9, generator=torch.Generator().manual_seed(seed)).double(), 2.0**exponent
     readiness = P.optimization_readiness(1.0, g).item()
     assert P.optimization_readiness(factor, factor * g).item() == pytest.approx(factor * readiness, rel=1e-9)
     assert P.gradient_dormant_fraction(factor * g) == P.gradient_dormant_fraction(g)
 
 
-def test_large_feature_maps_are_summed_in_pieces_and_stay_exact() -> None:
+def test_feature_maps_summed_in_pieces_are_exact() -> None:
     h = torch.randn(20, 6, 64, 64) * torch.tensor([1.0, 0.0, 2.0, 0.01, 1.0, 1.0]).reshape(1, 6, 1, 1)
     assert h.numel() > 2**18
-    f = matrix(h.numpy(), 1)
-    for name, (ours, reference) in OF_FEATURES.items():
+    f = to_matrix(h.numpy(), 1)
+    for name, (diagnostic, reference) in FEATURE_DIAGNOSTICS.items():
         if name in RANKS:
-            continue  # by the singular value decomposition; their second moments follow
-        assert ours(h).item() == pytest.approx(reference(f), rel=1e-6)
+            # The ranks are computed from the feature matrix as a whole; their second moments are compared below.
+            continue
+        assert diagnostic(h).item() == pytest.approx(reference(f), rel=1e-6)
     assert np.allclose(second_moments(h).numpy(), f.T @ f, rtol=1e-12)
     flipped = h.permute(1, 0, 2, 3)
     assert np.allclose(second_moments(flipped, 0).numpy(), f.T @ f, rtol=1e-12)
@@ -369,9 +338,7 @@ def conditioned(units: int, condition: float, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["geometric", "two levels", "one large"])
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("units", [8, 64, 256])
-def test_ranks_of_second_moments_are_those_of_the_svd_up_to_condition_1e6(
-    units: int, condition: float, kind: str
-) -> None:
+def test_ranks_of_second_moments_match_svd(units: int, condition: float, kind: str) -> None:
     f = conditioned(units, condition, kind)
     sigma = singular_values_of_moments(second_moments(f))
     reference = np.linalg.svd(f.numpy(), compute_uv=False)
@@ -381,14 +348,15 @@ def test_ranks_of_second_moments_are_those_of_the_svd_up_to_condition_1e6(
     assert squared_ratio(sigma).item() == pytest.approx((reference**2).sum() / reference[0] ** 2, rel=1e-12)
 
 
-def test_beyond_that_small_singular_values_count_as_zero() -> None:
+def test_singular_values_below_rounding_are_zero() -> None:
     f = conditioned(64, 1e9, "one large")
-    assert P.effective_rank(f).item() > 1 + 1e-6  # 63 directions at 1e-9 of the first
+    # The 63 other singular values are 1e-9 of the first.
+    assert P.effective_rank(f).item() > 1 + 1e-6
     assert (singular_values_of_moments(second_moments(f)) > 0).sum() == 1
 
 
 @pytest.mark.parametrize("units", [64, 512])
-def test_rounding_adds_no_rank_to_matrices_without_full_rank(units: int) -> None:
+def test_rounding_adds_no_rank_to_low_rank_matrices(units: int) -> None:
     for f in (torch.randn(units // 4, units), torch.randn(4 * units, units // 4) @ torch.randn(units // 4, units)):
         f = f.double()
         sigma = singular_values_of_moments(second_moments(f))
@@ -396,26 +364,28 @@ def test_rounding_adds_no_rank_to_matrices_without_full_rank(units: int) -> None
         assert torch.allclose(sigma[: units // 4], singular_values(f)[: units // 4], rtol=1e-9)
 
 
-# What others get wrong (the number is the row of the list of peers' mistakes that the name paraphrases)
+# Mistakes found in other implementations
 
 
-def test_a_layer_without_any_activity_is_not_nan_and_one_silent_sample_does_not_matter() -> None:
+def test_zero_sample_does_not_change_dormant_fraction() -> None:
     h = torch.rand(256, 12)
-    h[17] = 0  # a mean over samples of ratios divides by zero here
+    # A mean over samples of ratios divides by zero here.
+    h[17] = 0
     assert P.dormant_fraction(h).item() == numpy_dormant(h.numpy()) == 0
     images = torch.rand(8, 5, 4, 4)
-    images[:, :, 0, 0] = 0  # one position without any activity
+    images[:, :, 0, 0] = 0
     assert P.dormant_fraction(images).item() == 0
 
 
-def test_the_score_is_a_ratio_of_means_not_a_mean_of_ratios() -> None:
+def test_dormancy_score_is_ratio_of_means() -> None:
     h = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
-    ratios = (h / h.mean(1, keepdim=True)).mean(0) / 2  # half and half
-    assert (ratios == 0.5).all()
-    assert P.dormant_fraction(h, 0.02).item() == 0.5  # the second is at 1/50.5 of the mean
+    mean_of_ratios = (h / h.mean(1, keepdim=True)).mean(0) / 2
+    assert (mean_of_ratios == 0.5).all()
+    # The magnitude of the second unit is 1/50.5 of the mean.
+    assert P.dormant_fraction(h, 0.02).item() == 0.5
 
 
-def test_stable_rank_srank_and_participation_ratio_are_three_things() -> None:
+def test_stable_rank_srank_and_participation_ratio_differ() -> None:
     f = torch.randn(200, 50, dtype=torch.float64) * torch.logspace(0, -2, 50, dtype=torch.float64)
     sigma2 = np.linalg.svd(f.numpy(), compute_uv=False) ** 2
     participation = sigma2.sum() ** 2 / (sigma2**2).sum()
@@ -424,7 +394,7 @@ def test_stable_rank_srank_and_participation_ratio_are_three_things() -> None:
     assert all(abs(a - b) > 0.5 for a, b in itertools.combinations(values, 2))
 
 
-def test_effective_rank_is_of_features_as_they_are_not_centred_and_not_squared() -> None:
+def test_effective_rank_neither_centres_nor_squares() -> None:
     f = torch.rand(100, 20, dtype=torch.float64) + 1
     sigma = np.linalg.svd(f.numpy(), compute_uv=False)
     assert P.effective_rank(f).item() == pytest.approx(numpy_effective_rank(f.numpy()))
@@ -438,19 +408,21 @@ def test_tokens_are_samples_and_channels_are_units() -> None:
     tokens[..., :8] = 0
     assert P.dead_fraction(tokens).item() == 8 / 32
     images = torch.rand(64, 16, 8, 8)
-    images[3] = 0  # a blank image kills no unit
+    # A blank image makes no unit dead.
+    images[3] = 0
     images[:, :4] = 0
     assert P.dead_fraction(images).item() == 4 / 16
 
 
-def test_negative_activations_are_alive_whatever_the_activation_function() -> None:
+def test_negative_activations_are_not_dormant() -> None:
     gelu = -0.1 * torch.rand(20, 6)
-    tanh = -torch.ones(20, 6)  # saturated: not dormant by this definition
+    # Saturated units are not dormant by this definition.
+    tanh = -torch.ones(20, 6)
     for h in (gelu, tanh):
         assert P.dormant_fraction(h).item() == P.dead_fraction(h).item() == 0
 
 
-def test_svdvals_hides_no_nan() -> None:
+def test_svd_does_not_hide_nan() -> None:
     f = torch.randn(6, 6)
     f[2, 3] = math.nan
     with pytest.raises(ValueError, match="NaN"):
@@ -458,19 +430,19 @@ def test_svdvals_hides_no_nan() -> None:
     assert singular_values_of_moments(second_moments(f)).isnan().all()
 
 
-def test_nothing_warns_and_inputs_stay_as_they_are() -> None:
+def test_no_warnings_and_inputs_unchanged() -> None:
     h = torch.randn(5, 7, requires_grad=True)
     before = h.detach().clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in OF_FEATURES:
+        for name in FEATURE_DIAGNOSTICS:
             getattr(P, name)(h)
     assert torch.equal(h.detach(), before)
     assert h.grad is None
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e25, 1e30])
-def test_feature_norms_whose_squares_vanish_or_overflow_in_float32(scale: float) -> None:
+def test_feature_norm_with_squares_beyond_float32(scale: float) -> None:
     features = torch.randn(64, 10) * scale
     expected = np.linalg.norm(features.double().numpy(), axis=1).mean()
     assert P.feature_norm(features).item() == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""The contract that torchmetrics' own metrics are tested by, over all metrics here."""
+"""Test all metrics against the contract that torchmetrics tests its own metrics against."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lightning_plasticity.metrics import (
     StableRank,
     WeightMagnitude,
 )
-from tests.helpers.processes import WORLD, in_two_processes
-from tests.metrics.test_functional import (
+from tests.helpers.numpy_diagnostics import (
     Array,
     features,
-    matrix,
     numpy_dead,
     numpy_dormant,
     numpy_effective_rank,
     numpy_feature_norm,
     numpy_srank,
     numpy_stable_rank,
+    to_matrix,
 )
+from tests.helpers.processes import WORLD, in_two_processes
 
 matplotlib.use("Agg")
 
@@ -49,27 +49,27 @@ BATCHES = 4
 
 @dataclass(frozen=True)
 class Contract:
-    """A metric, what it is fed with, and its value on all of it by plain NumPy."""
+    """A metric, its input batches and its reference value from NumPy."""
 
     make: Callable[..., Metric]
     batch: Callable[[int], tuple[Any, ...]]
     reference: Callable[[list[tuple[Any, ...]]], Any]
-    spoil: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda batch: (
+    corrupt: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda batch: (
         *batch[:-1],
         torch.full_like(batch[-1], math.nan),
     )
 
 
-def joined(batches: list[tuple[Any, ...]]) -> Array:
-    return np.concatenate([matrix(batch[-1].double().numpy(), 1) for batch in batches])
+def join_batches(batches: list[tuple[Any, ...]]) -> Array:
+    return np.concatenate([to_matrix(batch[-1].double().numpy(), 1) for batch in batches])
 
 
-def of_features(make: Callable[..., Metric], reference: Callable[[Array], Any]) -> Contract:
+def feature_contract(make: Callable[..., Metric], reference: Callable[[Array], Any]) -> Contract:
     return Contract(
         make,
-        # of different sizes: a mean over batches would be seen
+        # Batches of different sizes, so that a mean over batches differs from the mean over samples.
         lambda number: (features((9 + 5 * number, 7, 2, 3), 1, seed=number),),
-        lambda batches: reference(joined(batches)),
+        lambda batches: reference(join_batches(batches)),
     )
 
 
@@ -89,7 +89,7 @@ def readiness_reference(batches: list[tuple[Any, ...]]) -> float:
 
 
 def monitor_reference(batches: list[tuple[Any, ...]]) -> dict[str, Any]:
-    of_layer = {
+    references = {
         "dormant_fraction": numpy_dormant,
         "dead_fraction": numpy_dead,
         "effective_rank": numpy_effective_rank,
@@ -98,11 +98,11 @@ def monitor_reference(batches: list[tuple[Any, ...]]) -> dict[str, Any]:
         "feature_norm": numpy_feature_norm,
     }
     f = {
-        layer: np.concatenate([matrix(batch[layer].double().numpy(), 1) for (batch,) in batches])
+        layer: np.concatenate([to_matrix(batch[layer].double().numpy(), 1) for (batch,) in batches])
         for layer in ("a", "b")
     }
     values: dict[str, Any] = {}
-    for name, reference in of_layer.items():
+    for name, reference in references.items():
         a, b = reference(f["a"]), reference(f["b"])
         values[name] = (7 * a + 14 * b) / 21 if name in ("dormant_fraction", "dead_fraction") else (a + b) / 2
         values |= {f"{name}/a": a, f"{name}/b": b}
@@ -110,18 +110,18 @@ def monitor_reference(batches: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 
 def monitor_batch(number: int) -> tuple[Any, ...]:
-    a, b, c = (features((9 + 5 * number, 7, 2, 3), 1, seed=number + more) for more in (0, 10, 20))
+    a, b, c = (features((9 + 5 * number, 7, 2, 3), 1, seed=number + offset) for offset in (0, 10, 20))
     return ({"a": a, "b": torch.cat([b, c], 1)},)
 
 
 CONTRACTS = {
-    "DormantFraction": of_features(DormantFraction, numpy_dormant),
-    "DormantFraction-0_2": of_features(lambda **k: DormantFraction(0.2, **k), lambda f: numpy_dormant(f, 0.2)),
-    "DeadFraction": of_features(DeadFraction, numpy_dead),
-    "EffectiveRank": of_features(EffectiveRank, numpy_effective_rank),
-    "StableRank": of_features(StableRank, numpy_stable_rank),
-    "SRank": of_features(SRank, numpy_srank),
-    "FeatureNorm": of_features(FeatureNorm, numpy_feature_norm),
+    "DormantFraction": feature_contract(DormantFraction, numpy_dormant),
+    "DormantFraction-0_2": feature_contract(lambda **k: DormantFraction(0.2, **k), lambda f: numpy_dormant(f, 0.2)),
+    "DeadFraction": feature_contract(DeadFraction, numpy_dead),
+    "EffectiveRank": feature_contract(EffectiveRank, numpy_effective_rank),
+    "StableRank": feature_contract(StableRank, numpy_stable_rank),
+    "SRank": feature_contract(SRank, numpy_srank),
+    "FeatureNorm": feature_contract(FeatureNorm, numpy_feature_norm),
     "GradientDormantFraction": Contract(
         GradientDormantFraction,
         lambda number: (
@@ -154,11 +154,11 @@ every_scalar = pytest.mark.parametrize(
 )
 
 
-def same(value: Any, expected: Any) -> None:
+def assert_value(value: Any, expected: Any) -> None:
     if isinstance(expected, dict):
         assert set(value) == set(expected)
         for name in expected:
-            same(value[name], expected[name])
+            assert_value(value[name], expected[name])
     else:
         assert isinstance(value, Tensor)
         assert value.shape == ()
@@ -166,59 +166,59 @@ def same(value: Any, expected: Any) -> None:
         assert value.item() == pytest.approx(float(expected), rel=1e-6, nan_ok=True)
 
 
-def cast(batch: Any, dtype: torch.dtype) -> Any:
+def cast_batch(batch: Any, dtype: torch.dtype) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(dtype)
     if isinstance(batch, dict):
-        return {name: cast(value, dtype) for name, value in batch.items()}
-    return tuple(cast(value, dtype) for value in batch) if isinstance(batch, tuple) else batch
+        return {name: cast_batch(value, dtype) for name, value in batch.items()}
+    return tuple(cast_batch(value, dtype) for value in batch) if isinstance(batch, tuple) else batch
 
 
-def batches_of(contract: Contract, count: int = BATCHES) -> list[tuple[Any, ...]]:
+def make_batches(contract: Contract, count: int = BATCHES) -> list[tuple[Any, ...]]:
     return [contract.batch(number) for number in range(count)]
 
 
 @every_metric
-def test_streaming_equals_the_formula_on_everything(contract: Contract) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+def test_updates_accumulate_to_reference(contract: Contract) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     for batch in batches:
         metric.update(*batch)
-    same(metric.compute(), contract.reference(batches))
+    assert_value(metric.compute(), contract.reference(batches))
 
 
 @every_metric
-def test_forward_is_update_and_compute_on_the_batch(contract: Contract) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+def test_forward_returns_value_of_batch(contract: Contract) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     for batch in batches:
-        same(metric(*batch), contract.reference([batch]))
-    same(metric.compute(), contract.reference(batches))
+        assert_value(metric(*batch), contract.reference([batch]))
+    assert_value(metric.compute(), contract.reference(batches))
     assert metric.update_count == len(batches)
 
 
 @every_metric
-def test_reset_forgets_everything(contract: Contract) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+def test_reset(contract: Contract) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     metric.update(*batches[0])
     metric.compute()
     metric.reset()
     metric.update(*batches[1])
-    same(metric.compute(), contract.reference(batches[1:2]))
+    assert_value(metric.compute(), contract.reference(batches[1:2]))
 
 
 @every_metric
-@pytest.mark.parametrize("again", [lambda m: pickle.loads(pickle.dumps(m)), deepcopy, lambda m: m.clone()])
-def test_copies_go_on_by_themselves(contract: Contract, again: Callable[[Metric], Metric]) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+@pytest.mark.parametrize("copy", [lambda m: pickle.loads(pickle.dumps(m)), deepcopy, lambda m: m.clone()])
+def test_copies_are_independent(contract: Contract, copy: Callable[[Metric], Metric]) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     metric.update(*batches[0])
-    other = again(metric)
+    other = copy(metric)
     assert type(other) is type(metric)
     other.update(*batches[1])
-    same(other.compute(), contract.reference(batches[:2]))
-    same(metric.compute(), contract.reference(batches[:1]))
+    assert_value(other.compute(), contract.reference(batches[:2]))
+    assert_value(metric.compute(), contract.reference(batches[:1]))
 
 
 @every_metric
-def test_flags_are_constant_and_the_state_is_not_saved_by_default(contract: Contract) -> None:
+def test_flags_constant_and_state_not_persistent(contract: Contract) -> None:
     metric = contract.make()
     for flag in ("is_differentiable", "higher_is_better", "full_state_update", "plot_lower_bound", "plot_upper_bound"):
         with pytest.raises(RuntimeError, match="Can't change const"):
@@ -234,57 +234,57 @@ def test_full_state_update_is_not_needed(contract: Contract) -> None:
     assert contract.make().full_state_update is False
     lean, full = contract.make(), contract.make()
     full.__class__ = type("Full", (type(full),), {"full_state_update": True})
-    for batch in batches_of(contract):
+    for batch in make_batches(contract):
         assert lean(*batch).item() == full(*batch).item()
     assert lean.compute().item() == full.compute().item()
 
 
 @pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="torchmetrics before 1.5 cannot merge states")
 @every_scalar
-def test_states_merge(contract: Contract) -> None:
-    first, second, batches = contract.make(), contract.make(), batches_of(contract)
+def test_merge_state(contract: Contract) -> None:
+    first, second, batches = contract.make(), contract.make(), make_batches(contract)
     first.update(*batches[0])
     second.update(*batches[1])
     first.merge_state(second)
-    same(first.compute(), contract.reference(batches[:2]))
+    assert_value(first.compute(), contract.reference(batches[:2]))
     empty = contract.make()
     empty.merge_state(second)
     empty.update(*batches[2])
-    same(empty.compute(), contract.reference(batches[1:3]))
+    assert_value(empty.compute(), contract.reference(batches[1:3]))
 
 
 @every_scalar
-def test_a_persistent_state_can_be_loaded(contract: Contract) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+def test_load_persistent_state(contract: Contract) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     metric.persistent(True)
     metric.update(*batches[0])
     other = contract.make()
     other.load_state_dict(metric.state_dict())
     other.update(*batches[1])
-    same(other.compute(), contract.reference(batches[:2]))
+    assert_value(other.compute(), contract.reference(batches[:2]))
 
 
 @every_metric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_precision(contract: Contract, dtype: torch.dtype) -> None:
+def test_precisions(contract: Contract, dtype: torch.dtype) -> None:
     metric = contract.make()
     metric.set_dtype(dtype)
-    batches = [cast(batch, dtype) for batch in batches_of(contract)]
+    batches = [cast_batch(batch, dtype) for batch in make_batches(contract)]
     for batch in batches:
         metric.update(*batch)
-    same(metric.compute(), contract.reference(batches))
+    assert_value(metric.compute(), contract.reference(batches))
 
 
 @every_metric
-def test_gradients_do_not_flow_and_states_hold_no_graph(contract: Contract) -> None:
+def test_results_and_states_are_detached(contract: Contract) -> None:
     metric = contract.make()
 
-    def requiring(value: Any) -> Any:
+    def require_grad(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: requiring(h) for name, h in value.items()}
+            return {name: require_grad(h) for name, h in value.items()}
         return value.clone().requires_grad_() if isinstance(value, Tensor) else value
 
-    value = metric(*(requiring(value) for value in contract.batch(0)))
+    value = metric(*(require_grad(value) for value in contract.batch(0)))
     results = value.values() if isinstance(value, dict) else [value]
     assert not any(result.requires_grad for result in results)
     assert not any(
@@ -293,21 +293,21 @@ def test_gradients_do_not_flow_and_states_hold_no_graph(contract: Contract) -> N
 
 
 @every_metric
-def test_what_is_no_number_is_reported_as_none_and_never_averaged_away(contract: Contract) -> None:
-    metric, batches = contract.make(), batches_of(contract)
+def test_nan_input_makes_result_nan_until_reset(contract: Contract) -> None:
+    metric, batches = contract.make(), make_batches(contract)
     metric.update(*batches[0])
-    metric.update(*contract.spoil(batches[1]))
+    metric.update(*contract.corrupt(batches[1]))
     metric.update(*batches[2])
     value = metric.compute()
     assert all(result.isnan() for result in (value.values() if isinstance(value, dict) else [value]))
     metric.reset()
     metric.update(*batches[0])
-    same(metric.compute(), contract.reference(batches[:1]))
+    assert_value(metric.compute(), contract.reference(batches[:1]))
 
 
 @every_scalar
 @pytest.mark.parametrize("bad", [math.inf, -math.inf])
-def test_one_infinite_entry_is_enough(contract: Contract, bad: float) -> None:
+def test_one_infinite_entry_makes_result_nan(contract: Contract, bad: float) -> None:
     metric = contract.make()
     *rest, values = contract.batch(0)
     values = values.clone()
@@ -317,24 +317,24 @@ def test_one_infinite_entry_is_enough(contract: Contract, bad: float) -> None:
 
 
 @every_scalar
-def test_without_data_there_is_no_number(contract: Contract) -> None:
+def test_compute_without_data_is_nan(contract: Contract) -> None:
     metric = contract.make()
     with pytest.warns(UserWarning, match="was called before the ``update`` method"):
         assert metric.compute().isnan()
 
 
 @pytest.mark.parametrize("name", ["DormantFraction", "DeadFraction", "EffectiveRank", "SRank", "FeatureNorm"])
-def test_a_batch_without_samples_adds_nothing(name: str) -> None:
+def test_batch_without_samples_adds_nothing(name: str) -> None:
     contract = CONTRACTS[name]
     metric, batch = contract.make(), contract.batch(0)
     metric.update(torch.zeros(0, 3))
     assert metric.compute().isnan()
     metric.update(*batch)
     metric.update(torch.zeros(0, 7, 2, 3))
-    same(metric.compute(), contract.reference([batch]))
+    assert_value(metric.compute(), contract.reference([batch]))
 
 
-def test_a_dead_layer_is_dormant_and_has_no_rank() -> None:
+def test_zero_layer_is_dormant_with_rank_zero() -> None:
     zeros = torch.zeros(9, 4)
     for make, expected in ((DormantFraction, 1), (DeadFraction, 1), (GradientDormantFraction, 1), (FeatureNorm, 0)):
         assert make()(zeros).item() == expected
@@ -343,7 +343,7 @@ def test_a_dead_layer_is_dormant_and_has_no_rank() -> None:
     assert OptimizationReadiness()(0.0, torch.ones(3)).item() == 0
 
 
-def test_ranks_of_fewer_samples_than_units_say_so() -> None:
+def test_fewer_samples_than_units_warns() -> None:
     metric = EffectiveRank()
     with pytest.warns(UserWarning, match="fewer samples than the 50 units that there are"):
         value = metric(torch.randn(10, 50))
@@ -351,17 +351,17 @@ def test_ranks_of_fewer_samples_than_units_say_so() -> None:
     assert metric.samples == 10
 
 
-def test_another_number_of_units_is_refused() -> None:
+def test_change_of_unit_count_raises() -> None:
     for make in (DormantFraction, EffectiveRank):
         metric = make()
         metric.update(torch.ones(9, 4))
-        with pytest.raises(ValueError, match=r"has seen 4 units and now gets 5: reset\(\) it first"):
+        with pytest.raises(ValueError, match=r"has accumulated 4 units and now gets 5: reset\(\) it first"):
             metric.update(torch.ones(9, 5))
         metric.reset()
         metric.update(torch.ones(9, 5))
 
 
-def test_weights_and_gradients_of_a_module() -> None:
+def test_module_as_weights_and_gradients() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     loss = model(torch.randn(8, 3)).square().mean()
     loss.backward()
@@ -371,7 +371,7 @@ def test_weights_and_gradients_of_a_module() -> None:
     assert WeightMagnitude()(model).item() == pytest.approx(entries.abs().mean().item(), rel=1e-12)
 
 
-def test_arguments_are_checked_when_they_are_given() -> None:
+def test_invalid_arguments_raise_in_constructor() -> None:
     with pytest.raises(ValueError, match=r"threshold=-1 must be in \[0, 1\]"):
         DormantFraction(-1)
     with pytest.raises(ValueError, match=r"delta=1.5 must be in \[0, 1\)"):
@@ -380,14 +380,14 @@ def test_arguments_are_checked_when_they_are_given() -> None:
         DormantFraction(tau=0.1)
 
 
-def test_metrics_of_one_kind_share_their_work_in_a_collection() -> None:
+def test_collection_shares_states() -> None:
     names = ["DormantFraction", "DormantFraction-0_2", "DeadFraction", "EffectiveRank", "StableRank", "SRank"]
     contracts = {name: CONTRACTS[name] for name in [*names, "FeatureNorm"]}
     collection = MetricCollection({name: contract.make() for name, contract in contracts.items()}, prefix="plasticity/")
-    batches = batches_of(contracts["FeatureNorm"])
+    batches = make_batches(contracts["FeatureNorm"])
     for batch in batches:
         collection.update(*batch)
-    same(
+    assert_value(
         collection.compute(),
         {f"plasticity/{name}": contract.reference(batches) for name, contract in contracts.items()},
     )
@@ -396,9 +396,9 @@ def test_metrics_of_one_kind_share_their_work_in_a_collection() -> None:
 
 
 @every_metric
-def test_plot_draws_one_value_or_several(contract: Contract) -> None:
+def test_plot_one_or_several_values(contract: Contract) -> None:
     metric = contract.make()
-    values = [metric(*batch) for batch in batches_of(contract)]
+    values = [metric(*batch) for batch in make_batches(contract)]
     for drawn in (None, values[0], values):
         figure, axes = metric.plot() if drawn is None else metric.plot(drawn)
         assert figure is not None
@@ -406,7 +406,7 @@ def test_plot_draws_one_value_or_several(contract: Contract) -> None:
         plt.close(figure)
 
 
-def test_cond_1e6_is_exact_in_the_metrics_too() -> None:
+def test_ranks_are_exact_at_condition_1e6() -> None:
     left = torch.linalg.qr(torch.randn(300, 100, dtype=torch.float64))[0]
     right = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))[0]
     f = (left * torch.logspace(0, -6, 100, dtype=torch.float64)) @ right
@@ -422,26 +422,28 @@ def test_cond_1e6_is_exact_in_the_metrics_too() -> None:
 # Two processes
 
 
-def values_of_one_process(rank: int) -> dict[str, Any]:
-    """What every metric says in one of two processes that share the batches between them."""
+def compute_on_rank(rank: int) -> dict[str, Any]:
+    """Return the values of every metric in one of two processes, each with half of the batches."""
     results: dict[str, Any] = {}
     for name, contract in CONTRACTS.items():
-        batches = batches_of(contract)
+        batches = make_batches(contract)
         metric = contract.make()
         for batch in batches[rank::WORLD]:
             metric.update(*batch)
         results[name] = metric.compute()
-        results[f"{name} again"] = metric.compute()  # unsynchronised in between
+        # The states are unsynchronised between the two calls of compute().
+        results[f"{name} again"] = metric.compute()
         metric.update(*batches[rank])
         results[f"{name}, further"] = metric.compute()
         on_step = contract.make(dist_sync_on_step=True)
         results[f"{name}, forward"] = on_step(*batches[rank])
-        lonely = contract.make()
+        partial = contract.make()
         if rank == 1:
-            lonely.update(*batches[0])
+            partial.update(*batches[0])
         else:
-            lonely._update_count = 1  # a process without a batch of its own: it warns, which is not of interest here
-        results[f"{name}, one without data"] = lonely.compute()
+            # Avoid the warning of torchmetrics in the process that has no batch.
+            partial._update_count = 1
+        results[f"{name}, one without data"] = partial.compute()
     unequal = DormantFraction()
     unequal.update(torch.ones(3, 4 + rank))
     try:
@@ -454,7 +456,7 @@ def values_of_one_process(rank: int) -> dict[str, Any]:
 
 
 def different_layers(rank: int) -> dict[str, Any]:
-    """A layer that only one process has, another order, a width above the cap."""
+    """Return the values for layers in one process only, in another order, and wider than the cap."""
     wide = torch.randn(20, 30, generator=torch.Generator().manual_seed(rank))
     monitor = PlasticityMonitor(max_samples=16, measures=["effective_rank", "dead_fraction"])
     if rank == 0:
@@ -467,25 +469,25 @@ def different_layers(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_processes() -> list[dict[str, Any]]:
-    return in_two_processes(values_of_one_process)
+    return in_two_processes(compute_on_rank)
 
 
 @pytest.mark.slow
 @every_metric
-def test_two_processes_equal_one_on_everything(
+def test_two_processes_match_one(
     contract: Contract, two_processes: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
-    name, batches = request.node.callspec.id, batches_of(contract)
+    name, batches = request.node.callspec.id, make_batches(contract)
     for results in two_processes:
-        same(results[name], contract.reference(batches))
-        same(results[f"{name} again"], contract.reference(batches))
-        same(results[f"{name}, further"], contract.reference([*batches, *batches[:2]]))
-        same(results[f"{name}, forward"], contract.reference(batches[:2]))
-        same(results[f"{name}, one without data"], contract.reference(batches[:1]))
+        assert_value(results[name], contract.reference(batches))
+        assert_value(results[f"{name} again"], contract.reference(batches))
+        assert_value(results[f"{name}, further"], contract.reference([*batches, *batches[:2]]))
+        assert_value(results[f"{name}, forward"], contract.reference(batches[:2]))
+        assert_value(results[f"{name}, one without data"], contract.reference(batches[:1]))
 
 
 @pytest.mark.slow
-def test_processes_with_different_layers_do_not_wait_for_each_other(two_processes: list[dict[str, Any]]) -> None:
+def test_processes_with_different_layers_do_not_deadlock(two_processes: list[dict[str, Any]]) -> None:
     wide = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))[:8].double().numpy()
     ranks = {"a": 4, "b": 5, "c": 3, "wide": numpy_effective_rank(wide)}
     for results in two_processes:
@@ -497,7 +499,7 @@ def test_processes_with_different_layers_do_not_wait_for_each_other(two_processe
 
 
 @pytest.mark.slow
-def test_processes_with_different_numbers_of_units_all_say_so(two_processes: list[dict[str, Any]]) -> None:
+def test_different_unit_counts_raise_in_all_processes(two_processes: list[dict[str, Any]]) -> None:
     for results in two_processes:
         assert results["unequal"] == (
             "the processes give DormantFraction different numbers of units: magnitude_sum has the shapes [(4,), (5,)]"

@@ -25,7 +25,7 @@ from lightning_plasticity import functional as P
 from lightning_plasticity.functional.ranks import leading_count, singular_values_of_moments
 from lightning_plasticity.metrics import EffectiveRank
 from tests.helpers.modules import Classifier, loader, trainer
-from tests.metrics.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
+from tests.helpers.numpy_diagnostics import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
 
 
 class Functional(nn.Module):

@@ -1,4 +1,4 @@
-"""The configuration files in examples/ build what they say, survive being printed and read again, and train."""
+"""Test that configuration files train, also after a round trip through ``--print_config``, and document arguments."""
 
 import inspect
 import re
@@ -38,56 +38,55 @@ def examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def fitted(config: Path) -> Any:
+def fit(config: Path) -> Any:
+    """Run three epochs of a configuration, and return the LightningCLI."""
     from cli import main  # type: ignore[import-not-found]
 
     quiet = ["--trainer.max_epochs=3", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     return main(["fit", "--config", str(config), *quiet])
 
 
-def callback_of(cli: Any) -> SpectralCollapseCallback:
-    return next(c for c in cli.trainer.callbacks if isinstance(c, SpectralCollapseCallback))
+def plasticity_callback(cli: Any) -> SpectralCollapseCallback:
+    return next(each for each in cli.trainer.callbacks if isinstance(each, SpectralCollapseCallback))
 
 
 @pytest.mark.filterwarnings("ignore:task .*:lightning_plasticity.PlasticityWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_trains_as_it_does_after_being_printed_and_read_again(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_printed_configuration_trains_identically(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from cli import main
 
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--print_config"])
     printed = Path("printed.yaml")
     printed.write_text(capsys.readouterr().out)
-    one, other = fitted(config), fitted(printed)
-    first, second = callback_of(one), callback_of(other)
-    assert [report.task_id for report in first.history] == [0, 1]
-    assert [vars(i).keys() for i in first.interventions] == [vars(i).keys() for i in second.interventions]
-    assert [report.metrics for report in first.history] == [report.metrics for report in second.history]
-    for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    original_cli, printed_cli = fit(config), fit(printed)
+    original, reread = plasticity_callback(original_cli), plasticity_callback(printed_cli)
+    assert [report.task_id for report in original.history] == [0, 1]
+    assert [vars(i).keys() for i in original.interventions] == [vars(i).keys() for i in reread.interventions]
+    assert [report.metrics for report in original.history] == [report.metrics for report in reread.history]
+    for p, q in zip(original_cli.model.parameters(), printed_cli.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert isinstance(one.trainer.logger, TensorBoardLogger)
+    assert isinstance(original_cli.trainer.logger, TensorBoardLogger)
 
 
-def test_there_is_a_configuration_for_each_way_of_use() -> None:
+def test_example_configurations_are_complete() -> None:
     assert [path.stem for path in CONFIGS] == ["continual_backprop", "monitor", "repair_on_collapse"]
 
 
-def test_the_help_of_the_callback_names_and_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
+def test_callback_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
     from cli import main
 
     with pytest.raises(SystemExit):
         main(["fit", "--trainer.callbacks.help", "lightning_plasticity.SpectralCollapseCallback"])
     text = " ".join(capsys.readouterr().out.split())
     for name, words in {
-        "probe": "How the curvature is measured",
-        "collapse": "What is called a collapse",
-        "interventions": "What is done about",
-        "task_detector": "How new tasks are recognised",
-        "monitor": "Whether dormant units",
-        "monitor_every_n_steps": "on the batch in flight",
+        "probe": "The measurement of curvature",
+        "collapse": "The rule for an alarm",
+        "interventions": "Interventions, one after the other",
+        "task_detector": "The rules by which tasks start",
+        "monitor": "Whether to measure dormant units",
+        "monitor_every_n_steps": "on the training batch",
         "loss_fn": "returns the mean loss",
     }.items():
         assert re.search(rf"--trainer\.callbacks\.(init_args\.)?{name}\b", text)
@@ -129,7 +128,7 @@ def mean_of_inputs(batch):  # type: ignore[no-untyped-def]
     return batch[0].mean()
 
 
-EVERYTHING_AT_ONCE = """
+ALL_ARGUMENTS = """
     probe:
       class_path: lightning_plasticity.HessianProbe
       init_args:
@@ -148,23 +147,25 @@ EVERYTHING_AT_ONCE = """
 
 @pytest.mark.filterwarnings("ignore:task .*:lightning_plasticity.PlasticityWarning")
 @pytest.mark.parametrize("loss_fn", [loss, loss_without_types])
-def test_functions_are_given_by_their_import_paths(
+def test_functions_are_configured_by_import_path(
     loss_fn: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cli import main
 
-    config = configured(EVERYTHING_AT_ONCE.replace("LOSS", loss_fn.__name__).replace("HERE", __name__))
+    config = configured(ALL_ARGUMENTS.replace("LOSS", loss_fn.__name__).replace("HERE", __name__))
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--print_config"])
     printed = Path("printed.yaml")
     printed.write_text(capsys.readouterr().out)
-    one, other = callback_of(fitted(config)), callback_of(fitted(printed))
-    assert [(report.task_id, report.step) for report in one.history] == [("early", 0), ("late", 6)]
-    assert one.history[0].metrics.keys() >= {"hessian_trace", "learnable_fraction", "dormant_fraction"}
-    assert str([report.to_dict() for report in one.history]) == str([report.to_dict() for report in other.history])
+    original, reread = plasticity_callback(fit(config)), plasticity_callback(fit(printed))
+    assert [(report.task_id, report.step) for report in original.history] == [("early", 0), ("late", 6)]
+    assert original.history[0].metrics.keys() >= {"hessian_trace", "learnable_fraction", "dormant_fraction"}
+    assert str([report.to_dict() for report in original.history]) == str(
+        [report.to_dict() for report in reread.history]
+    )
 
 
-def test_a_drift_detector_is_given_by_its_class() -> None:
+def test_drift_detector_is_configured_by_class() -> None:
     drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
     config = configured(f"""
         task_detector:
@@ -173,9 +174,9 @@ def test_a_drift_detector_is_given_by_its_class() -> None:
             drift_statistic: {__name__}.mean_of_inputs
             drift_detector: {{class_path: river.drift.ADWIN, init_args: {{delta: 0.5}}}}
     """)
-    detector: Any = callback_of(fitted(config))._tasks._drift_detector
+    detector: Any = plasticity_callback(fit(config))._tasks._drift_detector
     assert isinstance(detector, drift.ADWIN)
-    assert (detector.delta, detector.width) == (0.5, 9), "it has seen all batches"
+    assert (detector.delta, detector.width) == (0.5, 9), "the detector was updated at every batch"
 
 
 PUBLIC = [
@@ -190,26 +191,27 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.__name__)
-def test_every_argument_of_what_a_file_may_hold_is_typed_explained_and_has_a_default(kind: type) -> None:
+def test_arguments_are_typed_documented_and_optional(kind: type) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "it", fail_untyped=True)
-    explained = {action.dest.removeprefix("it."): action.help for action in parser._actions}
+    documentation = {action.dest.removeprefix("it."): action.help for action in parser._actions}
     for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             assert parameter.default is not parameter.empty, name
-            assert re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r":\w+:`[^`]*`", "", explained[name])), name  # in words
+            # The help must contain words besides cross-references.
+            assert re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r":\w+:`[^`]*`", "", documentation[name])), name
     assert isinstance(kind(), kind)
 
 
 @pytest.mark.parametrize("when", [1000, "task"])
-def test_when_is_given_on_the_command_line_as_in_a_file(when: int | str) -> None:
+def test_when_parses_alike_from_command_line_and_file(when: int | str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(interventions.ReDo, "it")
     for arguments in (parser.parse_args([f"--it.when={when}"]), parser.parse_object({"it": {"when": when}})):
         assert interventions.ReDo(when=arguments.it.when).when == when
 
 
-def test_all_kinds_are_among_them() -> None:
+def test_every_kind_of_public_class_is_covered() -> None:
     assert {SpectralCollapseCallback, TaskDetector, Collapse, GGNProbe, PlasticityMonitor, interventions.ReDo} < {
         *PUBLIC
     }

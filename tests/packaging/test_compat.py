@@ -1,4 +1,7 @@
-"""What the package takes from Lightning that is not public: each test says what breaks for whom when it goes."""
+"""Tests of what the package uses of Lightning that is not public.
+
+Docstrings tell what a user would notice if a new release of Lightning broke it.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, _c
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer
 
 
-class Asking(Callback):
-    """Asks something of the Trainer and the module before every batch."""
+class Recorder(Callback):
+    """A callback that records the results of a function of Trainer and module before every batch."""
 
-    def __init__(self, question: Callable[[Trainer, LightningModule], Any]) -> None:
-        self.question = question
-        self.answers: list[Any] = []
+    def __init__(self, function: Callable[[Trainer, LightningModule], Any]) -> None:
+        self.function = function
+        self.results: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.answers.append(self.question(trainer, module))
+        self.results.append(self.function(trainer, module))
 
 
 class Data(LightningDataModule):
@@ -40,39 +43,43 @@ class Data(LightningDataModule):
         return loader()
 
 
-def test_fit_datamodule_is_that_of_the_running_fit_or_else_stale_ones_start_false_tasks() -> None:
-    asking, data = Asking(lambda trainer, _: _compat.fit_datamodule(trainer)), Data()
-    one = trainer(asking)
+def test_fit_datamodule_is_that_of_the_running_fit() -> None:
+    """Otherwise, data modules of earlier fits start false tasks."""
+    recorder, data = Recorder(lambda trainer, _: _compat.fit_datamodule(trainer)), Data()
+    one = trainer(recorder)
     one.fit(Classifier(), datamodule=data)
-    assert asking.answers == [data] * 3
+    assert recorder.results == [data] * 3
     one.fit_loop.max_epochs += 1
     one.fit(Classifier(), loader())
-    assert asking.answers[3:] == [None] * 3
-    assert one.datamodule is data, "Lightning tells by itself now: fit_datamodule can go"
+    assert recorder.results[3:] == [None] * 3
+    assert one.datamodule is data, "trainer.datamodule is up to date now: fit_datamodule can go"
 
 
-def test_logging_steps_are_those_of_lightning_or_else_penalties_are_logged_at_other_steps_than_losses() -> None:
+def test_is_logging_step_agrees_with_lightning() -> None:
+    """Otherwise, penalties are logged at other steps than losses."""
+
     class Logging(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.log("loss", loss := super().training_step(batch, batch_idx))
             return loss
 
-    class Deciding(Callback):
+    class LoggingSteps(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
-            logging[trainer.global_step] = _compat.is_logging_step(trainer)
+            is_logging[trainer.global_step] = _compat.is_logging_step(trainer)
 
-    logging: dict[int, bool] = {}
+    is_logging: dict[int, bool] = {}
     logger = MemoryLogger()
-    trainer(Deciding(), logger=logger, log_every_n_steps=2).fit(Logging(), loader(5))
-    assert logging == {step: step in logger.values("loss") for step in range(5)}
-    assert list(logging.values()) == [False, True, False, True, False]
+    trainer(LoggingSteps(), logger=logger, log_every_n_steps=2).fit(Logging(), loader(5))
+    assert is_logging == {step: step in logger.values("loss") for step in range(5)}
+    assert list(is_logging.values()) == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
-@pytest.mark.filterwarnings("ignore:.*batch_size:UserWarning")  # on a loader that ignores what was found
-def test_finders_are_told_by_their_checkpoints_or_else_the_fit_behind_one_is_taken_for_resumed(
-    finder: type[Callback], tmp_path: Path
-) -> None:
+# The loader ignores the batch size that was found.
+@pytest.mark.filterwarnings("ignore:.*batch_size:UserWarning")
+def test_checkpoints_of_finders_are_recognised(finder: type[Callback], tmp_path: Path) -> None:
+    """Otherwise, the fit after a finder counts as resumed and starts no task."""
+
     class Restoring(Callback):
         def on_load_checkpoint(self, trainer: Trainer, *_: Any) -> None:
             restored.append(_compat.is_restoring_for_finder(trainer))
@@ -90,9 +97,9 @@ def test_finders_are_told_by_their_checkpoints_or_else_the_fit_behind_one_is_tak
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_gradient_scale_is_what_gradients_are_multiplied_by_or_else_regularizers_of_half_precision_vanish(
-    scaled: bool, fused: bool
-) -> None:
+def test_gradient_scale_is_the_factor_of_gradients(scaled: bool, fused: bool) -> None:
+    """Otherwise, the gradients of regularizers vanish in half precision."""
+
     class Linear(LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -113,69 +120,77 @@ def test_gradient_scale_is_what_gradients_are_multiplied_by_or_else_regularizers
     assert gradients == [3.0] * 3
 
 
-def test_compiled_methods_are_all_that_the_trainer_stored_or_else_a_probe_trains_the_original() -> None:
-    def asked(_: Trainer, module: LightningModule) -> tuple[dict[str, Any], set[str]]:
-        callables = {name for name, value in vars(module).items() if getattr(value, "__self__", None) is module}
-        return _compat.compiled_methods(module), callables | {n for n, v in vars(module).items() if callable(v)}
+def test_compiled_methods_are_all_that_the_trainer_stores() -> None:
+    """Otherwise, a probe trains the original module."""
 
-    asking = Asking(asked)
-    trainer(asking).fit(torch.compile(Classifier(), backend="eager"), loader())
-    compiled, stored = asking.answers[0]
+    def stored_methods(_: Trainer, module: LightningModule) -> tuple[dict[str, Any], set[str]]:
+        bound = {name for name, value in vars(module).items() if getattr(value, "__self__", None) is module}
+        return _compat.compiled_methods(module), bound | {n for n, v in vars(module).items() if callable(v)}
+
+    recorder = Recorder(stored_methods)
+    trainer(recorder).fit(torch.compile(Classifier(), backend="eager"), loader())
+    compiled, stored = recorder.results[0]
     assert "training_step" in compiled
     assert compiled.keys() == stored - vars(Classifier()).keys()
-    plain = Asking(asked)
+    plain = Recorder(stored_methods)
     trainer(plain).fit(Classifier(), loader())
-    assert plain.answers[0][0] == {}
+    assert plain.results[0][0] == {}
 
 
-def test_the_trainer_passes_the_index_where_takes_batch_index_says_or_else_probes_call_training_step_wrongly() -> None:
-    class One(Classifier):
+def test_takes_batch_index_matches_trainer() -> None:
+    """Otherwise, probes call ``training_step`` with wrong arguments."""
+
+    class BatchOnly(Classifier):
         def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
-            return self.seen(batch)
+            return self.record(batch)
 
-        def seen(self, *arguments: Any) -> Tensor:
-            numbers.append(len(arguments))
+        def record(self, *arguments: Any) -> Tensor:
+            counts.append(len(arguments))
             return Classifier.training_step(self, arguments[0], 0)
 
-    class Two(One):
+    class BatchAndIndex(BatchOnly):
         def training_step(self, batch: Any, i: int) -> Tensor:  # type: ignore[override]
-            return self.seen(batch, i)
+            return self.record(batch, i)
 
-    class Whatever(One):
+    class Variadic(BatchOnly):
         def training_step(self, *arguments: Any) -> Tensor:  # type: ignore[override]
-            return self.seen(*arguments)
+            return self.record(*arguments)
 
-    numbers: list[int] = []
-    for kind in (One, Two, Whatever):
+    counts: list[int] = []
+    for kind in (BatchOnly, BatchAndIndex, Variadic):
         trainer(max_steps=1).fit(module := kind(), loader())
-        assert numbers.pop() == 1 + _compat.takes_batch_index(module.training_step), kind
+        assert counts.pop() == 1 + _compat.takes_batch_index(module.training_step), kind
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
-def test_the_trainer_passes_the_iterator_where_fetches_batches_says_or_else_there_is_no_batch_to_probe_on() -> None:
-    class Fetching(Classifier):
+def test_takes_dataloader_iter_matches_trainer() -> None:
+    """Otherwise, the callback probes on an iterator instead of a batch."""
+
+    class WithIterator(Classifier):
         def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
-            given.append(dataloader_iter)
+            received.append(dataloader_iter)
             batch, index, _ = next(dataloader_iter)
             return super().training_step(batch, index)
 
-    given: list[Any] = []
-    trainer(max_steps=1).fit(module := Fetching(), loader())
-    assert iter(given[0]) is given[0]
+    received: list[Any] = []
+    trainer(max_steps=1).fit(module := WithIterator(), loader())
+    assert iter(received[0]) is received[0]
     assert _compat.takes_dataloader_iter(module.training_step)
     assert not _compat.takes_dataloader_iter(Classifier().training_step)
 
 
-def test_schedulers_are_those_of_the_fit_or_else_probes_move_the_learning_rate() -> None:
+def test_schedulers_are_those_of_the_fit() -> None:
+    """Otherwise, probes change the learning rate."""
+
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
             self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
             return [optimizer], [self.scheduler]
 
-    asking = Asking(lambda trainer, module: _compat.schedulers(trainer) == [module.scheduler])
-    trainer(asking).fit(Scheduled(), loader())
-    assert asking.answers == [True] * 3
+    recorder = Recorder(lambda trainer, module: _compat.schedulers(trainer) == [module.scheduler])
+    trainer(recorder).fit(Scheduled(), loader())
+    assert recorder.results == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -185,9 +200,11 @@ def test_schedulers_are_those_of_the_fit_or_else_probes_move_the_learning_rate()
         (RichProgressBar, lambda bar: bar.train_progress_bar.description.rstrip()),
     ],
 )
-def test_the_text_beside_the_bar_can_be_set_and_put_back_or_else_long_probes_look_like_hanging(
+def test_description_of_the_bar_is_shown_and_restored(
     bar: type[Any], text: Callable[[Any], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Otherwise, a long probe looks like a hanging run."""
+
     def change(trainer: Trainer, _: LightningModule) -> list[str]:
         description = _compat.training_description(trainer)
         assert description is not None
@@ -197,18 +214,19 @@ def test_the_text_beside_the_bar_can_be_set_and_put_back_or_else_long_probes_loo
         description.restore()
         return [*texts, text(trainer.progress_bar_callback)]
 
-    asking = Asking(change)
+    recorder = Recorder(change)
     options = {"console_kwargs": {"file": io.StringIO()}} if bar is RichProgressBar else {}
-    trainer(asking, bar(**options), enable_progress_bar=True).fit(Classifier(), loader())
-    before, changed, after = asking.answers[0]
+    trainer(recorder, bar(**options), enable_progress_bar=True).fit(Classifier(), loader())
+    before, changed, after = recorder.results[0]
     assert before == after
     assert "Epoch 0" in before
     assert changed == "probing"
 
 
-def test_callbacks_that_average_weights_are_known_or_else_nobody_is_warned_that_repairs_are_undone() -> None:
+def test_callbacks_that_average_weights_are_recognised() -> None:
+    """Otherwise, no warning tells that averaging undoes repairs."""
     kinds = [kind for name, kind in vars(callbacks).items() if "Averag" in name]
-    assert len(kinds) in (1, 3), "WeightAveraging and its kinds are there since Lightning 2.6"
+    assert len(kinds) in (1, 3), "Lightning 2.6 added WeightAveraging and a subclass"
     for kind in kinds:
         if kind.__name__ == "WeightAveraging":
             averaging = kind()
@@ -218,17 +236,18 @@ def test_callbacks_that_average_weights_are_known_or_else_nobody_is_warned_that_
     assert _compat.weight_averages(trainer(TQDMProgressBar(), enable_progress_bar=True)) == []
 
 
-def test_no_other_strategy_passes_for_one_with_whole_weights_or_else_shards_are_probed_as_if_they_were_all() -> None:
+def test_only_supported_strategies_have_full_weights() -> None:
+    """Otherwise, the probe takes a shard for the full weights."""
     kinds = [kind for kind in vars(strategies).values() if isinstance(kind, type) and not inspect.isabstract(kind)]
-    made = [kind.__new__(kind) for kind in kinds]
-    assert {type(each).__name__ for each in made if _compat.has_full_weights(each)} == {
-        "SingleDeviceStrategy",
-        "DDPStrategy",
-    }
-    assert {type(each).__name__ for each in made if _compat.is_model_parallel(each)} == {"ModelParallelStrategy"}
+    instances = [kind.__new__(kind) for kind in kinds]
+    full_weights = {type(strategy).__name__ for strategy in instances if _compat.has_full_weights(strategy)}
+    model_parallel = {type(strategy).__name__ for strategy in instances if _compat.is_model_parallel(strategy)}
+    assert full_weights == {"SingleDeviceStrategy", "DDPStrategy"}
+    assert model_parallel == {"ModelParallelStrategy"}
 
 
-def test_the_dummy_logger_swallows_everything_or_else_what_a_probed_copy_logs_is_logged() -> None:
+def test_dummy_logger_logs_nothing() -> None:
+    """Otherwise, the logs of a probed copy appear in those of the run."""
     dummy = _compat.DummyLogger()
     assert isinstance(dummy, loggers.Logger)
     dummy.log_metrics({"loss": 1.0}, step=0)
@@ -252,20 +271,20 @@ def test_the_dummy_logger_swallows_everything_or_else_what_a_probed_copy_logs_is
         ("strategies.DeepSpeedStrategy", "strategies.DeepSpeedStrategy"),
     ],
 )
-def test_classes_have_the_same_names_in_pytorch_lightning_or_else_its_users_are_taken_for_strangers(
-    name: str, kind: str
-) -> None:
+def test_classes_of_pytorch_lightning_are_recognised(name: str, kind: str) -> None:
+    """Otherwise, users of the package ``pytorch_lightning`` are not supported."""
     other = attrgetter(name)(pytest.importorskip("pytorch_lightning"))
-    assert not issubclass(other, own := attrgetter(kind)(lightning.pytorch))
-    assert _compat.is_lightning(other.__new__(other), own)
-    assert not _compat.is_lightning(object(), own)
+    assert not issubclass(other, expected := attrgetter(kind)(lightning.pytorch))
+    assert _compat.is_lightning(other.__new__(other), expected)
+    assert not _compat.is_lightning(object(), expected)
 
 
-def test_processes_that_are_started_for_a_fit_are_known_or_else_nobody_is_told_that_history_ends_with_them() -> None:
-    kept = {"auto": False, "ddp": False, "ddp_spawn": True, "ddp_fork": True, "ddp_notebook": True}
-    for name, forgets in kept.items():
+def test_strategies_that_spawn_processes_are_recognised() -> None:
+    """Otherwise, no warning tells that the history is lost with the processes."""
+    spawning = {"auto": False, "ddp": False, "ddp_spawn": True, "ddp_fork": True, "ddp_notebook": True}
+    for name, spawns in spawning.items():
         fitted = trainer(strategy=name, devices=1 if name == "auto" else 2)
-        assert _compat.spawns_processes(fitted.strategy) == forgets
+        assert _compat.spawns_processes(fitted.strategy) == spawns
         callback = SpectralCollapseCallback()
-        with pytest.warns(PlasticityWarning, match="history, and all that") if forgets else contextlib.nullcontext():
+        with pytest.warns(PlasticityWarning, match="history, and all that") if spawns else contextlib.nullcontext():
             callback.setup(fitted, Classifier(), "fit")

@@ -1,4 +1,4 @@
-"""Private names are read by those whose they are; those of Lightning only by ``_compat``."""
+"""Tests that modules read no private names of others, and only ``_compat`` those of Lightning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# What other modules than _compat may import from Lightning: its documented packages.
+# The documented packages of Lightning, which all modules may import from.
 PUBLIC = {
     "lightning",
     "lightning.pytorch",
@@ -25,26 +25,26 @@ PUBLIC = {
     "lightning.pytorch.utilities.rank_zero",
 }
 
-# Names with an underscore that modules of the package may read from others than self. None is Lightning's.
+# Names with an underscore that modules of the package may read from other objects than self. None is Lightning's.
 ALLOWED = {
-    # torch.nn.Module: what it holds, which has no public name that can be written to, and how it is loaded and moved
+    # torch.nn.Module: its contents, which no public name can write to, and how it is loaded and moved
     "_parameters",
     "_buffers",
     "_modules",
     "_forward_pre_hooks",
     "_apply",
     "_load_from_state_dict",
-    # torch: base classes of layers, and what layers name so that no public name tells
+    # torch: base classes of layers, and functions without a public name
     "_ConvNd",
     "_ConvTransposeNd",
     "_NormBase",
     "_weight_norm",
-    # torch: of what a tensor is a view, how often it was changed in place, and what its graph has saved
+    # torch: the base of a view, the number of in-place changes, and what the graph of a tensor has saved
     "_base",
     "_is_view",
     "_version",
     "_saved_dim",
-    # torch: what recurrent layers keep of their weights besides
+    # torch: the lists of weights in recurrent layers
     "_flat_weights",
     "_flat_weight_refs",
     # torch: whether a module is compiled, and whether code runs within torch.func or a backward pass
@@ -53,26 +53,26 @@ ALLOWED = {
     "_current_graph_task_id",
     "_functorch",
     "_torchdynamo_orig_callable",
-    # torchmetrics: whether compute() is about all processes; sync_on_compute is heard only when a metric is made
+    # torchmetrics: whether compute() synchronises ranks, which sync_on_compute sets only in the constructor
     "_to_sync",
     # this package: another object of the same class, and methods of a base class
-    "_agree_on_shapes",
+    "_sync_shapes",
     "_network",
 }
 
-# Names without an underscore that Lightning does not document, or not what is behind them.
+# Names without an underscore that Lightning does not document, or whose contents it does not document.
 UNDOCUMENTED = {"fit_loop", "lr_scheduler_configs", "scaler", "train_progress_bar", "train_progress_bar_id"}
 
 ROOT = Path(__file__).parents[2]
 
 
-def violations(source: str) -> list[str]:
-    """Names of others that a module reads although they are not public."""
-    return [f"line {line}: {name}" for line, name in reads(ast.parse(source)) if name not in ALLOWED]
+def forbidden_reads(source: str) -> list[str]:
+    """Return the private names that a module reads from other objects although they are not allowed."""
+    return [f"line {line}: {name}" for line, name in private_reads(ast.parse(source)) if name not in ALLOWED]
 
 
-def reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Private names that are read from others than ``self`` and ``cls``, be it as text."""
+def private_reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the private names that are read from other objects than ``self`` and ``cls``, also as strings."""
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="self" | "cls")):
@@ -89,8 +89,8 @@ def reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, name
 
 
-def imports(source: str) -> list[str]:
-    """What a module imports from Lightning that is not public."""
+def private_imports(source: str) -> list[str]:
+    """Return what a module imports from Lightning that is not public."""
     found = []
     for node in ast.walk(ast.parse(source)):
         modules: dict[str, list[str]] = {}
@@ -114,22 +114,22 @@ def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "_compat.py"]
 
 
-def test_only_compat_imports_what_is_not_public_in_lightning() -> None:
+def test_only_compat_imports_private_names_of_lightning() -> None:
     found = {
-        str(path.relative_to(ROOT)): imports(path.read_text())
+        str(path.relative_to(ROOT)): private_imports(path.read_text())
         for path in files("lightning_plasticity", "tests", "examples", "benchmarks")
     }
     assert not {path: names for path, names in found.items() if names}
 
 
 def test_only_compat_reads_private_names_of_others() -> None:
-    found = {str(path.relative_to(ROOT)): violations(path.read_text()) for path in files("lightning_plasticity")}
+    found = {str(path.relative_to(ROOT)): forbidden_reads(path.read_text()) for path in files("lightning_plasticity")}
     assert not {path: names for path, names in found.items() if names}
 
 
-def test_every_name_that_may_be_read_is_read() -> None:
-    read = {name for path in files("lightning_plasticity") for _, name in reads(ast.parse(path.read_text()))}
-    assert read >= ALLOWED
+def test_every_allowed_name_is_read() -> None:
+    names = {name for path in files("lightning_plasticity") for _, name in private_reads(ast.parse(path.read_text()))}
+    assert names >= ALLOWED
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_every_name_that_may_be_read_is_read() -> None:
         "self._trainer._results",
     ],
 )
-def test_private_reads_would_be_found(source: str) -> None:
-    assert len(violations(source)) == 1
+def test_private_reads_are_detected(source: str) -> None:
+    assert len(forbidden_reads(source)) == 1
 
 
 @pytest.mark.parametrize(
@@ -157,5 +157,5 @@ def test_private_reads_would_be_found(source: str) -> None:
         "def later():\n    from pytorch_lightning.loops import _FitLoop",
     ],
 )
-def test_private_imports_would_be_found(source: str) -> None:
-    assert imports(source)
+def test_private_imports_are_detected(source: str) -> None:
+    assert private_imports(source)

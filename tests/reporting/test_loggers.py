@@ -1,4 +1,4 @@
-"""What people find in their loggers afterwards."""
+"""Test what the callback writes to loggers and draws into figures."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ GGN = [diagnostic.name for diagnostic in diagnostics_of(["ggn"])]
 NAMES = {*GGN, *(f"{name}_vs_initial" for name in GGN), "probe_loss", "collapsed", "probe_failed"}
 
 
-def three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
+def fit_three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
     callback = SpectralCollapseCallback(**{"collapse": Collapse(below=1e-9), **arguments})
     module = Classifier()
     for _ in range(3):
@@ -28,29 +28,29 @@ def three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
     return callback
 
 
-def test_tensorboard_shows_scalars_by_step_and_by_task(tmp_path: Path) -> None:
-    callback = three_tasks(TensorBoardLogger(tmp_path, version=0))
+def test_tensorboard_scalars_by_step_and_by_task(tmp_path: Path) -> None:
+    callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"scalars": 0}).Reload()
     for prefix, steps in (("plasticity/", [0, 3, 6]), ("plasticity_by_task/", [0, 1, 2])):
         shown_names = {tag[len(prefix) :] for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
         assert shown_names > NAMES
         assert shown_names == {name for report in callback.history for name in report.metrics} | {*NAMES}
         for name in (*GGN, "dormant_fraction", "effective_rank", "effective_rank/net.0"):
-            shown = in_order(events.Scalars(prefix + name))
+            shown = sort_by_step(events.Scalars(prefix + name))
             assert [event.step for event in shown] == steps
             expected = [report.metrics[name] for report in callback.history]
             assert [event.value for event in shown] == pytest.approx(expected, rel=1e-6)
 
 
-def in_order(events: list[Any]) -> list[Any]:
-    """Event files are read by name, which is not the order of the fits once a process has written ten of them."""
+def sort_by_step(events: list[Any]) -> list[Any]:
+    """Sort events by step: event files are read in the order of their names, not of the fits that wrote them."""
     return sorted(events, key=lambda event: event.step)
 
 
-def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: Path) -> None:
-    callback = three_tasks(TensorBoardLogger(tmp_path, version=0))
+def test_tensorboard_histograms_share_bins(tmp_path: Path) -> None:
+    callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
-    shown = in_order(events.Histograms("plasticity_by_task/log10_ggn_eigenvalues"))
+    shown = sort_by_step(events.Histograms("plasticity_by_task/log10_ggn_eigenvalues"))
     assert [event.step for event in shown] == [0, 1, 2]
     for event, report in zip(shown, callback.history, strict=True):
         histogram = event.histogram_value
@@ -63,28 +63,27 @@ def test_tensorboard_shows_the_spectrum_of_each_task_in_the_same_bins(tmp_path: 
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_tensorboard_shows_the_hessian_weighted_and_with_negative_eigenvalues_apart(
-    tmp_path: Path, negative: bool
-) -> None:
-    callback = three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=3, num_steps=8))
+def test_tensorboard_histograms_of_hessian_by_sign(tmp_path: Path, negative: bool) -> None:
+    callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=3, num_steps=8))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"histograms": 0}).Reload()
     tags = ["plasticity_by_task/log10_hessian_eigenvalues", "plasticity_by_task/log10_hessian_negative_eigenvalues"]
     assert sorted(events.Tags()["histograms"]) == tags
-    shown = in_order(events.Histograms(tags[negative]))
+    shown = sort_by_step(events.Histograms(tags[negative]))
     assert [event.step for event in shown] == [0, 1, 2]
     edges = LOG_EIGENVALUE_EDGES.numpy()
     for event, report in zip(shown, callback.history, strict=True):
-        values, weights = (shown.numpy() for shown in report.spectrum.shown)
-        chosen = (values < 0) == negative
-        expected, _ = np.histogram(np.log10(np.abs(values[chosen])).clip(-8, 4), edges, weights=67 * weights[chosen])
+        values, weights = (tensor.numpy() for tensor in report.spectrum.shown)
+        selected = (values < 0) == negative
+        logarithms = np.log10(np.abs(values[selected])).clip(-8, 4)
+        expected, _ = np.histogram(logarithms, edges, weights=67 * weights[selected])
         counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
         assert [counts.get(edge, 0) for edge in edges[1:]] == pytest.approx(expected.tolist())
-        assert event.histogram_value.num == round(67 * weights[chosen].sum())
-    both = [sum(in_order(events.Histograms(tag))[0].histogram_value.bucket) for tag in tags]
+        assert event.histogram_value.num == round(67 * weights[selected].sum())
+    both = [sum(sort_by_step(events.Histograms(tag))[0].histogram_value.bucket) for tag in tags]
     assert sum(both) == pytest.approx(67), "every parameter is one eigenvalue"
 
 
-def test_a_semidefinite_hessian_has_no_negative_histogram(tmp_path: Path) -> None:
+def test_semidefinite_hessian_has_no_negative_histogram(tmp_path: Path) -> None:
     class Linear(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -98,15 +97,15 @@ def test_a_semidefinite_hessian_has_no_negative_histogram(tmp_path: Path) -> Non
     assert events.Tags()["histograms"] == ["plasticity_by_task/log10_hessian_eigenvalues"]
 
 
-def test_tensorboard_shows_a_picture(tmp_path: Path) -> None:
-    three_tasks(TensorBoardLogger(tmp_path, version=0))
+def test_tensorboard_figure_of_every_task(tmp_path: Path) -> None:
+    fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in in_order(events.Images("plasticity_by_task/history"))] == [0, 1, 2]
+    assert [event.step for event in sort_by_step(events.Images("plasticity_by_task/history"))] == [0, 1, 2]
 
 
-def test_every_logger_gets_the_numbers(tmp_path: Path) -> None:
+def test_every_logger_gets_the_metrics(tmp_path: Path) -> None:
     first, second = CSVLogger(tmp_path, name="a", version=0), CSVLogger(tmp_path, name="b", version=0)
-    callback = three_tasks(first, second)
+    callback = fit_three_tasks(first, second)
     for logger in (first, second):
         text = Path(logger.log_dir, "metrics.csv").read_text()
         header, *rows = [line.split(",") for line in text.splitlines()]
@@ -115,7 +114,7 @@ def test_every_logger_gets_the_numbers(tmp_path: Path) -> None:
         assert logged == pytest.approx([report.metrics["learnable_fraction"] for report in callback.history])
 
 
-def test_what_a_logger_does_with_its_numbers_is_nothing_to_the_others() -> None:
+def test_loggers_get_separate_dictionaries() -> None:
     class Consuming(MemoryLogger):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
             super().log_metrics(metrics, step)
@@ -129,7 +128,7 @@ def test_what_a_logger_does_with_its_numbers_is_nothing_to_the_others() -> None:
     assert len(loggers[0].values("plasticity_training/L2Init/penalty")) == 3
 
 
-def test_a_logger_that_fails_does_not_end_the_run() -> None:
+def test_failing_logger_only_warns() -> None:
     class Broken(Logger):
         name, version = "broken", 0
 
@@ -144,8 +143,8 @@ def test_a_logger_that_fails_does_not_end_the_run() -> None:
     assert len(callback.history) == 1
 
 
-def test_picture_of_a_history_with_a_failed_probe() -> None:
-    callback = three_tasks()
+def test_figure_with_failed_probe() -> None:
+    callback = fit_three_tasks()
     callback.history[1].spectrum = None
     figure = plot_history(callback.history)
     ridges, curve = figure.axes
@@ -154,13 +153,13 @@ def test_picture_of_a_history_with_a_failed_probe() -> None:
     assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
 
 
-def test_picture_of_one_task_has_no_fractions_of_tasks_on_its_axes() -> None:
-    ridges, curve = plot_history(three_tasks().history[:1]).axes
+def test_figure_of_one_task_has_integer_ticks() -> None:
+    ridges, curve = plot_history(fit_three_tasks().history[:1]).axes
     assert all(tick == round(tick) for tick in [*ridges.get_yticks(), *curve.get_xticks()])
 
 
-def test_picture_of_a_long_history_has_ridges_of_some_tasks_and_of_the_last() -> None:
-    report = three_tasks().history[0]
+def test_figure_of_long_history_thins_ridges_but_keeps_last() -> None:
+    report = fit_three_tasks().history[0]
     history = [dataclasses.replace(report, task=task) for task in range(120)]
     ridges, curve = plot_history(history).axes
     feet = [line.get_ydata().min() for line in ridges.lines if len(line.get_ydata()) > 2]
@@ -169,9 +168,9 @@ def test_picture_of_a_long_history_has_ridges_of_some_tasks_and_of_the_last() ->
 
 
 @pytest.mark.parametrize("ggn", [GGNProbe(), None], ids=["beside", "alone"])
-def test_picture_of_a_history_of_hessians_names_the_matrix(ggn: GGNProbe | None) -> None:
+def test_figure_of_hessians_labels_the_matrix(ggn: GGNProbe | None) -> None:
     probe = HessianProbe(num_probes=2, num_steps=8, ggn=ggn)
-    callback = three_tasks(probe=probe, collapse=Collapse("hessian_effective_rank", below=1e-9))
+    callback = fit_three_tasks(probe=probe, collapse=Collapse("hessian_effective_rank", below=1e-9))
     ridges, curve = plot_history(callback.history).axes
     assert ridges.get_xlabel() == "log10 eigenvalue of the Hessian"
     assert "negative eigenvalues, by their size" in [text.get_text() for text in ridges.get_legend().get_texts()]
@@ -180,7 +179,7 @@ def test_picture_of_a_history_of_hessians_names_the_matrix(ggn: GGNProbe | None)
     assert list(curve.lines[0].get_ydata()) == [report.metrics[name] for report in callback.history]
 
 
-def test_picture_of_a_history_whose_probe_was_changed() -> None:
+def test_figure_after_change_of_probe() -> None:
     callback, module = SpectralCollapseCallback(collapse=Collapse("learnable_fraction", below=1e-9)), Classifier()
     for probe in (GGNProbe(), HessianProbe(num_probes=3, num_steps=8)):
         callback.probe = probe
@@ -189,9 +188,7 @@ def test_picture_of_a_history_whose_probe_was_changed() -> None:
     assert ridges.get_xlabel() == "log10 eigenvalue of the Gauss-Newton matrix or Hessian"
 
 
-def test_the_picture_is_not_drawn_again_for_a_fit_without_a_new_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figure_is_drawn_only_after_a_new_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
     def plot(history: Any) -> Any:

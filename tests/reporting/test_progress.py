@@ -1,4 +1,4 @@
-"""A long probe in the progress bar."""
+"""Test the progress of a probe in the progress bar of the Trainer."""
 
 import io
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tests.helpers.modules import Classifier, loader, trainer
 PROBE = HessianProbe(num_probes=2, num_steps=4)
 
 
-class Watching(SpectralCollapseCallback):
-    """Keeps what the bar says before and after a probe."""
+class DescriptionRecorder(SpectralCollapseCallback):
+    """A callback that records the description of the progress bar before and after a probe."""
 
     def __init__(self, read: Callable[[Trainer], str]) -> None:
         super().__init__(PROBE)
@@ -34,16 +34,16 @@ class Watching(SpectralCollapseCallback):
 
 
 @pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shows every update."""
+def show_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_tqdm_shows_the_probe_and_afterwards_what_it_did_before(capsys: pytest.CaptureFixture[str]) -> None:
-    callback = Watching(lambda trainer: trainer.progress_bar_callback.train_progress_bar.desc)
+@pytest.mark.usefixtures("show_every_update")
+def test_tqdm_shows_probe_and_restores_description(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = DescriptionRecorder(lambda trainer: trainer.progress_bar_callback.train_progress_bar.desc)
     module = Classifier()
-    for _ in range(2):  # before the first task, the network has its initial weights
+    # From the second task on, the initial weights are probed too; at the first task the network still has them.
+    for _ in range(2):
         trainer(callback, TQDMProgressBar(), enable_progress_bar=True).fit(module, loader())
     shown = capsys.readouterr().out
     for done in range(1, 9):
@@ -52,12 +52,12 @@ def test_tqdm_shows_the_probe_and_afterwards_what_it_did_before(capsys: pytest.C
     assert callback.around == ["Epoch 0: "] * 4
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_rich_shows_the_probe_and_afterwards_what_it_did_before() -> None:
+@pytest.mark.usefixtures("show_every_update")
+def test_rich_shows_probe_and_restores_description() -> None:
     pytest.importorskip("rich")
     output = io.StringIO()
     bar = RichProgressBar(console_kwargs={"file": output, "force_terminal": True, "width": 200})
-    callback = Watching(lambda trainer: trainer.progress_bar_callback.train_progress_bar.description)
+    callback = DescriptionRecorder(lambda trainer: trainer.progress_bar_callback.train_progress_bar.description)
     trainer(callback, bar, enable_progress_bar=True).fit(Classifier(), loader())
     for done in range(1, 9):
         assert f"probing curvature {done}/8" in output.getvalue()
@@ -66,8 +66,8 @@ def test_rich_shows_the_probe_and_afterwards_what_it_did_before() -> None:
     assert after == before
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_the_description_is_put_back_after_an_exception() -> None:
+@pytest.mark.usefixtures("show_every_update")
+def test_description_is_restored_after_exception() -> None:
     shown = []
 
     def fail(trainer: Trainer) -> None:
@@ -86,7 +86,7 @@ def test_the_description_is_put_back_after_an_exception() -> None:
     assert shown == ["probing 1/2: ", "Epoch 0: "]
 
 
-def test_updates_too_fast_to_be_read_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_are_at_least_one_interval_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, shown = [0.0], []
 
     class Ticking(Callback):
@@ -104,57 +104,57 @@ def test_updates_too_fast_to_be_read_are_left_out(monkeypatch: pytest.MonkeyPatc
 
 
 class Foreign(ProgressBar):
-    """A bar of somebody else's."""
+    """A progress bar that is not Lightning's."""
 
     def disable(self) -> None: ...
 
 
-@pytest.mark.usefixtures("unhurried")
+@pytest.mark.usefixtures("show_every_update")
 @pytest.mark.parametrize(
     ("bars", "enabled"),
     [([], False), ([Foreign()], True), ([TQDMProgressBar(refresh_rate=0)], True)],
     ids=["none", "foreign", "disabled"],
 )
-def test_without_a_bar_to_be_seen_nothing_happens(
+def test_nothing_is_shown_without_lightning_bar(
     bars: list[Callback], enabled: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = []
+    descriptions = []
 
-    class Asking(Callback):
+    class Recorder(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            seen.append(training_description(trainer))
+            descriptions.append(training_description(trainer))
 
     callback = SpectralCollapseCallback(PROBE)
-    trainer(callback, Asking(), *bars, enable_progress_bar=enabled).fit(Classifier(), loader())
-    assert seen == [None] * 3
+    trainer(callback, Recorder(), *bars, enable_progress_bar=enabled).fit(Classifier(), loader())
+    assert descriptions == [None] * 3
     assert callback.history[0].spectrum is not None
     assert "probing" not in capsys.readouterr().out
 
 
-def test_a_disabled_rich_bar_is_left_alone() -> None:
+def test_disabled_rich_bar_is_left_unchanged() -> None:
     pytest.importorskip("rich")
     callback = SpectralCollapseCallback(PROBE)
     trainer(callback, RichProgressBar(refresh_rate=0), enable_progress_bar=True).fit(Classifier(), loader())
     assert callback.history[0].spectrum is not None
 
 
-class Unmade(TQDMProgressBar):
-    """Says something else instead of a bar."""
+class WithoutBar(TQDMProgressBar):
+    """A TQDM progress bar that never creates the training bar."""
 
     def on_train_start(self, *_: Any) -> None: ...
 
     on_train_epoch_start = on_train_batch_end = on_train_epoch_end = on_train_end = on_train_start
 
 
-class OfNothing(Unmade):
-    """Has something else in the place of the bar."""
+class WithBrokenBar(WithoutBar):
+    """A TQDM progress bar whose training bar has no methods."""
 
     train_progress_bar: Any = SimpleNamespace(disable=False, desc="", set_description=None, set_description_str=None)
 
 
-@pytest.mark.usefixtures("unhurried")
-@pytest.mark.parametrize("bar", [Unmade, OfNothing])
-def test_a_bar_that_cannot_be_written_to_ends_no_run(bar: type[TQDMProgressBar]) -> None:
+@pytest.mark.usefixtures("show_every_update")
+@pytest.mark.parametrize("bar", [WithoutBar, WithBrokenBar])
+def test_broken_bar_does_not_end_training(bar: type[TQDMProgressBar]) -> None:
     callback = SpectralCollapseCallback(PROBE)
     trainer(callback, bar(), enable_progress_bar=True).fit(Classifier(), loader())
     assert callback.history[0].spectrum is not None

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed from its last checkpoint ends as if nothing had happened, to the last bit."""
+"""Test that a run which is killed and resumed from its last checkpoint ends bit-identical to an uninterrupted run."""
 
 import contextlib
 import random
@@ -13,26 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from tests.helpers.killed_run import BATCHES, run
-from tests.helpers.modules import Classifier, loader, tasks_seen, trainer
+from tests.helpers.modules import NEVER, Classifier, cross_entropy, loader, tasks_seen, trainer
 from tests.helpers.processes import fork_server
-
-NEVER = Collapse(below=1e-9)
 
 
 @pytest.fixture(scope="module")
 def in_a_process() -> Callable[..., int | None]:
-    """Calls a function in a new process, returns its exit code. What is imported is imported once for all of them.
+    """Return a function that calls another one in a new process and returns the exit code.
 
-    After ``seconds``, if given, the process is killed.
+    The process is killed after ``seconds``, if given. All processes fork from one server, which imports torch once.
     """
     context = fork_server()
 
@@ -49,7 +46,7 @@ def in_a_process() -> Callable[..., int | None]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(in_a_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None], Any]:
-    """What came out of the run that nobody killed."""
+    """Return a function that gives the result of an uninterrupted run, which is trained once."""
 
     @cache
     def result(every_n_train_steps: int | None) -> Any:
@@ -60,60 +57,65 @@ def uninterrupted(in_a_process: Any, tmp_path_factory: pytest.TempPathFactory) -
     return result
 
 
-def assert_same(ours: Any, theirs: Any, where: str = "result") -> None:
-    """Equal to the last bit, whatever is nested in what."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(our, their, f"{where}[{number}]")
-    elif isinstance(ours, Tensor):
-        assert ours.dtype == theirs.dtype, where
-        assert torch.equal(ours.nan_to_num(nan=1234.5), theirs.nan_to_num(nan=1234.5)), where
+def assert_same(actual: Any, expected: Any, where: str = "result") -> None:
+    """Assert that two nested structures are equal to the last bit; NaN equals NaN."""
+    assert type(actual) is type(expected), where
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), where
+        for key in actual:
+            assert_same(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(actual, list | tuple):
+        assert len(actual) == len(expected), where
+        for index, (actual_item, expected_item) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(actual_item, expected_item, f"{where}[{index}]")
+    elif isinstance(actual, Tensor):
+        assert actual.dtype == expected.dtype, where
+        assert torch.equal(actual.nan_to_num(nan=1234.5), expected.nan_to_num(nan=1234.5)), where
     else:
-        assert ours == theirs or (ours != ours and theirs != theirs), f"{where}: {ours} is not {theirs}"
+        assert actual == expected or (actual != actual and expected != expected), f"{where}: {actual} is not {expected}"
 
 
-def is_of_a_last_batch(checkpoint: Path) -> bool:
-    """Whether it holds the last batch of an epoch."""
+def is_at_end_of_epoch(checkpoint: Path) -> bool:
+    """Return whether a checkpoint exists and was saved after the last batch of an epoch."""
     return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] % BATCHES == 0
 
 
-def with_rows(result: dict[str, Any], count: int) -> dict[str, Any]:
-    """The result, and of what was logged only so much, the last of it."""
+def with_last_rows(result: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the result with only the last ``count`` logged rows."""
     logged = result["logged"]
     return {**result, "logged": logged[len(logged) - count :]}
 
 
-def slow(*moment: Any) -> Any:
-    return pytest.param(*moment, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("moment", "every_n_train_steps", "saved_at"),
     [
         ("on_before_optimizer_step 21", None, 16),
-        ("probe 2", None, 16),  # task 1: the weights of now were probed, the initial ones were not
-        ("repair 24", None, 24),  # in the middle of a task
-        slow("on_train_batch_start 3", None, 0),  # before there is any checkpoint
+        # Between the probes of the current and of the initial weights at task 1.
+        ("probe 2", None, 16),
+        # In the middle of a task.
+        ("repair 24", None, 24),
+        # Before the first checkpoint.
+        slow("on_train_batch_start 3", None, 0),
         slow("on_train_batch_start 17", None, 16),
         slow("on_train_batch_end 40", None, 32),
         slow("on_after_backward 48", None, 40),
-        slow("probe 3", None, 16),  # after both
+        # After both probes of task 1.
+        slow("probe 3", None, 16),
         slow("probe 5", None, 32),
         slow("repair 40", None, 40),
         slow("checkpoint 7", None, 24),
         slow("on_train_batch_end 18", 5, 15),
-        slow("on_after_backward 28", 8, 24),  # the checkpoint holds the last batch of an epoch, but not its end
+        # The checkpoint is saved after the last batch of an epoch, but before the epoch ends.
+        slow("on_after_backward 28", 8, 24),
         slow("probe 5", 3, 30),
         slow("repair 30", 7, 28),
     ],
 )
-def test_a_killed_run_resumes_to_the_same_end(
+def test_killed_run_resumes_to_the_same_result(
     in_a_process: Any,
     uninterrupted: Any,
     tmp_path: Path,
@@ -126,55 +128,58 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert (torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0) == saved_at
     assert in_a_process(run, tmp_path, None, every_n_train_steps) == 0
     resumed, expected = torch.load(tmp_path / "result.pt", weights_only=True), uninterrupted(every_n_train_steps)
-    assert resumed["logged"][0]["step"] == saved_at, "it did not begin anew"
-    assert_same(resumed, with_rows(expected, len(resumed["logged"])))
+    assert resumed["logged"][0]["step"] == saved_at, "the run continued from the checkpoint"
+    assert_same(resumed, with_last_rows(expected, len(resumed["logged"])))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every_n_train_steps", [None, 3, 5, 7] * 3)
-def test_a_run_that_is_killed_at_any_time_resumes_to_the_same_end(
+def test_run_killed_at_random_times_resumes_to_the_same_result(
     in_a_process: Any, uninterrupted: Any, tmp_path: Path, every_n_train_steps: int | None
 ) -> None:
     expected = uninterrupted(every_n_train_steps)
-    began = time.monotonic()
-    assert in_a_process(run, tmp_path / "whole", None, every_n_train_steps) == 0
-    whole = time.monotonic() - began
+    start = time.monotonic()
+    assert in_a_process(run, tmp_path / "uninterrupted", None, every_n_train_steps) == 0
+    duration = time.monotonic() - start
     times: list[float] = []
-    while len(times) < 2:  # the second time it has been resumed, unless there was nothing to resume from
-        after = random.SystemRandom().uniform(0, whole)
+    # The second kill hits a resumed run, unless the first one came before any checkpoint.
+    while len(times) < 2:
+        after = random.SystemRandom().uniform(0, duration)
         if in_a_process(run, tmp_path / "killed", None, every_n_train_steps, seconds=after) == -signal.SIGKILL:
             times.append(after)
-            if every_n_train_steps is not None and is_of_a_last_batch(tmp_path / "killed" / "last.ckpt"):
-                # A run that goes on from there, and then once more from the epoch behind it, takes batches of that one
-                # twice, in Lightning 2.6.6 itself: without the callback too.
+            if every_n_train_steps is not None and is_at_end_of_epoch(tmp_path / "killed" / "last.ckpt"):
+                # Lightning 2.6.6 itself, without the callback too, repeats batches of the next epoch when a run is
+                # resumed from such a checkpoint and then again within that epoch.
                 break
-        else:  # it was faster this time
+        else:
+            # The run ended before it was killed.
             shutil.rmtree(tmp_path / "killed")
             times.clear()
     assert in_a_process(run, tmp_path / "killed", None, every_n_train_steps) == 0
     resumed = torch.load(tmp_path / "killed" / "result.pt", weights_only=True)
-    assert_same(resumed, with_rows(expected, len(resumed["logged"])), f"the result after {times} of {whole} seconds")
+    assert_same(
+        resumed, with_last_rows(expected, len(resumed["logged"])), f"the result after {times} of {duration} seconds"
+    )
 
 
-def test_a_run_that_was_over_is_the_same_after_it_has_been_resumed(
-    in_a_process: Any, uninterrupted: Any, tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_changes_nothing(in_a_process: Any, uninterrupted: Any, tmp_path: Path) -> None:
     for _ in range(2):
         assert in_a_process(run, tmp_path, None, None) == 0
-    assert_same(torch.load(tmp_path / "result.pt", weights_only=True), with_rows(uninterrupted(None), 0))
+    assert_same(torch.load(tmp_path / "result.pt", weights_only=True), with_last_rows(uninterrupted(None), 0))
 
 
-def checkpoint_of_a_fit(path: Path) -> dict[str, Any]:
-    one = trainer(SpectralCollapseCallback())
-    one.fit(Classifier(), loader())
-    one.save_checkpoint(path)
+def fit_and_save(path: Path) -> dict[str, Any]:
+    """Save a checkpoint after one fit with the callback, and return its content."""
+    pl_trainer = trainer(SpectralCollapseCallback())
+    pl_trainer.fit(Classifier(), loader())
+    pl_trainer.save_checkpoint(path)
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     return checkpoint
 
 
 @pytest.mark.parametrize("version", [0, 99, None])
-def test_a_checkpoint_of_another_version_is_refused_before_anything_is_trained(tmp_path: Path, version: Any) -> None:
-    checkpoint = checkpoint_of_a_fit(tmp_path / "a.ckpt")
+def test_checkpoint_of_another_version_is_refused(tmp_path: Path, version: Any) -> None:
+    checkpoint = fit_and_save(tmp_path / "a.ckpt")
     state = checkpoint["callbacks"]["SpectralCollapseCallback"]
     state["version"] = version
     torch.save(checkpoint, tmp_path / "a.ckpt")
@@ -185,8 +190,8 @@ def test_a_checkpoint_of_another_version_is_refused_before_anything_is_trained(t
     assert module.trainer.global_step == 0
 
 
-def test_a_checkpoint_from_before_the_callback_begins_with_a_task(tmp_path: Path) -> None:
-    checkpoint = checkpoint_of_a_fit(tmp_path / "a.ckpt")
+def test_checkpoint_without_callback_state_begins_a_task(tmp_path: Path) -> None:
+    checkpoint = fit_and_save(tmp_path / "a.ckpt")
     del checkpoint["callbacks"]["SpectralCollapseCallback"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     callback = SpectralCollapseCallback()
@@ -194,7 +199,7 @@ def test_a_checkpoint_from_before_the_callback_begins_with_a_task(tmp_path: Path
     assert [task for task, _, _ in tasks_seen(callback)] == [0]
 
 
-class Saving(Callback):
+class SaveAfterBatch(Callback):
     """Saves a checkpoint at the end of every batch."""
 
     def __init__(self, path: Path) -> None:
@@ -206,24 +211,25 @@ class Saving(Callback):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_a_checkpoint_of_before_the_end_of_a_batch_is_warned_of_once(tmp_path: Path, first: bool) -> None:
-    callback, saving = SpectralCollapseCallback(collapse=NEVER), Saving(tmp_path)
+def test_checkpoint_saved_before_the_callback_warns_once(tmp_path: Path, first: bool) -> None:
+    """A checkpoint that another callback saves earlier in the same hook misses the step that has just ended."""
+    callback, saver = SpectralCollapseCallback(collapse=NEVER), SaveAfterBatch(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            trainer(*([saving, callback] if first else [callback, saving])).fit(Classifier(), loader())
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, PlasticityWarning)]
-    assert saving.saved == 6
-    assert len(said) == 2 * first
-    assert all("List the callback that saves it after SpectralCollapseCallback" in message for message in said)
+            trainer(*([saver, callback] if first else [callback, saver])).fit(Classifier(), loader())
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, PlasticityWarning)]
+    assert saver.saved == 6
+    assert len(messages) == 2 * first
+    assert all("List the callback that saves it after SpectralCollapseCallback" in message for message in messages)
     last = torch.load(tmp_path / "3.ckpt", weights_only=True)
     assert last["callbacks"]["SpectralCollapseCallback"]["steps"] == (5 if first else 6)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create")
-def test_no_other_checkpoint_is_warned_of(tmp_path: Path) -> None:
-    class Always(Callback):
-        """Saves a checkpoint whenever there is no step that nobody has seen yet."""
+def test_checkpoints_in_other_hooks_do_not_warn(tmp_path: Path) -> None:
+    class SaveInEveryHook(Callback):
+        """Saves a checkpoint in the hooks at which the callback has counted every step."""
 
         def save(self, trainer: Any, *_: Any) -> None:
             trainer.save_checkpoint(tmp_path / "any.ckpt")
@@ -240,15 +246,15 @@ def test_no_other_checkpoint_is_warned_of(tmp_path: Path) -> None:
                 raise RuntimeError("out of luck")
             return super().training_step(batch, batch_idx)
 
-    callback = SpectralCollapseCallback(
-        collapse=NEVER, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
-    )
+    callback = SpectralCollapseCallback(collapse=NEVER, loss_fn=cross_entropy)
     for number, module in enumerate([Validated(), Interrupted(), Validated()]):
         checkpoints = ModelCheckpoint(tmp_path / f"{number}", every_n_train_steps=1, save_top_k=-1)
-        fitted = trainer(Always(), checkpoints, callback, max_epochs=2, enable_checkpointing=True, val_check_interval=1)
-        broken = pytest.raises(RuntimeError, match="out of luck")
-        with broken if isinstance(module, Interrupted) else contextlib.nullcontext():
-            fitted.fit(module, loader(), DataLoader(loader().dataset, batch_size=4))
-        fitted.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = trainer(Always(), SpectralCollapseCallback(collapse=NEVER), max_epochs=3)
+        pl_trainer = trainer(
+            SaveInEveryHook(), checkpoints, callback, max_epochs=2, enable_checkpointing=True, val_check_interval=1
+        )
+        interruption = pytest.raises(RuntimeError, match="out of luck")
+        with interruption if isinstance(module, Interrupted) else contextlib.nullcontext():
+            pl_trainer.fit(module, loader(), DataLoader(loader().dataset, batch_size=4))
+        pl_trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(SaveInEveryHook(), SpectralCollapseCallback(collapse=NEVER), max_epochs=3)
     resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")

@@ -1,4 +1,4 @@
-r"""Losses without a closed form: the Hessian by the network's outputs from differentiating the loss twice."""
+r"""Compute the Hessian of a loss without a closed form by differentiating it twice."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from lightning_plasticity.curvature.problem import normal
 
 
 def custom_loss(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""Any loss of the network's outputs, for :func:`ggn_spectrum`: its curvature comes from differentiating it twice.
+    r"""Make any convex loss of the network's outputs usable with :func:`ggn_spectrum`, which differentiates it twice.
 
-    Outside of a probe this is ``function(outputs)`` and nothing else.
+    Outside of a curvature measurement this is just ``function(outputs)``.
 
     Args:
         outputs: The network's outputs, shape ``(n, ...)``.
-        function: Takes the outputs, returns a scalar. It depends on parameters through its argument only, can be
-            differentiated twice, and is convex.
+        function: Maps the outputs to a scalar. It must be convex and twice differentiable, and depend on parameters
+            through its argument only.
+
+    Returns:
+        The value of the loss, a scalar.
 
     Example:
         >>> import torch
@@ -32,54 +35,70 @@ def custom_loss(outputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor
         >>> [round(value, 6) for value in spectrum.eigenvalues.tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
-    if has_torch_function_unary(outputs):  # a recording is under way
+    # An active recording intercepts the call.
+    if has_torch_function_unary(outputs):
         value: Tensor = handle_torch_function(custom_loss, (outputs,), outputs, function)
         return value
     return function(outputs)
 
 
 def custom_loss_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor], Tensor]) -> LossCall | None:
-    """The Hessian block by block if the samples are independent, else as one block."""
+    """Record a call of :func:`custom_loss`, with one Hessian block per sample or a single block if samples interact.
+
+    Raises:
+        ValueError: If the function returns no scalar or depends on parameters in another way than through the outputs;
+            when the curvature is computed, if it is not convex at these outputs.
+    """
     if value.dim() or leaves([edge_of(value)], {edge_of(outputs): []}):
         raise ValueError(
             "custom_loss(outputs, function) needs a function that returns a scalar and depends on nothing with a "
-            "gradient but the outputs: a penalty on weights, say, has no place in the curvature of the loss"
+            "gradient but the outputs: leave out penalties on weights, which are not part of the loss's curvature"
         )
 
-    def curvature(gradient: Tensor) -> LossCurvature:
-        at = outputs.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(at), at, create_graph=True)
-        slope = slope * gradient
-        hessian = _blockwise_hessian(at, slope, len(at) if at.dim() else 1)
+    def curvature(upstream: Tensor) -> LossCurvature:
+        point = outputs.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(point), point, create_graph=True)
+        gradient = gradient * upstream
+        hessian = _block_diagonal_hessian(point, gradient, len(point) if point.dim() else 1)
         if hessian is None:
-            hessian = _blockwise_hessian(at, slope, 1)
+            hessian = _block_diagonal_hessian(point, gradient, 1)
         assert hessian is not None
         values, vectors = torch.linalg.eigh((hessian + hessian.mT).double() / 2)
-        if values.min() < -(torch.finfo(at.dtype).eps ** 0.5) * values.abs().max():
+        if values.min() < -(torch.finfo(point.dtype).eps ** 0.5) * values.abs().max():
             raise ValueError(
                 "the function given to custom_loss is not convex at these outputs, so the Gauss-Newton matrix is not "
                 f"positive semi-definite (eigenvalues of its Hessian from {values.min():.3g} to {values.max():.3g})"
             )
-        residual = slope.detach().double()
-        root = DenseFactor(vectors * values.clamp(min=0).sqrt()[:, None, :])
-        return LossCurvature(residual, root, residual.norm())
+        residual = gradient.detach().double()
+        factor = DenseFactor(vectors * values.clamp(min=0).sqrt()[:, None, :])
+        return LossCurvature(residual, factor, residual.norm())
 
     return loss_call(outputs, value, curvature)
 
 
-def _blockwise_hessian(at: Tensor, slope: Tensor, blocks: int) -> Tensor | None:
-    """Diagonal blocks ``(blocks, b, b)`` of the derivative of the slope; ``None`` if there is anything beside them."""
-    if not slope.requires_grad:  # linear
-        return at.detach().new_zeros(blocks, at.numel() // blocks, at.numel() // blocks)
+def _block_diagonal_hessian(point: Tensor, gradient: Tensor, num_blocks: int) -> Tensor | None:
+    """Return the diagonal blocks ``(num_blocks, b, b)`` of the Hessian, or ``None`` if it has other non-zero entries.
 
-    def product(vector: Tensor) -> Tensor:
-        (result,) = torch.autograd.grad(slope, at, vector.reshape(at.shape), retain_graph=True, materialize_grads=True)
-        return result.reshape(blocks, -1)
+    Args:
+        point: The leaf tensor at which the Hessian is taken.
+        gradient: The gradient there, with a graph.
+        num_blocks: Number of blocks.
+    """
+    block_size = point.numel() // num_blocks
+    # The gradient of a linear function is constant.
+    if not gradient.requires_grad:
+        return point.detach().new_zeros(num_blocks, block_size, block_size)
 
-    width = at.numel() // blocks
-    hessian = torch.stack([product(unit.repeat(blocks)) for unit in torch.eye(width).to(at)], dim=-1)
-    if blocks == 1:
+    def hvp(vector: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(
+            gradient, point, vector.reshape(point.shape), retain_graph=True, materialize_grads=True
+        )
+        return product.reshape(num_blocks, -1)
+
+    basis = torch.eye(block_size).to(point)
+    hessian = torch.stack([hvp(unit_vector.repeat(num_blocks)) for unit_vector in basis], dim=-1)
+    if num_blocks == 1:
         return hessian
-    direction = normal((blocks, width), like=at)
-    gap = product(direction) - (hessian @ direction[..., None])[..., 0]
-    return None if gap.norm() > torch.finfo(at.dtype).eps ** 0.5 * hessian.norm() else hessian
+    direction = normal((num_blocks, block_size), like=point)
+    deviation = hvp(direction) - (hessian @ direction[..., None])[..., 0]
+    return None if deviation.norm() > torch.finfo(point.dtype).eps ** 0.5 * hessian.norm() else hessian

@@ -1,10 +1,11 @@
-r"""The Gram matrix: exact spectra of the Gauss-Newton matrix and the tangent kernel, as large as the batch's outputs.
+r"""Compute the Gram matrices whose eigenvalues are the exact spectra of the Gauss-Newton matrix and tangent kernel.
 
-With the Jacobian :math:`J` of all :math:`m` output numbers by all :math:`P` parameters and the Hessian of the loss by
-the outputs :math:`H = S S^\top`, the Gauss-Newton matrix :math:`J^\top H J` (:math:`P \times P`) has the non-zero
-eigenvalues of the *loss-weighted Gram matrix* :math:`K = S^\top J J^\top S` (:math:`m \times m`). :math:`J J^\top` is a
-sum over parameters, and for each of them follows from the inputs of the layer and the gradients by its outputs: one
-backward pass for each output number of a sample, and no :math:`J`.
+The Jacobian :math:`J` has a row for each of the :math:`m` network outputs and a column for each of the :math:`P`
+parameters. With the Hessian of the loss with respect to the outputs, :math:`H = S S^\top`, the Gauss-Newton matrix
+:math:`J^\top H J` (:math:`P \times P`) has the non-zero eigenvalues of the *loss-weighted Gram matrix*
+:math:`K = S^\top J J^\top S` (:math:`m \times m`). :math:`J J^\top` is a sum over parameters. Each term follows from
+the inputs of a layer and the gradients with respect to its outputs, which takes one backward pass per output of a
+sample and does not form :math:`J`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.autograd_graph import leaves, reached
-from lightning_plasticity.curvature.exact.jacobian import jacobian_gram
+from lightning_plasticity.curvature.exact.jacobian import JacobianGram, jacobian_gram
 from lightning_plasticity.curvature.exact.outputs import Outputs, UnsupportedModelError, outputs_of
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.kernel import TangentKernel
@@ -35,17 +36,17 @@ from lightning_plasticity.isolation.state import probe_mode
 
 
 class TooManyRowsError(ValueError):
-    """The Gram matrix of this batch would be larger than allowed.
+    """Raised when the Gram matrix of a batch would be larger than allowed.
 
     Args:
         rows: Number of rows ``m`` of the Gram matrix.
-        max_rows: The number allowed.
+        max_rows: The largest number allowed.
     """
 
     def __init__(self, rows: int, max_rows: int) -> None:
         super().__init__(
-            f"the outputs of the network on this batch are {rows} numbers and the Gram matrix has a row for each, more "
-            f"than max_rows={max_rows}: probe fewer samples or raise max_rows"
+            f"the network has {rows} outputs on this batch and the Gram matrix a row for each, more than "
+            f"max_rows={max_rows}: probe fewer samples or raise max_rows"
         )
         self.rows, self.max_rows = rows, max_rows
 
@@ -55,12 +56,13 @@ class Gram:
     r"""The Gram matrices of one batch, float64.
 
     Args:
-        loss_weighted: :math:`K = S^\top J J^\top S`, shape ``(m, m)``. Of a sketch: shape ``(n s, n s)``.
+        loss_weighted: :math:`K = S^\top J J^\top S`, shape ``(m, m)``; ``(n s, n s)`` for a sketch with ``s``
+            combinations per sample.
         loss: The loss on the batch.
         num_parameters: :math:`P`.
-        tangent_kernel: :math:`\Theta = \frac1n J J^\top`, shape ``(m, m)``; ``None`` if this is a sketch.
-        residual: :math:`r = \partial L / \partial f`, shape ``(m,)``; ``None`` if this is a sketch.
-        trace_standard_error: Standard error of the trace of a sketch.
+        tangent_kernel: :math:`\Theta = \frac1n J J^\top`, shape ``(m, m)``; ``None`` for a sketch.
+        residual: :math:`r = \partial L / \partial f`, shape ``(m,)``; ``None`` for a sketch.
+        trace_standard_error: Standard error of the trace; zero unless this is a sketch.
     """
 
     loss_weighted: Tensor
@@ -71,18 +73,19 @@ class Gram:
     trace_standard_error: float = 0.0
 
     def spectrum(self) -> Spectrum:
-        """Eigenvalues of the Gauss-Newton matrix and of the tangent kernel, and the residual's place in the latter."""
-        values = torch.linalg.eigvalsh(self.loss_weighted).flip(0).clamp(min=0)[: self.num_parameters]
-        bulk = self.num_parameters - len(values)  # the Gauss-Newton matrix has at most m eigenvalues that are not zero
-        weights = torch.full_like(values, 1 / self.num_parameters)
-        if bulk:
-            values = torch.cat([values, values.new_zeros(1)])
-            weights = torch.cat([weights, weights.new_full((1,), bulk / self.num_parameters)])
+        """Return the eigenvalues of the Gauss-Newton matrix, with the tangent kernel unless this is a sketch."""
+        eigenvalues = torch.linalg.eigvalsh(self.loss_weighted).flip(0).clamp(min=0)[: self.num_parameters]
+        weights = torch.full_like(eigenvalues, 1 / self.num_parameters)
+        # All other eigenvalues of the Gauss-Newton matrix are zero.
+        num_zeros = self.num_parameters - len(eigenvalues)
+        if num_zeros:
+            eigenvalues = torch.cat([eigenvalues, eigenvalues.new_zeros(1)])
+            weights = torch.cat([weights, weights.new_full((1,), num_zeros / self.num_parameters)])
         kernel = None
         if self.tangent_kernel is not None and self.residual is not None:
-            kernel = TangentKernel.of(self.tangent_kernel, self.residual)
+            kernel = TangentKernel.from_matrix(self.tangent_kernel, self.residual)
         return Spectrum(
-            values.cpu(),
+            eigenvalues.cpu(),
             weights.cpu(),
             self.num_parameters,
             exact=kernel is not None,
@@ -104,12 +107,15 @@ def gram(
     sketch: int | None = None,
     seed: int = 0,
 ) -> Gram:
-    """The Gram matrices behind :func:`~lightning_plasticity.curvature.ggn_spectrum`, which documents the arguments.
+    """Compute the Gram matrices of a batch: see :func:`~lightning_plasticity.curvature.ggn_spectrum` for the arguments.
 
     Raises:
-        TooManyPassesError: If Jacobians row by row would take more than ``max_passes`` backward passes.
+        TooManyRowsError: If the matrix would have more than ``max_rows`` rows.
+        TooManyPassesError: If row-by-row Jacobians would take more than ``max_passes`` backward passes.
+        UnsupportedModelError: If the curvature of a loss term is unknown, or a Jacobian is too large.
+        ValueError: If an argument, the loss or a gradient is invalid.
     """
-    check_positive_ints(samples=samples, max_rows=max_rows, sketch=sketch)
+    check_positive_ints(optional=True, samples=samples, max_rows=max_rows, sketch=sketch)
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probe_mode(model):
@@ -119,45 +125,44 @@ def gram(
         check_loss(loss)
         outputs = outputs_of(loss, recording.loss_calls, names)
         without_closed_form = _without_closed_form(outputs, recording, selected, names)
-        combinations = None
-        if sketch is not None:
-            generator = torch.Generator().manual_seed(seed)
-            combinations = [output.random_root_columns(sketch, generator) for output in outputs]
-        rows = sum(output.shape.numel() for output in outputs) if sketch is None else outputs[0].blocks * sketch
-        if max_rows is not None and rows > max_rows:
-            raise TooManyRowsError(rows, max_rows)
+        _check_rows(outputs, sketch, max_rows)
         jacobian = jacobian_gram(
             recording.layer_calls,
             outputs,
             selected,
             without_closed_form,
-            combinations=combinations,
+            combinations=None if sketch is None else _random_combinations(outputs, sketch, seed),
             max_passes=max_passes,
         )
-    kernel = jacobian.matrix
-    if not torch.isfinite(kernel).all():
+    if not torch.isfinite(jacobian.matrix).all():
         raise ValueError(NOT_FINITE)
     num_parameters = sum(parameter.numel() for parameter in selected.values())
-    blocks, width = jacobian.roots.shape[:2]
     if sketch is not None:
-        traces = kernel.diagonal().reshape(blocks, width).sum(0)
-        error = traces.std().item() / math.sqrt(width) if width > 1 else math.nan
-        return Gram(kernel / sketch, loss.item(), num_parameters, trace_standard_error=error)
-    by_block = kernel.reshape(blocks, width, blocks, width)
-    weighted = torch.einsum("ipa,ipjq,jqb->iajb", jacobian.roots, by_block, jacobian.roots).reshape(kernel.shape)
+        return Gram(
+            loss_weighted=jacobian.matrix / sketch,
+            loss=loss.item(),
+            num_parameters=num_parameters,
+            trace_standard_error=_trace_standard_error(jacobian),
+        )
+    num_samples = outputs[0].num_samples if samples is None else samples
     return Gram(
-        loss_weighted=(weighted + weighted.T) / 2,
+        loss_weighted=_loss_weighted(jacobian),
         loss=loss.item(),
         num_parameters=num_parameters,
-        tangent_kernel=kernel / (samples if samples is not None else outputs[0].samples),
-        residual=torch.cat([output.residual.reshape(blocks, -1) for output in outputs], dim=1).flatten(),
+        tangent_kernel=jacobian.matrix / num_samples,
+        residual=_residual(outputs, num_blocks=len(jacobian.factors)),
     )
 
 
 def _without_closed_form(
     outputs: list[Outputs], recording: Recording, parameters: Mapping[str, nn.Parameter], names: Mapping[int, str]
 ) -> dict[str, str]:
-    """The parameters that the outputs depend on in other ways than through the recorded layer calls, and why."""
+    """Find the parameters that the outputs depend on other than through the recorded layer calls, with the reason.
+
+    Raises:
+        UnsupportedModelError: If the model uses reentrant checkpoints or parameters of another model.
+        ValueError: If the outputs do not depend on any parameter.
+    """
     edges = [output.edge for output in outputs]
     if any(node.name() == "CheckpointFunctionBackward" for node in reached(edges, {})):
         raise UnsupportedModelError(
@@ -166,11 +171,51 @@ def _without_closed_form(
         )
     if not any(id(leaf) in names for leaf in leaves(edges, {})):
         raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
-    others = leaves(edges, {call.output: call.inputs for call in recording.layer_calls})
-    if foreign := [leaf for leaf in others if isinstance(leaf, nn.Parameter) and id(leaf) not in names]:
+    other_leaves = leaves(edges, {call.output: call.inputs for call in recording.layer_calls})
+    if foreign := [leaf for leaf in other_leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in names]:
         raise UnsupportedModelError(
             f"the loss depends on a parameter of shape {tuple(foreign[0].shape)} that is not the model's own. Does the "
             "model, or a hook on it, call a function that holds on to another model, or to the one it was copied from?"
         )
-    used = {names[id(leaf)] for leaf in others if id(leaf) in names} & parameters.keys()
-    return {name: "used by " + (", ".join(sorted(recording.other_uses.get(name, ()))) or "something") for name in used}
+    used = {names[id(leaf)] for leaf in other_leaves if id(leaf) in names} & parameters.keys()
+    return {
+        name: "used by " + (", ".join(sorted(recording.other_uses.get(name, ()))) or "an unknown function")
+        for name in used
+    }
+
+
+def _check_rows(outputs: list[Outputs], sketch: int | None, max_rows: int | None) -> None:
+    """Raise if the Gram matrix would have too many rows."""
+    num_outputs = sum(output.shape.numel() for output in outputs)
+    num_rows = num_outputs if sketch is None else outputs[0].num_blocks * sketch
+    if max_rows is not None and num_rows > max_rows:
+        raise TooManyRowsError(num_rows, max_rows)
+
+
+def _random_combinations(outputs: list[Outputs], sketch: int, seed: int) -> list[Tensor]:
+    """Draw ``sketch`` random combinations of the columns of each factor of the Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    return [output.random_factor_columns(sketch, generator) for output in outputs]
+
+
+def _trace_standard_error(sketched: JacobianGram) -> float:
+    """Return the standard error of the trace, from its values for each of the combinations."""
+    num_blocks, num_combinations = sketched.factors.shape[:2]
+    if num_combinations == 1:
+        return math.nan
+    traces = sketched.matrix.diagonal().reshape(num_blocks, num_combinations).sum(0)
+    return traces.std().item() / math.sqrt(num_combinations)
+
+
+def _loss_weighted(jacobian: JacobianGram) -> Tensor:
+    r"""Return :math:`S^\top J J^\top S`, symmetric despite rounding."""
+    num_blocks, q = jacobian.factors.shape[:2]
+    by_block = jacobian.matrix.reshape(num_blocks, q, num_blocks, q)
+    weighted = torch.einsum("ipa,ipjq,jqb->iajb", jacobian.factors, by_block, jacobian.factors)
+    weighted = weighted.reshape(jacobian.matrix.shape)
+    return (weighted + weighted.T) / 2
+
+
+def _residual(outputs: list[Outputs], num_blocks: int) -> Tensor:
+    """Return the gradient of the loss with respect to all outputs in the order of the Jacobian's rows, ``(m,)``."""
+    return torch.cat([output.residual.reshape(num_blocks, -1) for output in outputs], dim=1).flatten()

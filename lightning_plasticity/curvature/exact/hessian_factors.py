@@ -1,7 +1,7 @@
-r"""Roots of the Hessian of a loss by the network's outputs, :math:`S S^\top = \partial^2 L / \partial f^2`.
+r"""Represent the loss Hessian with respect to the network outputs by block-diagonal factors :math:`S`.
 
-The Hessian falls into blocks of ``b`` numbers. Only the small ones are ever written out: with a vocabulary of fifty
-thousand, one block would be a matrix of fifty thousand squared.
+:math:`S S^\top = \partial^2 L / \partial f^2`, with blocks of size :math:`b \times b`. A factor multiplies vectors
+without forming its blocks: for a vocabulary of fifty thousand, one block would have fifty thousand squared entries.
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ from typing_extensions import override
 
 
 class HessianFactor(ABC):
-    """A root, block by block."""
+    r"""A block-diagonal linear operator :math:`S` with :math:`S S^\top` the Hessian of a loss."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """The number of blocks, and of numbers in each."""
+        """Number of blocks and size ``b`` of each block."""
 
     @abstractmethod
     def matvec(self, vectors: Tensor) -> Tensor:
-        r""":math:`S v`, for vectors of shape ``(blocks, b)``."""
+        r"""Return :math:`S v` for vectors of shape ``(blocks, b)``."""
 
     @abstractmethod
-    def transposed_matvec(self, vectors: Tensor) -> Tensor:
-        r""":math:`S^\top v`, for vectors of shape ``(blocks, b)``."""
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        r"""Return :math:`S^\top v` for vectors of shape ``(blocks, b)``."""
+
+    def hessian_matvec(self, vectors: Tensor) -> Tensor:
+        r"""Return :math:`S S^\top v` for vectors of shape ``(blocks, b)``."""
+        return self.matvec(self.rmatvec(vectors))
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrices, shape ``(blocks, b, b)``."""
+        """Return the blocks as matrices, shape ``(blocks, b, b)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseFactor(HessianFactor):
-    """Any root.
+    """A factor whose blocks are stored as matrices.
 
     Args:
-        matrices: Shape ``(blocks, b, b)``.
+        matrices: The blocks, shape ``(blocks, b, b)``.
     """
 
     matrices: Tensor
@@ -55,7 +59,7 @@ class DenseFactor(HessianFactor):
         return torch.einsum("nij,nj->ni", self.matrices, vectors)
 
     @override
-    def transposed_matvec(self, vectors: Tensor) -> Tensor:
+    def rmatvec(self, vectors: Tensor) -> Tensor:
         return torch.einsum("nij,ni->nj", self.matrices, vectors)
 
     @override
@@ -65,10 +69,10 @@ class DenseFactor(HessianFactor):
 
 @dataclass(frozen=True, eq=False)
 class DiagonalFactor(HessianFactor):
-    """The root of a loss that treats every output by itself.
+    """A diagonal factor, for losses without coupling between output entries.
 
     Args:
-        values: Any shape: one block of one number each.
+        values: The diagonal, any shape. Every entry is a block of size 1.
     """
 
     values: Tensor
@@ -82,7 +86,7 @@ class DiagonalFactor(HessianFactor):
     def matvec(self, vectors: Tensor) -> Tensor:
         return self.values.reshape(-1, 1) * vectors
 
-    transposed_matvec = matvec
+    rmatvec = matvec
 
     @override
     def dense(self) -> Tensor:
@@ -91,7 +95,7 @@ class DiagonalFactor(HessianFactor):
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxFactor(HessianFactor):
-    r"""The root :math:`\sqrt s (\mathrm{diag} \sqrt p - p \sqrt p^\top)` of :math:`s (\mathrm{diag}(p) - p p^\top)`.
+    r"""The factor :math:`\sqrt s (\mathrm{diag} \sqrt p - p \sqrt p^\top)` of :math:`s (\mathrm{diag}(p) - p p^\top)`.
 
     Args:
         strength: :math:`s`, shape ``(blocks, 1)``.
@@ -112,12 +116,12 @@ class SoftmaxFactor(HessianFactor):
         return self.strength.sqrt() * (weighted - self.probabilities * weighted.sum(1, keepdim=True))
 
     @override
-    def transposed_matvec(self, vectors: Tensor) -> Tensor:
+    def rmatvec(self, vectors: Tensor) -> Tensor:
         mean = (self.probabilities * vectors).sum(1, keepdim=True)
         return (self.strength * self.probabilities).sqrt() * (vectors - mean)
 
     @override
     def dense(self) -> Tensor:
-        roots = self.probabilities.sqrt()
-        block = torch.diag_embed(roots) - self.probabilities[:, :, None] * roots[:, None, :]
-        return self.strength.sqrt()[..., None] * block
+        square_roots = self.probabilities.sqrt()
+        blocks = torch.diag_embed(square_roots) - self.probabilities[:, :, None] * square_roots[:, None, :]
+        return self.strength.sqrt()[..., None] * blocks

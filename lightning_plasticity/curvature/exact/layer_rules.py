@@ -1,4 +1,8 @@
-"""Which parameters each layer function uses, and how."""
+"""Map each torch layer function to the way in which it uses its parameters.
+
+A rule receives the output and the arguments of one call and returns a :class:`LayerCall`. The formulas of the Jacobians
+are in ``parameter_uses``.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_plasticity.curvature.autograd_graph import edge_of
+from lightning_plasticity.curvature.exact.layer_calls import LayerCall
 from lightning_plasticity.curvature.exact.parameter_uses import (
     Bias,
     ConvolutionWeight,
     EmbeddingTable,
-    LayerCall,
     NormWeight,
     ParameterUse,
     TransposedConvolutionWeight,
@@ -21,24 +25,24 @@ from lightning_plasticity.curvature.exact.parameter_uses import (
 )
 
 LayerRule = Callable[..., "LayerCall | None"]
-"""Takes the output of a layer function, then what the function took; ``None``: this call has no closed form."""
+"""Maps a layer function's output, followed by its arguments, to a record; ``None`` if this call has no closed form."""
 
 
-def _call(
+def _layer_call(
     output: Tensor, channels: int, uses: Sequence[ParameterUse | None], *, channels_first: bool = False
 ) -> LayerCall:
     present = [use for use in uses if use is not None]
     return LayerCall(edge_of(output), output.shape, channels, channels_first, present)
 
 
-def _shift(bias: Tensor | None) -> Bias | None:
+def _bias(bias: Tensor | None) -> Bias | None:
     return None if bias is None else Bias(bias)
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall | None:
     if weight.dim() != 2:
         return None
-    return _call(output, weight.shape[0], [Weight(weight, input), _shift(bias)])
+    return _layer_call(output, weight.shape[0], [Weight(weight, input), _bias(bias)])
 
 
 def _convolution(
@@ -51,7 +55,8 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> LayerCall | None:
-    if input.dim() != weight.dim():  # an input without a batch dimension
+    # The input has no batch dimension, so there are no samples to separate.
+    if input.dim() != weight.dim():
         return None
     values = input.detach()
     kernel = weight.shape[2:]
@@ -59,8 +64,8 @@ def _convolution(
     def patches() -> Tensor:
         return _patches(values, kernel, stride, padding, dilation)
 
-    uses = [ConvolutionWeight(weight, patches, groups), _shift(bias)]
-    return _call(output, weight.shape[0], uses, channels_first=True)
+    uses = [ConvolutionWeight(weight, patches, groups), _bias(bias)]
+    return _layer_call(output, weight.shape[0], uses, channels_first=True)
 
 
 def _per_dimension(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
@@ -76,7 +81,7 @@ def _patches(
     padding: int | str | Sequence[int],
     dilation: int | Sequence[int],
 ) -> Tensor:
-    """The input under the kernel at every output position, shape ``(batch, *output positions, channels, *kernel)``."""
+    """Return the input patch of every output position, shape ``(batch, *output positions, channels, *kernel)``."""
     dimensions = len(kernel)
     strides, dilations = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
     spans = [step * (size - 1) for size, step in zip(kernel, dilations, strict=True)]
@@ -104,7 +109,8 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> LayerCall | None:
-    if input.dim() != weight.dim():  # an input without a batch dimension
+    # The input has no batch dimension, so there are no samples to separate.
+    if input.dim() != weight.dim():
         return None
     values = input.detach()
     kernel = weight.shape[2:]
@@ -113,8 +119,8 @@ def _transposed_convolution(
     def patches() -> Tensor:
         return _transposed_patches(values, kernel, *settings)
 
-    uses = [TransposedConvolutionWeight(weight, patches, groups), _shift(bias)]
-    return _call(output, output.shape[1], uses, channels_first=True)
+    uses = [TransposedConvolutionWeight(weight, patches, groups), _bias(bias)]
+    return _layer_call(output, output.shape[1], uses, channels_first=True)
 
 
 def _transposed_patches(
@@ -125,18 +131,18 @@ def _transposed_patches(
     output_padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """What of the input reaches every output position: a convolution of the spread-out input, the kernel turned round.
+    """Return the input patch of every output position, shape ``(batch, *output positions, channels, *kernel)``.
 
-    Shape ``(batch, *output positions, channels, *kernel)``.
+    A transposed convolution is a convolution of the input, dilated by the stride, with the flipped kernel.
     """
-    spread_out = input.new_zeros(
+    dilated = input.new_zeros(
         *input.shape[:2], *[(size - 1) * step + 1 for size, step in zip(input.shape[2:], stride, strict=True)]
     )
     every_step = tuple(slice(None, None, step) for step in (1, 1, *stride))
-    spread_out[every_step] = input
-    margins = [step * (size - 1) - cut for size, step, cut in zip(kernel, dilation, padding, strict=True)]
-    sides = [(margin, margin + more) for margin, more in zip(margins, output_padding, strict=True)]
-    padded = F.pad(spread_out, [side for pair in reversed(sides) for side in pair])
+    dilated[every_step] = input
+    margins = [step * (size - 1) - crop for size, step, crop in zip(kernel, dilation, padding, strict=True)]
+    sides = [(margin, margin + extra) for margin, extra in zip(margins, output_padding, strict=True)]
+    padded = F.pad(dilated, [side for pair in reversed(sides) for side in pair])
     return _patches(padded, kernel, 1, 0, dilation).flip(list(range(-len(kernel), 0)))
 
 
@@ -147,12 +153,22 @@ def _norm(
     normalized: Callable[[], Tensor],
     shape: Sequence[int] | None = None,
 ) -> LayerCall:
-    """A norm layer over the last dimensions, of the given shape, or with one gain for each channel."""
+    """Build the record of a norm layer.
+
+    Args:
+        output: The layer's output.
+        weight: The layer's weight, if any.
+        bias: The layer's bias, if any.
+        normalized: Returns the normalised input, without weight and bias.
+        shape: Shape of the weight, if it covers the last dimensions; ``None`` if it has one entry per channel of
+            dimension 1.
+    """
+    channels_first = shape is None
     channels = output.shape[1] if shape is None else torch.Size(shape).numel()
-    scale = None
+    norm_weight = None
     if weight is not None:
-        scale = NormWeight(weight, normalized(), channels_first=shape is None)
-    return _call(output, channels, [scale, _shift(bias)], channels_first=shape is None)
+        norm_weight = NormWeight(weight, normalized(), channels_first=channels_first)
+    return _layer_call(output, channels, [norm_weight, _bias(bias)], channels_first=channels_first)
 
 
 def _batch_norm(
@@ -166,7 +182,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> LayerCall | None:
-    if training or running_mean is None or running_var is None:  # statistics of the batch: the samples are coupled
+    # Batch statistics couple the samples.
+    if training or running_mean is None or running_var is None:
         return None
     mean, variance = running_mean, running_var
     return _norm(output, weight, bias, lambda: F.batch_norm(input.detach(), mean, variance, eps=eps))
@@ -183,7 +200,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> LayerCall:
-    statistics = (None, None) if use_input_stats else (running_mean, running_var)  # given, they would be updated
+    # Running statistics must not be passed along with use_input_stats, which would update them.
+    statistics = (None, None) if use_input_stats else (running_mean, running_var)
     return _norm(
         output,
         weight,
@@ -232,7 +250,7 @@ def _embedding(
 ) -> LayerCall | None:
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _call(output, weight.shape[1], [EmbeddingTable(weight, input, padding_idx)])
+    return _layer_call(output, weight.shape[1], [EmbeddingTable(weight, input, padding_idx)])
 
 
 LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
@@ -250,4 +268,4 @@ LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
     F.rms_norm: _rms_norm,
     F.embedding: _embedding,
 }
-"""Every layer function with a closed form, and the rule that says how it uses its parameters."""
+"""Every layer function with a closed form, and its rule."""

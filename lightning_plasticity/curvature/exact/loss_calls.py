@@ -1,4 +1,4 @@
-"""What is recorded of a call of a loss function."""
+"""Define the record of one loss function call, and the derivatives of the loss at its outputs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from lightning_plasticity.curvature.exact.hessian_factors import HessianFactor
 
 @dataclass(frozen=True, eq=False)
 class LossCurvature:
-    """First and second derivative of a loss by the outputs that it was given.
+    r"""First and second derivative of a loss with respect to the network outputs, float64.
 
     Args:
-        residual: Gradient by the outputs, the shape of the outputs.
-        root: Root of the Hessian. Block ``k`` is about the ``k``-th run of ``b`` numbers of the outputs once their
-            class dimension is the last.
-        scale: Size of the terms that the residual is the difference of: what its rounding error is relative to.
+        residual: Gradient with respect to the outputs, in the shape of the outputs.
+        factor: Factor :math:`S` of the Hessian :math:`S S^\top`. Its blocks belong to consecutive entries of the
+            outputs, once their class dimension is moved last.
+        scale: Norm of the terms whose difference is the residual. The rounding error of the residual is relative to it.
     """
 
     residual: Tensor
-    root: HessianFactor
+    factor: HessianFactor
     scale: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class LossCall:
-    """One call of a loss function.
+    """One call of a loss function with a closed-form Hessian.
 
     Args:
-        outputs_edge: Where the network outputs that it was given stand in the graph.
-        outputs_shape: Their shape.
-        value_edge: Where what it returned stood in the graph then.
-        curvature: Takes the gradient of the whole loss by what it returned, returns the derivatives by the outputs.
-        class_dim: The dimension of the outputs whose entries are coupled (the classes of a softmax), or -1.
+        outputs_edge: Autograd edge of the network outputs that the function received.
+        outputs_shape: Shape of these outputs.
+        value_edge: Autograd edge of the returned value, at the time of the call.
+        curvature: Maps the upstream gradient (of the total loss with respect to the returned value) to the derivatives
+            of the total loss with respect to the outputs.
+        class_dim: Dimension of the outputs whose entries the loss couples (the classes of a softmax), or -1.
     """
 
     outputs_edge: Edge
@@ -48,13 +49,13 @@ class LossCall:
 
 
 LossRule = Callable[..., "LossCall | None"]
-"""Takes the value of a loss function, then what the function took; ``None``: this call has no closed form."""
+"""Maps a loss function's value, followed by its arguments, to a record; ``None`` if this call has no closed form."""
 
 
 def loss_call(
     outputs: Tensor, value: Tensor, curvature: Callable[[Tensor], LossCurvature], class_dim: int = -1
 ) -> LossCall | None:
-    """A call about the outputs as they are; ``None`` if they do not depend on anything."""
+    """Build the record of a call, or return ``None`` if the outputs do not require gradients."""
     if not outputs.requires_grad:
         return None
     return LossCall(edge_of(outputs), outputs.shape, edge_of(value), curvature, class_dim)

@@ -1,8 +1,8 @@
-r"""The loss functions whose curvature by the network's outputs is known in closed form.
+r"""Map each loss function to its closed-form gradient and Hessian with respect to the network outputs.
 
-A loss function takes *outputs* of the network, a tensor of any shape, here seen as rows of ``q`` numbers, one row a
-sample. What is needed of it is the residual, its gradient by the outputs, and a root :math:`S_i` of its Hessian,
-:math:`S_i S_i^\top = \partial^2 L / \partial f_i^2`, sample by sample. Both are computed in float64.
+A rule receives the value and the arguments of one call. It returns a :class:`LossCall`, which computes in float64 the
+residual :math:`\partial L / \partial f` and a factor :math:`S_i` of the Hessian of each sample,
+:math:`S_i S_i^\top = \partial^2 L / \partial f_i^2`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lightning_plasticity.curvature.exact.hessian_factors import DiagonalFactor,
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature, LossRule, loss_call
 
 
-def _mean_weight(reduction: str, gradient: Tensor, denominator: Tensor | float) -> Tensor:
-    return gradient / denominator if reduction == "mean" else gradient
+def _term_weight(reduction: str, upstream: Tensor, denominator: Tensor | float) -> Tensor:
+    """Return the weight of each term of the loss, given the upstream gradient of the reduced value."""
+    return upstream / denominator if reduction == "mean" else upstream
 
 
 def _cross_entropy(
@@ -40,14 +41,14 @@ def _cross_entropy(
     r"""Softmax cross-entropy, :math:`L = -\sum_i a_i \sum_c y_{ic} \log p_{ic}`.
 
     With :math:`s_i = a_i \sum_c y_{ic}` the residual is :math:`s_i p_i - a_i y_i` and the Hessian
-    :math:`s_i (\mathrm{diag}(p_i) - p_i p_i^\top)`, whose root is
+    :math:`s_i (\mathrm{diag}(p_i) - p_i p_i^\top)`, with the factor
     :math:`\sqrt{s_i} (\mathrm{diag} \sqrt{p_i} - p_i \sqrt{p_i}^\top)`.
     """
     if size_average is not None or reduce is not None or target.requires_grad:
         return None
     class_dim = 0 if input.dim() == 1 else 1
 
-    def curvature(gradient: Tensor) -> LossCurvature:
+    def curvature(upstream: Tensor) -> LossCurvature:
         logits = input.detach().double().movedim(class_dim, -1)
         classes = logits.shape[-1]
         class_weight = torch.ones(classes, dtype=logits.dtype, device=logits.device)
@@ -62,13 +63,14 @@ def _cross_entropy(
             one_hot = F.one_hot(torch.where(kept.bool(), target, 0), classes).double()
             labels = class_weight * (one_hot * (1 - label_smoothing) + label_smoothing / classes) * kept[..., None]
             denominator = ((one_hot * class_weight).sum(-1) * kept).sum()
-        labels = labels * _mean_weight(reduction, gradient.double(), denominator).expand(logits.shape[:-1])[..., None]
+        weights = _term_weight(reduction, upstream.double(), denominator).expand(logits.shape[:-1])
+        labels = labels * weights[..., None]
         strength = labels.sum(-1, keepdim=True)
         probabilities = logits.softmax(-1)
-        _check_not_negative(strength)
+        _check_nonnegative(strength)
         return LossCurvature(
             residual=(strength * probabilities - labels).movedim(-1, class_dim),
-            root=SoftmaxFactor(strength.reshape(-1, 1), probabilities.reshape(-1, classes)),
+            factor=SoftmaxFactor(strength.reshape(-1, 1), probabilities.reshape(-1, classes)),
             scale=labels.norm(),
         )
 
@@ -76,62 +78,64 @@ def _cross_entropy(
 
 
 def _nll_loss(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
-    """Cross-entropy in two steps: the outputs are what the log-softmax was taken of.
+    """Cross-entropy in two steps: the outputs are the input of the log-softmax.
 
-    The log-probabilities stand in for them: they differ by a constant from each other, which no softmax sees.
+    The log-probabilities can replace this input in the formulas. They differ from it by a constant per sample, to which
+    the softmax is invariant.
     """
     softmax = input.grad_fn
     if softmax is None or softmax.name() != "LogSoftmaxBackward0":
         return None
     call = _cross_entropy(value, input, target, *args, **kwargs)
-    class_dim = getattr(softmax, "_saved_dim", None)  # minus one comes as an unsigned integer
+    class_dim = getattr(softmax, "_saved_dim", None)
+    # torch stores a negative dimension as an unsigned 64-bit integer.
     if call is None or class_dim not in {call.class_dim, (call.class_dim - input.dim()) % 2**64}:
         return None
-    return _before(softmax, call)
+    return _before_activation(softmax, call)
 
 
-def _before(activation: Node, call: LossCall) -> LossCall | None:
-    """The same call, about what a function at the end of the network was given."""
-    node, number = activation.next_functions[0]
-    return None if node is None else replace(call, outputs_edge=(node, number))
+def _before_activation(activation: Node, call: LossCall) -> LossCall | None:
+    """Move the outputs of a call from the output of an activation to its input."""
+    node, output_nr = activation.next_functions[0]
+    return None if node is None else replace(call, outputs_edge=(node, output_nr))
 
 
-def _squared_or_linear(
+def _huber_family(
     value: Tensor,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     mean_over: Callable[[Tensor], Tensor | float] | None,
-    bend: float,
-    width: float = math.inf,
+    second_derivative: float,
+    half_width: float = math.inf,
 ) -> LossCall | None:
-    r"""A loss of each difference :math:`d = f - y` that is a parabola up to a width, and goes on straight.
+    r"""Build the record of a loss that is quadratic in small differences :math:`d = f - y` and linear in large ones.
 
     With :math:`L = \sum_i a_i \ell(f_i - y_i)`, the residual is :math:`a_i b\, \mathrm{clamp}(d_i, \pm w)` and the
     Hessian :math:`a_i b [|d_i| < w]`.
 
     Args:
         value: Value of the loss.
-        input: The one side.
-        target: The other.
+        input: First argument of the loss function. It may be exchanged with the target.
+        target: Second argument.
         weight: Weights of the differences.
-        mean_over: What the sum is divided by, given the weights; ``None`` if by nothing.
-        bend: Second derivative :math:`b` of the parabola.
-        width: Its half-width :math:`w`.
+        mean_over: Maps the weights to the denominator of the mean; ``None`` for a sum.
+        second_derivative: Second derivative :math:`b` of the quadratic part.
+        half_width: Half-width :math:`w` of the quadratic part.
     """
     if target.requires_grad and not input.requires_grad:
         input, target = target, input
     if target.requires_grad or input.shape != target.shape:
         return None
 
-    def curvature(gradient: Tensor) -> LossCurvature:
+    def curvature(upstream: Tensor) -> LossCurvature:
         outputs, labels = input.detach().double(), target.detach().double()
         strength = torch.ones_like(outputs) if weight is None else weight.detach().double().expand(outputs.shape)
-        strength = bend * strength * gradient.double() / (1 if mean_over is None else mean_over(strength))
+        strength = second_derivative * strength * upstream.double() / (1 if mean_over is None else mean_over(strength))
         difference = outputs - labels
         return LossCurvature(
-            residual=strength * difference.clamp(-width, width),
-            root=_diagonal_root(strength * (difference.abs() < width)),
+            residual=strength * difference.clamp(-half_width, half_width),
+            factor=_diagonal_factor(strength * (difference.abs() < half_width)),
             scale=(strength * (outputs.abs() + labels.abs())).norm(),
         )
 
@@ -151,7 +155,7 @@ def _mse_loss(
     if size_average is not None or reduce is not None:
         return None
     mean_over = Tensor.sum if reduction == "mean" else None
-    return _squared_or_linear(value, input, target, weight, mean_over, bend=2)
+    return _huber_family(value, input, target, weight, mean_over, second_derivative=2)
 
 
 def _huber_loss(
@@ -162,9 +166,9 @@ def _huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> LossCall | None:
-    """Half the squared error where it is below delta, linear beyond."""
+    """Huber loss: half the squared error up to ``delta``, linear beyond."""
     mean_over = Tensor.numel if reduction == "mean" else None
-    return _squared_or_linear(value, input, target, weight, mean_over, bend=1, width=delta)
+    return _huber_family(value, input, target, weight, mean_over, second_derivative=1, half_width=delta)
 
 
 def _smooth_l1_loss(
@@ -176,11 +180,11 @@ def _smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> LossCall | None:
-    """Huber's loss divided by its width."""
+    """Smooth L1 loss: the Huber loss divided by its half-width ``beta``."""
     if size_average is not None or reduce is not None or beta == 0:
         return None
     mean_over = Tensor.numel if reduction == "mean" else None
-    return _squared_or_linear(value, input, target, None, mean_over, bend=1 / beta, width=beta)
+    return _huber_family(value, input, target, None, mean_over, second_derivative=1 / beta, half_width=beta)
 
 
 def _bce_with_logits(
@@ -201,9 +205,9 @@ def _bce_with_logits(
     if size_average is not None or reduce is not None or target.requires_grad:
         return None
 
-    def curvature(gradient: Tensor) -> LossCurvature:
+    def curvature(upstream: Tensor) -> LossCurvature:
         outputs, labels = input.detach().double(), target.detach().double()
-        strength = _mean_weight(reduction, gradient.double(), float(outputs.numel())).expand(outputs.shape)
+        strength = _term_weight(reduction, upstream.double(), float(outputs.numel())).expand(outputs.shape)
         if weight is not None:
             strength = strength * weight.detach().double()
         positive = strength * labels
@@ -211,26 +215,28 @@ def _bce_with_logits(
             positive = positive * pos_weight.detach().double()
         total = positive + strength * (1 - labels)
         sigmoid, complement = outputs.sigmoid(), (-outputs).sigmoid()
-        return LossCurvature(total * sigmoid - positive, _diagonal_root(total * sigmoid * complement), strength.norm())
+        return LossCurvature(
+            total * sigmoid - positive, _diagonal_factor(total * sigmoid * complement), strength.norm()
+        )
 
     return loss_call(input, value, curvature)
 
 
 def _binary_cross_entropy(value: Tensor, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:
-    """The same in two steps: the outputs are what the sigmoid was taken of."""
+    """Binary cross-entropy in two steps: the outputs are the input of the sigmoid."""
     sigmoid = input.grad_fn
     if sigmoid is None or sigmoid.name() != "SigmoidBackward0":
         return None
     call = _bce_with_logits(value, input.double().logit(), target, *args, **kwargs)
-    return None if call is None else _before(sigmoid, call)
+    return None if call is None else _before_activation(sigmoid, call)
 
 
-def _diagonal_root(strength: Tensor) -> DiagonalFactor:
-    _check_not_negative(strength)
+def _diagonal_factor(strength: Tensor) -> DiagonalFactor:
+    _check_nonnegative(strength)
     return DiagonalFactor(strength.sqrt())
 
 
-def _check_not_negative(strength: Tensor) -> None:
+def _check_nonnegative(strength: Tensor) -> None:
     if (strength < 0).any():
         raise ValueError(
             "the loss counts some samples negatively (weight, target or factor below zero), so the Gauss-Newton matrix "
@@ -248,4 +254,4 @@ LOSS_RULES: dict[Callable[..., Tensor], LossRule] = {
     F.binary_cross_entropy_with_logits: _bce_with_logits,
     F.binary_cross_entropy: _binary_cross_entropy,
 }
-"""Every loss function with a closed form, and the rule that says what its curvature is."""
+"""Every loss function with a known curvature, and its rule."""

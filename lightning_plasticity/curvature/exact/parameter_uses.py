@@ -1,28 +1,28 @@
-"""How a layer can use a parameter: closed forms of the Jacobian of the network's outputs by the parameters of a layer.
+"""Compute the closed-form Jacobian of the network outputs with respect to one parameter, for each way to use it.
 
-Shapes, in all of this file: ``n`` samples; ``q`` rows of the Jacobian per sample; ``t`` positions (tokens, pixels) and
-``c`` channels of the layer's output per sample. A *cotangent* of a layer is the gradient of one row of each sample by
-the layer's output, shape ``(n, t, c)``. A parameter is seen as a matrix whose rows are its first dimension, so that its
-Jacobian, shape ``(n, q, rows, columns)``, can be built some rows at a time.
+Each class is one formula: a matrix product, a convolution kernel, a bias, a norm weight, an embedding table. The module
+``layer_rules`` maps torch's layer functions to these classes.
+
+Shapes: ``n`` samples; ``q`` rows of the Jacobian per sample; ``t`` positions (tokens, pixels) and ``c`` channels of the
+layer's output per sample. A *cotangent* of a layer is the gradient of one row of each sample with respect to the
+layer's output, shape ``(n, t, c)``. A parameter is seen as a matrix whose rows are its first dimension. Its Jacobian,
+shape ``(n, q, rows, columns)``, is built for some rows at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity.curvature.autograd_graph import Edge
-
 Rows = Tensor | slice
-"""Some rows of a parameter, ascending: their indices, or a slice, which copies nothing."""
+"""Some rows of a parameter, ascending: their indices, or a slice, which avoids a copy."""
 
 JacobianRows = Callable[[Rows], Tensor]
-"""Takes rows of a parameter; returns the Jacobian by them, ``(n, q, rows, columns)``."""
+"""Maps rows of a parameter to the Jacobian with respect to them, shape ``(n, q, rows, columns)``."""
 
 
 class ParameterUse(ABC):
@@ -32,29 +32,29 @@ class ParameterUse(ABC):
         parameter: The parameter.
     """
 
-    outer = 1
-    """How many positions come before the samples in what the layer took and returned: see :class:`LayerCall`."""
+    leading_positions = 1
+    """Number of positions before the sample dimension in the layer's input and output: see :class:`LayerCall`."""
 
-    by_channel = False
-    """Whether condensed cotangents have one number a channel, rather than one a position and channel."""
+    sums_positions = False
+    """Whether condensed cotangents have shape ``(n, c)`` instead of ``(n, t, c)``."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
 
     def condense(self, cotangent: Tensor) -> Tensor:
-        """What of a cotangent, ``(n, t, c)``, the Jacobian depends on, ``(n, ...)``: all of it, or less."""
+        """Reduce a cotangent, ``(n, t, c)``, to what the Jacobian depends on, ``(n, ...)``; by default all of it."""
         return cotangent
 
     @abstractmethod
     def jacobian(self, condensed: Tensor) -> JacobianRows:
-        """Jacobian of the network's outputs by the parameter, through this use.
+        """Return the Jacobian of the network outputs through this use, as a function of the parameter's rows.
 
         Args:
-            condensed: The condensed cotangents of ``q`` outputs, shape ``(n, q, ...)``.
+            condensed: The condensed cotangents of all rows of the Jacobian, shape ``(n, q, ...)``.
         """
 
     def active_rows(self) -> Tensor | None:
-        """The rows of the parameter that this use can touch, ascending; ``None`` stands for all."""
+        """Return the ascending indices of the parameter's rows that the outputs can depend on; ``None`` for all."""
         return None
 
 
@@ -65,9 +65,9 @@ class Weight(ParameterUse):
         super().__init__(parameter)
         self._inputs = inputs.detach()
 
-    def inputs(self, samples: int) -> Tensor:
-        """What the matrix is applied to, shape ``(n, t, columns)``."""
-        return by_sample(self._inputs, samples, self.parameter.shape[1], self.outer)
+    def inputs(self, num_samples: int) -> Tensor:
+        """Return the layer's inputs, shape ``(n, t, columns)``."""
+        return per_sample(self._inputs, num_samples, self.parameter.shape[1], self.leading_positions)
 
     @override
     def jacobian(self, condensed: Tensor) -> JacobianRows:
@@ -76,7 +76,13 @@ class Weight(ParameterUse):
 
 
 class ConvolutionWeight(ParameterUse):
-    """The kernel of a convolution: a matrix applied to the patch of the input under it, group by group."""
+    """The kernel of a convolution: for each group of channels, a matrix that multiplies input patches.
+
+    Args:
+        parameter: The kernel, shape ``(out_channels, in_channels / groups, *kernel)``.
+        patches: Returns the input patches, shape ``(batch, *output positions, in_channels, *kernel)``.
+        groups: Number of groups.
+    """
 
     def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
         super().__init__(parameter)
@@ -95,7 +101,13 @@ class ConvolutionWeight(ParameterUse):
 
 
 class TransposedConvolutionWeight(ParameterUse):
-    """The kernel of a transposed convolution: each input channel has a matrix for what of it reaches an output."""
+    """The kernel of a transposed convolution: each row maps patches of one input channel to the outputs of its group.
+
+    Args:
+        parameter: The kernel, shape ``(in_channels, out_channels / groups, *kernel)``.
+        patches: Returns the input patches, shape ``(batch, *output positions, in_channels, *kernel)``.
+        groups: Number of groups.
+    """
 
     def __init__(self, parameter: Tensor, patches: Callable[[], Tensor], groups: int) -> None:
         super().__init__(parameter)
@@ -104,19 +116,21 @@ class TransposedConvolutionWeight(ParameterUse):
 
     @override
     def jacobian(self, condensed: Tensor) -> JacobianRows:
-        samples, width = condensed.shape[:2]
-        patches = self._make_patches().reshape(samples, -1, len(self.parameter), self.parameter[0, 0].numel())
-        by_group = condensed.reshape(samples, width, -1, self._groups, self.parameter.shape[1])
-        every_row = torch.arange(len(self.parameter), device=patches.device)
-        size = len(self.parameter) // self._groups
+        num_samples, num_rows = condensed.shape[:2]
+        in_channels = len(self.parameter)
+        patches = self._make_patches().reshape(num_samples, -1, in_channels, self.parameter[0, 0].numel())
+        by_group = condensed.reshape(num_samples, num_rows, -1, self._groups, self.parameter.shape[1])
+        channels = torch.arange(in_channels, device=patches.device)
+        group_size = in_channels // self._groups
 
         def jacobian(rows: Rows) -> Tensor:
-            chosen = every_row[rows]
+            selected = channels[rows]
+            group_of_row = selected // group_size
             parts = [
                 torch.einsum(
-                    "nqto,ntik->nqiok", by_group[..., group, :], patches[:, :, chosen[chosen // size == group]]
+                    "nqto,ntik->nqiok", by_group[..., group, :], patches[:, :, selected[group_of_row == group]]
                 )
-                for group in (chosen // size).unique().tolist()
+                for group in group_of_row.unique().tolist()
             ]
             return torch.cat(parts, dim=2).flatten(3)
 
@@ -126,7 +140,7 @@ class TransposedConvolutionWeight(ParameterUse):
 class Bias(ParameterUse):
     r"""A bias, :math:`y_t = \dots + b`: :math:`\partial f / \partial b = \sum_t g_t`."""
 
-    by_channel = True
+    sums_positions = True
 
     @override
     def condense(self, cotangent: Tensor) -> Tensor:
@@ -134,16 +148,16 @@ class Bias(ParameterUse):
 
     @override
     def jacobian(self, condensed: Tensor) -> JacobianRows:
-        return _rows_of_channels(condensed, self.parameter)
+        return _channel_jacobian(condensed, self.parameter)
 
 
 class NormWeight(ParameterUse):
-    r"""The gain of a norm layer, :math:`y_t = \gamma \hat x_t`, with the normalised input :math:`\hat x_t`.
+    r"""The weight of a norm layer, :math:`y_t = \gamma \hat x_t`, with the normalised input :math:`\hat x_t`.
 
     :math:`\partial f / \partial \gamma = \sum_t g_t \hat x_t`.
     """
 
-    by_channel = True
+    sums_positions = True
 
     def __init__(self, parameter: Tensor, normalized: Tensor, *, channels_first: bool) -> None:
         super().__init__(parameter)
@@ -153,12 +167,14 @@ class NormWeight(ParameterUse):
     @override
     def condense(self, cotangent: Tensor) -> Tensor:
         channels = self.parameter.numel()
-        normalized = by_sample(self._normalized, len(cotangent), channels, self.outer, self._channels_first)
+        normalized = per_sample(
+            self._normalized, len(cotangent), channels, self.leading_positions, channels_first=self._channels_first
+        )
         return (cotangent * normalized).sum(1)
 
     @override
     def jacobian(self, condensed: Tensor) -> JacobianRows:
-        return _rows_of_channels(condensed, self.parameter)
+        return _channel_jacobian(condensed, self.parameter)
 
 
 class EmbeddingTable(ParameterUse):
@@ -176,81 +192,38 @@ class EmbeddingTable(ParameterUse):
 
     @override
     def jacobian(self, condensed: Tensor) -> JacobianRows:
-        indices = by_sample(self._indices, len(condensed), 1, self.outer)
-
-        every_row = torch.arange(len(self.parameter), device=indices.device)
+        indices = per_sample(self._indices, len(condensed), 1, self.leading_positions)
+        vocabulary = torch.arange(len(self.parameter), device=indices.device)
 
         def jacobian(rows: Rows) -> Tensor:
-            chosen = every_row[rows]
-            hit = indices == chosen
+            selected = vocabulary[rows]
+            one_hot = indices == selected
             if self._padding_index is not None:
-                hit &= chosen != self._padding_index
-            return torch.einsum("nqtd,ntv->nqvd", condensed, hit.to(condensed.dtype))
+                one_hot &= selected != self._padding_index
+            return torch.einsum("nqtd,ntv->nqvd", condensed, one_hot.to(condensed.dtype))
 
         return jacobian
 
 
-def by_sample(values: Tensor, samples: int, channels: int, outer: int, channels_first: bool = False) -> Tensor:
-    """Turns what a layer took or returned into ``(n, t, c)``.
+def per_sample(
+    values: Tensor, num_samples: int, channels: int, leading_positions: int, *, channels_first: bool = False
+) -> Tensor:
+    """Reshape a layer's input or output to ``(n, t, c)``.
 
     Args:
-        values: Shape ``(n * ..., c, ...)`` if channels are first, else ``(outer, n, ..., c)``, however it is flattened.
-        samples: ``n``.
+        values: Shape ``(n * ..., c, ...)`` if channels are first, else ``(leading_positions, n, ..., c)``, where
+            neighbouring dimensions may be flattened.
+        num_samples: ``n``.
         channels: ``c``.
-        outer: Number of positions before the samples, if channels are last.
+        leading_positions: Number of positions before the sample dimension, if channels are last.
         channels_first: Whether channels are dimension 1.
     """
     if channels_first:
-        return values.reshape(samples, -1, channels, values[0, 0].numel()).transpose(2, 3).flatten(1, 2)
-    return values.reshape(outer, samples, -1, channels).transpose(0, 1).flatten(1, 2)
+        return values.reshape(num_samples, -1, channels, values[0, 0].numel()).transpose(2, 3).flatten(1, 2)
+    return values.reshape(leading_positions, num_samples, -1, channels).transpose(0, 1).flatten(1, 2)
 
 
-def _rows_of_channels(by_channel: Tensor, parameter: Tensor) -> JacobianRows:
-    """From ``(n, q, c)``, one number an entry of the parameter."""
-    jacobian = by_channel.reshape(*by_channel.shape[:2], parameter.shape[0], -1)
+def _channel_jacobian(gradients: Tensor, parameter: Tensor) -> JacobianRows:
+    """Return the Jacobian with respect to a parameter with one entry per channel, given its gradients ``(n, q, c)``."""
+    jacobian = gradients.reshape(*gradients.shape[:2], parameter.shape[0], -1)
     return lambda rows: jacobian[:, :, rows]
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """One call of a layer function that used trainable parameters.
-
-    Args:
-        output: Where the layer's output stands in the autograd graph.
-        output_shape: Shape of that output.
-        channels: Number of channels ``c``.
-        channels_first: Whether the channels are dimension 1 (convolutions, BatchNorm) rather than the last ones.
-        uses: What was used in it.
-        inputs: Where everything else stands that it took and that requires gradients.
-        outer: How many positions come before the samples: 1 if these are the first dimension, the number of tokens if
-            the tokens are.
-    """
-
-    output: Edge
-    output_shape: torch.Size
-    channels: int
-    channels_first: bool
-    uses: list[ParameterUse]
-    inputs: list[Edge] = field(default_factory=list)
-    outer: int = 1
-
-    def arrangements(self, samples: int) -> list[int]:
-        """What ``outer`` can be, given the number of samples: the likely first."""
-        positions, shape = self.output_shape.numel() // self.channels, self.output_shape
-        if self.channels_first:
-            return [1] if shape[0] % samples == 0 else []
-        if samples == 1:
-            return [1]
-        in_the_middle = [shape[:place].numel() for place, size in enumerate(shape[:-1]) if size == samples]
-        possible = dict.fromkeys([1, *in_the_middle, positions // samples])
-        return [outer for outer in possible if outer and positions % (outer * samples) == 0]
-
-    def arrange(self, outer: int) -> None:
-        """Sets ``outer``, here and for the uses."""
-        self.outer = outer
-        for use in self.uses:
-            use.outer = outer
-
-    def by_sample(self, cotangent: Tensor, samples: int, outer: int) -> Tensor:
-        """Brings a gradient by the layer's output into the shape ``(n, t, c)``."""
-        return by_sample(cotangent, samples, self.channels, outer, self.channels_first)

@@ -1,9 +1,8 @@
-"""Finds the sites of a model in the dependency graph of torch-pruning, and puts each to the test on random weights."""
+"""Find the resettable units of a model in the dependency graph of torch-pruning."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,21 +13,30 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
-from lightning_plasticity.interventions.units.groups import Forward, UnitGroup, Units, unit_mask
-from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.interventions.units.groups import Forward, NotResettableError, UnitGroup, Units
+from lightning_plasticity.interventions.units.verification import (
+    model_outputs,
+    nested_tensors,
+    randomized_weights,
+    verify_group,
+)
 from lightning_plasticity.layers import (
-    BATCH_NORMS,
     CONVOLUTIONS,
     EMBEDDINGS,
     NORM_LAYERS,
     RECURRENT_LAYERS,
     TRANSPOSED_CONVOLUTIONS,
-    input_channel_dim,
+    broadcast_inputs,
+    weight_output_dim,
 )
 
 _LAYERS = (OPTYPE.LINEAR, OPTYPE.CONV)
-_ONE_ENTRY_A_UNIT = (OPTYPE.BN, OPTYPE.IN, OPTYPE.DEPTHWISE_CONV, OPTYPE.PRELU)
-_PASSES_UNITS_ON = (
+"""Layers that compute new units from those they read."""
+
+_PER_UNIT = (OPTYPE.BN, OPTYPE.IN, OPTYPE.DEPTHWISE_CONV, OPTYPE.PRELU)
+"""Layers with weights of their own for each unit, which belong to the units before them."""
+
+_WITHOUT_WEIGHTS = (
     OPTYPE.ELEMENTWISE,
     OPTYPE.RESHAPE,
     OPTYPE.CONCAT,
@@ -37,74 +45,80 @@ _PASSES_UNITS_ON = (
     OPTYPE.UNBIND,
     OPTYPE.EXPAND,
 )
-_SAME = 1e-4
-"""Relative difference up to which two samples say the same; what is sought is of order one."""
+"""Operations that torch-pruning follows from unit to channel and that have nothing to reset."""
 
 
-class _NotResettable(Exception):  # noqa: N818 (an answer, not an error)
-    """Why a layer is no site."""
+def describe_units(model: nn.Module, forward: Forward) -> Units:
+    """Find the units of a model that can be reset one by one, with all their weights, and explain why others cannot.
 
+    A unit is an output of a linear layer or a channel of a convolution: a row of the layer's weight and its bias, its
+    entries in norm layers, and the columns of *all* layers that read it. The dependency graph of torch-pruning proposes
+    the columns, and forward passes with random weights verify them. A layer has resettable units only if
 
-def trace_units(model: nn.Module, forward: Forward) -> Units:
-    """See :func:`~lightning_plasticity.interventions.units.groups.describe_units`."""
+    * with the outgoing columns of some units at zero, no change of their incoming weights changes any bit of what
+      ``forward`` returns (no other path leads from the units to the outputs), and
+    * such a change moves the consumers' inputs in the columns of these units and nowhere else (no norm layer mixes
+      them, and the columns are the right ones), and
+    * with their incoming weights at zero, these columns are the same for every sample (they carry nothing else).
+
+    Therefore a reset of dead units, whose columns are zero on all data, does not change any bit of the network's
+    output. This excludes the logits; residual streams and gates, whose units are shared by several layers; layers read
+    by a LayerNorm or GroupNorm, since their mean over units would change; recurrent and attention layers; shared, tied,
+    computed and frozen weights.
+
+    Args:
+        model: Any module. Its parameters, gradients, buffers, modes and random numbers are restored. (What its
+            ``forward`` itself writes to plain attributes is not undone.)
+        forward: ``forward(model)`` runs one forward pass, in evaluation mode and with gradients. The tensors that it
+            returns, and those that the model returns in it, must stay the same; return the outputs rather than a loss.
+            Use more than one sample: residual streams and gates show in the differences between samples.
+
+    Returns:
+        The units; ``print`` shows them as a table.
+
+    Raises:
+        ValueError: If ``forward`` returns no tensor with a graph, torch-pruning cannot follow the model, the model has
+            lazy layers that were never called, or it is on the meta device.
+
+    References:
+        The dependency graph: Fang et al. 2023, arXiv 2301.12900.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        >>> print(describe_units(model, forward=lambda model: model(torch.randn(2, 1, 6, 6))))
+        layer  units  drawn anew                                                                       set to zero
+        0          4  0.weight, 0.bias, 1.weight, 1.bias, 1.running_mean, 1.running_var                4.weight
+        4          –  logits: no layer reads it
+    """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    attention = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     units = Units()
-    with _randomized_weights(model):
-        trace = _Trace.of(model, forward, frozen)
-        attention = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    with randomized_weights(model):
+        trace = _Trace.record(model, forward, frozen)
         for name, module in model.named_modules():
-            matrices = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-            if isinstance(module, NORM_LAYERS) or not (matrices or isinstance(module, nn.Linear | CONVOLUTIONS)):
-                continue  # belongs to the units before it, or has none
+            if not _computes_units(module):
+                continue
             try:
                 if id(module) in attention:
-                    raise _NotResettable("attention: its units are shared by the heads' queries, keys and values")
-                units.groups[name] = trace.site(name, module)
-            except _NotResettable as reason:
+                    raise NotResettableError("attention: its units are shared by the heads' queries, keys and values")
+                units.groups[name] = trace.unit_group(name, module)
+            except NotResettableError as reason:
                 units.excluded[name] = str(reason)
     return units
 
 
-@contextlib.contextmanager
-def _randomized_weights(model: nn.Module) -> Iterator[None]:
-    """Lends the model with random weights, all trainable: trained ones may hide what depends on what.
-
-    Nothing is dead in it: biases and gains are positive, running statistics those of a new network.
-    """
-    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter, _, _ in parameters):
-        raise ValueError(f"{type(model).__name__} has lazy layers that were never called: call it once first")
-    with probe_mode(model):
-        try:
-            _seed()
-            for module in model.modules():
-                if isinstance(module, BATCH_NORMS):
-                    module.reset_running_stats()
-            for parameter, value, _ in parameters:
-                if value.is_floating_point():
-                    parameter.data = _random_like(value)
-                    parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter, value, trainable in parameters:
-                parameter.data = value
-                parameter.requires_grad_(trainable)
-
-
-def _seed() -> None:
-    torch.default_generator.manual_seed(0)  # not torch.manual_seed: that would wake the GPU up
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
-
-
-def _random_like(value: Tensor) -> Tensor:
-    fan_in = value[0].numel() if value.ndim > 1 else 1
-    drawn = torch.randn(value.shape) / fan_in**0.5 if value.ndim > 1 else torch.rand(value.shape) + 0.5
-    return drawn.to(value)
+def _computes_units(module: nn.Module) -> bool:
+    """Return whether a module has a weight matrix; norm layers belong to the units before them."""
+    if isinstance(module, NORM_LAYERS):
+        return False
+    # The weight of a parametrized layer is a parameter of another module.
+    if isinstance(module, nn.Linear | CONVOLUTIONS):
+        return True
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 class _Opaque(torch.autograd.Function):
-    """The output of a layer, in a graph that knows no more than what it was made of."""
+    """The identity on an output, as one node of the graph with the given tensors as its inputs."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:
@@ -113,10 +127,10 @@ class _Opaque(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _opaque_recurrent_layers(model: nn.Module) -> Iterator[None]:
-    """Hides what recurrent layers do inside, such as to concatenate, which torch-pruning may not be able to follow."""
+    """Replace the graph inside each recurrent layer by one node, since torch-pruning may fail to follow the inside."""
 
     def hide(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        sources = [*_tensors([args, kwargs]), *layer.parameters()]
+        sources = [*nested_tensors([args, kwargs]), *layer.parameters()]
 
         def opaque(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -138,14 +152,14 @@ def _opaque_recurrent_layers(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What one forward pass showed.
+    """The record of one forward pass.
 
     Args:
         model: The model.
         forward: The forward pass.
-        graph: torch-pruning's.
-        tensors: Parameters and buffers of the model by name; those with several names under each.
-        uses: How often each parameter appears in the graph of the outputs, by ``id``.
+        graph: The dependency graph of torch-pruning.
+        tensors: Parameters and buffers of the model by name; shared ones under each of their names.
+        use_counts: Number of operations in the graph of the outputs that read each parameter, by its ``id``.
         frozen: Names of parameters that are not trained.
     """
 
@@ -153,126 +167,92 @@ class _Trace:
     forward: Forward
     graph: Any
     tensors: Mapping[str, Tensor]
-    uses: Mapping[int, int]
+    use_counts: Mapping[int, int]
     frozen: set[str]
 
     @classmethod
-    def of(cls, model: nn.Module, forward: Forward, frozen: set[str]) -> _Trace:
-        graph = tp.DependencyGraph()
-        uses: Counter[int] = Counter()
+    def record(cls, model: nn.Module, forward: Forward, frozen: set[str]) -> _Trace:
+        """Run a forward pass and build the dependency graph of its outputs.
 
-        def outputs(model: nn.Module, _: object) -> list[Tensor]:
-            found = [tensor for tensor in _outputs(model, forward) if tensor.grad_fn is not None]
-            if not found:
+        Raises:
+            ValueError: If no output has a graph, or torch-pruning cannot follow the model.
+        """
+        graph = tp.DependencyGraph()
+        use_counts: Counter[int] = Counter()
+
+        def differentiable_outputs(model: nn.Module, _: object) -> list[Tensor]:
+            outputs = [tensor for tensor in model_outputs(model, forward) if tensor.grad_fn is not None]
+            if not outputs:
                 raise ValueError(
                     "forward(model) must run the model with gradients, and return its outputs: no tensor with a "
                     "graph came out of it"
                 )
-            uses.update(_uses(found))
-            return found
+            use_counts.update(_count_uses(outputs))
+            return outputs
 
+        # torch-pruning does not document which exceptions it raises.
         try:
             with _opaque_recurrent_layers(model):
-                graph.build_dependency(model, None, forward_fn=outputs, verbose=False)
-        except Exception as error:  # of whatever kind: torch-pruning does not say which it raises
-            if not uses:
-                raise  # in the forward pass
+                graph.build_dependency(model, None, forward_fn=differentiable_outputs, verbose=False)
+        except Exception as error:
+            # Without counts, the error is one of the forward pass, not of torch-pruning.
+            if not use_counts:
+                raise
             raise ValueError(
                 f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: {error}"
             ) from error
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        return cls(model, forward, graph, {**parameters, **dict(model.named_buffers())}, uses, frozen)
+        return cls(model, forward, graph, {**parameters, **dict(model.named_buffers())}, use_counts, frozen)
 
-    def site(self, name: str, module: nn.Module) -> UnitGroup:
-        """The site of a layer.
+    def unit_group(self, name: str, module: nn.Module) -> UnitGroup:
+        """Return the verified units of a layer.
 
         Raises:
-            _NotResettable: If it is none.
+            NotResettableError: If they cannot be reset one by one.
         """
-        site = self._candidate(name, module)
-        for tensor_name in {**site.incoming, **site.outgoing}:
+        self._check_layer(name, module)
+        group = self._candidate(name, module)
+        for tensor_name in {**group.incoming, **group.outgoing}:
             if isinstance(self.tensors[tensor_name], nn.Parameter):
                 self._check_parameter(tensor_name)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(site.num_units, generator=generator)
-        for some in (order[::2], order[1::2]):
-            if len(some):
-                self._test(site, some)
-        return site
+        verify_group(self.model, self.forward, self.tensors, group)
+        return group
 
-    def _candidate(self, name: str, module: nn.Module) -> UnitGroup:
-        """What torch-pruning's graph says."""
+    def _check_layer(self, name: str, module: nn.Module) -> None:
+        """Check the kind of a layer, and how the forward pass uses it."""
         if isinstance(module, RECURRENT_LAYERS):
-            raise _NotResettable("recurrent: its units feed themselves")
+            raise NotResettableError("recurrent: its units feed themselves")
         if isinstance(module, EMBEDDINGS):
-            raise _NotResettable("embedding: its rows are tokens, not units")
+            raise NotResettableError("embedding: its rows are tokens, not units")
         if not isinstance(module, nn.Linear | CONVOLUTIONS):
-            raise _NotResettable(f"{type(module).__name__}: only linear and convolution layers have units")
+            raise NotResettableError(f"{type(module).__name__}: only linear and convolution layers have units")
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            raise _NotResettable("its weight is computed from other parameters")
+            raise NotResettableError("its weight is computed from other parameters")
         self._check_parameter(f"{name}.weight" if name else "weight")
         if isinstance(module, TRANSPOSED_CONVOLUTIONS) and module.groups != 1:
-            raise _NotResettable("transposed convolution in groups")
+            raise NotResettableError("transposed convolution in groups")
         if tp.ops.module2type(module) == OPTYPE.DEPTHWISE_CONV:
-            raise _NotResettable("depthwise convolution: belongs to the units before it")
+            raise NotResettableError("depthwise convolution: belongs to the units before it")
         if module not in self.graph.module2node:
-            raise _NotResettable("not called as a layer in forward(model)")
+            raise NotResettableError("not called as a layer in forward(model)")
         if (reader := self._recurrent_reader(module)) is not None:
-            raise _NotResettable(f"recurrent layer {self._name(reader)!r} reads it")
-        num_units = self.graph.get_out_channels(module)
-        prune = self.graph.get_pruner_of_module(module).prune_out_channels
-        try:
-            group = self.graph.get_pruning_group(module, prune, list(range(num_units)))
-        except Exception as error:  # of whatever kind: torch-pruning does not say which it raises
-            raise _NotResettable(f"torch-pruning cannot follow its output ({type(error).__name__})") from error
-        return self._site_of_group(name, module, num_units, group)
+            raise NotResettableError(f"recurrent layer {self._module_name(reader)!r} reads it")
 
-    def _site_of_group(self, name: str, module: nn.Module, num_units: int, group: Any) -> UnitGroup:
-        incoming = self._rows(module, torch.arange(num_units))
-        outgoing: dict[str, Tensor] = {}
-        consumers: dict[str, Tensor] = {}
-        targets = [(item, item.dep.target.module, item.dep.target.type) for item in group]
-        joined = [
-            repr(self._name(target))
-            for item, target, kind in targets
-            if target is not module and kind in _LAYERS and not self._is_input(item)
-        ]
-        if joined:
-            raise _NotResettable(f"residual stream or gate: joined with the units of {', '.join(joined)}")
-        for item, target, kind in targets:
-            if target is module or kind in _PASSES_UNITS_ON:
-                continue
-            if kind == OPTYPE.OUTPUT:
-                raise _NotResettable("an output of the model")
-            if kind == OPTYPE.PARAMETER:
-                raise _NotResettable(self._reason_of_parameter(target))
-            name_of_target = self._name(target)
-            if kind in (*_LAYERS, *_ONE_ENTRY_A_UNIT) and "weight" not in target._parameters:
-                raise _NotResettable(
-                    f"the weight of {name_of_target!r}, which belongs to its units, is computed from other parameters"
-                )
-            if kind not in _LAYERS and kind not in _ONE_ENTRY_A_UNIT:
-                raise _NotResettable(f"{type(target).__name__} {name_of_target!r} mixes its units")
-            owner = torch.full((self.graph.get_in_channels(target) or 0,), -1)
-            if not len(owner):
-                continue  # a PReLU with one slope for all
-            if max(item.idxs, default=0) >= len(owner):  # as of the cells of an LSTM with projections
-                raise _NotResettable(f"torch-pruning cannot follow its output to {name_of_target!r}")
-            owner[item.idxs] = torch.tensor(item.root_idxs)
-            if kind in _LAYERS:
-                consumers[name_of_target] = owner
-                outgoing[f"{name_of_target}.weight"] = _columns(target, owner)
-            else:
-                incoming |= self._rows(target, owner)
-        if not consumers:
-            raise _NotResettable("logits: no layer reads it")
-        return UnitGroup(name, num_units, incoming, outgoing, consumers)
-
-    def _is_input(self, item: Any) -> bool:
-        return bool(item.dep.handler == self.graph.get_pruner_of_module(item.dep.target.module).prune_in_channels)
+    def _check_parameter(self, name: str) -> None:
+        """Check that a parameter is trained and used once."""
+        uses = self.use_counts[id(self.tensors[name])]
+        if name in self.frozen:
+            raise NotResettableError(f"{name!r} is frozen")
+        if uses == 0:
+            raise NotResettableError(f"what forward(model) returns has no gradient by {name!r}")
+        if uses > 1:
+            raise NotResettableError(f"shared or tied: {name!r} is used {uses} times")
 
     def _recurrent_reader(self, module: nn.Module) -> nn.Module | None:
-        """The recurrent layer that reads a layer's output, if one does: torch-pruning follows none but LSTMs."""
+        """Return a recurrent layer that reads a layer's output, if there is one.
+
+        The search is needed because torch-pruning puts no recurrent layers but LSTMs into its groups.
+        """
         stack, seen = list(self.graph.module2node[module].outputs), set()
         while stack:
             node = stack.pop()
@@ -281,155 +261,108 @@ class _Trace:
             seen.add(node)
             stack += node.outputs
             for source in [node, *node.inputs]:
-                owner = self._owner(source.module) if source.type == OPTYPE.PARAMETER else source.module
-                if isinstance(owner, RECURRENT_LAYERS):
-                    return owner
+                holder = self._module_of(source.module) if source.type == OPTYPE.PARAMETER else source.module
+                if isinstance(holder, RECURRENT_LAYERS):
+                    return holder
         return None
 
-    def _owner(self, parameter: Tensor) -> nn.Module:
-        name = next(name for name, other in self.tensors.items() if other is parameter)
-        return self.model.get_submodule(name.rpartition(".")[0])
+    def _candidate(self, name: str, module: nn.Module) -> UnitGroup:
+        """Return the units of a layer as torch-pruning sees them."""
+        num_units = self.graph.get_out_channels(module)
+        prune = self.graph.get_pruner_of_module(module).prune_out_channels
+        # torch-pruning does not document which exceptions it raises.
+        try:
+            members = self.graph.get_pruning_group(module, prune, list(range(num_units)))
+        except Exception as error:
+            raise NotResettableError(f"torch-pruning cannot follow its output ({type(error).__name__})") from error
+        self._check_not_joined(module, members)
+        incoming = self._output_entries(module, torch.arange(num_units))
+        group = UnitGroup(name, num_units, incoming, outgoing={}, consumers={})
+        for member in members:
+            if member.dep.target.module is not module and member.dep.target.type not in _WITHOUT_WEIGHTS:
+                self._add_member(group, member)
+        if not group.consumers:
+            raise NotResettableError("logits: no layer reads it")
+        return group
 
-    def _rows(self, module: nn.Module, owner: Tensor) -> dict[str, Tensor]:
-        """Owners of the tensors of a layer that have an entry, row or kernel for each of its outputs."""
-        name = self._name(module)
-        owners = {}
-        for key, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is not None and tensor.ndim > 0:
-                dim = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) and key == "weight" else 0
-                owners[f"{name}.{key}" if name else key] = owner.view(
-                    [-1 if d == dim else 1 for d in range(tensor.ndim)]
-                )
-        return owners
+    def _check_not_joined(self, module: nn.Module, members: Iterable[Any]) -> None:
+        """Check that no other layer computes the same units, as in a sum or a product of two layers' outputs."""
+        joined = [
+            repr(self._module_name(member.dep.target.module))
+            for member in members
+            if member.dep.target.module is not module and member.dep.target.type in _LAYERS and not self._reads(member)
+        ]
+        if joined:
+            raise NotResettableError(f"residual stream or gate: joined with the units of {', '.join(joined)}")
 
-    def _name(self, module: nn.Module) -> str:
-        found: str = next(name for name, other in self.model.named_modules() if other is module)
-        return found
+    def _reads(self, member: Any) -> bool:
+        """Return whether a member of a group reads the units, rather than computing them."""
+        return bool(member.dep.handler == self.graph.get_pruner_of_module(member.dep.target.module).prune_in_channels)
 
-    def _reason_of_parameter(self, parameter: Tensor) -> str:
-        owner = self._owner(parameter)
-        name = next(name for name, other in self.tensors.items() if other is parameter)
-        if isinstance(owner, NORM_LAYERS):
-            return f"{type(owner).__name__} {self._name(owner)!r} mixes its units"
-        return f"{name!r}, a parameter of {type(owner).__name__}, acts on its units in a way that is not known"
+    def _add_member(self, group: UnitGroup, member: Any) -> None:
+        """Add the entries that a layer after the units has for each of them."""
+        target, kind = member.dep.target.module, member.dep.target.type
+        self._check_member(target, kind)
+        name, num_channels = self._module_name(target), self.graph.get_in_channels(target) or 0
+        # A PReLU with one slope for all units has no channels.
+        if not num_channels:
+            return
+        # torch-pruning follows units through an LSTM with projections to channels that its reader does not have.
+        if max(member.idxs, default=0) >= num_channels:
+            raise NotResettableError(f"torch-pruning cannot follow its output to {name!r}")
+        unit_index = torch.full((num_channels,), -1)
+        unit_index[member.idxs] = torch.tensor(member.root_idxs)
+        if kind in _LAYERS:
+            group.consumers[name] = unit_index
+            group.outgoing[f"{name}.weight"] = broadcast_inputs(target, unit_index)
+        else:
+            group.incoming.update(self._output_entries(target, unit_index))
 
-    def _check_parameter(self, name: str) -> None:
-        uses = self.uses[id(self.tensors[name])]
-        if name in self.frozen:
-            raise _NotResettable(f"{name!r} is frozen")
-        if uses == 0:
-            raise _NotResettable(f"what forward(model) returns has no gradient by {name!r}")
-        if uses > 1:
-            raise _NotResettable(f"shared or tied: {name!r} is used {uses} times")
-
-    def _test(self, site: UnitGroup, units: Tensor) -> None:
-        """Whether nothing but the consumers' columns of some units depends on their incoming weights, and vice versa.
-
-        Raises:
-            _NotResettable: If it is not so.
-        """
-        drawn = {name: _random_like(self.tensors[name]) for name in site.incoming}
-        own_names = [name for name in site.incoming if name.rpartition(".")[0] == site.layer]
-        nothing = {name: torch.zeros_like(self.tensors[name]) for name in own_names}
-        silent = {name: torch.zeros_like(self.tensors[name]) for name in site.outgoing}
-        with self._with(site.outgoing, units, silent):
-            outputs, inputs = self._observe(site)
-            with self._with(site.incoming, units, drawn):
-                new_outputs, new_inputs = self._observe(site)
-        with self._with(site.incoming, units, nothing):
-            _, mute = self._observe(site)
-        if not all(bool(torch.isfinite(output).all()) for output in outputs if output.is_floating_point()):
-            raise _NotResettable("could not be tested: forward(model) is not finite with random weights")
-        for name, owner in site.consumers.items():
-            dim = input_channel_dim(self.model.get_submodule(name))
-            theirs = torch.isin(owner, units).to(inputs[name].device)
-            others = (~theirs).nonzero().flatten()
-            if not torch.equal(*(x.index_select(dim, others) for x in (inputs[name], new_inputs[name]))):
-                raise _NotResettable(f"its units are mixed, or reordered, before {name!r} reads them")
-            own = mute[name].index_select(dim, theirs.nonzero().flatten())
-            if own.ndim > -dim and not torch.allclose(own, own[:1].expand_as(own), rtol=_SAME, atol=_SAME):
-                raise _NotResettable(f"what {name!r} reads is more than its units: a residual stream, a gate or noise")
-        same = len(outputs) == len(new_outputs) and all(map(torch.equal, outputs, new_outputs))
-        if not same:
-            raise _NotResettable(
-                f"its units reach the output by other ways than {', '.join(map(repr, site.consumers))}"
+    def _check_member(self, target: Any, kind: OPTYPE) -> None:
+        """Check that a reset can take account of everything that a member of a group does with the units."""
+        if kind == OPTYPE.OUTPUT:
+            raise NotResettableError("an output of the model")
+        if kind == OPTYPE.PARAMETER:
+            raise NotResettableError(self._effect_of_parameter(target))
+        name = self._module_name(target)
+        if kind not in (*_LAYERS, *_PER_UNIT):
+            raise NotResettableError(f"{type(target).__name__} {name!r} mixes its units")
+        if "weight" not in target._parameters:
+            raise NotResettableError(
+                f"the weight of {name!r}, which belongs to its units, is computed from other parameters"
             )
 
-    @contextlib.contextmanager
-    def _with(self, owners: Mapping[str, Tensor], units: Tensor, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Gives the entries of some units other values."""
-        before = {name: self.tensors[name].data for name in values}
-        for name, value in values.items():
-            mask = unit_mask(owners[name], units, value.shape).to(value.device)
-            self.tensors[name].data = torch.where(mask, value, before[name])
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                self.tensors[name].data = value
+    def _effect_of_parameter(self, parameter: Tensor) -> str:
+        holder = self._module_of(parameter)
+        if isinstance(holder, NORM_LAYERS):
+            return f"{type(holder).__name__} {self._module_name(holder)!r} mixes its units"
+        name = self._tensor_name(parameter)
+        return f"{name!r}, a parameter of {type(holder).__name__}, acts on its units in a way that is not known"
 
-    def _observe(self, site: UnitGroup) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What comes out, and what the consumers read."""
-        _seed()
-        with torch.no_grad(), recorded_inputs(self.model, site.consumers) as inputs:
-            outputs = _outputs(self.model, self.forward)
-        return outputs, inputs
+    def _output_entries(self, module: nn.Module, unit_index: Tensor) -> dict[str, Tensor]:
+        """Return the unit index of each tensor of a layer, from the unit index of its output channels."""
+        prefix = self._module_name(module)
+        entries = {}
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and tensor.ndim > 0:
+                shape = [1] * tensor.ndim
+                shape[weight_output_dim(module) if key == "weight" else 0] = -1
+                entries[f"{prefix}.{key}" if prefix else key] = unit_index.view(shape)
+        return entries
 
+    def _module_of(self, parameter: Tensor) -> nn.Module:
+        return self.model.get_submodule(self._tensor_name(parameter).rpartition(".")[0])
 
-def _columns(consumer: nn.Module, owner: Tensor) -> Tensor:
-    """Owners of a consumer's weight, from those of its input channels."""
-    weight: Any = consumer.weight
-    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
-        return owner.view(-1, *[1] * (weight.ndim - 1))
-    groups: Any = getattr(consumer, "groups", 1)
-    rows = owner.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0) if groups > 1 else owner[None]
-    return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
+    def _module_name(self, module: nn.Module) -> str:
+        names: Iterator[str] = (name for name, other in self.model.named_modules() if other is module)
+        return next(names)
+
+    def _tensor_name(self, tensor: Tensor) -> str:
+        return next(name for name, other in self.tensors.items() if other is tensor)
 
 
-@contextlib.contextmanager
-def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """The input of each of these layers in its last call, by name; filled while layers are called."""
-    inputs: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name] = args[0] if args else kwargs["input"]
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in layers]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _outputs(model: nn.Module, forward: Forward) -> list[Tensor]:
-    """The tensors that ``forward`` returns, and those that the model returned in it."""
-    found: list[Tensor] = []
-    handle = model.register_forward_hook(lambda _, args, output: found.extend(_tensors(output)))
-    try:
-        found.extend(_tensors(forward(model)))
-    finally:
-        handle.remove()
-    return list({id(tensor): tensor for tensor in found}.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, nn.utils.rnn.PackedSequence):
-        return [value.data]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value):
-        value = list(vars(value).values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def _uses(outputs: Iterable[Tensor]) -> Counter[int]:
-    """How many operations of a graph read each of its leaves, by ``id`` of the leaf."""
+def _count_uses(outputs: Iterable[Tensor]) -> Counter[int]:
+    """Return how many operations of a graph read each of its leaves, by ``id`` of the leaf."""
     uses: Counter[int] = Counter()
     stack: list[Any] = [output.grad_fn for output in outputs]
     seen = set()
@@ -438,9 +371,9 @@ def _uses(outputs: Iterable[Tensor]) -> Counter[int]:
         if node in seen:
             continue
         seen.add(node)
-        for following, _ in node.next_functions:
-            if following is not None:
-                if hasattr(following, "variable"):
-                    uses[id(following.variable)] += 1
-                stack.append(following)
+        for input_node, _ in node.next_functions:
+            if input_node is not None:
+                if hasattr(input_node, "variable"):
+                    uses[id(input_node.variable)] += 1
+                stack.append(input_node)
     return uses

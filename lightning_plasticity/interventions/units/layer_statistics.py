@@ -1,8 +1,9 @@
-"""What the layers that read a model's units see while it is trained, gathered from one optimizer step to the next."""
+"""Record the inputs of the layers that read a model's units, and accumulate statistics of them between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,140 +14,173 @@ from lightning_plasticity.distributed.agreement import all_reduce_sum
 from lightning_plasticity.layers import input_channel_dim
 
 Statistic = Callable[[Tensor, int], Tensor]
-"""From the input of a layer and the dimension of its channels to sums over all other dimensions,
-``(statistics, channels)``."""
+"""Maps the input of a layer and its channel dimension to sums over all other dimensions, ``(statistics, channels)``."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer has read.
+    """The statistics of one layer's input.
 
     Args:
-        sums: What the statistic says, summed over calls and processes, ``(statistics, channels)``, on the CPU in
-            float64.
-        values: Number of values of each channel, those at several positions included.
-        samples: Number of samples: the length of the first dimension.
+        sums: The statistic, summed over calls and processes, ``(statistics, channels)``, on the CPU in float64.
+        num_values: Number of values of each channel, over all samples and positions.
+        num_samples: Number of samples: the length of the first dimension.
     """
 
     sums: Tensor
-    values: float
-    samples: float
+    num_values: float
+    num_samples: float
 
 
 class UnitStatistics:
-    """Listens at layers while a model is trained: in training mode, with gradients.
+    """Accumulates statistics of the inputs of layers in the forward passes of training.
 
-    Other calls, such as those of validation, are not heard. Nothing is run for it. (Layers inside an activation
-    checkpoint are called twice for each batch, and heard twice.)
+    Hooks record calls in training mode with gradients; other calls, such as those of validation, do not count. No
+    forward pass is run for the statistics. (Layers inside an activation checkpoint are called twice for each batch, and
+    recorded twice.)
 
     Args:
         model: The model.
-        channels: Number of input channels of each layer to listen at, by name.
-        statistic: What to sum up.
+        channels: Number of input channels of each layer to observe, by name.
+        statistic: The statistic to accumulate.
     """
 
     def __init__(self, model: nn.Module, channels: Mapping[str, int], statistic: Statistic) -> None:
         layers = {name: model.get_submodule(name) for name in channels}
-        self._listeners = {
+        self._hooks = {
             name: _StatisticsHook(statistic, channels[name], next(layer.parameters()), input_channel_dim(layer))
             for name, layer in layers.items()
         }
         self._handles = [
-            layer.register_forward_pre_hook(self._listeners[name], with_kwargs=True) for name, layer in layers.items()
+            layer.register_forward_pre_hook(self._hooks[name], with_kwargs=True) for name, layer in layers.items()
         ]
-        self._unheard = _weights(model, channels)
-        self._unheard_steps = 0
+        # Copies of the weights while no hook has run: a change shows that the layers are trained all the same.
+        self._last_weights = _copy_weights(model, channels)
+        self._unobserved_updates = 0
 
-    def heard(self) -> dict[str, LayerStatistics]:
-        """What was heard since :meth:`forget` in all processes together, by layer; layers not called are not there.
+    def reduce(self) -> dict[str, LayerStatistics]:
+        """Return the statistics since :meth:`reset`, summed over all processes, by name of the layer.
 
-        Every process must ask at the same point. The one moment that waits for the device.
+        Layers that were not called are missing. A collective operation: call it in all processes at the same point. The
+        only method that waits for the device.
         """
-        packed = [listener.packed() for listener in self._listeners.values()]
-        together = torch.cat([vector.to(packed[0].device) for vector in packed])
-        total = all_reduce_sum(together, ", ".join(self._listeners)).cpu().double()
+        packed = [hook.packed() for hook in self._hooks.values()]
+        local = torch.cat([vector.to(packed[0].device) for vector in packed])
+        total = all_reduce_sum(local, ", ".join(self._hooks)).cpu().double()
         result = {}
-        for (name, listener), vector in zip(self._listeners.items(), total.split(list(map(len, packed))), strict=True):
-            values, samples = vector[:2].tolist()
-            if values:
-                result[name] = LayerStatistics(vector[2:].view_as(listener.nothing), values, samples)
+        for (name, hook), vector in zip(self._hooks.items(), total.split(list(map(len, packed))), strict=True):
+            num_values, num_samples = vector[:2].tolist()
+            if num_values:
+                result[name] = LayerStatistics(vector[2:].view_as(hook.zeros), num_values, num_samples)
         return result
 
-    def hooks_never_ran(self, model: nn.Module, heard: Mapping[str, LayerStatistics]) -> bool:
-        """Whether the layers are trained although nothing is heard. To be asked once after every step.
+    def hooks_never_ran(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> bool:
+        """Return whether the layers are trained although their hooks do not run. Call it once after every step.
 
-        A step that leaves the layers as they are, such as that of another optimizer, says nothing, and one may belong
-        to a forward pass from before the start.
+        Only steps that change the layers count, not those of another optimizer; and only from the second one on, since
+        the first may belong to a forward pass from before the hooks were registered.
 
         Args:
             model: The model.
-            heard: What was heard of the step.
+            statistics: The statistics of the step.
         """
-        before, self._unheard = self._unheard, {} if heard else _weights(model, self._unheard)
-        trained = any(not torch.equal(weight, before[name]) for name, weight in self._unheard.items())
-        self._unheard_steps += trained
-        return trained and self._unheard_steps > 1
+        before = self._last_weights
+        self._last_weights = {} if statistics else _copy_weights(model, before)
+        trained = any(not torch.equal(weight, before[name]) for name, weight in self._last_weights.items())
+        self._unobserved_updates += trained
+        return trained and self._unobserved_updates > 1
 
-    def forget(self) -> None:
-        """Begins anew."""
-        for listener in self._listeners.values():
-            listener.forget()
+    def reset(self) -> None:
+        """Set all statistics to zero."""
+        for hook in self._hooks.values():
+            hook.reset()
 
     def stop(self) -> None:
-        """Takes the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
-def _weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Copies, to tell whether they have changed."""
+def _copy_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
     weights = {name: next(model.get_submodule(name).parameters()) for name in layers}
     return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
 class _StatisticsHook:
-    """A forward pre-hook; an object rather than a function, so that a copy of the model listens for itself."""
+    """A forward pre-hook that accumulates a statistic of the layer's input.
+
+    It is an object rather than a function so that a deep copy of the model has statistics of its own.
+    """
 
     def __init__(self, statistic: Statistic, channels: int, weight: Tensor, dim: int) -> None:
         self.statistic, self.dim = statistic, dim
-        silence = weight.detach().new_zeros(1, channels, *[1] * (-dim - 1))
-        self.nothing = statistic(silence, dim).zero_().to(torch.promote_types(weight.dtype, torch.float32))
-        self.sums = self.nothing
-        self.values = self.samples = 0
+        example = weight.detach().new_zeros(1, channels, *[1] * (-dim - 1))
+        self.zeros = statistic(example, dim).zero_().to(torch.promote_types(weight.dtype, torch.float32))
+        self.sums = self.zeros
+        self.num_values = self.num_samples = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        x: Tensor = (args[0] if args else kwargs["input"]).detach()
+        x = _input(args, kwargs).detach()
         if not x.numel():
             return
-        if x.ndim == -self.dim:  # one sample, without a batch
+        # One sample, without a batch dimension.
+        if x.ndim == -self.dim:
             x = x[None]
         with torch.no_grad():
-            self.sums = self.sums + self.statistic(x, self.dim).to(self.nothing)
-        self.values += x.numel() // x.shape[self.dim]
-        self.samples += len(x)
+            self.sums = self.sums + self.statistic(x, self.dim).to(self.zeros)
+        self.num_values += x.numel() // x.shape[self.dim]
+        self.num_samples += len(x)
 
-    def forget(self) -> None:
-        self.sums = self.nothing
-        self.values = self.samples = 0
+    def reset(self) -> None:
+        self.sums = self.zeros
+        self.num_values = self.num_samples = 0
 
     def packed(self) -> Tensor:
-        """All of it as one vector: number of values, of samples, and the sums."""
-        return torch.cat([self.nothing.new_tensor([self.values, self.samples]), self.sums.flatten()])
+        """Return the numbers of values and samples and the sums as one vector."""
+        return torch.cat([self.zeros.new_tensor([self.num_values, self.num_samples]), self.sums.flatten()])
+
+
+@contextlib.contextmanager
+def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the input of each of the given layers in its last call.
+
+    Yields:
+        The inputs by name of the layer, filled while the layers are called.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[name] = _input(args, kwargs)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in layers]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def other_dims(x: Tensor, dim: int) -> list[int]:
-    """All dimensions of a tensor but one."""
+    """Return all dimensions of a tensor but one."""
     return [d for d in range(x.ndim) if d != dim % x.ndim]
 
 
-def by_unit(values: Tensor, owner: Tensor, num_units: int) -> Tensor:
-    """Sums a value of each channel over the channels of each unit: ``(channels,)`` to ``(units,)``.
+def by_unit(values: Tensor, unit_index: Tensor, num_units: int) -> Tensor:
+    """Sum one value per channel over the channels of each unit: ``(channels,)`` to ``(units,)``.
 
     Args:
         values: The values.
-        owner: The unit that each channel belongs to; -1 means none.
-        num_units: How many units there are.
+        unit_index: The unit of each channel, -1 for channels of none.
+        num_units: Number of units.
     """
-    return values.new_zeros(num_units).index_add_(0, owner[owner >= 0], values[owner >= 0])
+    return values.new_zeros(num_units).index_add_(0, unit_index[unit_index >= 0], values[unit_index >= 0])

@@ -1,4 +1,4 @@
-"""Recycling: units drawn anew from their layer's own initialisation, unheard until they have learned something."""
+"""Plan the reset of units: fresh incoming weights from the layer's own initialisation, outgoing weights of zero."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ def plan_reset(
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> WeightUpdate:
-    """What it takes to recycle units, with incoming values drawn now: see :func:`plan_reset_from`.
+    """Plan the reset of units with newly drawn incoming weights: see :func:`plan_reset_from`.
 
     Args:
         model: The model.
         units: Its units.
-        chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
+        chosen: The units to reset, ``(count,)``, by name of the layer; may be empty tensors.
         generator: A CPU generator; by default one seeded from torch's global one.
-        initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
+        initial: Initial parameters and buffers by name, to resample; by default each layer's ``reset_parameters``.
+
+    Returns:
+        The update to apply to the model.
 
     Raises:
-        ValueError: If a layer has no site, or a unit is not there.
+        ValueError: If the units of a layer cannot be reset, or an index is out of range.
     """
-    layers = [layer for layer, some in chosen.items() if layer in units.groups and len(some)]
+    layers = [layer for layer, indices in chosen.items() if layer in units.groups and len(indices)]
     return plan_reset_from(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
 
 
@@ -42,7 +45,7 @@ def fresh_incoming(
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Draws what units are made of, by name of the tensor: whole tensors, for all units of some layers."""
+    """Draw the incoming tensors of all units of the given layers, whole, by name of the tensor."""
     tensors = tensors_of(model)
     names = dict.fromkeys(name for layer in layers for name in units.groups[layer].incoming)
     if not names:
@@ -58,46 +61,57 @@ def fresh_incoming(
 def plan_reset_from(
     model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
 ) -> WeightUpdate:
-    """What it takes to recycle units: first all incoming entries become new, then all outgoing ones become zero.
+    """Plan the reset of units: their incoming entries get fresh values, their outgoing entries become zero.
 
-    In that order, so that the zeros win where the columns of one unit cross the row of another.
+    Where the columns of one unit cross the row of another, the zeros win.
 
     Args:
         model: The model.
         units: Its units.
-        chosen: The units to recycle, ``(count,)``, by name of the layer; layers without any may be there.
-        fresh: Values of the incoming tensors to take the new entries from, by name.
+        chosen: The units to reset, ``(count,)``, by name of the layer; may be empty tensors.
+        fresh: Values for the incoming tensors, whole, by name.
+
+    Returns:
+        The update to apply to the model.
 
     Raises:
-        ValueError: If a layer has no site, or a unit is not there.
+        ValueError: If the units of a layer cannot be reset, or an index is out of range.
     """
-    for layer, some in chosen.items():
+    _check_indices(units, chosen)
+    chosen = {layer: indices.cpu() for layer, indices in chosen.items() if len(indices)}
+    tensors = tensors_of(model)
+    incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for layer, indices in chosen.items():
+        for name, unit_index in units.groups[layer].incoming.items():
+            incoming.setdefault(name, []).append((unit_index, indices))
+        for name, unit_index in units.groups[layer].outgoing.items():
+            outgoing.setdefault(name, []).append((unit_index, indices))
+    parts: dict[Tensor, SparseUpdate] = {}
+    for name in {**incoming, **outgoing}:
+        shape = tensors[name].shape
+        redrawn = _entries(incoming.get(name, []), shape)
+        zeroed = _entries(outgoing.get(name, []), shape)
+        for unit_index, indices in outgoing.get(name, []):
+            redrawn = redrawn[~unit_mask(unit_index, indices, shape)[torch.unravel_index(redrawn, shape)]]
+        values = fresh[name][torch.unravel_index(redrawn, shape)] if len(redrawn) else torch.zeros(0)
+        parts[tensors[name]] = SparseUpdate(
+            torch.cat([redrawn, zeroed]), torch.cat([values, values.new_zeros(len(zeroed))])
+        )
+    return WeightUpdate({}, units=chosen, parts=parts)
+
+
+def _check_indices(units: Units, chosen: Mapping[str, Tensor]) -> None:
+    for layer, indices in chosen.items():
         if layer not in units.groups:
             reason = units.excluded.get(layer, "it is no layer of the model with units")
             raise ValueError(f"units of {layer!r} cannot be recycled: {reason}")
         size = units.groups[layer].num_units
-        if len(some) and not 0 <= int(some.min()) <= int(some.max()) < size:
-            raise ValueError(f"units {some.tolist()} of {layer!r} must be in 0 ... {size - 1}")
-    chosen = {layer: some.cpu() for layer, some in chosen.items() if len(some)}
-    tensors = tensors_of(model)
-    incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for layer, some in chosen.items():
-        for name, owner in units.groups[layer].incoming.items():
-            incoming.setdefault(name, []).append((owner, some))
-        for name, owner in units.groups[layer].outgoing.items():
-            outgoing.setdefault(name, []).append((owner, some))
-    parts: dict[Tensor, SparseUpdate] = {}
-    for name in {**incoming, **outgoing}:
-        shape = tensors[name].shape
-        drawn, zeroed = (
-            torch.cat(
-                [torch.tensor([], dtype=torch.long), *(unit_indices(owner, some, shape) for owner, some in pairs)]
-            )
-            for pairs in (incoming.get(name, []), outgoing.get(name, []))
-        )
-        for owner, some in outgoing.get(name, []):
-            drawn = drawn[~unit_mask(owner, some, shape)[torch.unravel_index(drawn, shape)]]
-        new = fresh[name][torch.unravel_index(drawn, shape)] if len(drawn) else torch.zeros(0)
-        parts[tensors[name]] = SparseUpdate(torch.cat([drawn, zeroed]), torch.cat([new, new.new_zeros(len(zeroed))]))
-    return WeightUpdate({}, units=chosen, parts=parts)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise ValueError(f"units {indices.tolist()} of {layer!r} must be in 0 ... {size - 1}")
+
+
+def _entries(selections: Iterable[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    """Return the flat indices of all entries of the selected units, given as pairs of a unit index and units."""
+    none = torch.tensor([], dtype=torch.long)
+    return torch.cat([none, *(unit_indices(unit_index, indices, shape) for unit_index, indices in selections)])

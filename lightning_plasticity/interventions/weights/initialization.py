@@ -1,4 +1,4 @@
-"""Fresh weights, drawn the way each layer draws its own."""
+"""Draw fresh weights as each layer initialises its own, or from the distribution of given initial weights."""
 
 from __future__ import annotations
 
@@ -16,35 +16,38 @@ from lightning_plasticity.isolation.state import isolated_rng
 def fresh_values(
     model: nn.Module, modules: Mapping[str, nn.Module], generator: torch.Generator | None
 ) -> dict[Tensor, Tensor]:
-    """Draws new values for what the given modules hold directly, as ``reset_parameters`` of each would set them.
+    """Draw new values for the tensors that modules hold directly, as ``reset_parameters`` of each sets them.
 
-    A module that contains others (``nn.MultiheadAttention``, say) has the last word on what is inside it. The draw is
-    made on copies on the CPU, under random numbers of its own: the same generator gives the same values on every
-    device, and the global generators are not touched unless ``generator`` is ``None``.
+    The reset of a module that contains others (``nn.MultiheadAttention``, say) overrides theirs. The values are drawn
+    on copies on the CPU and with a seed of their own: the same generator gives the same values on every device. The
+    global generators advance only if ``generator`` is ``None``.
 
     Args:
         model: The whole model.
-        modules: The modules of it to draw for, by name.
+        modules: Those of its modules to draw for, by name.
         generator: A CPU generator; by default one seeded from torch's global one.
 
     Returns:
-        New value of each trainable parameter and each buffer, by the old tensor.
+        New value of each trainable parameter and each buffer, by the old tensor. Modules whose parameters are all
+        frozen keep their buffers too.
 
     Raises:
-        ValueError: If a module holds trainable parameters but does not say how they are initialised.
+        ValueError: If a module holds trainable parameters that no ``reset_parameters`` initialises.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     drawn: dict[Tensor, Tensor] = {}
     with isolated_rng():
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPU too
-        for module in reversed(list(model.modules())):  # what is inside first
+        # torch.manual_seed would also seed a GPU that is initialised only later.
+        torch.default_generator.manual_seed(seed)
+        # From the inside out, so that an outer module's reset comes last.
+        for module in reversed(list(model.modules())):
             if (reset := _reset_method(module)) is not None:
                 _draw(module, reset, drawn)
     result: dict[Tensor, Tensor] = {}
     for name, module in modules.items():
-        own = dict(module.named_parameters(recurse=False)).values()
-        if own and not any(parameter.requires_grad for parameter in own):
-            continue  # frozen: its running statistics are too
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            continue
         for key, tensor in _tensors(module, recurse=False).items():
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 continue
@@ -53,21 +56,38 @@ def fresh_values(
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(
                     f"{type(module).__name__} {name!r} holds the parameter {key!r} but has no reset_parameters() that "
-                    "says how to draw it anew: add that method, or leave the layer out"
+                    "initialises it: add that method, or leave the layer out"
                 )
     return result
+
+
+def copy_initial(owner: str, initial: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Copy initial values to the CPU: a ``state_dict()`` shares its tensors with the model, which training changes.
+
+    Args:
+        owner: The class whose constructor takes ``initial``, for the message.
+        initial: Initial values by name, or ``None``.
+
+    Raises:
+        ValueError: If ``initial`` is neither a mapping nor ``None``.
+    """
+    if initial is None:
+        return None
+    if not isinstance(initial, Mapping):
+        raise ValueError(f"{owner}(initial={initial!r}) must be a state_dict(), or None")
+    return {name: value.detach().cpu().clone() for name, value in initial.items()}
 
 
 def resampled_values(
     tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor], generator: torch.Generator | None
 ) -> dict[Tensor, Tensor]:
-    """Draws new values for tensors from the distribution of their initial entries: with replacement, one by one.
+    """Draw each entry of each tensor, with replacement, from the initial entries of the tensor of that name.
 
-    For initialisations that were applied by hand, and that no layer knows of.
+    This also reproduces initialisations that were applied by hand, outside of ``reset_parameters``.
 
     Args:
         tensors: Parameters and buffers by name.
-        initial: What they, or others of that name, were before training; such as an early ``state_dict()``.
+        initial: Initial values by name, such as a ``state_dict()`` from before training; shapes may differ.
         generator: A CPU generator; by default one seeded from torch's global one.
 
     Returns:
@@ -82,8 +102,8 @@ def resampled_values(
     result: dict[Tensor, Tensor] = {}
     for name, tensor in tensors.items():
         values = initial[name].detach().cpu().flatten()
-        picks = torch.randint(values.numel(), (tensor.numel(),), generator=generator)
-        result[tensor] = values[picks].view(tensor.shape)
+        indices = torch.randint(values.numel(), (tensor.numel(),), generator=generator)
+        result[tensor] = values[indices].view(tensor.shape)
     return result
 
 
@@ -96,6 +116,7 @@ def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
 
 
 def _draw(module: nn.Module, reset: str, drawn: dict[Tensor, Tensor]) -> None:
+    """Call a module's reset method on a copy, and add the values that it sets to ``drawn``, by the old tensor."""
     fresh = copy_module(module).to("cpu")
     tensors, copies = _tensors(module, recurse=True), _tensors(fresh, recurse=True)
     before: dict[str, Tensor] = {}
@@ -106,16 +127,18 @@ def _draw(module: nn.Module, reset: str, drawn: dict[Tensor, Tensor]) -> None:
             before[key] = copies[key].detach().clone()
     call: Callable[[], object] = getattr(fresh, reset)
     call()
-    own = _tensors(module, recurse=False)
+    direct = _tensors(module, recurse=False)
     for key, tensor in tensors.items():
-        if (key in own and tensor not in drawn) or not torch.equal(copies[key], before[key]):
+        # A reset may leave the values of its own module's tensors as they are, such as running statistics of zero.
+        if (key in direct and tensor not in drawn) or not torch.equal(copies[key], before[key]):
             drawn[tensor] = copies[key].detach()
 
 
 class PicklableGenerator(torch.Generator):
     """A generator on the CPU that can be sent to a spawned process.
 
-    torch's own is pickled with a tensor that nobody keeps: it is gone before the other process can open it.
+    torch pickles a generator with its state as a tensor in shared memory, which is freed before the other process can
+    open it. Here the state is pickled as a NumPy array.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""The weights that layers multiply their input by, and the biases that they add."""
+"""Collect the weights that layers multiply their input by, and the biases that they add, as parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LinearParameter:
         key: Its name in the layer.
         parameter: A weight, ``(outputs, inputs, ...)``, of a transposed convolution ``(inputs, outputs, ...)``; or a
             bias, ``(outputs,)``.
-        fan_in: Number of inputs of each output, as ``torch.nn.init`` counts them.
+        fan_in: Number of inputs of each output, as ``torch.nn.init`` counts them (also for transposed convolutions).
     """
 
     layer: nn.Module
@@ -33,43 +33,45 @@ class LinearParameter:
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is added, not multiplied with."""
+        """Whether the parameter is a bias."""
         return "bias" in self.key
 
 
 def linear_parameters(model: nn.Module) -> dict[str, LinearParameter]:
-    """Weights and biases of linear, convolution, attention and recurrent layers, by name.
+    """Return the weights and biases of linear, convolution, attention and recurrent layers, by name.
 
-    Left out are parameters that are frozen, complex, empty, not there yet (lazy layers), or shared with an embedding,
-    layers whose parameters are computed from others (:mod:`torch.nn.utils.parametrize`), and layers of any other kind.
-    What several layers share is there once.
+    This leaves out parameters that are frozen, complex, empty, lazy or shared with an embedding, layers whose
+    parameters are computed from others (:mod:`torch.nn.utils.parametrize`), and layers of any other kind. Parameters
+    that several layers share appear once.
     """
-    found: dict[str, LinearParameter] = {}
-    taken = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}
+    result: dict[str, LinearParameter] = {}
+    seen = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}
     for prefix, layer in model.named_modules():
-        if not isinstance(layer, LINEAR_LAYERS) or is_parametrized(layer):  # to ask it for its weight may change it
+        # Reading the weight of a parametrized layer may change it.
+        if not isinstance(layer, LINEAR_LAYERS) or is_parametrized(layer):
             continue
         for key, parameter in layer.named_parameters(recurse=False):
             weight = _weight_of(layer, key) if _KEYS.fullmatch(key) else None
-            if weight is not None and id(parameter) not in taken and _is_trained(parameter):
-                taken.add(id(parameter))
+            if weight is not None and id(parameter) not in seen and _is_trained(parameter):
+                seen.add(id(parameter))
                 name = f"{prefix}.{key}" if prefix else key
-                found[name] = LinearParameter(layer, key, parameter, weight[0].numel())
-    return found
+                result[name] = LinearParameter(layer, key, parameter, weight[0].numel())
+    return result
 
 
 def weights(model: nn.Module) -> dict[str, LinearParameter]:
-    """Those of :func:`linear_parameters` that are weights."""
+    """Return the weights among :func:`linear_parameters`, by name."""
     return {name: weight for name, weight in linear_parameters(model).items() if not weight.is_bias}
 
 
 def _weight_of(layer: nn.Module, key: str) -> Tensor | None:
-    """The weight itself, or that to which a bias belongs; ``None`` if it is empty."""
+    """Return the weight of the given name, or the weight that a bias belongs to; ``None`` if it is empty or lazy."""
     names = [key.replace("bias", "weight")]
+    # Attention with separate projections has one bias for them all.
     if key == "in_proj_bias":
-        names.append("q_proj_weight")  # attention with separate projections has one bias for them all
-    found = (getattr(layer, name, None) for name in names)
-    return next((w for w in found if isinstance(w, Tensor) and not is_lazy(w) and w.numel() > 0), None)
+        names.append("q_proj_weight")
+    candidates = (getattr(layer, name, None) for name in names)
+    return next((w for w in candidates if isinstance(w, Tensor) and not is_lazy(w) and w.numel() > 0), None)
 
 
 def _is_trained(parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What layers are made of: the matrices they multiply by, what they add, and the gains of norm layers."""
+"""Collect the weight matrices, biases and norm scales of a model's layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_plasticity.isolation.state import eval_mode
-from lightning_plasticity.layers import EMBEDDINGS, NORM_LAYERS, RECURRENT_LAYERS, TRANSPOSED_CONVOLUTIONS
+from lightning_plasticity.layers import EMBEDDINGS, NORM_LAYERS, RECURRENT_LAYERS, weight_by_output
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class LayerWeights:
     """The trainable tensors of a layer, with their graph, in float32 at least.
 
     Args:
-        matrices: Shape ``(out, in)`` each, by name.
-        biases: What is added, as biases are: shape ``(out,)`` each.
-        scales: What norm layers multiply by.
+        matrices: Weight matrices by name, shape ``(out, in)`` each.
+        biases: Biases, shape ``(out,)`` each.
+        scales: Factors of norm layers.
     """
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -29,31 +29,31 @@ class LayerWeights:
 
 
 def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
-    """Takes the layers of a model apart, in the order in which they are registered.
+    """Return the weights of each layer of a model as matrices, in the order in which the layers are registered.
 
-    Any module with a ``weight`` of two dimensions or more counts as a layer, and ``bias`` is what it adds. Kernels are
+    Any module with a ``weight`` of two dimensions or more counts as a layer, and its ``bias`` as a bias. Kernels are
     flattened to ``(out, in · kh · kw)``. The queries, keys and values of ``nn.MultiheadAttention`` and the gates of
-    recurrent layers are a matrix each. Of parametrized layers it is the weight that comes out. Tied weights are there
-    once.
+    recurrent layers are a matrix each. Parametrized weights are the results of their parametrization. Tied weights
+    appear once.
 
-    Left out are frozen parameters, embeddings (they are looked up, not multiplied by, unless tied to a layer), layers
-    with torch's old ``weight_norm`` and ``spectral_norm`` hooks, and the parameters of other modules, such as tokens,
+    This leaves out frozen parameters, embeddings (which are tables, not matrices, unless tied to a layer), layers with
+    torch's old ``weight_norm`` and ``spectral_norm`` hooks, and the parameters of other modules, such as tokens,
     positions or the slope of PReLU.
 
     Args:
         model: The model.
 
     Returns:
-        The layers that have something trainable, by name.
+        The layers that have trainable weights, by name.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or the model has lazy layers that were never called.
     """
     layers: dict[str, LayerWeights] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
         layer = LayerWeights()
-        for name, tensor in _trainable(module, seen):
+        for name, tensor in _trainable_tensors(module, seen):
             _add(layer, module, f"{path}.{name}" if path else name, name, tensor)
         if layer.matrices or layer.biases or layer.scales:
             layers[path] = layer
@@ -63,17 +63,18 @@ def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least, with its graph."""
+    """Return a half-precision tensor in float32, with its graph, and others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _trainable(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of the module itself, and parametrized tensors, that are trained and new."""
-    for name in _kinds(module):
+def _trainable_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the trainable weights and biases of a module itself, without the ``id`` of any in ``seen``."""
+    for name in _tensor_names(module):
         if parametrize.is_parametrized(module, name):
             originals = module.get_submodule(f"parametrizations.{name}")
             if any(parameter.requires_grad for parameter in originals.parameters()):
-                with eval_mode(originals):  # spectral_norm would advance its own power iteration
+                # In training mode, spectral_norm would advance its power iteration.
+                with eval_mode(originals):
                     yield name, getattr(module, name)
         else:
             parameter = module._parameters[name]
@@ -82,25 +83,26 @@ def _trainable(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]
                 yield name, parameter
 
 
-def _kinds(module: nn.Module) -> list[str]:
-    """Names of the tensors of a module that are matrices, shifts or gains."""
-    held = [name for name, parameter in module._parameters.items() if parameter is not None]
+def _tensor_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's weights, biases and scales, frozen ones included."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
     if parametrize.is_parametrized(module):
-        held += [str(name) for name in module.get_submodule("parametrizations")._modules]
+        names += [str(name) for name in module.get_submodule("parametrizations")._modules]
     if isinstance(module, nn.MultiheadAttention):
-        return [name for name in held if name.startswith("in_proj") or name.endswith("_proj_weight")]
+        return [name for name in names if name.startswith("in_proj") or name.endswith("_proj_weight")]
     if isinstance(module, RECURRENT_LAYERS):
-        return [name for name in held if name.startswith(("weight_", "bias_"))]
-    if isinstance(module, EMBEDDINGS) or "weight" not in held:
+        return [name for name in names if name.startswith(("weight_", "bias_"))]
+    if isinstance(module, EMBEDDINGS) or "weight" not in names:
         return []
     if not isinstance(module, NORM_LAYERS) and _ndim(module, "weight") < 2:
         return []
-    return [name for name in held if name in ("weight", "bias")]
+    return [name for name in names if name in ("weight", "bias")]
 
 
 def _ndim(module: nn.Module, name: str) -> int:
     parameter = module._parameters.get(name)
-    if parameter is None:  # parametrized: what comes out has the dimensions of one of what goes in
+    # A parametrized weight has as many dimensions as the largest of the tensors that it is computed from.
+    if parameter is None:
         return max(original.ndim for original in module.get_submodule(f"parametrizations.{name}").parameters())
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(module).__name__} is lazy and was never called: call the model once first")
@@ -108,30 +110,24 @@ def _ndim(module: nn.Module, name: str) -> int:
 
 
 def _add(layer: LayerWeights, module: nn.Module, path: str, name: str, tensor: Tensor) -> None:
+    """Add a tensor of a module to the weights of its layer."""
     tensor = at_least_float32(tensor)
     if isinstance(module, NORM_LAYERS):
         (layer.scales if name == "weight" else layer.biases).append(tensor)
         return
-    blocks = tensor.chunk(_count(module, name, tensor))
+    blocks = tensor.chunk(_num_blocks(module, name, tensor))
     if "bias" in name:
         layer.biases.extend(blocks)
-    else:
-        for number, block in enumerate(blocks):
-            matrix = _by_output(module, block) if isinstance(module, TRANSPOSED_CONVOLUTIONS) else block
-            layer.matrices[path if len(blocks) == 1 else f"{path}[{number}]"] = matrix.flatten(1)
+        return
+    for number, block in enumerate(blocks):
+        block_path = path if len(blocks) == 1 else f"{path}[{number}]"
+        layer.matrices[block_path] = weight_by_output(module, block).flatten(1)
 
 
-def _count(module: nn.Module, name: str, tensor: Tensor) -> int:
-    """How many matrices are stacked in the tensor."""
+def _num_blocks(module: nn.Module, name: str, tensor: Tensor) -> int:
+    """Return the number of matrices stacked in a tensor: projections of attention, gates of a recurrent layer."""
     if isinstance(module, nn.MultiheadAttention) and name.startswith("in_proj"):
         return 3
     if isinstance(module, RECURRENT_LAYERS) and name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
         return len(tensor) // int(module.hidden_size)
     return 1
-
-
-def _by_output(module: nn.Module, weight: Tensor) -> Tensor:
-    """The kernel of a transposed convolution, ``(in, out / groups, ...)``, as ``(out, in / groups, ...)``."""
-    groups: int = module.groups  # type: ignore[assignment]
-    by_group: Tensor = weight.unflatten(0, (groups, -1))
-    return by_group.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What an intervention wants to do to a model, and how it is done: all of it, or nothing."""
+"""Describe a change of a model's weights, and apply it completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(eq=False)
 class RepairReport:
-    """What one repair did.
+    """The result of one repair.
 
     Args:
         name: Name of the intervention.
@@ -33,12 +33,12 @@ class RepairReport:
     step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain Python and tensors, for checkpoints."""
+        """Return the report as plain Python and tensors, for checkpoints."""
         return {**vars(self), "units": dict(self.units)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> RepairReport:
-        """The inverse of :meth:`to_dict`."""
+        """Build a report from what :meth:`to_dict` returned."""
         return cls(**state)
 
 
@@ -47,9 +47,9 @@ class SparseUpdate:
     """New values of some entries of a tensor.
 
     Args:
-        positions: Where they are in the flattened tensor.
+        positions: Indices of the entries in the flattened tensor.
         values: The new values, one for each position.
-        reset_state_mask: Whether nothing should be remembered of the old ones; by default all.
+        reset_state_mask: The positions whose optimizer state is reset, as a boolean mask; by default all.
     """
 
     positions: Tensor
@@ -59,13 +59,13 @@ class SparseUpdate:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What an intervention wants to do to a model.
+    """New values of a model's parameters and buffers.
 
     Args:
         values: New value of each parameter and buffer, same shape, by the old tensor.
-        reset_state_mask: Which entries of a parameter are new, and nothing should be remembered of; a parameter that
-            is not here is new as a whole, if any of its entries differs. Where no entry is, everything is remembered.
-        units: For the report.
+        reset_state_mask: The entries of a parameter whose optimizer state is reset, as a boolean mask. A parameter that
+            is not here is reset as a whole, if any of its entries changes.
+        units: The units that are re-initialised, by layer name, for the report.
         parts: New values of few entries of a tensor that is not in ``values``; the work is in proportion to their
             number.
     """
@@ -75,85 +75,91 @@ class WeightUpdate:
     units: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[Tensor, SparseUpdate] = field(default_factory=dict)
 
-    def on(self, model: nn.Module, copy: nn.Module) -> WeightUpdate:
-        """The same for a model, of changes that were worked out on a copy of it."""
-        twins = dict(zip(tensors_of(copy).values(), tensors_of(model).values(), strict=True))
+    def transfer(self, *, source: nn.Module, target: nn.Module) -> WeightUpdate:
+        """Return the same update for another model, where this one was computed on a copy of it."""
+        targets = dict(zip(tensors_of(source).values(), tensors_of(target).values(), strict=True))
 
-        def moved(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
-            return {twins[tensor]: value for tensor, value in by_tensor.items()}
+        def rekey(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
+            return {targets[tensor]: value for tensor, value in by_tensor.items()}
 
-        return WeightUpdate(moved(self.values), moved(self.reset_state_mask), self.units, moved(self.parts))
+        return WeightUpdate(rekey(self.values), rekey(self.reset_state_mask), self.units, rekey(self.parts))
 
 
 def keep_optimizer_state(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """For :attr:`Changes.reset_state_mask`: the optimizers go on remembering what they know of these parameters."""
+    """Return a :attr:`WeightUpdate.reset_state_mask` that keeps all optimizer state of these parameters."""
     return {tensor: torch.zeros(tensor.shape, dtype=torch.bool) for tensor in values}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
+    """Return parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def apply_update(name: str, changes: WeightUpdate, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
-    """Gives parameters and buffers new values in place, and clears the optimizers' state for what is new.
+def apply_update(name: str, update: WeightUpdate, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
+    """Write new values into parameters and buffers in place, and reset the optimizer state of re-initialised entries.
 
-    If anything fails on the way, everything is put back as it was; inside of
-    :func:`~lightning_plasticity.distributed.agreement.all_or_none` also if it fails in another process.
+    An error restores all weights and all optimizer state; inside
+    :func:`~lightning_plasticity.distributed.agreement.all_or_none` an error on another rank does, too.
 
     Args:
         name: Name of the intervention, for the report.
-        changes: What to do.
+        update: The new values.
         optimizers: The optimizers that may hold state for the parameters.
 
     Raises:
         ValueError: If new values have another shape than the old ones.
     """
-    for old, new in changes.values.items():
+    for old, new in update.values.items():
         if new.shape != old.shape:
-            raise ValueError(
-                f"{name}: a tensor of shape {tuple(old.shape)} was to get values of shape {tuple(new.shape)}"
-            )
-    new_values = {old: new.to(old) for old, new in changes.values.items()}
+            raise ValueError(f"{name}: new values have shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+    new_values = {old: new.to(old) for old, new in update.values.items()}
     counts = {old: int((new != old).count_nonzero()) for old, new in new_values.items()}
-    different = {old: new for old, new in new_values.items() if counts[old]}
-    where = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in changes.parts.items()}
-    for old, part in changes.parts.items():
-        counts[old] = int((old.detach()[where[old]] != part.values.to(old)).count_nonzero())
-    reset_state_mask: dict[nn.Parameter, Tensor | None] = {}
-    for old in new_values:
-        mask = changes.reset_state_mask.get(old)
-        if isinstance(old, nn.Parameter) and (bool(mask.any()) if mask is not None else old in different):
-            reset_state_mask[old] = None if mask is None else mask.to(old.device)
-    for old, part in changes.parts.items():
-        if isinstance(old, nn.Parameter):
-            new_positions = part.positions if part.reset_state_mask is None else part.positions[part.reset_state_mask]
-            reset_state_mask[old] = new_positions.to(old.device)
+    changed_values = {old: new for old, new in new_values.items() if counts[old]}
+    indices = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in update.parts.items()}
+    for old, part in update.parts.items():
+        counts[old] = int((old.detach()[indices[old]] != part.values.to(old)).count_nonzero())
+    entries_to_reset = _entries_to_reset(update, changed_values)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_rollback_on_error({**dict.fromkeys(different), **where}))
+        stack.enter_context(_restore_on_error({**dict.fromkeys(changed_values), **indices}))
         for optimizer in optimizers:
-            stack.enter_context(rollback_on_error(optimizer, reset_state_mask))
+            stack.enter_context(rollback_on_error(optimizer, entries_to_reset))
         with torch.no_grad():
-            for old, new in different.items():
+            for old, new in changed_values.items():
                 old.copy_(new)
-            for old, part in changes.parts.items():
-                old[where[old]] = part.values.to(old)
+            for old, part in update.parts.items():
+                old[indices[old]] = part.values.to(old)
         for optimizer in optimizers:
-            reset_state(optimizer, reset_state_mask)
+            reset_state(optimizer, entries_to_reset)
         sync_errors()
     count = sum(number for old, number in counts.items() if isinstance(old, nn.Parameter))
-    return RepairReport(name, changes.units, count)
+    return RepairReport(name, update.units, count)
+
+
+def _entries_to_reset(
+    update: WeightUpdate, changed_values: Mapping[Tensor, Tensor]
+) -> dict[nn.Parameter, Tensor | None]:
+    """Return what to reset of each parameter's optimizer state: a mask, flat positions, or ``None`` for all of it."""
+    entries: dict[nn.Parameter, Tensor | None] = {}
+    for old in update.values:
+        mask = update.reset_state_mask.get(old)
+        if isinstance(old, nn.Parameter) and (bool(mask.any()) if mask is not None else old in changed_values):
+            entries[old] = None if mask is None else mask.to(old.device)
+    for old, part in update.parts.items():
+        if isinstance(old, nn.Parameter):
+            positions = part.positions if part.reset_state_mask is None else part.positions[part.reset_state_mask]
+            entries[old] = positions.to(old.device)
+    return entries
 
 
 @contextlib.contextmanager
-def _rollback_on_error(where: Mapping[Tensor, tuple[Tensor, ...] | None]) -> Iterator[None]:
-    """Puts tensors back as they were, as a whole or at the given indices."""
-    values = [tensor.detach().clone() if index is None else tensor.detach()[index] for tensor, index in where.items()]
+def _restore_on_error(indices: Mapping[Tensor, tuple[Tensor, ...] | None]) -> Iterator[None]:
+    """Restore the values of tensors on an error: at the given indices, or all of them for ``None``."""
+    values = [tensor.detach().clone() if index is None else tensor.detach()[index] for tensor, index in indices.items()]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for (tensor, index), value in zip(where.items(), values, strict=True):
+            for (tensor, index), value in zip(indices.items(), values, strict=True):
                 if index is None:
                     tensor.copy_(value)
                 else:

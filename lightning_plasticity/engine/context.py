@@ -1,0 +1,117 @@
+"""Describe a model in training to the code that measures and repairs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_plasticity.curvature.problem import HALF, Progress
+from lightning_plasticity.distributed.agreement import (
+    PeerFailedError,
+    all_gather_batch,
+    all_or_none,
+    broadcast_object,
+    is_distributed,
+)
+from lightning_plasticity.isolation.attributes import preserve_attributes
+from lightning_plasticity.isolation.batches import batch_size, clone_batch, slice_batch, to_device
+from lightning_plasticity.isolation.module_copy import copy_module
+from lightning_plasticity.isolation.state import default_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeContext:
+    """A model in training, the batch at hand and the loss.
+
+    Probes, monitors and interventions are written against this class and know no Trainer. They run copies of the model,
+    never the model itself. A subclass says what a framework needs besides: how to copy its kind of module, and what to
+    restore after a copy has run.
+
+    Args:
+        model: The model that is trained.
+        batch: The batch, on the device of the model. It is not changed.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph.
+        optimizers: The optimizers that hold the parameters of the model.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> context = ProbeContext(model, torch.ones(4, 2), lambda model, x: model(x).square().mean())
+        >>> context.loss(context.copy()).shape, context.samples(3).shape
+        (torch.Size([]), torch.Size([3, 2]))
+    """
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[[Any, Any], Tensor]
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    _slices: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def copy(self) -> nn.Module:
+        """Return a copy of the model that may be run, changed and thrown away."""
+        return copy_module(self.model)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return the loss of a copy of the model on the batch."""
+        return self.loss_on(model, self.batch)
+
+    def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a copy of the model on another batch; the same value however often it is called.
+
+        The loss function gets a copy of the batch, which augmentations may change in place, and attributes that it
+        assigns to the model are restored.
+        """
+        trained = (p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point())
+        dtype = next(trained, torch.float32)
+        batch = clone_batch(batch)
+        if dtype not in HALF:
+            # Autocast would cast inputs in half precision to the precision of the weights, and is off in a probe.
+            batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
+        with preserve_attributes(model), default_dtype(dtype):
+            return self.loss_fn(model, batch)
+
+    @cached_property
+    def batch_size(self) -> int | None:
+        """Number of samples in the batch; ``None`` if the batch holds no tensor that tells."""
+        return batch_size(self.batch)
+
+    def samples(self, count: int) -> Any:
+        """Return the first samples of the batch, cut out once however often they are asked for."""
+        if count not in self._slices:
+            self._slices[count] = slice_batch(self.batch, count)
+        return self._slices[count]
+
+    def gather(self, count: int) -> Self:
+        """Return a context on the first samples of all ranks, the same on each of them.
+
+        All ranks must call this at the same point. On a single rank it returns the context itself.
+
+        Args:
+            count: Number of samples, of all ranks together.
+        """
+        if not is_distributed():
+            return self
+        share = -(-count // torch.distributed.get_world_size())
+        try:
+            with all_or_none():
+                batch = all_gather_batch(self.samples(share))
+        except PeerFailedError:
+            # Batches that cannot be joined, such as sequences of different lengths: those of rank 0 serve for all.
+            with all_or_none():
+                batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
+        return replace(self, batch=batch)
+
+    def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager that restores, on exit, what a copy of the model can reach and change."""
+        return contextlib.nullcontext()
+
+    def show_progress(self, description: str) -> contextlib.AbstractContextManager[Progress | None]:
+        """Return a context manager that yields a function to report progress to, or ``None`` to report none."""
+        return contextlib.nullcontext()

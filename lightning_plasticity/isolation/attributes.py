@@ -1,0 +1,61 @@
+"""Restore the Python attributes of modules and other objects."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+
+class Snapshot:
+    """The contents of a dict and of all dicts, lists and deques inside of it.
+
+    Args:
+        attributes: The dict, such as ``vars(object)``.
+        excluded: Identities of collections that :meth:`restore` leaves as they are.
+
+    Example:
+        >>> settings = {"rates": [0.1]}
+        >>> snapshot = Snapshot(settings)
+        >>> settings["rates"].append(0.2)
+        >>> snapshot.restore()
+        >>> settings
+        {'rates': [0.1]}
+    """
+
+    def __init__(self, attributes: dict[str, Any], excluded: Collection[int] = ()) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        pending: list[Any] = [attributes]
+        seen = set(excluded)
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict | list | deque) and id(value) not in seen:
+                seen.add(id(value))
+                self._contents.append((value, value.copy()))
+                pending += value.values() if isinstance(value, dict) else value
+
+    def restore(self) -> None:
+        """Put the contents back into the same collections."""
+        for value, content in self._contents:
+            value.clear()
+            value.update(content) if isinstance(value, dict) else value.extend(content)
+
+
+@contextlib.contextmanager
+def preserve_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes of a model and of its submodules on exit.
+
+    A hidden state that a training step carries on to the next batch, for example, stays that of the current batch.
+
+    Args:
+        model: The model. The values of its tensors are not restored.
+    """
+    snapshots = [Snapshot(vars(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()

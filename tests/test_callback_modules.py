@@ -1,0 +1,302 @@
+"""Test which modules, losses, batches and precisions the callback can probe, and which it refuses."""
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_plasticity import GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.interventions import ReDo, Reset
+from tests.helpers.modules import NEVER, Classifier, DirectLogging, cross_entropy, loader, trainer, weights
+
+
+def test_probe_works_on_one_sample() -> None:
+    callback = SpectralCollapseCallback()
+    trainer(callback).fit(Classifier(), loader(size=1))
+    assert 1 <= callback.history[0].spectrum.epsilon_rank(1e-6) <= 2, "one sample of three classes has rank 2 at most"
+
+
+def test_half_precision_matches_full_precision() -> None:
+    full, half = SpectralCollapseCallback(), SpectralCollapseCallback()
+    for callback, precision in ((full, "32-true"), (half, "bf16-true")):
+        torch.manual_seed(0)
+        module = Classifier()
+        # Both precisions can represent these weights.
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.bfloat16())
+        data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        trainer(callback, precision=precision).fit(module, data)
+        assert next(module.parameters()).dtype == (torch.bfloat16 if callback is half else torch.float32)
+    assert half.history[0].metrics["ggn_trace"] == pytest.approx(full.history[0].metrics["ggn_trace"], rel=1e-5)
+
+
+class MatrixMultiplication(Classifier):
+    """Multiplies by a tensor of the default dtype."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0] @ torch.eye(4), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=10)], ids=["ggn", "hessian"])
+@pytest.mark.parametrize(("precision", "input_dtype"), [("64-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_probe_casts_new_tensors_and_inputs_to_weight_dtype(
+    precision: Any, input_dtype: torch.dtype, probe: HessianProbe | None
+) -> None:
+    full, other = (SpectralCollapseCallback(probe, interventions=[ReDo()]) for _ in range(2))
+    for callback, trainer_precision, dtype in (
+        (full, "32-true", torch.float32),
+        (other, precision, input_dtype),
+    ):
+        torch.manual_seed(0)
+        data = DataLoader(TensorDataset(torch.eye(4, dtype=dtype), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        module = Classifier() if trainer_precision == "bf16-mixed" else MatrixMultiplication()
+        trainer(callback, precision=trainer_precision).fit(module, data)
+        assert torch.get_default_dtype() == torch.float32
+    (expected,), (report,) = full.history, other.history
+    assert report.errors == {}
+    assert report.metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
+
+
+class Step(Classifier):
+    """Returns the loss as changed by ``output``."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.output(super().training_step(batch, batch_idx))
+
+
+def test_training_step_may_return_a_dict() -> None:
+    callback = SpectralCollapseCallback()
+    trainer(callback).fit(Step(lambda loss: {"loss": loss, "other": 1}), loader())
+    assert len(callback.history) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda loss: None, r"Step.training_step returned None, so the probe has no loss: return the loss or"),
+        (lambda loss: {"value": loss}, r"returned a dict without a tensor under 'loss' \(keys: \['value'\]\)"),
+        (lambda loss: loss * torch.nan, "the loss on the probe batch is nan: .* Look for NaN or infinite values"),
+        (lambda loss: loss.detach(), "does not depend on any trainable parameter"),
+    ],
+    ids=["none", "dict without loss", "nan", "detached"],
+)
+def test_unusable_loss_fails_before_any_weight_changes(output: Any, message: str) -> None:
+    module = Step(output)
+    before = weights(module)
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        trainer(SpectralCollapseCallback()).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+def test_later_probe_failure_only_warns() -> None:
+    module = Step(lambda loss: loss)
+    callback = SpectralCollapseCallback(interventions=[Reset()])
+    trainer(callback).fit(module, loader())
+    # The probe runs in evaluation mode.
+    module.output = lambda loss: loss if module.training else loss * torch.nan
+    before = weights(module)
+    with pytest.warns(PlasticityWarning, match="task 1: plasticity could not be measured, training goes on: .* nan"):
+        trainer(callback).fit(module, loader())
+    report = callback.history[1]
+    assert report.spectrum is None
+    assert report.metrics == {}
+    assert not report.collapsed
+    assert not torch.equal(weights(module), before), "training went on"
+    module.output = lambda loss: loss
+    trainer(callback).fit(module, loader())
+    assert callback.history[2].spectrum is not None
+
+
+def test_uncopyable_attribute_needs_loss_fn() -> None:
+    module = Classifier()
+    module.net.guard = threading.Lock()
+    with pytest.raises(
+        MisconfigurationException, match=r"its attribute 'net.guard' \(a lock\) cannot be copied.*loss_fn="
+    ):
+        trainer(SpectralCollapseCallback()).fit(module, loader())
+    callback = SpectralCollapseCallback(loss_fn=cross_entropy)
+    trainer(callback).fit(module, loader())
+    assert callback.history[0].spectrum.exact
+
+
+def test_parameter_outside_any_layer_is_probed() -> None:
+    class Gated(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(4))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0] * self.gate), batch[1])
+
+    callback = SpectralCollapseCallback()
+    trainer(callback).fit(model := Gated(), loader())
+    assert callback.history[0].spectrum.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert callback.history[0].spectrum.exact
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_dataloader_iter_in_training_step_is_refused() -> None:
+    class Fetching(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return cross_entropy(self, batch)
+
+    module = Fetching()
+    before = weights(module)
+    message = r"Fetching.training_step\(dataloader_iter\) fetches its batches itself"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(SpectralCollapseCallback(loss_fn=cross_entropy)).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate:UserWarning")
+def test_lazy_layers_are_refused_by_name() -> None:
+    class Lazy(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+
+    with pytest.raises(MisconfigurationException, match=r"'net.0.weight' gets its shape in the first.*run Lazy on one"):
+        trainer(SpectralCollapseCallback()).fit(Lazy(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_empty_first_batch_only_warns() -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return cross_entropy(self, batch) if len(batch[0]) else None
+
+    empty, full = ((torch.randn(size, 4), torch.randint(3, (size,))) for size in (0, 4))
+    callback, module = SpectralCollapseCallback(collapse=NEVER), Skipping()
+    trainer(callback).fit(module, DataLoader([full], batch_size=None))
+    with pytest.warns(PlasticityWarning, match="task 1: plasticity could not be measured.*the batch holds no samples"):
+        trainer(callback).fit(module, DataLoader([empty, full], batch_size=None))
+    trainer(callback).fit(module, DataLoader([full], batch_size=None))
+    assert [report.spectrum is None for report in callback.history] == [False, True, False]
+
+
+class Unique(nn.Linear):
+    """A layer that cannot be deep-copied."""
+
+    def __deepcopy__(self, memo: Any) -> "Unique":
+        raise TypeError("not copyable")
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_uncopyable_layer_is_refused(loss_fn: Any) -> None:
+    module = Classifier()
+    module.net[2] = Unique(8, 3)
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"its attribute 'net.2' \(a Unique\).*__deepcopy__$"):
+        trainer(SpectralCollapseCallback(loss_fn=loss_fn)).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("loss_fn", [None, cross_entropy])
+def test_buffer_with_graph_trains_unchanged(loss_fn: Any) -> None:
+    class HiddenState(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("hidden", torch.zeros(3), persistent=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0]) + self.hidden.detach()
+            self.hidden = 0.5 * logits.mean(0)
+            return F.cross_entropy(logits, batch[1])
+
+    trained_weights, callback = [], SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn)
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        module = HiddenState()
+        for seed in range(2):
+            trainer(*callbacks).fit(module, loader(seed=seed))
+        trained_weights.append(weights(module))
+    assert torch.equal(*trained_weights)
+    assert [report.errors for report in callback.history] == [{}, {}]
+
+
+def test_manual_optimization_needs_a_loss_fn() -> None:
+    class Manual(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.raises(
+        MisconfigurationException, match=r"Manual optimizes manually.*pass SpectralCollapseCallback\(loss_fn"
+    ):
+        trainer(SpectralCollapseCallback()).fit(Manual(), loader())
+    callback = SpectralCollapseCallback(loss_fn=cross_entropy)
+    trainer(callback).fit(Manual(), loader())
+    assert len(callback.history) == 1
+
+
+def test_sample_with_more_outputs_than_max_rows_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"one sample has 3 outputs, more than GGNProbe\(max_rows=2\)"):
+        trainer(SpectralCollapseCallback(GGNProbe(max_rows=2))).fit(Classifier(), loader())
+
+
+def test_flattened_tokens_count_towards_max_rows() -> None:
+    class Tokens(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[0].flatten())
+
+    data = DataLoader(TensorDataset(torch.randint(9, (8, 5))), batch_size=8)
+    callback = SpectralCollapseCallback(GGNProbe(max_rows=100))
+    trainer(callback).fit(Tokens(), data)
+    assert len(callback.history[0].spectrum.kernel.eigenvalues) == 2 * 5 * 9, "two sequences of 45 rows"
+
+
+def test_probe_does_not_step_schedulers_in_training_step() -> None:
+    class Scheduled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.lr_schedulers().step()
+            self.optimizers().param_groups[0]["weight_decay"] += 0.01
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    results = []
+    for callbacks in ([], [SpectralCollapseCallback()]):
+        torch.manual_seed(0)
+        module = Scheduled()
+        pl_trainer = trainer(*callbacks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            pl_trainer.fit(module, loader(5))
+        settings = {key: value for key, value in pl_trainer.optimizers[0].param_groups[0].items() if key != "params"}
+        results.append((weights(module), settings, pl_trainer.lr_scheduler_configs[0].scheduler.state_dict()))
+    (weights_without, *settings_without), (weights_with, *settings_with) = results
+    torch.testing.assert_close(weights_with, weights_without, rtol=0, atol=0)
+    assert settings_with == settings_without
+
+
+def test_direct_loggers_are_silent_in_the_probe(tmp_path: Path) -> None:
+    module = DirectLogging(CSVLogger(tmp_path))
+    trainer(SpectralCollapseCallback()).fit(module, loader())
+    assert len(module.direct_logger.experiment.metrics) == 3
