@@ -112,10 +112,15 @@ def is_activation_module(module: nn.Module) -> bool:
     return not module._modules and (in_torch or next(module.parameters(), None) is None)
 
 
+def module_paths(network: nn.Module) -> set[str]:
+    """Return the paths of all modules of a network; a module may have several."""
+    return {without_wrappers(path) for path, _ in network.named_modules(remove_duplicate=False)}
+
+
 def possible_names(network: nn.Module) -> set[str]:
     """Return the names that layers of a network may have, except those that end in the name of a function."""
     owners = {parameter_owner(name) for name, _ in network.named_parameters(remove_duplicate=False)}
-    return owners | {without_wrappers(path) for path, _ in network.named_modules(remove_duplicate=False)}
+    return owners | module_paths(network)
 
 
 def may_match(pattern: str, names: Collection[str]) -> bool:

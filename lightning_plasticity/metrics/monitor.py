@@ -1,4 +1,4 @@
-"""One metric over a whole network: looks at its hidden activations while it runs."""
+"""Measure the hidden layers of a network while it runs: one metric over all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import is_int, is_str_list
+from lightning_plasticity._validation import check_choice, check_positive_ints, is_int, is_str_list
 from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled
-from lightning_plasticity.activations.layer_names import may_match, possible_names
+from lightning_plasticity.activations.layer_names import may_match, module_paths, possible_names
 from lightning_plasticity.activations.tracker import ActivationTracker
 from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
 from lightning_plasticity.functional.layouts import rows_of, sample_count
@@ -48,15 +48,16 @@ _RANKS = ("effective_rank", "stable_rank", "srank")
 
 @dataclass(frozen=True)
 class MonitoredLayer:
-    """What a monitor has seen of one layer.
+    """The size of one layer and of its samples.
 
     Args:
         units: Number of units.
         samples: Number of samples; every position or token is one.
-        ranked_samples: How many of them the ranks are taken of, 0 if no rank is measured. A rank cannot exceed it.
+        ranked_samples: Number of samples that the ranks are computed from, 0 if no rank is measured. A rank cannot
+            exceed it.
         ranks_are_estimates: Whether the ranks are those of a part of the samples, or of random sums of units.
-        units_are_assumed: Whether the dimension that counts units is but the usual one for the shape: neither the
-            layers before nor those behind have told.
+        units_are_assumed: Whether the dimension that counts units is the usual one for the shape, since no layer before
+            or behind determines it.
     """
 
     units: int
@@ -68,7 +69,7 @@ class MonitoredLayer:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What one batch adds to the states of a layer."""
+    """The addends of one batch to the states of a layer."""
 
     units: int
     sums: dict[str, Tensor | float]
@@ -148,7 +149,8 @@ class PlasticityMonitor(PlasticityMetric):
         As in :mod:`lightning_plasticity.functional`.
     """
 
-    full_state_update = True  # which samples of a wide layer are kept depends on those before
+    # Which samples of a wide layer are kept depends on the earlier ones.
+    full_state_update = True
 
     def __init__(
         self,
@@ -165,20 +167,15 @@ class PlasticityMonitor(PlasticityMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, names in (("layers", layers), ("measures", measures)):
-            if isinstance(names, str):
-                raise TypeError(f"{name}={names!r} must be a list of names: [{names!r}]")
+        _check_names(layers=layers, measures=measures)
         if not is_str_list(measures) or any(measure not in MEASURES for measure in measures):
             raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
-        if compiled not in ("raise", "eager"):
-            raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
-        for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
-            if not is_int(limit) or limit < 1:
-                raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
         if layers is not None and not is_str_list(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
         if channel_dim is not None and not is_int(channel_dim):
             raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
+        check_choice(("raise", "eager"), compiled=compiled)
+        check_positive_ints(max_samples=max_samples, max_units=max_units)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix={prefix!r} must be a string")
         self.patterns = None if layers is None else list(layers)
@@ -191,7 +188,8 @@ class PlasticityMonitor(PlasticityMetric):
         self.prefix = prefix
         self.suppress_errors = False
         self.errors: list[str] = []
-        self._network = [] if module is None else [_checked(module)]  # in a list: not a submodule
+        # A list, so that the network does not become a submodule of the metric.
+        self._network = [] if module is None else [_check_module(module)]
         self._attachment: ExitStack | None = None
         self._tracker: ActivationTracker | None = None
         self._is_persistent = False
@@ -201,42 +199,27 @@ class PlasticityMonitor(PlasticityMetric):
         self._warned: set[str] = set()
 
     def attach(self, module: nn.Module | None = None) -> Self:
-        """Begins to watch the network; also as ``with monitor.attach(module): ...``.
+        """Start to measure the network; also as ``with monitor.attach(module): ...``.
 
-        Several monitors may be attached at a time and detached in any order. Copies made of the network meanwhile, and
-        what is pickled of it, are not watched.
+        Several monitors may be attached at a time and detached in any order. Copies and pickles of the network made
+        meanwhile are not measured.
 
         Args:
             module: The network; by default the one that the monitor was made for.
 
         Raises:
-            RuntimeError: If it is attached already, has no network, or cannot look into it.
+            RuntimeError: If it is attached already, has no network, or the network cannot be observed.
             ValueError: If one of ``layers`` can match nothing in the network.
         """
         if self._attachment is not None:
             raise RuntimeError("the monitor is attached already: detach() it first")
         if module is None and not self._network:
             raise RuntimeError("the monitor has no network to watch: PlasticityMonitor(module), or attach(module)")
-        network = self._network[0] if module is None else _checked(module)
+        network = self._network[0] if module is None else _check_module(module)
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
-        opaque = compiled_modules(network)
-        if opaque and self.compiled == "raise":
-            raise RuntimeError(
-                f"PlasticityMonitor cannot look into compiled modules ({', '.join(opaque)}): "
-                "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
-                "by rounding; or attach it to an uncompiled copy"
-            )
-        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-            raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
-        names = possible_names(network)
-        impossible = [pattern for pattern in self.patterns or () if not may_match(pattern, names)]
-        if impossible:
-            raise ValueError(
-                f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
-                f"{[name for name, _ in network.named_children()]}: names are paths within the network that is watched"
-            )
-        chosen = names.intersection(self.patterns or ())
+        self._check_network(network)
+        chosen = module_paths(network).intersection(self.patterns or ())
         self._offered = set(chosen)
         tracker = ActivationTracker(network, self, chosen)
         with ExitStack() as stack:
@@ -248,17 +231,35 @@ class PlasticityMonitor(PlasticityMetric):
             self._attachment, self._tracker = stack.pop_all(), tracker
         return self
 
+    def _check_network(self, network: nn.Module) -> None:
+        compiled = compiled_modules(network)
+        if compiled and self.compiled == "raise":
+            raise RuntimeError(
+                f"PlasticityMonitor cannot look into compiled modules ({', '.join(compiled)}): "
+                "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
+                "by rounding; or attach it to an uncompiled copy"
+            )
+        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
+        names = possible_names(network)
+        impossible = [pattern for pattern in self.patterns or () if not may_match(pattern, names)]
+        if impossible:
+            raise ValueError(
+                f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
+                f"{[name for name, _ in network.named_children()]}: names are paths within the network that is measured"
+            )
+
     @property
     def attached(self) -> bool:
-        """Whether it is watching."""
+        """Whether the monitor is attached to a network."""
         return self._attachment is not None
 
     def detach(self) -> None:
-        """Ends it; nothing is left in the network. Without effect if it is not attached.
+        """Stop to measure, and remove all hooks from the network. Without effect if the monitor is not attached.
 
         Warns:
             UserWarning: If activations were missed in compiled code, a pattern has matched none, no hidden layer was
-                seen although several layers ran, or nothing has told which dimension of a layer counts units.
+                seen although several layers ran, or no layer determined which dimension of another counts units.
         """
         attachment, self._attachment, self._tracker = self._attachment, None, None
         if attachment is not None:
@@ -274,47 +275,48 @@ class PlasticityMonitor(PlasticityMetric):
 
     @property
     def layers(self) -> dict[str, MonitoredLayer]:
-        """What was seen since the last :meth:`reset`, by the name of the layer."""
-        found = {}
+        """The layers measured since the last :meth:`reset`, by name."""
+        layers = {}
         for layer in self._seen():
             units, samples = len(self._state(layer, "magnitude_sum")), int(self._state(layer, "samples"))
             rows = self._rows(layer)
-            kept = samples if rows is None else len(rows)
-            found[layer] = MonitoredLayer(
+            ranked = samples if rows is None else len(rows)
+            layers[layer] = MonitoredLayer(
                 units=units,
                 samples=samples,
-                ranked_samples=kept if self._ranks else 0,
-                ranks_are_estimates=self._ranks and (kept < samples or (rows is not None and units > self.max_units)),
+                ranked_samples=ranked if self._ranks else 0,
+                ranks_are_estimates=self._ranks and (ranked < samples or (rows is not None and units > self.max_units)),
                 units_are_assumed=layer in self._assumed,
             )
-        return found
+        return layers
 
     @override
     def update(self, activations: Mapping[str, Tensor | _Statistics]) -> None:
-        """Adds activations by the name of their layer; while attached this happens by itself.
+        """Add activations by the name of their layer. While the monitor is attached, it calls this itself.
 
         Args:
             activations: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
         """
         for layer, given in activations.items():
-            found = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
-            self._prepare(layer, found.units)
+            statistics = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
+            self._add_layer(layer, statistics.units)
             state = self._state(layer, "magnitude_sum")
-            if state.ndim and len(state) != found.units:
+            if state.ndim and len(state) != statistics.units:
                 raise ValueError(
-                    f"layer {layer!r} had {len(state)} units and has {found.units} now: reset() the monitor when the "
-                    "network changes, give channel_dim= if it counts samples, or leave the layer out by layers=[...]"
+                    f"layer {layer!r} had {len(state)} units and has {statistics.units} now: reset() the monitor when "
+                    "the network changes, give channel_dim= if it counts samples, or leave the layer out by "
+                    "layers=[...]"
                 )
-            self._accumulate(**{f"{layer}|{name}": value for name, value in found.sums.items()})
-            if found.rows is not None:
+            self._accumulate(**{f"{layer}|{name}": value for name, value in statistics.sums.items()})
+            if statistics.rows is not None:
                 rows = self._state(layer, "rows")
-                room = self.max_samples - sum(len(part) for part in rows)
-                if room > 0:
-                    rows.append(self._narrow(found.rows[:room]))
+                free = self.max_samples - sum(len(part) for part in rows)
+                if free > 0:
+                    rows.append(self._narrow(statistics.rows[:free]))
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """All measures, over all layers and of each."""
+        """Return all measures, over all layers and of each layer."""
         by_layer = {layer: self._measure(layer) for layer in self._seen()}
         estimated = [layer for layer, seen in self.layers.items() if seen.ranks_are_estimates]
         if estimated:
@@ -329,12 +331,12 @@ class PlasticityMonitor(PlasticityMetric):
         return result
 
     def selects(self, name: str) -> bool:
-        """Whether this layer is to be measured."""
+        """Return whether a layer is to be measured."""
         self._offered.add(name)
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> _Statistics:
-        """The statistics of the activations of one layer."""
+        """Return the statistics of the activations of one layer."""
         dim = channel_dim if self.channel_dim is None else self.channel_dim
         magnitudes = magnitude_sums(activations, dim)
         sums: dict[str, Tensor | float] = {"magnitude_sum": magnitudes, "samples": sample_count(activations, dim)}
@@ -345,20 +347,20 @@ class PlasticityMonitor(PlasticityMetric):
             sums["moment_sum"] = second_moments(activations, dim)
         elif self._ranks:
             rows = rows_of(activations, dim)
-            # Random ones: every n-th could be the same token of each sequence. A copy: it may be changed in place.
+            # Random samples, since every n-th one could be the same token of each sequence.
             generator = torch.Generator().manual_seed(len(rows))
             chosen = torch.randperm(len(rows), generator=generator, device="cpu")[: self.max_samples]
             rows = rows[chosen.to(rows.device)].double()
         return _Statistics(units, sums, rows)
 
     def tolerates(self, error: Exception) -> bool:
-        """Whether the forward pass goes on when something cannot be measured; what is wrong is kept in ``errors``."""
+        """Return whether the forward pass goes on after an error, which is stored in ``errors`` then."""
         if self.suppress_errors:
             self.errors.append(str(error))
         return self.suppress_errors
 
     def report(self, name: str, observed: _Statistics, *, assumed: bool, certain: bool) -> None:
-        """Adds the statistics of a layer. What is not certain of it does not end the forward pass."""
+        """Add the statistics of a layer. An error that a wrong guess of its units may cause is stored for a warning."""
         if assumed:
             self._assumed.add(name)
         try:
@@ -370,13 +372,13 @@ class PlasticityMonitor(PlasticityMetric):
 
     @override
     def persistent(self, mode: bool = False) -> None:
-        """Whether what was seen is saved in the ``state_dict``; also of layers that are yet to be seen."""
+        """Set whether the states are saved in the ``state_dict``, those of layers measured later included."""
         self._is_persistent = mode
         super().persistent(mode)
 
     @override
     def reset(self) -> None:
-        """Forgets what was seen."""
+        """Reset the states of all layers."""
         super().reset()
         self._assumed.clear()
 
@@ -387,8 +389,8 @@ class PlasticityMonitor(PlasticityMetric):
     def _state(self, layer: str, name: str) -> Any:
         return getattr(self, f"{layer}|{name}", None)
 
-    def _prepare(self, layer: str, units: int) -> None:
-        """Adds the states of a layer that was not seen before."""
+    def _add_layer(self, layer: str, units: int) -> None:
+        """Add the states of a layer, unless there are any."""
         sums = ["magnitude_sum", "samples"]
         sums += ["norm_sum"] if "feature_norm" in self.measures else []
         sums += ["moment_sum"] if self._ranks and units <= self.max_samples else []
@@ -419,18 +421,18 @@ class PlasticityMonitor(PlasticityMetric):
         return values
 
     def _rows(self, layer: str) -> Tensor | None:
-        """The samples kept of a layer that is too wide for second moments."""
+        """Return the samples kept of a layer that is too wide for second moments."""
         parts = self._state(layer, "rows")
-        return (
-            dim_zero_cat(parts) if parts is not None and len(parts) else None
-        )  # a list, or a tensor when synchronised
+        # A list of parts; a tensor after a synchronization.
+        return dim_zero_cat(parts) if parts is not None and len(parts) else None
 
     def _moments(self, layer: str) -> Tensor:
         rows = self._rows(layer)
         if rows is None:
             moments: Tensor = self._state(layer, "moment_sum")
             return moments
-        return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller has all eigenvalues but 0
+        # Both products have the same nonzero eigenvalues.
+        return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
 
     def _aggregate(self, measure: str, by_layer: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         values = [values[measure] for values in by_layer.values()]
@@ -443,11 +445,12 @@ class PlasticityMonitor(PlasticityMetric):
         return (stacked * units).sum() / units.sum()
 
     def _narrow(self, rows: Tensor) -> Tensor:
-        """At most ``max_units`` random signed sums of units: they keep the inner products of samples on average."""
+        """Return random signed sums of units, at most ``max_units``, with the same inner products on average."""
         units = rows.shape[1]
         if units <= self.max_units:
             return rows
-        generator = torch.Generator().manual_seed(units)  # the same signs for every batch and in every process
+        # The signs are the same for every batch and in every process.
+        generator = torch.Generator().manual_seed(units)
         signs = torch.randint(2, (units,), generator=generator).to(rows) * 2 - 1
         padded = torch.nn.functional.pad(rows * signs, (0, -units % self.max_units))
         return padded.reshape(len(rows), -1, self.max_units).sum(1)
@@ -488,16 +491,17 @@ class PlasticityMonitor(PlasticityMetric):
 
     @override
     def _sync_shapes(self, group: Any | None) -> None:
-        mine = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
-        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(everyone, mine, group=group)
-        for layer, units in sorted((layer, units) for theirs in everyone for layer, units in theirs.items()):
-            self._prepare(layer, units)
+        local = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
+        by_rank: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(by_rank, local, group=group)
+        for layer, units in sorted((layer, units) for layers in by_rank for layer, units in layers.items()):
+            self._add_layer(layer, units)
             rows = self._state(layer, "rows")
             if rows is not None and not rows:
                 rows.append(torch.empty(0, min(units, self.max_units), dtype=torch.float64, device=self.device))
         super()._sync_shapes(group)
-        self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
+        # Every rank must gather the states in the same order.
+        self._reductions = dict(sorted(self._reductions.items()))
 
     @override
     def _load_from_state_dict(
@@ -510,19 +514,21 @@ class PlasticityMonitor(PlasticityMetric):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes what was saved in the place of what was seen; the states are those of the layers saved."""
+        """Load the states of the saved layers, replacing all accumulated ones."""
         start, end = prefix, "|magnitude_sum"
         saved = [name for name in state_dict if name.startswith(start) and name.endswith(end)]
         if saved:
             self.reset()
-            self._update_count = 1  # compute() would warn that there is nothing
+            # compute() would warn that update() was never called.
+            self._update_count = 1
         for name in saved:
             layer = name[len(start) : -len(end)]
             if state_dict[name].ndim:
-                self._prepare(layer, len(state_dict[name]))
-            own = [prefix + key for key in self._defaults if key.rpartition("|")[0] == layer]
-            missing_keys += [key for key in own if key not in state_dict]
-            state_dict.update({key: list(value) for key in own if isinstance(value := state_dict.get(key), list)})
+                self._add_layer(layer, len(state_dict[name]))
+            keys = [prefix + key for key in self._defaults if key.rpartition("|")[0] == layer]
+            missing_keys += [key for key in keys if key not in state_dict]
+            # A copy, so that further samples are not appended to the saved list.
+            state_dict.update({key: list(value) for key in keys if isinstance(value := state_dict.get(key), list)})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -534,11 +540,18 @@ class PlasticityMonitor(PlasticityMetric):
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        other._network = [memo.get(id(module), module) for module in self._network]  # the copy, if it is copied too
+        # The network is shared, unless it is being copied too.
+        other._network = [memo.get(id(module), module) for module in self._network]
         return other
 
 
-def _checked(module: nn.Module) -> nn.Module:
+def _check_names(**arguments: object) -> None:
+    for argument, names in arguments.items():
+        if isinstance(names, str):
+            raise TypeError(f"{argument}={names!r} must be a list of names: [{names!r}]")
+
+
+def _check_module(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r} must be a torch.nn.Module")
     return module

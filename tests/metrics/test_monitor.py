@@ -1208,7 +1208,7 @@ def test_arguments_and_misuse_are_told() -> None:
         PlasticityMonitor(measures=["rank"])
     with pytest.raises(ValueError, match="compiled='no' must be 'raise' or 'eager'"):
         PlasticityMonitor(compiled="no")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_samples=0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_samples=0 must be a whole number, at least 1"):
         PlasticityMonitor(max_samples=0)
     with pytest.raises(ValueError, match=r"threshold=-1 must be in \[0, 1\]"):
         PlasticityMonitor(dormant_threshold=-1)
