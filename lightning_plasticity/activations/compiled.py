@@ -30,7 +30,7 @@ def compiled_modules(network: nn.Module) -> list[str]:
     for path, module in network.named_modules():
         name = repr(without_wrappers(path)) if without_wrappers(path) else "the network itself"
         if isinstance(module, torch.jit.ScriptModule):
-            raise RuntimeError(f"PlasticityMonitor cannot look into TorchScript ({name}): attach it before scripting")
+            raise RuntimeError(f"PlasticityMonitor cannot observe TorchScript ({name}): attach it before scripting")
         # The Trainer unwraps a compiled LightningModule and keeps its compiled methods, which torch marks.
         has_compiled_method = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         in_place = getattr(module, "_compiled_call_impl", None) is not None

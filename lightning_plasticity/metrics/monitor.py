@@ -235,7 +235,7 @@ class PlasticityMonitor(PlasticityMetric):
         compiled = compiled_modules(network)
         if compiled and self.compiled == "raise":
             raise RuntimeError(
-                f"PlasticityMonitor cannot look into compiled modules ({', '.join(compiled)}): "
+                f"PlasticityMonitor cannot observe compiled modules ({', '.join(compiled)}): "
                 "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
                 "by rounding; or attach it to an uncompiled copy"
             )
@@ -472,7 +472,7 @@ class PlasticityMonitor(PlasticityMetric):
             tracker.saw_hidden_layer or tracker.saw_compiled_code or self.errors
         ):
             rank_zero_warn(
-                "PlasticityMonitor has seen no hidden layer, although several layers with weights ran: attention and "
+                "PlasticityMonitor found no hidden layer, although several layers with weights ran: attention and "
                 "some hand-written activation functions are not recognized: name the modules that return them, "
                 "PlasticityMonitor(layers=[...])",
                 category=UserWarning,
@@ -484,8 +484,8 @@ class PlasticityMonitor(PlasticityMetric):
         self._warned.update(unclear)
         if unclear:
             rank_zero_warn(
-                f"no layer before or behind {', '.join(unclear)} tells which dimension counts units: it is taken to be "
-                "the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
+                f"no layer before or behind {', '.join(unclear)} determines which dimension counts units: it is taken "
+                "to be the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
                 category=UserWarning,
             )
 

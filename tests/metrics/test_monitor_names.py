@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_plasticity import PlasticityMonitor
 from lightning_plasticity.interventions import ReDo, describe_units
+from tests.helpers.monitored import Block, X, count_hooks, count_modes, measured_layers, mlp
 from tests.helpers.unit_models import MODELS, Model
 
 NOT_COMPARABLE = {"conv, flatten": ["0"], "depthwise": ["0"]}
@@ -50,15 +52,15 @@ def test_dormant_fraction_counts_the_units_that_redo_resets(case: Model) -> None
         assert fractions[f"dormant_fraction/{name}"].item() == pytest.approx(expected), name
 
 
-def layers_of(model: nn.Module, *inputs: Tensor, **options: object) -> dict[str, int]:
-    """Number of units by the name of each layer that a monitor measures."""
+def units_by_layer(model: nn.Module, *inputs: Tensor, **options: object) -> dict[str, int]:
+    """Return the number of units of each layer that a monitor measures in one forward pass."""
     with PlasticityMonitor(model, **options) as monitor:  # type: ignore[arg-type]
         model(*inputs)
     return {name: layer.units for name, layer in monitor.layers.items()}
 
 
 class Network(nn.Module):
-    """Layers by name, and what ``forward`` computes from them."""
+    """A network of named layers with a function as its ``forward``."""
 
     def __init__(self, function: Callable[[Network, Tensor], Tensor], **layers: nn.Module | nn.Parameter) -> None:
         super().__init__()
@@ -68,9 +70,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
-
-
-X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 
 
 def linears(*widths: int) -> dict[str, nn.Module]:
@@ -95,22 +94,24 @@ def linears(*widths: int) -> dict[str, nn.Module]:
 def test_layer_has_the_path_of_the_module_with_the_weights(
     function: Callable[[Any, Tensor], Tensor], expected: dict[str, int]
 ) -> None:
-    assert layers_of(Network(function, **linears(4, 8, 3)), X) == expected
+    assert units_by_layer(Network(function, **linears(4, 8, 3)), X) == expected
 
 
 def test_sum_has_the_name_of_the_layer_that_ran_last() -> None:
     layers = {"a": nn.Linear(4, 8), "b": nn.Linear(4, 8), "out": nn.Linear(8, 3)}
     for total in (lambda net, x: net.a(x) + net.b(x), lambda net, x: torch.stack([net.a(x), net.b(x)]).sum(0)):
-        assert layers_of(Network(lambda net, x, total=total: net.out(F.relu(total(net, x))), **layers), X) == {"b": 8}
+        assert units_by_layer(Network(lambda net, x, total=total: net.out(F.relu(total(net, x))), **layers), X) == {
+            "b": 8
+        }
     first_last = Network(lambda net, x: net.out(F.relu((b := net.b(x)) * 0 + net.a(x) + b)), **layers)
-    assert layers_of(first_last, X) == {"a": 8}
+    assert units_by_layer(first_last, X) == {"a": 8}
 
 
 def test_parametrized_weights_belong_to_their_layer() -> None:
     network = Network(lambda net, x: net.fc2(F.relu(net.fc1(x))), **linears(4, 8, 3))
     nn.utils.parametrizations.weight_norm(network.fc1)
     nn.utils.parametrizations.spectral_norm(network.fc2)
-    assert layers_of(network, X) == {"fc1": 8}
+    assert units_by_layer(network, X) == {"fc1": 8}
 
 
 def test_layer_called_twice_is_one_layer_with_twice_the_samples() -> None:
@@ -137,13 +138,13 @@ def test_shared_layer_with_other_numbers_of_units_is_numbered() -> None:
 def test_tied_layers_have_the_path_of_the_one_that_is_called() -> None:
     network = Network(lambda net, x: net.out(F.relu(net.b(F.relu(net.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     network.b.weight, network.out = network.a.weight, nn.Linear(4, 3)
-    assert layers_of(network, X) == {"a": 4, "b": 4}
+    assert units_by_layer(network, X) == {"a": 4, "b": 4}
 
 
 def test_layer_registered_twice_has_its_first_path() -> None:
     layer = nn.Linear(4, 4)
     network = Network(lambda net, x: net.out(F.relu(net.b(F.relu(net.a(x))))), a=layer, b=layer, out=nn.Linear(4, 3))
-    assert layers_of(network, X) == {"a": 4}
+    assert units_by_layer(network, X) == {"a": 4}
 
 
 def test_parameters_that_are_not_called_weight_name_their_layer() -> None:
@@ -153,10 +154,10 @@ def test_parameters_that_are_not_called_weight_name_their_layer() -> None:
         w2=nn.Parameter(torch.randn(8, 5)),
         w3=nn.Parameter(torch.randn(5, 2)),
     )
-    assert layers_of(block, X) == {"w1": 8, "w2": 5}
+    assert units_by_layer(block, X) == {"w1": 8, "w2": 5}
     network = nn.Sequential(block)
-    assert layers_of(network, X) == {"0.w1": 8, "0.w2": 5}
-    assert layers_of(network, X, layers=["0.w2"]) == {"0.w2": 5}
+    assert units_by_layer(network, X) == {"0.w1": 8, "0.w2": 5}
+    assert units_by_layer(network, X, layers=["0.w2"]) == {"0.w2": 5}
 
 
 def test_exact_path_of_a_layer_measures_its_activations_if_any() -> None:
@@ -181,7 +182,7 @@ def test_exact_path_of_an_output_layer_measures_its_output() -> None:
 
 def test_exact_path_of_an_activation_module_has_its_own_name() -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.GRU(8, 5))
-    assert layers_of(network, X, layers=["0", "1", "2"]) == {"0": 8, "1": 8, "2": 5}
+    assert units_by_layer(network, X, layers=["0", "1", "2"]) == {"0": 8, "1": 8, "2": 5}
 
 
 def test_recurrent_cells_have_their_path_at_every_step() -> None:
@@ -201,4 +202,98 @@ def test_recurrent_cells_have_their_path_at_every_step() -> None:
 def test_activations_behind_attention_have_its_path() -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     network = Network(lambda net, x: net.out(F.relu(net.mha(x, x, x)[0])), mha=attention, out=nn.Linear(4, 2))
-    assert layers_of(network, X[None]) == {"mha": 4}
+    assert units_by_layer(network, X[None]) == {"mha": 4}
+
+
+def test_layers_of_blocks_have_the_paths_of_their_modules() -> None:
+    model = nn.Sequential(Block(4), nn.ModuleDict({"inner": Block(4)})["inner"], nn.Linear(4, 2))
+    assert measured_layers(model, X) == ["0.inner", "0.outer", "1.inner", "1.outer"]
+
+
+def test_shared_activation_module_gives_one_layer_per_owner() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.one, self.two, self.three = nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.act(self.two(self.act(self.one(x)))))
+
+    model = Shared()
+    monitor = PlasticityMonitor(model)
+    for _ in range(2):
+        with monitor:
+            model(X)
+            model(X)
+    assert {name: (layer.units, layer.samples) for name, layer in monitor.layers.items()} == {
+        "one": (8, 4 * len(X)),
+        "two": (5, 4 * len(X)),
+    }
+
+
+def test_activation_module_with_several_paths() -> None:
+    act = nn.GELU()
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 8), act), nn.Sequential(nn.Linear(8, 5), act), nn.Sequential(nn.Linear(5, 3))
+    )
+    assert measured_layers(model, X) == ["0.0", "1.0"]
+    assert measured_layers(model, X, layers=["0.1", "1.1"]) == ["0.1", "1.1"]
+
+
+def test_block_called_twice_has_twice_the_samples() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = Block(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.block(self.block(x)))
+
+    model = Twice()
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        model(X)
+    assert {name: layer.samples for name, layer in monitor.layers.items()} == {
+        "block.inner": 2 * len(X),
+        "block.outer": 2 * len(X),
+    }
+
+
+def test_layers_are_chosen_by_pattern_or_path() -> None:
+    model = nn.Sequential(Block(4), Block(4), nn.Linear(4, 2))
+    assert measured_layers(model, X, layers=["1.*"]) == ["1.inner", "1.outer"]
+    assert measured_layers(model, X, layers=["*.outer"]) == ["0.outer", "1.outer"]
+    assert measured_layers(model, X, layers=["0", "1.inner"]) == ["0", "1.inner"]
+    assert measured_layers(mlp(8), X, layers=["1"]) == ["1"]
+    # A chosen module is measured even if it is the output.
+    assert measured_layers(mlp(8, last=nn.Sigmoid()), X, layers=["3"]) == ["3"]
+
+
+def test_pattern_without_match_warns_with_the_names() -> None:
+    monitor, model = PlasticityMonitor(layers=["*.fc"]), mlp(8, 6)
+    with monitor.attach(model):
+        # Nothing ran, so that no pattern is known to be wrong.
+        pass
+    monitor.attach(model)
+    model(X)
+    with pytest.warns(UserWarning, match=r"layers=\['\*.fc'\] match none of the activations seen: \['0', '2'\]"):
+        monitor.detach()
+
+
+@pytest.mark.parametrize("name", ["1", "net.5", "body.*", "net.1.relu-", "net.nonsense", "relu.1"])
+def test_impossible_name_raises_at_attach(name: str) -> None:
+    model = LightningModule()
+    model.net = mlp(8)
+    monitor = PlasticityMonitor(model.net, layers=["net.1", name])
+    with pytest.raises(ValueError, match=r"can match nothing in LightningModule, which is made of \['net'\]: names"):
+        monitor.attach(model)
+    assert count_hooks(model) == count_modes() == 0
+    assert not monitor.attached
+
+
+def test_possible_names_do_not_raise() -> None:
+    model = nn.Sequential(Block(4), nn.ModuleDict({"act": nn.ReLU()}), nn.Linear(4, 2))
+    functions = ("0.relu", "0.relu-2", "re*", "relu", "*", "0.re?u-[12]", "1.act", "1.a*", "0.act", "", "2")
+    for name in (*functions, "0.inner", "0.inner-[23]", "0.outer-2"):
+        PlasticityMonitor(layers=[name]).attach(model).detach()
