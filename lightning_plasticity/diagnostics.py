@@ -1,6 +1,7 @@
-"""The list of diagnostics: what each is called, what it means and how it follows from a spectrum.
+"""Define the diagnostics: their names, their meanings, and how each is computed from a spectrum.
 
-Logging, plots, documentation and the choices of :class:`~lightning_plasticity.collapse.Collapse` are derived from it.
+Logging, plots, the table in the README, the measures of :class:`~lightning_plasticity.PlasticityMonitor` and the
+choices of :class:`~lightning_plasticity.Collapse` are derived from this list.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RELATIVE_EPSILON = 1e-3
 Matrix = Literal["ggn", "hessian"]
 
 Source = Literal["ggn", "hessian", "features"]
-"""What a diagnostic is derived from: the spectrum of a matrix, or the activations of the hidden layers."""
+"""The source of a diagnostic: the spectrum of a matrix, or the activations of the hidden layers."""
 
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
@@ -31,25 +32,25 @@ _ERROR_AND_BRACKET = ("standard_error", "resolved")
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One number that says something about plasticity.
+    """A scalar measure of plasticity.
 
     Args:
         name: The name it is logged under.
         title: The name in a sentence.
-        meaning: What it is, in one line.
-        of: Computes it from the spectrum of the matrix; ``None`` for what
-            :class:`~lightning_plasticity.PlasticityMonitor` measures.
-        source: What it is derived from.
+        meaning: Its definition in one line, for the table in the README.
+        compute: Computes it from the spectrum of the matrix; ``None`` if
+            :class:`~lightning_plasticity.PlasticityMonitor` measures it.
+        source: The source of it.
         is_fraction: Whether it lies in [0, 1].
-        can_be_negative: Whether a share of it may mean nothing.
-        higher_is_better: Whether a fall of it is a collapse, rather than a rise.
-        uncertainty: What is logged beside it: attributes of the :class:`~lightning_plasticity.curvature.Estimate`.
+        can_be_negative: Whether it can be negative, so that no share of it is a threshold.
+        higher_is_better: Whether a collapse is a fall of it rather than a rise.
+        uncertainty: The attributes of its :class:`~lightning_plasticity.curvature.Estimate` that are logged beside it.
     """
 
     name: str
     title: str
     meaning: str
-    of: Callable[[Spectrum], float] | None
+    compute: Callable[[Spectrum], float] | None
     source: Source = "ggn"
     is_fraction: bool = False
     can_be_negative: bool = False
@@ -67,26 +68,28 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "learnable_fraction",
             "learnable fraction",
-            "share of the task's residual that 100 gradient steps at rate 1/λmax can remove, kernel frozen",
+            "share of the task's squared residual that 100 gradient steps at rate 1/λmax would remove if the tangent "
+            "kernel stayed as it is; independent of the kernel's scale and of the optimizer",
             lambda spectrum: spectrum.learnable_fraction(),
             is_fraction=True,
         ),
         Diagnostic(
             "ntk_effective_rank",
             "effective rank of the tangent kernel",
-            "exp of the entropy of the normalised eigenvalues of the tangent kernel",
+            "effective rank of the tangent kernel: exp of the entropy of its normalized eigenvalues",
             _kernel_rank,
         ),
         Diagnostic(
             "epsilon_rank",
             "ε-rank",
-            f"number of Gauss-Newton eigenvalues above {EPSILON:g}",
+            f"number of Gauss-Newton eigenvalues above {EPSILON:g}; at most samples × outputs, with cross-entropy "
+            "samples × (classes − 1)",
             lambda spectrum: spectrum.epsilon_rank(EPSILON),
         ),
         Diagnostic(
             "epsilon_fraction",
             "ε-rank as a share of the parameters",
-            f"share of all Gauss-Newton eigenvalues above {EPSILON:g}",
+            "the same as a share of all parameters: small by construction where parameters are many",
             lambda spectrum: spectrum.epsilon_fraction(EPSILON),
             is_fraction=True,
         ),
@@ -99,7 +102,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "ggn_effective_rank",
             "effective rank of the Gauss-Newton matrix",
-            "exp of the entropy of the normalised eigenvalues of the Gauss-Newton matrix",
+            "effective rank of the Gauss-Newton matrix: exp of the entropy of its normalized eigenvalues",
             lambda spectrum: spectrum.effective_rank,
         ),
         Diagnostic(
@@ -111,13 +114,13 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "ggn_lambda_max",
             "sharpness",
-            "largest Gauss-Newton eigenvalue, λmax",
+            "largest Gauss-Newton eigenvalue λmax: the sharpness",
             lambda spectrum: spectrum.lambda_max,
         ),
         Diagnostic(
             "hessian_epsilon_rank",
             "ε-rank of the Hessian",
-            f"number of Hessian eigenvalues whose size is above {EPSILON:g}",
+            f"number of Hessian eigenvalues whose absolute value is above {EPSILON:g}",
             lambda spectrum: spectrum.epsilon_rank(EPSILON),
             source="hessian",
             uncertainty=_ERROR_AND_BRACKET,
@@ -125,7 +128,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "hessian_epsilon_fraction",
             "ε-rank of the Hessian as a share of the parameters",
-            f"share of all Hessian eigenvalues whose size is above {EPSILON:g}",
+            "the same as a share of all parameters",
             lambda spectrum: spectrum.epsilon_fraction(EPSILON),
             source="hessian",
             is_fraction=True,
@@ -134,7 +137,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "hessian_relative_epsilon_rank",
             "relative ε-rank of the Hessian",
-            f"number of Hessian eigenvalues whose size is above {RELATIVE_EPSILON:g} of the largest",
+            f"number of Hessian eigenvalues whose absolute value is above {RELATIVE_EPSILON:g} of the largest",
             lambda spectrum: spectrum.relative_epsilon_rank(RELATIVE_EPSILON),
             source="hessian",
             uncertainty=_ERROR_AND_BRACKET,
@@ -142,7 +145,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "hessian_effective_rank",
             "effective rank of the Hessian",
-            "exp of the entropy of the normalised sizes of the Hessian's eigenvalues",
+            "effective rank of the Hessian: exp of the entropy of the normalized absolute values of its eigenvalues",
             lambda spectrum: spectrum.effective_rank,
             source="hessian",
             uncertainty=_ERROR,
@@ -167,7 +170,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "hessian_lambda_min",
             "smallest eigenvalue of the Hessian",
-            "smallest eigenvalue of the Hessian: the most negative curvature",
+            "smallest eigenvalue of the Hessian: negative at a saddle",
             lambda spectrum: spectrum.lambda_min,
             source="hessian",
             can_be_negative=True,
@@ -175,7 +178,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "hessian_negative_mass",
             "negative share of the Hessian's curvature",
-            "sum of the sizes of the negative eigenvalues of the Hessian over the sum of all sizes",
+            "share of the negative eigenvalues in the sum of the absolute values of all eigenvalues of the Hessian",
             lambda spectrum: spectrum.negative_mass,
             source="hessian",
             is_fraction=True,
@@ -184,7 +187,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "dormant_fraction",
             "dormant fraction",
-            "share of the hidden units that are active far less than their layer (0.025 of its mean)",
+            "share of the hidden units whose mean absolute activation is at most 0.025 times their layer's mean",
             None,
             source="features",
             is_fraction=True,
@@ -202,7 +205,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "effective_rank",
             "effective rank of the features",
-            "exp of the entropy of the normalised singular values of the features, mean over hidden layers",
+            "exp of the entropy of the normalized singular values of the features, mean over hidden layers; at most "
+            "the number of samples",
             None,
             source="features",
         ),
@@ -232,38 +236,42 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 
 def diagnostics_of(sources: Collection[Source]) -> list[Diagnostic]:
-    """The diagnostics that follow from these sources."""
+    """Return the diagnostics with these sources, in the order of the list."""
     return [diagnostic for diagnostic in DIAGNOSTICS.values() if diagnostic.source in sources]
 
 
 def measure(spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float]) -> dict[str, float]:
-    """Every diagnostic, by name; what is estimated is an ``Estimate``.
+    """Compute every diagnostic that the spectra and the monitor's values determine.
 
     Args:
         spectra: The spectrum of each matrix that was measured.
-        features: What a monitor has measured.
+        features: The values that a monitor has measured, by name.
+
+    Returns:
+        The diagnostics by name. Values from an estimated spectrum are an
+        :class:`~lightning_plasticity.curvature.Estimate`.
     """
     values: dict[str, float] = {}
     for matrix, spectrum in spectra.items():
-        values |= {d.name: d.of(spectrum) for d in diagnostics_of([matrix]) if d.of is not None}
+        values |= {d.name: d.compute(spectrum) for d in diagnostics_of([matrix]) if d.compute is not None}
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
 
 
 def is_resolved(name: str, value: float) -> bool:
-    """Whether a diagnostic can be told from what an estimate knows: of ranks, whether the bracket is narrow."""
+    """Return whether a value is exact or its estimate is resolved: the bracket of a rank is narrow."""
     return "resolved" not in DIAGNOSTICS[name].uncertainty or not isinstance(value, Estimate) or value.resolved
 
 
 def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
-    """What is kept and logged of the diagnostics of a network, as plain floats.
+    """Return the diagnostics of a network as plain floats, with ratios and uncertainties, for reports and loggers.
 
     Args:
         values: The diagnostics of the network.
-        references: The same of its initial weights.
+        references: The diagnostics of its initial weights on the same batch.
 
     Returns:
-        Each value; ``<name>_vs_initial``, its ratio to that of the initial weights, where both are known; what the
-        estimates say of their uncertainty, ``<name>_standard_error`` and ``<name>_resolved``, where it is finite.
+        Each value; ``<name>_vs_initial``, its ratio to the value of the initial weights, where both are known; and the
+        uncertainty of estimates, ``<name>_standard_error`` and ``<name>_resolved``, where it is finite.
     """
     result = {name: float(value) for name, value in values.items()}
     for name, value in values.items():
@@ -277,5 +285,5 @@ def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) ->
 
 
 def resolved_value(metrics: Mapping[str, float], name: str) -> float | None:
-    """A diagnostic among what was kept of a task; ``None`` if it is not there or was not resolved."""
+    """Return a diagnostic from a task's report; ``None`` if it is missing or was not resolved."""
     return metrics.get(name) if metrics.get(f"{name}_resolved", 1.0) else None

@@ -49,7 +49,7 @@ def test_report_holds_ggn_spectrum_on_first_batch_of_task() -> None:
     at_initial = ggn_spectrum(copy, module.first_batch, cross_entropy)
     for diagnostic in diagnostics_of(["ggn"]):
         ratio = report.metrics[f"{diagnostic.name}_vs_initial"]
-        assert ratio == pytest.approx(diagnostic.of(expected) / diagnostic.of(at_initial))
+        assert ratio == pytest.approx(diagnostic.compute(expected) / diagnostic.compute(at_initial))
         assert callback.history[0].metrics[f"{diagnostic.name}_vs_initial"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Finding code that nobody can look into while it runs."""
+"""Detect modules compiled by torch.compile or TorchScript, which cannot be observed, and run them uncompiled."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from torch import nn
 
 
 def without_wrappers(path: str) -> str:
-    """The path of a module as its author knows it."""
+    """Return the path of a module without the parts that ``torch.compile`` adds.
+
+    Example:
+        >>> without_wrappers("encoder._orig_mod.fc")
+        'encoder.fc'
+    """
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def compiled_modules(network: nn.Module) -> list[str]:
-    """The compiled modules of a network, as text.
+    """Return the compiled modules of a network, as text for an error message.
 
     Raises:
-        RuntimeError: If there is a scripted one.
+        RuntimeError: If one is a TorchScript module.
     """
     compiled: dict[str, None] = {}
     for path, module in network.named_modules():
         name = repr(without_wrappers(path)) if without_wrappers(path) else "the network itself"
         if isinstance(module, torch.jit.ScriptModule):
-            raise RuntimeError(f"PlasticityMonitor cannot look into TorchScript ({name}): attach it before scripting")
-        # Of a compiled LightningModule the Trainer keeps but the methods: torch marks them.
-        method = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+            raise RuntimeError(f"PlasticityMonitor cannot observe TorchScript ({name}): attach it before scripting")
+        # The Trainer unwraps a compiled LightningModule and keeps its compiled methods, which torch marks.
+        has_compiled_method = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if in_place or method or isinstance(module, _optimized_module()):
+        if in_place or has_compiled_method or isinstance(module, _optimized_module()):
             compiled[name] = None
     return list(compiled)
 
 
 def compiler_is_loaded() -> bool:
-    """Whether anything can have been compiled; to ask the compiler itself would import it."""
+    """Return whether anything can have been compiled, without importing the compiler."""
     return "torch._dynamo" in sys.modules
 
 
@@ -45,10 +50,11 @@ _users = 0
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Runs compiled code uncompiled, until the last of all who want it has left: in any order."""
+    """Run compiled code uncompiled until the last of all users has left, in any order."""
     global _users
     if not _users:
-        _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))  # acts when it is built
+        # The stance is set when it is constructed.
+        _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
     _users += 1
     try:
         yield

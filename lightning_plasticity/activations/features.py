@@ -1,4 +1,4 @@
-"""The features of the hidden layers with the graph that leads to them."""
+"""Collect the features of the hidden layers with the autograd graph that leads to them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from lightning_plasticity.functional.layouts import rows_of
 
 
 def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) -> tuple[dict[str, list[Tensor]], int]:
-    """What the activation functions of the hidden layers return, as in the plasticity monitor, but with gradients.
+    """Return the activations of the hidden layers, as :class:`PlasticityMonitor` finds them, with their graph.
 
     Args:
         model: The model.
-        forward: Runs it once.
+        forward: Runs the model once.
 
     Returns:
-        Feature matrices, shape ``(N, d)``, by name of the layer, one each time that the layer is called; and how many
-        samples there were: the first dimension of the first activations.
+        Feature matrices, shape ``(N, d)``, by name of the layer, one for each call of the layer; and the number of
+        samples, the first dimension of the first activations.
 
     Raises:
-        ValueError: If no activation function was called whose results feed another layer.
+        ValueError: If no activation function was called whose output feeds another layer.
     """
-    kept = _Kept()
-    watch = _WatchWithGraph(model, kept, ())
-    watch.start()
+    sink = _FeatureSink()
+    tracker = _GraphTracker(model, sink, ())
+    tracker.start()
     try:
         forward(model)
     finally:
-        watch.stop()
-    if not kept.features:
+        tracker.stop()
+    if not sink.features:
         raise ValueError(
             f"forward(model) has called no activation function of {type(model).__name__} whose results feed another "
             "layer: there are no hidden features whose rank could be raised"
         )
-    return kept.features, kept.samples
+    return sink.features, sink.samples
 
 
-class _Kept:
-    """Observes by keeping."""
+class _FeatureSink:
+    """An activation sink that stores every activation."""
 
     channel_dim: int | None = None
 
@@ -58,7 +58,7 @@ class _Kept:
     def observe(self, activations: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
         with torch.enable_grad():
             output = self.output.reshape(activations.shape)
-            # A copy: what comes next in the network may change the output in place.
+            # Later layers may change the output in place.
             return rows_of(output, channel_dim).clone(), len(output)
 
     def report(self, name: str, observed: tuple[Tensor, int], *, assumed: bool, certain: bool) -> None:
@@ -70,14 +70,14 @@ class _Kept:
         return False
 
 
-class _WatchWithGraph(ActivationTracker):
-    """Hands over the tensor itself, where a :class:`ActivationTracker` shows detached ones."""
+class _GraphTracker(ActivationTracker):
+    """An :class:`ActivationTracker` that hands the sink the tensor with its graph beside the detached one."""
 
-    def __init__(self, root: nn.Module, kept: _Kept, chosen: Collection[str]) -> None:
-        super().__init__(root, kept, chosen)
-        self._kept = kept
+    def __init__(self, root: nn.Module, sink: _FeatureSink, chosen: Collection[str]) -> None:
+        super().__init__(root, sink, chosen)
+        self._features = sink
 
     @override
-    def _look(self, name: str, output: Tensor) -> Any:
-        self._kept.output = output
-        return super()._look(name, output)
+    def observe_output(self, name: str, output: Tensor) -> Any:
+        self._features.output = output
+        return super().observe_output(name, output)

@@ -1,10 +1,9 @@
-"""One metric over a whole network: looks at its hidden activations while it runs."""
+"""Measure the hidden layers of a network while it runs: one metric over all of them."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,9 +17,11 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import is_int, is_str_list
-from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled, without_wrappers
-from lightning_plasticity.activations.tracker import ACTIVATION_NAMES, ActivationTracker
+from lightning_plasticity._validation import check_choice, check_positive_ints, is_int, is_str_list
+from lightning_plasticity.activations.compiled import compiled_modules, compiler_is_loaded, uncompiled
+from lightning_plasticity.activations.layer_names import may_match, module_paths, possible_names
+from lightning_plasticity.activations.tracker import ActivationTracker
+from lightning_plasticity.diagnostics import DIAGNOSTICS, diagnostics_of
 from lightning_plasticity.functional.layouts import rows_of, sample_count
 from lightning_plasticity.functional.ranks import (
     SRANK_DELTA,
@@ -39,23 +40,24 @@ from lightning_plasticity.functional.units import (
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
 
-SHARES_OF_UNITS = ("dormant_fraction", "dead_fraction")
-RANKS = ("effective_rank", "stable_rank", "srank")
-MEASURES = (*SHARES_OF_UNITS, *RANKS, "feature_norm")
-"""All that a monitor can measure, in the order in which it is reported."""
+MEASURES = tuple(diagnostic.name for diagnostic in diagnostics_of(["features"]))
+"""All measures of a monitor, in the order in which they are reported."""
+
+_RANKS = ("effective_rank", "stable_rank", "srank")
 
 
 @dataclass(frozen=True)
 class MonitoredLayer:
-    """What a monitor has seen of one layer.
+    """The size of one layer and of its samples.
 
     Args:
         units: Number of units.
         samples: Number of samples; every position or token is one.
-        ranked_samples: How many of them the ranks are taken of, 0 if no rank is measured. A rank cannot exceed it.
+        ranked_samples: Number of samples that the ranks are computed from, 0 if no rank is measured. A rank cannot
+            exceed it.
         ranks_are_estimates: Whether the ranks are those of a part of the samples, or of random sums of units.
-        units_are_assumed: Whether the dimension that counts units is but the usual one for the shape: neither the
-            layers before nor those behind have told.
+        units_are_assumed: Whether the dimension that counts units is the usual one for the shape, since no layer before
+            or behind determines it.
     """
 
     units: int
@@ -67,7 +69,7 @@ class MonitoredLayer:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What one batch adds to the states of a layer."""
+    """The addends of one batch to the states of a layer."""
 
     units: int
     sums: dict[str, Tensor | float]
@@ -75,53 +77,60 @@ class _Statistics:
 
 
 class PlasticityMonitor(PlasticityMetric):
-    """The state of every hidden layer of a network, measured while it runs: dormant units, ranks, feature norms.
+    """Dormant units, ranks and feature norms of the hidden layers of a network, measured while it runs.
 
-    Hidden layers are found by what runs: the results of activation functions, called as modules or as functions
-    (``F.relu`` and the like, ``clamp(min=0)``, also recurrent layers), that flow into a further layer with weights. So
-    the output layer does not count, whatever its activation, nor what is on the way to the loss. Of gates, written as
-    ``h * sigmoid(h)`` or ``silu(a) * b``, the product counts, which is what the next layer reads. Activations written
-    as ``where``, ``maximum`` or ``x * (x > 0)`` are not recognised: name the module that returns them. Only while it is
-    attached does anything in the network know of the monitor:
+    Hidden layers are the outputs of activation functions that flow into a further layer with weights. Activation
+    functions are recognized as modules, as functions (``F.relu``, ``clamp(min=0)``, ``maximum`` with zeros,
+    ``where(x > 0, x, 0)``, ``x * (x > 0)``) and in recurrent layers. So the output layer does not count, whatever its
+    activation function, nor do activations on the way to the loss. Of a gate, ``h * sigmoid(h)`` or ``silu(a) * b``,
+    the product counts, which the next layer reads. For other hand-written functions, name the module that returns the
+    activations in ``layers``. The network holds hooks of the monitor only while it is attached:
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> monitor = PlasticityMonitor(model, measures=["dormant_fraction"])
     >>> with monitor:
     ...     output = model(torch.randn(64, 4))
     >>> list(monitor.compute())
-    ['dormant_fraction', 'dormant_fraction/1']
+    ['dormant_fraction', 'dormant_fraction/0']
 
-    On a batch in flight, :meth:`attach` before the step and :meth:`detach` after it; nothing is run twice, and no
-    number in the network changes (but that Transformers in evaluation mode without gradients leave torch's fast path,
-    which rounds differently). Modes are left as they are: in training mode, batch norm and dropout before an
-    activation are in what is measured.
+    To measure the batch in flight, :meth:`attach` before the step and :meth:`detach` after it. Nothing runs twice, and
+    no number in the network changes, except that Transformers in evaluation mode without gradients leave torch's fast
+    path, which rounds differently. Modes stay as they are: in training mode, activations are those after batch norm
+    with the statistics of the batch, and after dropout.
 
-    A layer is named by the path of its activation module. A function is named by the path of the module that calls it:
-    ``"block.relu"`` for ``F.relu`` in the ``forward`` of ``block``. If a module is used, or a function called, several
-    times in one call of the module around it, the further ones are numbered: ``"block.relu-2"``. A block with weights
-    that runs twice in one pass is one layer with twice the samples. Functions called outside of all modules of the
-    network belong to models around it or beside it, and are not seen; but those in the ``training_step`` of a
-    LightningModule count as its own. (Call a network, not its ``forward``.) These are numbered on for as long as it is
-    attached: attach it anew for every pass.
+    A layer has the path of the module that owns its weights, as in
+    :func:`~lightning_plasticity.interventions.describe_units`: the last linear, convolution, recurrent or attention
+    layer before the activation function, with norm layers, dropout, pooling and arithmetic between them. This is
+    ``"0"`` above, and ``"block.fc1"`` for ``F.relu(self.fc1(x))``. A sum has the name of the summand whose layer ran
+    last, and a gate that of the layer in its activation function. Further activation functions on one output are
+    numbered, ``"block.fc1-2"``. A layer that runs twice in one pass is one layer with twice the samples.
+
+    A parameter that is not called ``weight`` names its layer itself, ``"block.w1"``. Where no layer with weights of the
+    network comes before the activation function, the layer has the path of the activation module, or the path of the
+    module that calls the function and the function's name, ``"block.relu"``; further ones in the same call are
+    numbered. Functions called outside of all modules of the network are not seen, except in the ``training_step`` of a
+    LightningModule. (Call a network, not its ``forward``.)
 
     Args:
         module: The network; can also be given to :meth:`attach`. It does not become a part of the metric, of its
             ``state_dict`` or of its pickle.
-        layers: Names or patterns with ``*`` of the layers to be measured, all by default. The exact path of a module
-            that is no activation measures what this module returns.
+        layers: Names or patterns with ``*`` of the layers to be measured, all by default. The exact path of any other
+            module, such as an activation module or a layer without an activation function, measures what this module
+            returns.
         dormant_threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
         measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
             ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
-        channel_dim: The dimension that counts units, in all layers. By default it is followed from the last layer that
-            made the activations, else from the first that reads them. Where neither tells, a warning does: it is taken
-            from the shape then, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`.
-        compiled: What to do about modules compiled by ``torch.compile``, into which nobody can look: ``"raise"``, or
-            run them uncompiled while attached (``"eager"``), which changes their results by rounding and takes longer.
-        max_samples: Layers of at most that many units have exact ranks of all samples; of wider ones that many samples
+        channel_dim: The dimension that counts units, in all layers. By default it is inferred from the last layer that
+            made the activations, else from the first that reads them. If neither determines it, it is taken from the
+            shape, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`, with a warning.
+        compiled: What to do about modules compiled by ``torch.compile``, whose activations hooks cannot observe:
+            ``"raise"``, or run them uncompiled while attached (``"eager"``), which changes their results by rounding
+            and takes longer.
+        max_samples: Layers of at most that many units have exact ranks of all samples. Of wider ones that many samples
             are kept (by each process), at random from the batches that come first.
         max_units: Wider layers have ranks of that many random signed sums of units instead.
         prefix: Comes before every name: with ``"plasticity/"`` all are one group in TensorBoard.
-        kwargs: What every metric of torchmetrics takes.
+        kwargs: The arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError: If ``module`` is no module, ``prefix`` no string, or ``layers`` or ``measures`` a single one.
@@ -140,7 +149,8 @@ class PlasticityMonitor(PlasticityMetric):
         As in :mod:`lightning_plasticity.functional`.
     """
 
-    full_state_update = True  # which samples of a wide layer are kept depends on those before
+    # Which samples of a wide layer are kept depends on the earlier ones.
+    full_state_update = True
 
     def __init__(
         self,
@@ -157,20 +167,15 @@ class PlasticityMonitor(PlasticityMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, names in (("layers", layers), ("measures", measures)):
-            if isinstance(names, str):
-                raise TypeError(f"{name}={names!r} must be a list of names: [{names!r}]")
+        _check_names(layers=layers, measures=measures)
         if not is_str_list(measures) or any(measure not in MEASURES for measure in measures):
             raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
-        if compiled not in ("raise", "eager"):
-            raise ValueError(f"compiled={compiled!r} must be 'raise' or 'eager'")
-        for name, limit in (("max_samples", max_samples), ("max_units", max_units)):
-            if not is_int(limit) or limit < 1:
-                raise ValueError(f"{name}={limit!r} must be at least 1, and whole")
         if layers is not None and not is_str_list(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
         if channel_dim is not None and not is_int(channel_dim):
             raise ValueError(f"channel_dim={channel_dim!r} must be a whole number, or None")
+        check_choice(("raise", "eager"), compiled=compiled)
+        check_positive_ints(max_samples=max_samples, max_units=max_units)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix={prefix!r} must be a string")
         self.patterns = None if layers is None else list(layers)
@@ -183,9 +188,10 @@ class PlasticityMonitor(PlasticityMetric):
         self.prefix = prefix
         self.suppress_errors = False
         self.errors: list[str] = []
-        self._network = [] if module is None else [_checked(module)]  # in a list: not a submodule
+        # A list, so that the network does not become a submodule of the metric.
+        self._network = [] if module is None else [_check_module(module)]
         self._attachment: ExitStack | None = None
-        self._watch: ActivationTracker | None = None
+        self._tracker: ActivationTracker | None = None
         self._is_persistent = False
         self._offered: set[str] = set()
         self._assumed: set[str] = set()
@@ -193,66 +199,69 @@ class PlasticityMonitor(PlasticityMetric):
         self._warned: set[str] = set()
 
     def attach(self, module: nn.Module | None = None) -> Self:
-        """Begins to watch the network; also as ``with monitor.attach(module): ...``.
+        """Start to measure the network; also as ``with monitor.attach(module): ...``.
 
-        Several monitors may be attached at a time and detached in any order. Copies made of the network meanwhile, and
-        what is pickled of it, are not watched.
+        Several monitors may be attached at a time and detached in any order. Copies and pickles of the network made
+        meanwhile are not measured.
 
         Args:
             module: The network; by default the one that the monitor was made for.
 
         Raises:
-            RuntimeError: If it is attached already, has no network, or cannot look into it.
+            RuntimeError: If it is attached already, has no network, or the network cannot be observed.
             ValueError: If one of ``layers`` can match nothing in the network.
         """
         if self._attachment is not None:
             raise RuntimeError("the monitor is attached already: detach() it first")
         if module is None and not self._network:
             raise RuntimeError("the monitor has no network to watch: PlasticityMonitor(module), or attach(module)")
-        network = self._network[0] if module is None else _checked(module)
+        network = self._network[0] if module is None else _check_module(module)
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
-        opaque = compiled_modules(network)
-        if opaque and self.compiled == "raise":
+        self._check_network(network)
+        chosen = module_paths(network).intersection(self.patterns or ())
+        self._offered = set(chosen)
+        tracker = ActivationTracker(network, self, chosen)
+        with ExitStack() as stack:
+            if self.compiled == "eager" and compiler_is_loaded():
+                stack.enter_context(uncompiled())
+            stack.callback(self._warn_gaps, tracker)
+            stack.callback(tracker.stop)
+            tracker.start()
+            self._attachment, self._tracker = stack.pop_all(), tracker
+        return self
+
+    def _check_network(self, network: nn.Module) -> None:
+        compiled = compiled_modules(network)
+        if compiled and self.compiled == "raise":
             raise RuntimeError(
-                f"PlasticityMonitor cannot look into compiled modules ({', '.join(opaque)}): "
+                f"PlasticityMonitor cannot observe compiled modules ({', '.join(compiled)}): "
                 "PlasticityMonitor(compiled='eager') runs them uncompiled while it is attached, which changes results "
                 "by rounding; or attach it to an uncompiled copy"
             )
         if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
             raise RuntimeError("the network is on the meta device, where there are no numbers to measure")
-        paths = {without_wrappers(path) for path, _ in network.named_modules()}
-        impossible = [pattern for pattern in self.patterns or () if not _may_match(pattern, paths)]
+        names = possible_names(network)
+        impossible = [pattern for pattern in self.patterns or () if not may_match(pattern, names)]
         if impossible:
             raise ValueError(
                 f"layers={impossible!r} can match nothing in {type(network).__name__}, which is made of "
-                f"{[name for name, _ in network.named_children()]}: names are paths within the network that is watched"
+                f"{[name for name, _ in network.named_children()]}: names are paths within the network that is measured"
             )
-        chosen = paths.intersection(self.patterns or ())
-        self._offered = set(chosen)
-        watch = ActivationTracker(network, self, chosen)
-        with ExitStack() as stack:
-            if self.compiled == "eager" and compiler_is_loaded():
-                stack.enter_context(uncompiled())
-            stack.callback(self._warn_gaps, watch)
-            stack.callback(watch.stop)
-            watch.start()
-            self._attachment, self._watch = stack.pop_all(), watch
-        return self
 
     @property
     def attached(self) -> bool:
-        """Whether it is watching."""
+        """Whether the monitor is attached to a network."""
         return self._attachment is not None
 
     def detach(self) -> None:
-        """Ends it; nothing is left in the network. Without effect if it is not attached.
+        """Stop to measure, and remove all hooks from the network. Without effect if the monitor is not attached.
 
         Warns:
             UserWarning: If activations were missed in compiled code, a pattern has matched none, no hidden layer was
-                seen although several layers ran, or nothing has told which dimension of a layer counts units.
+                seen although several layers ran, or no layer determined which dimension of another counts units.
         """
-        attachment, self._attachment, self._watch = self._attachment, None, None
+        attachment, self._attachment, self._tracker = self._attachment, None, None
         if attachment is not None:
             attachment.close()
 
@@ -266,47 +275,48 @@ class PlasticityMonitor(PlasticityMetric):
 
     @property
     def layers(self) -> dict[str, MonitoredLayer]:
-        """What was seen since the last :meth:`reset`, by the name of the layer."""
-        found = {}
+        """The layers measured since the last :meth:`reset`, by name."""
+        layers = {}
         for layer in self._seen():
             units, samples = len(self._state(layer, "magnitude_sum")), int(self._state(layer, "samples"))
             rows = self._rows(layer)
-            kept = samples if rows is None else len(rows)
-            found[layer] = MonitoredLayer(
+            ranked = samples if rows is None else len(rows)
+            layers[layer] = MonitoredLayer(
                 units=units,
                 samples=samples,
-                ranked_samples=kept if self._ranks else 0,
-                ranks_are_estimates=self._ranks and (kept < samples or (rows is not None and units > self.max_units)),
+                ranked_samples=ranked if self._ranks else 0,
+                ranks_are_estimates=self._ranks and (ranked < samples or (rows is not None and units > self.max_units)),
                 units_are_assumed=layer in self._assumed,
             )
-        return found
+        return layers
 
     @override
     def update(self, activations: Mapping[str, Tensor | _Statistics]) -> None:
-        """Adds activations by the name of their layer; while attached this happens by itself.
+        """Add activations by the name of their layer. While the monitor is attached, it calls this itself.
 
         Args:
             activations: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
         """
         for layer, given in activations.items():
-            found = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
-            self._prepare(layer, found.units)
+            statistics = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
+            self._add_layer(layer, statistics.units)
             state = self._state(layer, "magnitude_sum")
-            if state.ndim and len(state) != found.units:
+            if state.ndim and len(state) != statistics.units:
                 raise ValueError(
-                    f"layer {layer!r} had {len(state)} units and has {found.units} now: reset() the monitor when the "
-                    "network changes, give channel_dim= if it counts samples, or leave the layer out by layers=[...]"
+                    f"layer {layer!r} had {len(state)} units and has {statistics.units} now: reset() the monitor when "
+                    "the network changes, give channel_dim= if it counts samples, or leave the layer out by "
+                    "layers=[...]"
                 )
-            self._accumulate(**{f"{layer}|{name}": value for name, value in found.sums.items()})
-            if found.rows is not None:
+            self._accumulate(**{f"{layer}|{name}": value for name, value in statistics.sums.items()})
+            if statistics.rows is not None:
                 rows = self._state(layer, "rows")
-                room = self.max_samples - sum(len(part) for part in rows)
-                if room > 0:
-                    rows.append(self._narrow(found.rows[:room]))
+                free = self.max_samples - sum(len(part) for part in rows)
+                if free > 0:
+                    rows.append(self._narrow(statistics.rows[:free]))
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """All measures, over all layers and of each."""
+        """Return all measures, over all layers and of each layer."""
         by_layer = {layer: self._measure(layer) for layer in self._seen()}
         estimated = [layer for layer, seen in self.layers.items() if seen.ranks_are_estimates]
         if estimated:
@@ -321,12 +331,12 @@ class PlasticityMonitor(PlasticityMetric):
         return result
 
     def selects(self, name: str) -> bool:
-        """Whether this layer is to be measured."""
+        """Return whether a layer is to be measured."""
         self._offered.add(name)
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> _Statistics:
-        """The statistics of the activations of one layer."""
+        """Return the statistics of the activations of one layer."""
         dim = channel_dim if self.channel_dim is None else self.channel_dim
         magnitudes = magnitude_sums(activations, dim)
         sums: dict[str, Tensor | float] = {"magnitude_sum": magnitudes, "samples": sample_count(activations, dim)}
@@ -337,20 +347,20 @@ class PlasticityMonitor(PlasticityMetric):
             sums["moment_sum"] = second_moments(activations, dim)
         elif self._ranks:
             rows = rows_of(activations, dim)
-            # Random ones: every n-th could be the same token of each sequence. A copy: it may be changed in place.
+            # Random samples, since every n-th one could be the same token of each sequence.
             generator = torch.Generator().manual_seed(len(rows))
             chosen = torch.randperm(len(rows), generator=generator, device="cpu")[: self.max_samples]
             rows = rows[chosen.to(rows.device)].double()
         return _Statistics(units, sums, rows)
 
     def tolerates(self, error: Exception) -> bool:
-        """Whether the forward pass goes on when something cannot be measured; what is wrong is kept in ``errors``."""
+        """Return whether the forward pass goes on after an error, which is stored in ``errors`` then."""
         if self.suppress_errors:
             self.errors.append(str(error))
         return self.suppress_errors
 
     def report(self, name: str, observed: _Statistics, *, assumed: bool, certain: bool) -> None:
-        """Adds the statistics of a layer. What is not certain of it does not end the forward pass."""
+        """Add the statistics of a layer. An error that a wrong guess of its units may cause is stored for a warning."""
         if assumed:
             self._assumed.add(name)
         try:
@@ -362,25 +372,25 @@ class PlasticityMonitor(PlasticityMetric):
 
     @override
     def persistent(self, mode: bool = False) -> None:
-        """Whether what was seen is saved in the ``state_dict``; also of layers that are yet to be seen."""
+        """Set whether the states are saved in the ``state_dict``, those of layers measured later included."""
         self._is_persistent = mode
         super().persistent(mode)
 
     @override
     def reset(self) -> None:
-        """Forgets what was seen."""
+        """Reset the states of all layers."""
         super().reset()
         self._assumed.clear()
 
     @property
     def _ranks(self) -> bool:
-        return any(rank in self.measures for rank in RANKS)
+        return any(rank in self.measures for rank in _RANKS)
 
     def _state(self, layer: str, name: str) -> Any:
         return getattr(self, f"{layer}|{name}", None)
 
-    def _prepare(self, layer: str, units: int) -> None:
-        """Adds the states of a layer that was not seen before."""
+    def _add_layer(self, layer: str, units: int) -> None:
+        """Add the states of a layer, unless there are any."""
         sums = ["magnitude_sum", "samples"]
         sums += ["norm_sum"] if "feature_norm" in self.measures else []
         sums += ["moment_sum"] if self._ranks and units <= self.max_samples else []
@@ -390,8 +400,8 @@ class PlasticityMonitor(PlasticityMetric):
         self._persistent = dict.fromkeys(self._persistent, self._is_persistent)
 
     def _seen(self) -> list[str]:
-        if self._watch is not None:
-            self._watch.decide()
+        if self._tracker is not None:
+            self._tracker.report_pending()
         layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
         return [layer for layer in layers if self._state(layer, "magnitude_sum").ndim]
 
@@ -411,59 +421,60 @@ class PlasticityMonitor(PlasticityMetric):
         return values
 
     def _rows(self, layer: str) -> Tensor | None:
-        """The samples kept of a layer that is too wide for second moments."""
+        """Return the samples kept of a layer that is too wide for second moments."""
         parts = self._state(layer, "rows")
-        return (
-            dim_zero_cat(parts) if parts is not None and len(parts) else None
-        )  # a list, or a tensor when synchronised
+        # A list of parts; a tensor after a synchronization.
+        return dim_zero_cat(parts) if parts is not None and len(parts) else None
 
     def _moments(self, layer: str) -> Tensor:
         rows = self._rows(layer)
         if rows is None:
             moments: Tensor = self._state(layer, "moment_sum")
             return moments
-        return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller has all eigenvalues but 0
+        # Both products have the same nonzero eigenvalues.
+        return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
 
     def _aggregate(self, measure: str, by_layer: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         values = [values[measure] for values in by_layer.values()]
         if not values:
             return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
         stacked = torch.stack(values)
-        if measure not in SHARES_OF_UNITS:
+        if not DIAGNOSTICS[measure].is_fraction:
             return stacked.mean()
         units = stacked.new_tensor([len(self._state(layer, "magnitude_sum")) for layer in by_layer])
         return (stacked * units).sum() / units.sum()
 
     def _narrow(self, rows: Tensor) -> Tensor:
-        """At most ``max_units`` random signed sums of units: they keep the inner products of samples on average."""
+        """Return random signed sums of units, at most ``max_units``, with the same inner products on average."""
         units = rows.shape[1]
         if units <= self.max_units:
             return rows
-        generator = torch.Generator().manual_seed(units)  # the same signs for every batch and in every process
+        # The signs are the same for every batch and in every process.
+        generator = torch.Generator().manual_seed(units)
         signs = torch.randint(2, (units,), generator=generator).to(rows) * 2 - 1
         padded = torch.nn.functional.pad(rows * signs, (0, -units % self.max_units))
         return padded.reshape(len(rows), -1, self.max_units).sum(1)
 
-    def _warn_gaps(self, watch: ActivationTracker) -> None:
-        if watch.saw_compiled_code:
+    def _warn_gaps(self, tracker: ActivationTracker) -> None:
+        if tracker.saw_compiled_code:
             rank_zero_warn(
                 "code compiled by torch.compile has run while PlasticityMonitor was attached, and its activations were "
                 "not seen: PlasticityMonitor(compiled='eager') runs it uncompiled, which changes results by rounding",
                 category=UserWarning,
             )
         unmatched = [p for p in self.patterns or () if not any(fnmatchcase(name, p) for name in self._offered)]
-        if unmatched and watch.saw_activations:
+        if unmatched and tracker.saw_activations:
             rank_zero_warn(
                 f"layers={unmatched!r} match none of the activations seen: {sorted(self._offered)}",
                 category=UserWarning,
             )
-        elif len(watch.layers_with_weights) > 1 and not (
-            watch.saw_hidden_layer or watch.saw_compiled_code or self.errors
+        elif len(tracker.layers_with_weights) > 1 and not (
+            tracker.saw_hidden_layer or tracker.saw_compiled_code or self.errors
         ):
             rank_zero_warn(
-                "PlasticityMonitor has seen no hidden layer, although several layers with weights ran: activations "
-                "written as where, maximum or a product with a mask are not recognised, nor is attention: name the "
-                "modules that return them, PlasticityMonitor(layers=[...])",
+                "PlasticityMonitor found no hidden layer, although several layers with weights ran: attention and "
+                "some hand-written activation functions are not recognized: name the modules that return them, "
+                "PlasticityMonitor(layers=[...])",
                 category=UserWarning,
             )
         for error in self._rejected.values():
@@ -473,23 +484,24 @@ class PlasticityMonitor(PlasticityMetric):
         self._warned.update(unclear)
         if unclear:
             rank_zero_warn(
-                f"no layer before or behind {', '.join(unclear)} tells which dimension counts units: it is taken to be "
-                "the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
+                f"no layer before or behind {', '.join(unclear)} determines which dimension counts units: it is taken "
+                "to be the last of three, the second of more. Give channel_dim=, or leave them out by layers=[...]",
                 category=UserWarning,
             )
 
     @override
     def _sync_shapes(self, group: Any | None) -> None:
-        mine = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
-        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(everyone, mine, group=group)
-        for layer, units in sorted((layer, units) for theirs in everyone for layer, units in theirs.items()):
-            self._prepare(layer, units)
+        local = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
+        by_rank: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(by_rank, local, group=group)
+        for layer, units in sorted((layer, units) for layers in by_rank for layer, units in layers.items()):
+            self._add_layer(layer, units)
             rows = self._state(layer, "rows")
             if rows is not None and not rows:
                 rows.append(torch.empty(0, min(units, self.max_units), dtype=torch.float64, device=self.device))
         super()._sync_shapes(group)
-        self._reductions = dict(sorted(self._reductions.items()))  # they are gathered in this order
+        # Every rank must gather the states in the same order.
+        self._reductions = dict(sorted(self._reductions.items()))
 
     @override
     def _load_from_state_dict(
@@ -502,47 +514,44 @@ class PlasticityMonitor(PlasticityMetric):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes what was saved in the place of what was seen; the states are those of the layers saved."""
+        """Load the states of the saved layers, replacing all accumulated ones."""
         start, end = prefix, "|magnitude_sum"
         saved = [name for name in state_dict if name.startswith(start) and name.endswith(end)]
         if saved:
             self.reset()
-            self._update_count = 1  # compute() would warn that there is nothing
+            # compute() would warn that update() was never called.
+            self._update_count = 1
         for name in saved:
             layer = name[len(start) : -len(end)]
             if state_dict[name].ndim:
-                self._prepare(layer, len(state_dict[name]))
-            own = [prefix + key for key in self._defaults if key.rpartition("|")[0] == layer]
-            missing_keys += [key for key in own if key not in state_dict]
-            state_dict.update({key: list(value) for key in own if isinstance(value := state_dict.get(key), list)})
+                self._add_layer(layer, len(state_dict[name]))
+            keys = [prefix + key for key in self._defaults if key.rpartition("|")[0] == layer]
+            missing_keys += [key for key in keys if key not in state_dict]
+            # A copy, so that further samples are not appended to the saved list.
+            state_dict.update({key: list(value) for key in keys if isinstance(value := state_dict.get(key), list)})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_network": [], "_attachment": None, "_watch": None}
+        return {**super().__getstate__(), "_network": [], "_attachment": None, "_tracker": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        other._network = [memo.get(id(module), module) for module in self._network]  # the copy, if it is copied too
+        # The network is shared, unless it is being copied too.
+        other._network = [memo.get(id(module), module) for module in self._network]
         return other
 
 
-def _checked(module: nn.Module) -> nn.Module:
+def _check_names(**arguments: object) -> None:
+    for argument, names in arguments.items():
+        if isinstance(names, str):
+            raise TypeError(f"{argument}={names!r} must be a list of names: [{names!r}]")
+
+
+def _check_module(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r} must be a torch.nn.Module")
     return module
-
-
-def _may_match(pattern: str, paths: Collection[str]) -> bool:
-    """Whether there may be a layer of this name: a module, or an activation function called in one."""
-    # A shared activation module takes its name along to where it is called.
-    own = {name for path in paths if not (name := path.rpartition(".")[2]).isdigit()}
-    start = re.split(r"[*?[]", pattern)[0]
-    caller, _, function = re.sub(r"-\d+$", "", start).rpartition(".")
-    if start == pattern:
-        return f"{caller}.{function}".lstrip(".") in paths or (caller in paths and function in ACTIVATION_NAMES | own)
-    known = any(path.startswith(start) for path in paths)
-    return known or (caller in paths and any(name.startswith(function) for name in ACTIVATION_NAMES | own))

@@ -440,7 +440,7 @@ def test_hessian_equals_that_of_full_weights(runs: Runs) -> None:
 
 
 def test_monitor_equals_that_of_full_weights(runs: Runs, unsharded: dict[str, Any]) -> None:
-    expected = [row for row in unsharded["logged"] if "plasticity_training/effective_rank/net.1" in row]
+    expected = [row for row in unsharded["logged"] if "plasticity_training/effective_rank/net.0" in row]
     assert [row["step"] for row in expected] == [0, 3, 6]
     for run in runs["probed"]:
         rows = [row for row in run["logged"] if "plasticity_training/dormant_fraction" in row]

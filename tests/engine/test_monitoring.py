@@ -54,7 +54,7 @@ def test_features_are_those_of_the_network_on_the_probes_samples_in_evaluation_m
     assert metrics["feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-6)
     magnitudes = features.abs().mean(0)
     assert metrics["dormant_fraction"] == (magnitudes <= 0.025 * magnitudes.mean()).double().mean().item()
-    assert metrics["effective_rank/net.1"] == metrics["effective_rank"], "there is one hidden layer"
+    assert metrics["effective_rank/net.0"] == metrics["effective_rank"], "there is one hidden layer"
     assert metrics["effective_rank_vs_initial"] == pytest.approx(1.0), "these are the initial weights"
     assert hooks(module) == 0
 
@@ -85,7 +85,7 @@ def test_a_monitor_of_ones_own_says_what_is_measured_and_is_not_changed() -> Non
     callback = SpectralCollapseCallback(monitor=monitor, monitor_every_n_steps=1)
     trainer(callback).fit(Classifier(), loader())
     names = [name for name in callback.history[0].metrics if name.startswith(MEASURES)]
-    assert sorted(names) == ["srank", "srank/net.1", "srank_vs_initial"]
+    assert sorted(names) == ["srank", "srank/net.0", "srank_vs_initial"]
     assert not monitor.layers
 
 
@@ -123,8 +123,8 @@ def test_tensorboard_has_one_group_for_training(tmp_path: Path) -> None:
     trainer(callback, logger=TensorBoardLogger(tmp_path, version=0)).fit(Classifier(), loader())
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("plasticity_training/")}
-    assert tags == {f"plasticity_training/{m}{layer}" for m in MEASURES for layer in ("", "/net.1")}
-    assert [event.step for event in events.Scalars("plasticity_training/dormant_fraction/net.1")] == [0, 1, 2]
+    assert tags == {f"plasticity_training/{m}{layer}" for m in MEASURES for layer in ("", "/net.0")}
+    assert [event.step for event in events.Scalars("plasticity_training/dormant_fraction/net.0")] == [0, 1, 2]
 
 
 def test_an_exception_in_a_watched_step_leaves_no_hook() -> None:

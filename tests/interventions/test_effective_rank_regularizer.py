@@ -306,13 +306,13 @@ def test_it_is_deterministic() -> None:
 @pytest.mark.parametrize(
     ("build", "shape", "layers"),
     [
-        (Functional, (8, 4), {"relu": (8, 5), "tanh": (8, 6)}),
+        (Functional, (8, 4), {"first": (8, 5), "second": (8, 6)}),
         (
             lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)),
             (5, 1, 4, 4),
-            {"1": (45, 3)},
+            {"0": (45, 3)},
         ),
-        (Gru, (3, 5, 4), {"relu": (15, 6), "gru": (15, 5), "relu-2": (3, 7)}),
+        (Gru, (3, 5, 4), {"inputs": (15, 6), "gru": (15, 5), "hidden": (3, 7)}),
     ],
 )
 def test_features_are_outputs_of_activations_that_feed_a_layer(
@@ -476,7 +476,7 @@ def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
         ),
         (
             lambda: EffectiveRankRegularizer(every_n_samples=1).after_step(mlp(), forward=on(inputs() * torch.nan)),
-            "the features of '1' hold NaN or infinite numbers",
+            "the features of '0' hold NaN or infinite numbers",
         ),
     ],
 )

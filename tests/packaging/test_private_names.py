@@ -57,7 +57,6 @@ ALLOWED = {
     "_to_sync",
     # this package: another object of the same class, and methods of a base class
     "_sync_shapes",
-    "_look",
     "_network",
 }
 

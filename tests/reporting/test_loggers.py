@@ -35,7 +35,7 @@ def test_tensorboard_scalars_by_step_and_by_task(tmp_path: Path) -> None:
         shown_names = {tag[len(prefix) :] for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
         assert shown_names > NAMES
         assert shown_names == {name for report in callback.history for name in report.metrics} | {*NAMES}
-        for name in (*GGN, "dormant_fraction", "effective_rank", "effective_rank/net.1"):
+        for name in (*GGN, "dormant_fraction", "effective_rank", "effective_rank/net.0"):
             shown = sort_by_step(events.Scalars(prefix + name))
             assert [event.step for event in shown] == steps
             expected = [report.metrics[name] for report in callback.history]

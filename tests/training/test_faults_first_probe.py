@@ -92,7 +92,7 @@ class TwoNumbers:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"monitor_every_n_steps": 1}, r"monitor_every_n_steps: PlasticityMonitor cannot look into compiled modules"),
+        ({"monitor_every_n_steps": 1}, r"monitor_every_n_steps: PlasticityMonitor cannot observe compiled modules"),
         ({"task_detector": TaskDetector(drift_detector=TwoNumbers())}, r"drift_detector=.* cannot take a number"),
     ],
 )

@@ -103,7 +103,7 @@ def test_nan_loss_is_reported_and_training_goes_on() -> None:
     reasons = {
         "ReDo": "ValueError: ReDo: the units of 'net.0' give values that are not finite",
         "SpectralRegularizer": "ValueError: a gradient is not finite",
-        "EffectiveRankRegularizer": "ValueError: the features of 'net.1' hold NaN or infinite numbers",
+        "EffectiveRankRegularizer": "ValueError: the features of 'net.0' hold NaN or infinite numbers",
     }
     assert first.errors.keys() == reasons.keys()
     assert all(first.errors[name].startswith(reason) for name, reason in reasons.items())

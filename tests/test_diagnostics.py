@@ -1,0 +1,21 @@
+"""The list of diagnostics and what is derived from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity.metrics.monitor import MEASURES
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_table_lists_every_diagnostic_in_order() -> None:
+    table = README.read_text().partition("| name | meaning | healthy |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
+    documented = [row for row in rows if row[0].strip("`") in DIAGNOSTICS]
+    assert documented == [[f"`{name}`", diagnostic.meaning] for name, diagnostic in DIAGNOSTICS.items()]
+
+
+def test_monitor_measures_what_no_spectrum_gives() -> None:
+    assert [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.compute is None] == list(MEASURES)
