@@ -358,3 +358,19 @@ def test_tensorboard_shows_one_group(tmp_path: Path) -> None:
     assert set(tags) == {f"plasticity/{m}{layer}" for m in model.monitor.measures for layer in ("", "/net.0")}
     assert len(events.Scalars("plasticity/dormant_fraction")) == 3
     assert "plasticity/effective_rank" in run.callback_metrics
+
+
+def test_probes_of_a_watched_network_are_not_tracked() -> None:
+    from lightning_plasticity.curvature import ggn_spectrum
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+
+    def mse_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(model(x), torch.ones(len(x), 2))
+
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        ggn_spectrum(model, x[:5], mse_loss)
+        model(x)
+    assert monitor.layers["0"].samples == len(x)
