@@ -1,4 +1,4 @@
-"""Attach the engine to a Trainer."""
+"""Define SpectralCollapseCallback, which maps the hooks of a Trainer to the engine."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ from lightning_plasticity.probes import GGNProbe, Probe
 from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
-from lightning_plasticity.training.checks import check_training_step, warn_of_lost_state, warn_of_weight_averages
+from lightning_plasticity.training.checks import (
+    check_sharding,
+    check_strategy,
+    check_training_step,
+    warn_of_lost_state,
+    warn_of_weight_averages,
+)
 from lightning_plasticity.training.sandbox import TrainerContext
-from lightning_plasticity.training.strategies import check_sharding, check_strategy
 
 _STATE_VERSION = 1
 
@@ -44,7 +49,7 @@ class _FitState:
         steps_before: Optimizer steps of earlier fits.
         tasks_before: Number of tasks of earlier fits.
         in_batch: Whether a batch has begun and not ended.
-        warned_of_early_checkpoint: Whether the warning of a checkpoint saved too early was issued.
+        warned_of_early_checkpoint: Whether the warning about a checkpoint saved too early was issued.
     """
 
     steps_before: int = 0
@@ -79,14 +84,14 @@ class SpectralCollapseCallback(Callback):
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
         monitor: Whether to measure dormant units, feature ranks and norms of the hidden layers at the start of every
-            task, on the probe's samples; a :class:`~lightning_plasticity.PlasticityMonitor` says which.
+            task, on the probe's samples; a :class:`~lightning_plasticity.PlasticityMonitor` selects what is measured.
         monitor_every_n_steps: Number of optimizer steps after which to measure them while training, too, on the
             training batch. Logged as ``plasticity_training/<name>``.
         task_detector: The rules by which tasks start.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of the data with a graph; by default the loss that
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
-        name: A name that tells several callbacks of one Trainer apart, such as those of an actor and a critic, each
-            with a ``loss_fn`` of its own. It is a part of the checkpoint's key and of logged names:
+        name: A name that distinguishes several callbacks of one Trainer, such as those of an actor and a critic, each
+            with its own ``loss_fn``. It is a part of the checkpoint's key and of logged names:
             ``plasticity_<name>/<metric>``.
 
     Attributes:
@@ -168,7 +173,7 @@ class SpectralCollapseCallback(Callback):
             probe if probe is not None else GGNProbe(),
             collapse,
             chosen_monitor,
-            # The default monitor was not asked for by name: its errors are warnings, not exceptions.
+            # Errors of the default monitor are warnings, since the user did not pass a monitor.
             monitor_is_required=monitor is not True,
             runner=self._runner,
             errors=self._errors,
@@ -176,7 +181,7 @@ class SpectralCollapseCallback(Callback):
         self._fit = _FitState()
         # Optimizer steps over all fits, up to the end of the last batch.
         self._steps = 0
-        # Whether a checkpoint was loaded from which the next fit resumes.
+        # Whether the next fit resumes from a checkpoint that was loaded.
         self._resumed = False
         # Whether the checkpoint being loaded must not replace the state.
         self._ignores_checkpoint = False
@@ -241,16 +246,17 @@ class SpectralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer.strategy, self.interventions)
-        warn_of_lost_state(trainer)
         with _lightning_errors():
+            check_strategy(trainer.strategy, self.interventions)
+            warn_of_lost_state(trainer)
             self._task_start.check_metric()
             check_training_step(pl_module, has_loss_fn=self._loss_fn is not None)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_model_parallel(trainer.strategy):
-            check_sharding(pl_module)
+            with _lightning_errors():
+                check_sharding(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,17 +274,17 @@ class SpectralCollapseCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._fit.in_batch = True
-        # The last batch may have been skipped: its monitor must not watch the probe's copy.
+        # If the last batch was skipped, its monitor is still attached. It must not record the copy of the probe.
         self._step_monitor.cancel()
         self._runner.track(trainer.optimizers)
-        starts = self._ask_detector(lambda: self._tasks.new_task(trainer, pl_module, batch))
-        starts = starts or self._tasks.consume_announcement() or not self.history
-        if starts:
+        starts_task = self._call_detector(lambda: self._tasks.new_task(trainer, pl_module, batch))
+        starts_task = starts_task or self._tasks.consume_announcement() or not self.history
+        if starts_task:
             self._share_errors()
         context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
         with _lightning_errors():
-            if starts or self._task_start.needs_start(context):
-                self._start(context, starts_task=starts)
+            if starts_task or self._task_start.needs_start(context):
+                self._start(context, starts_task=starts_task)
             self._step_monitor.begin(pl_module, self._steps)
 
     @override
@@ -287,7 +293,7 @@ class SpectralCollapseCallback(Callback):
     ) -> None:
         self._fit.in_batch = False
         log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._errors, self._groups)
-        self._ask_detector(lambda: self._tasks.on_batch_end(outputs))
+        self._call_detector(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._fit.steps_before + trainer.global_step
         if self.interventions:
             context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
@@ -347,8 +353,8 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        unseen = self._fit.steps_before + trainer.global_step - self._steps
-        if self._fit.in_batch and unseen > 0 and not self._fit.warned_of_early_checkpoint:
+        uncounted_steps = self._fit.steps_before + trainer.global_step - self._steps
+        if self._fit.in_batch and uncounted_steps > 0 and not self._fit.warned_of_early_checkpoint:
             self._fit.warned_of_early_checkpoint = True
             rank_zero_warn(
                 "a checkpoint was saved after an optimizer step and before SpectralCollapseCallback has seen the end "
@@ -394,42 +400,42 @@ class SpectralCollapseCallback(Callback):
         self._runner.load_state_dict(state_dict["interventions"])
 
     def _start(self, context: TrainerContext, *, starts_task: bool) -> None:
-        """Start a task, or only the interventions that run along.
+        """Start a task: measure, run the repairs that are due and log. Or start only the running interventions.
 
-        An error in a first probe, or an interruption, leaves the task to the next batch, maybe of another fit.
+        After an error in the first probe, or an interruption, the task starts at the next batch, maybe of another fit.
         """
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps) if starts_task else None
         try:
             with self._tasks.paused():
-                prepared = self._task_start.prepare(context, self.history, report)
+                repair_context = self._task_start.measure_and_start(context, self.history, report)
             self._step_monitor.begin(context.model, self._steps)
         except BaseException:
             if starts_task:
                 self._tasks.postpone()
             if not self.history:
-                self._task_start.initial_weights.forget()
+                self._task_start.initial_weights.clear()
             raise
         if report is None:
             return
         self.history.append(report)
-        if prepared is not None:
+        if repair_context is not None:
             if self.interventions:
-                # The runs of repairs must not be monitored.
+                # Forward passes of repairs must not be monitored.
                 self._step_monitor.postpone()
             with self._tasks.paused():
                 report.repairs = self._runner.at_task_start(
-                    prepared, report.task, report.step, collapsed=report.collapsed
+                    repair_context, report.task, report.step, collapsed=report.collapsed
                 )
         log_task(context.trainer.loggers, report, self._errors, self._groups)
 
-    def _ask_detector(self, ask: Callable[[], bool | None]) -> bool:
-        """Return the answer of the task detector; ``False`` if it fails after the first task."""
+    def _call_detector(self, call: Callable[[], bool | None]) -> bool:
+        """Return the result of a call of the task detector; ``False`` if it fails after the first task."""
         try:
-            return bool(ask())
+            return bool(call())
         except Exception as error:
             if not self.history or isinstance(local_error(error), UnusableDetectorError):
                 raise_local_error(error)
-            self._errors.record("task_detector", "whether a task is new could not be told", error)
+            self._errors.record("task_detector", "new tasks could not be detected", error)
             return False
 
     def _flush_errors(self) -> None:
@@ -445,7 +451,7 @@ class SpectralCollapseCallback(Callback):
 
 @contextlib.contextmanager
 def _lightning_errors() -> Iterator[None]:
-    """Raise the engine's misconfiguration errors as Lightning's, which its users catch."""
+    """Raise each ``MisconfigurationError`` as Lightning's ``MisconfigurationException``, which its users catch."""
     try:
         yield
     except MisconfigurationError as error:

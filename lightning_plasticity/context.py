@@ -31,9 +31,9 @@ from lightning_plasticity.isolation.state import default_dtype
 class ProbeContext:
     """A model in training, the batch at hand and the loss.
 
-    Probes, monitors and interventions are written against this class and know no Trainer. They run copies of the model,
-    never the model itself. A subclass says what a framework needs besides: how to copy its kind of module, and what to
-    restore after a copy has run.
+    Probes, monitors and interventions are written against this class and do not depend on a Trainer. They run copies of
+    the model, never the model itself. A subclass adapts a framework: it overrides how a module is copied, and what is
+    restored after a copy has run.
 
     Args:
         model: The model that is trained.
@@ -55,7 +55,7 @@ class ProbeContext:
     _slices: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def copy(self) -> nn.Module:
-        """Return a copy of the model that may be run, changed and thrown away."""
+        """Return a copy of the model that may be run, changed and discarded."""
         return copy_module(self.model)
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -63,7 +63,7 @@ class ProbeContext:
         return self.loss_on(model, self.batch)
 
     def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the loss of a copy of the model on another batch; the same value however often it is called.
+        """Return the loss of a copy of the model on another batch; repeated calls return the same value.
 
         The loss function gets a copy of the batch, which augmentations may change in place, and attributes that it
         assigns to the model are restored.
@@ -79,11 +79,11 @@ class ProbeContext:
 
     @cached_property
     def batch_size(self) -> int | None:
-        """Number of samples in the batch; ``None`` if the batch holds no tensor that tells."""
+        """Number of samples in the batch; ``None`` if the batch holds no tensor with dimensions."""
         return batch_size(self.batch)
 
     def samples(self, count: int) -> Any:
-        """Return the first samples of the batch, cut out once however often they are asked for."""
+        """Return the first samples of the batch. The result is cached."""
         if count not in self._slices:
             self._slices[count] = slice_batch(self.batch, count)
         return self._slices[count]
@@ -103,13 +103,13 @@ class ProbeContext:
             with all_or_none():
                 batch = all_gather_batch(self.samples(share))
         except PeerFailedError:
-            # Batches that cannot be joined, such as sequences of different lengths: those of rank 0 serve for all.
+            # If batches cannot be joined, such as sequences of different lengths, all ranks use that of rank 0.
             with all_or_none():
                 batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
         return replace(self, batch=batch)
 
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that restores, on exit, what a copy of the model can reach and change."""
+        """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""
         return contextlib.nullcontext()
 
     def show_progress(self, description: str) -> contextlib.AbstractContextManager[Progress | None]:

@@ -545,7 +545,7 @@ def test_first_batch_starts_a_task_without_a_label() -> None:
     assert tasks_seen(callback) == [(0, None, 0), (1, "cats", 1)]
 
 
-@pytest.mark.filterwarnings("ignore:whether a task is new could not be told")
+@pytest.mark.filterwarnings("ignore:new tasks could not be detected")
 def test_announced_task_starts_although_task_key_fails() -> None:
     def key(trainer: Trainer, module: LightningModule) -> int:
         if trainer.global_step >= 2:

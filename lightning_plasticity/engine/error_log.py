@@ -1,4 +1,4 @@
-"""Warn of errors that do not end training, and collect them for the report of the task."""
+"""Warn about errors that do not end training, and collect them for the report of the task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ErrorLog:
     """Errors that do not end training. Every error is a warning; the first one of each source is kept.
 
     Args:
-        name: The name of the callback, which its warnings begin with.
+        name: The name of the callback, a prefix of its warnings.
     """
 
     def __init__(self, name: str | None = None) -> None:
@@ -22,7 +22,7 @@ class ErrorLog:
         rank_zero_warn(f"{self._prefix}{message}", stacklevel=4)
 
     def record(self, source: str, consequence: str, error: Exception | str) -> None:
-        """Warn of an error, and keep it if it is the first one of its source.
+        """Warn about an error, and keep it if it is the first one of its source.
 
         Args:
             source: The part that failed: a key of :attr:`~lightning_plasticity.reports.TaskReport.errors`.

@@ -1,4 +1,4 @@
-"""Keep the initial weights of a model, and load weights into its copies."""
+"""Store the initial weights of a model, and load weights into its copies."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class InitialWeights:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
-    def remember(self, model: nn.Module) -> bool:
-        """Keep the value of every parameter and buffer that is new, or that has another shape than before.
+    def store(self, model: nn.Module) -> bool:
+        """Store the value of every parameter and buffer that is new, or that has another shape than before.
 
         Returns:
-            Whether the model has its initial weights, since none were kept before.
+            Whether the model has its initial weights, because none were stored before.
 
         Raises:
             MisconfigurationError: If a parameter of a lazy layer has no shape yet.
@@ -38,8 +38,8 @@ class InitialWeights:
                 self.values[name] = tensor.detach().cpu().clone()
         return is_initial
 
-    def forget(self) -> None:
-        """Drop all values."""
+    def clear(self) -> None:
+        """Remove all values."""
         self.values = {}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Run interventions, each at its time: at a collapse, at a task, after steps and in the gradients."""
+"""Run interventions: repairs at a collapse, at tasks and after steps, step interventions and regularizers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ _ParameterKey = tuple[int, torch.Size]
 class InterventionRunner:
     """Runs interventions on a model in training.
 
-    An intervention that cannot work on the model raises before any weight has changed. From then on, one that fails
-    changes nothing, is recorded and warned of, and training goes on. Ranks do each thing all together or not at all.
+    An intervention that cannot work on the model raises before any weight has changed. After that, a failing one
+    changes nothing, its error is recorded with a warning, and training goes on. Each intervention runs on all ranks or
+    on none.
 
     Args:
         interventions: The interventions, in the order in which they run.
@@ -53,7 +54,7 @@ class InterventionRunner:
             raise TypeError(f"interventions={interventions!r} must be a list of interventions: write [...] around it")
         if not isinstance(interventions, Iterable):
             raise TypeError(f"interventions={interventions!r} must be a list of interventions")
-        # Iterators, too, are accepted.
+        # Iterators are accepted, too.
         interventions = tuple(interventions)
         for intervention in interventions:
             if not isinstance(intervention, Repair | StepIntervention | Regularizer):
@@ -67,16 +68,16 @@ class InterventionRunner:
         self.regularizers = [i for i in interventions if isinstance(i, Regularizer)]
         self._errors = errors
         self._counter = StepCounter()
-        # The interventions that run along with the training and got ready for this task.
-        self._ready: list[Intervention] = []
-        # The parameters that were trained when they did.
-        self._ready_for: set[_ParameterKey] = set()
+        # The step interventions and regularizers that were started for this task.
+        self._started: list[Intervention] = []
+        # The parameters that were trained at that time.
+        self._started_for: set[_ParameterKey] = set()
         self._warned_of_untracked_step = False
         # Errors are raised until an intervention has worked once.
         self._has_worked = False
 
     def begin_fit(self, optimizers: Sequence[torch.optim.Optimizer], *, manual_backward: bool) -> None:
-        """Forget the state of the last fit and track the optimizers of this one.
+        """Discard the state of the last fit and track the optimizers of this one.
 
         Args:
             optimizers: The optimizers.
@@ -86,8 +87,8 @@ class InterventionRunner:
             MisconfigurationError: If the steps of an optimizer cannot be counted and an intervention needs them.
         """
         self.end_fit()
-        self._ready = []
-        self._ready_for = set()
+        self._started = []
+        self._started_for = set()
         self._warned_of_untracked_step = False
         needs_steps = bool(self.step_interventions)
         uses_hooks = needs_steps or (bool(self.regularizers) and manual_backward)
@@ -104,12 +105,12 @@ class InterventionRunner:
                 self._record(intervention, "could not be stopped", error)
 
     def track(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Count the steps of these optimizers from now on; a training step may have made new ones."""
+        """Count the steps of these optimizers from now on; a training step may have created new ones."""
         if self.interventions:
             self._counter.track(optimizers)
 
     def dry_run(self, context: ProbeContext) -> None:
-        """Run every repair on a copy, so that one that cannot work raises now and not at a collapse."""
+        """Run every repair on a copy, so that a repair that cannot work raises before training, not at a collapse."""
         with context.preserve_training_state():
             for repair in self.repairs:
                 generator = torch.Generator().manual_seed(0)
@@ -118,24 +119,24 @@ class InterventionRunner:
 
     def needs_restart(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Return whether a parameter is trained that did not exist, or was frozen, at the last :meth:`start`."""
-        runs_along = bool(self.step_interventions or self.regularizers)
-        return runs_along and not _trained_parameters(optimizers) <= self._ready_for
+        is_needed = bool(self.step_interventions or self.regularizers)
+        return is_needed and not _trained_parameters(optimizers) <= self._started_for
 
     def start(self, context: ProbeContext) -> None:
         """Start step interventions and regularizers: at the start of every fit and task, and if they need a restart."""
-        self._ready = []
-        self._ready_for = _trained_parameters(context.optimizers)
+        self._started = []
+        self._started_for = _trained_parameters(context.optimizers)
         for intervention in self.interventions:
             if isinstance(intervention, Repair):
                 continue
             try:
                 with all_or_none(), context.preserve_training_state():
                     intervention.start(context.model, forward=context.loss, make_copy=context.copy)
-                self._ready.append(intervention)
+                self._started.append(intervention)
             except Exception as error:
                 if not self._has_worked:
                     raise_local_error(error)
-                self._record(intervention, "could not get ready for this task and rests", error)
+                self._record(intervention, "could not be started and is off for this task", error)
                 _sync_state([intervention])
         self._has_worked = self._has_worked or self._dry_run_regularizers(context)
 
@@ -149,12 +150,12 @@ class InterventionRunner:
         return self._repair(context, due, step, seed=1000 * task)
 
     def before_backward(self) -> None:
-        """Note that a backward pass begins."""
+        """Record the start of a backward pass."""
         if self.regularizers:
             self._counter.before_backward()
 
     def after_backward(self) -> None:
-        """Note that a backward pass has ended."""
+        """Record the end of a backward pass."""
         self._counter.after_backward()
 
     def before_step(
@@ -162,8 +163,8 @@ class InterventionRunner:
     ) -> dict[str, Tensor]:
         """Add the gradients of the regularizers to those of an optimizer's parameters, before its step.
 
-        The result is the same as if the penalties stood in the training step: with gradient accumulation in which only
-        some batches had a loss, they get that share, and they are clipped with the rest.
+        The result is the same as with the penalties in the training step: if gradients are accumulated and only some
+        batches had a loss, the gradients of the penalties are scaled by that share, and they are clipped with the rest.
 
         Args:
             model: The model.
@@ -176,14 +177,14 @@ class InterventionRunner:
             The value of each penalty as ``<name>/penalty``.
         """
         passes = self._counter.before_step(optimizer)
-        regularizers = [ready for ready in self._ready if isinstance(ready, Regularizer)]
+        regularizers = [started for started in self._started if isinstance(started, Regularizer)]
         if not regularizers:
             return {}
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if accumulation is None and not self._counter.backward_passes:
-            # loss.backward() instead of manual_backward: the hooks of callbacks are not called.
+            # With loss.backward() instead of manual_backward, the hooks of callbacks are not called.
             passes = 1
-        # Without a backward pass there is no loss to add to: an epoch that only updates batch norms, say.
+        # Without a backward pass there is no loss to add to, as in an epoch that only updates batch norms.
         if not (passes and any_grad(parameters)):
             return {}
         result = penalty_gradients(model, parameters, regularizers)
@@ -214,7 +215,7 @@ class InterventionRunner:
         if untracked is not None:
             self._warn_untracked_step(untracked)
         if steps:
-            for intervention in (ready for ready in self._ready if isinstance(ready, StepIntervention)):
+            for intervention in (started for started in self._started if isinstance(started, StepIntervention)):
                 act = partial(intervention.after_step, context.model, context.optimizers)
                 report = self._run_guarded(intervention, context, act, weights=list(context.model.parameters()))
                 if report is not None and report.units:
@@ -251,9 +252,9 @@ class InterventionRunner:
             intervention.load_state_dict(state["state"])
 
     def name_of(self, intervention: Intervention) -> str:
-        """Return the name of an intervention in logs and reports: the second of a name ends in ``_2``."""
-        alike = [other for other in self.interventions if other.name == intervention.name]
-        number = next(number for number, other in enumerate(alike, start=1) if other is intervention)
+        """Return the name of an intervention in logs and reports: the second one of a class ends in ``_2``."""
+        namesakes = [other for other in self.interventions if other.name == intervention.name]
+        number = next(number for number, other in enumerate(namesakes, start=1) if other is intervention)
         return intervention.name if number == 1 else f"{intervention.name}_{number}"
 
     def _dry_run_regularizers(self, context: ProbeContext) -> bool:
@@ -268,7 +269,7 @@ class InterventionRunner:
             with all_or_none():
                 regularizers = copy.deepcopy(self.regularizers)
         except Exception:
-            # A trial of the regularizer itself would change its state. The first step tells whether it works.
+            # A trial of the regularizer itself would change its state. The first step will show whether it works.
             return False
         try:
             with all_or_none(), isolated_rng():
@@ -299,7 +300,7 @@ class InterventionRunner:
         act: Callable[..., object],
         weights: Sequence[Tensor] = (),
     ) -> RepairReport | None:
-        """Run an intervention on all ranks or on none, and record its error, if it has one."""
+        """Run an intervention on all ranks or on none, and record its error, if any."""
         try:
             with all_or_none(), context.preserve_training_state():
                 return _check_report(intervention, act(forward=context.loss, make_copy=context.copy))
@@ -330,26 +331,26 @@ def _trained_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[_Par
 
 
 def _check_report(intervention: Intervention, returned: object) -> RepairReport | None:
-    """Return what an intervention has returned.
+    """Return the report that an intervention has returned.
 
     Raises:
-        TypeError: If it is of the wrong type: user-written interventions are not checked before they run.
+        TypeError: If the returned object is of the wrong type, since interventions may be written by users.
     """
     if isinstance(returned, RepairReport):
         return returned
     if isinstance(intervention, Repair):
         raise TypeError(f"{intervention.name}.repair must return a RepairReport, not {type(returned).__name__}")
     if returned is not None:
-        kind = type(returned).__name__
-        raise TypeError(f"{intervention.name}.after_step must return a RepairReport or None, not {kind}")
+        received = type(returned).__name__
+        raise TypeError(f"{intervention.name}.after_step must return a RepairReport or None, not {received}")
     return None
 
 
 def _sync_state(interventions: Sequence[Intervention], weights: Sequence[Tensor] = ()) -> None:
-    """Give all ranks the state of interventions, and the weights, that rank 0 has.
+    """Broadcast the state of interventions, and weights, from rank 0.
 
-    An intervention that failed on one rank may have changed its state, or weights in place, before it did. The ranks
-    would drift apart.
+    An intervention that failed on one rank may have changed its state, or weights in place, before the failure. Without
+    this, the ranks would diverge.
     """
     if not is_distributed() or not interventions:
         return

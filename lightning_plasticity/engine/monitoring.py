@@ -61,8 +61,8 @@ def device_of(model: nn.Module) -> torch.device:
 class StepMonitor:
     """Measures the activations of a training batch every few optimizer steps, without an extra forward pass.
 
-    Of several batches in one optimizer step it measures the first; where one batch takes several steps, the first batch
-    after that many steps.
+    If an optimizer step has several batches, the first one is measured. If a batch takes several steps, the next batch
+    after ``every_n_steps`` is measured.
 
     Args:
         monitor: The settings of the measurement. It is not changed.
@@ -102,7 +102,7 @@ class StepMonitor:
         except Exception as error:
             self.cancel()
             if not self._has_succeeded:
-                # The next fit shall raise the error, too.
+                # The next fit must raise the error, too.
                 self.last = None
                 raise MisconfigurationError(f"monitor_every_n_steps: {error}") from error
             self._record(error)

@@ -20,7 +20,7 @@ class PenaltyGradients:
     Args:
         gradients: The sum of the gradients for each parameter; ``None`` where no penalty depends on it.
         penalties: The value of each penalty, by its regularizer.
-        errors: The regularizers that failed, and why; they are not in the sum.
+        errors: The regularizers that failed, with their errors; they are not in the sum.
     """
 
     gradients: list[Tensor | None]
@@ -72,8 +72,8 @@ def differentiate_penalty(
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         penalty: object = regularizer.penalty(model)
         if not isinstance(penalty, Tensor) or penalty.numel() != 1:
-            kind = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
-            raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {kind}")
+            received = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
+            raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {received}")
         # All parameters that the penalty depends on may be frozen.
         if not penalty.requires_grad:
             return penalty, [None] * len(parameters)
@@ -88,15 +88,15 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None],
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        own_share = sharded_like(parameter, gradient.detach())
+        shard = sharded_like(parameter, gradient.detach())
         if parameter.grad is None:
-            parameter.grad = (factor * own_share).to(parameter.dtype)
+            parameter.grad = (factor * shard).to(parameter.dtype)
         elif parameter.grad.is_sparse:
             # nn.Embedding(sparse=True): a dense tensor cannot be added to a sparse one in place.
-            parameter.grad = (factor * own_share + parameter.grad).to(parameter.dtype)
+            parameter.grad = (factor * shard + parameter.grad).to(parameter.dtype)
         else:
-            parameter.grad.add_(own_share, alpha=factor)
+            parameter.grad.add_(shard, alpha=factor)
 
 
-def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return one if other is None else other if one is None else one + other
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

@@ -13,7 +13,7 @@ from lightning_plasticity.messages import MisconfigurationError
 
 
 class StepCounter:
-    """Counts backward passes and the optimizer steps that were really taken, also by manual optimization."""
+    """Counts backward passes and the optimizer steps that were not skipped, also with manual optimization."""
 
     def __init__(self) -> None:
         self.backward_passes = 0
@@ -50,14 +50,14 @@ class StepCounter:
         """Count for these optimizers from now on, and drop the counts and hooks of all others."""
         if [*self._at_last_step] == optimizers:
             return
-        for gone in self._handles.keys() - optimizers:
-            self._handles.pop(gone).remove()
+        for untracked in self._handles.keys() - optimizers:
+            self._handles.pop(untracked).remove()
         for optimizer in optimizers:
             self._register_hook(optimizer)
         self._at_last_step = {o: self._at_last_step.get(o, self.backward_passes) for o in optimizers}
 
     def before_backward(self) -> None:
-        """Forget the passes of optimizers whose gradients were dropped without a step."""
+        """Discard the passes of optimizers whose gradients were cleared without a step."""
         for optimizer in self._at_last_step:
             if not any_grad(p for group in optimizer.param_groups for p in group["params"]):
                 self._at_last_step[optimizer] = self.backward_passes
@@ -70,7 +70,7 @@ class StepCounter:
         """Return the number of backward passes since the last step of an optimizer that is about to take one."""
         self._register_hook(optimizer)
         self._is_announced = True
-        # An optimizer made within this batch has only the pass of this batch.
+        # An optimizer that was created in this batch has only the pass of this batch.
         passes = self.backward_passes - self._at_last_step.get(optimizer, self.backward_passes - 1)
         self._at_last_step[optimizer] = self.backward_passes
         return passes
@@ -89,12 +89,12 @@ class StepCounter:
         except AttributeError as error:
             if self._needs_steps:
                 raise MisconfigurationError(
-                    f"step interventions cannot tell when {type(optimizer).__name__} takes a step: its constructor "
+                    f"step interventions cannot detect when {type(optimizer).__name__} takes a step: its constructor "
                     "does not call that of torch.optim.Optimizer"
                 ) from error
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # A GradScaler calls the step of a fused optimizer in any case, and tells it by found_inf to skip the update.
+        # A GradScaler always calls the step of a fused optimizer, which skips the update if found_inf is set.
         skipped: Any = getattr(optimizer, "found_inf", None)
         if skipped is None or not bool(skipped):
             self._steps += 1

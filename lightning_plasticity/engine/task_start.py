@@ -28,9 +28,9 @@ from lightning_plasticity.reports import TaskReport
 
 
 class TaskStart:
-    """Does what is due at the start of a task: probe, monitor, verdict, and the start of interventions.
+    """The steps at the start of a task: probe, monitor, verdict, and the start of interventions.
 
-    The first measurement must succeed. From then on an error is a warning and an entry in the report, and training goes
+    The first measurement must succeed. After that, an error is a warning and an entry in the report, and training goes
     on.
 
     Args:
@@ -86,12 +86,12 @@ class TaskStart:
         """Return whether interventions must be started before the next batch."""
         return not self._interventions_have_started or self._runner.needs_restart(context.optimizers)
 
-    def prepare(
+    def measure_and_start(
         self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport | None
     ) -> ProbeContext | None:
-        """Measure the model, if a task starts, and start the interventions that run along.
+        """Measure the model, if a task starts, and start step interventions and regularizers.
 
-        No weight is changed: an intervention that cannot work raises before any is.
+        No weight is changed: an intervention that cannot work raises before.
 
         Args:
             context: The model and the first batch.
@@ -108,9 +108,11 @@ class TaskStart:
                 stack.enter_context(gather_full_parameters(context.model))
             except Exception as error:
                 if report is not None:
-                    self._errors.warn(self._record_miss(report, history, error))
+                    self._errors.warn(self._record_failure(report, history, error))
                 elif self._runner.interventions:
-                    self._errors.record("interventions", "interventions could not get ready and rest", error)
+                    self._errors.record(
+                        "interventions", "interventions could not be started and are off until the next batch", error
+                    )
                 # The interventions start at the next batch.
                 return None
             if report is not None:
@@ -123,21 +125,21 @@ class TaskStart:
         """Fill in a report on all ranks alike."""
         try:
             with all_or_none():
-                is_initial = self.initial_weights.remember(context.model)
+                is_initial = self.initial_weights.store(context.model)
                 with context.preserve_training_state():
-                    message = self._probe_and_judge(report, context, history, is_initial=is_initial)
+                    message = self._probe_and_evaluate(report, context, history, is_initial=is_initial)
                 if not _has_probed(history):
                     self._runner.dry_run(context)
         except Exception as error:
-            message = self._record_miss(report, history, error)
-        # Rounding may differ from device to device, decisions must not: all ranks take the report of rank 0.
+            message = self._record_failure(report, history, error)
+        # Rounding may differ between devices, but decisions must not: all ranks take the report of rank 0.
         state, message = broadcast_object((report.to_dict(), message))
         if message is not None:
             self._errors.warn(message)
         vars(report).update(vars(TaskReport.from_dict(state)))
 
-    def _record_miss(self, report: TaskReport, history: Sequence[TaskReport], error: Exception) -> str:
-        """Record in a report that nothing could be measured, and return what to warn of.
+    def _record_failure(self, report: TaskReport, history: Sequence[TaskReport], error: Exception) -> str:
+        """Record in a report that nothing could be measured, and return the text of a warning.
 
         Raises:
             Exception: The error, if nothing has ever been measured.
@@ -148,10 +150,10 @@ class TaskStart:
         report.errors["probe"] = format_error(error)
         return f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
 
-    def _probe_and_judge(
+    def _probe_and_evaluate(
         self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport], *, is_initial: bool
     ) -> str | None:
-        """Measure the model and its initial weights, fill in the report, and return what to warn of."""
+        """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
         if not self._probe_is_checked:
             warning = self.probe.check(context)
             if warning is not None:
@@ -192,13 +194,13 @@ class TaskStart:
         *,
         monitored: bool = True,
     ) -> tuple[ProbeResult, dict[str, float]]:
-        """Return what the probe and the monitor measure of a copy of the model with the given weights."""
+        """Return the results of the probe and of the monitor on a copy of the model with the given weights."""
         load_weights(copy, context.model, weights)
         with context.show_progress(description) as progress:
             result = self.probe.measure(copy, context, progress)
         if self.monitor is None or not monitored:
             return result, {}
-        # The loss may have changed weights in place, as of an average of the model.
+        # The loss may have changed weights in place, such as those of a moving average of the model.
         load_weights(copy, context.model, weights)
         return result, self._measure_activations(self.monitor, copy, context)
 

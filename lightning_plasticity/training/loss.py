@@ -1,4 +1,4 @@
-"""Take the loss that ``training_step`` returns."""
+"""Call ``training_step`` and return its loss."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
     if isinstance(loss, Tensor):
         return loss
     if isinstance(output, Mapping):
-        found = f"a dict without a tensor under 'loss' (keys: {sorted(map(str, output))})"
+        returned = f"a dict without a tensor under 'loss' (keys: {sorted(map(str, output))})"
     else:
-        found = "None" if output is None else f"a {type(output).__name__}"
+        returned = "None" if output is None else f"a {type(output).__name__}"
     raise MisconfigurationError(
-        f"{type(module).__name__}.training_step returned {found}, so the probe has no loss: return the loss or "
+        f"{type(module).__name__}.training_step returned {returned}, so the probe has no loss: return the loss or "
         "{'loss': loss}, or pass SpectralCollapseCallback(loss_fn=...) with loss_fn(module, batch) -> mean loss"
     )

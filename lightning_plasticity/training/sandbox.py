@@ -58,14 +58,14 @@ class TrainerContext(ProbeContext):
         batch_idx: int,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
     ) -> TrainerContext:
-        """Return the context of a training batch.
+        """Create the context of a training batch.
 
         Args:
             trainer: The Trainer.
             module: The module that it trains.
             batch: The batch, on the device of the module.
             batch_idx: The index of the batch, for ``training_step``.
-            loss_fn: The loss of a module on a batch; ``None``: what ``training_step`` returns.
+            loss_fn: The loss of a module on a batch; by default the loss that ``training_step`` returns.
         """
         return cls(
             module,
@@ -101,7 +101,7 @@ def isolated_copy(
     share_uncopyable: bool = False,
     loaders: list[DataLoader[Any]] | None = None,
 ) -> LightningModule:
-    """Return a copy of a module that can be run, trained and thrown away without an effect on the run.
+    """Return a copy of a module that can be run, trained and discarded without an effect on the run.
 
     Data modules, data sets, loaders and device meshes are shared rather than copied. ``log`` and loggers do nothing.
 
@@ -147,7 +147,7 @@ def isolated_copy(
 
 
 class _QuietLogger(DummyLogger):
-    """A logger that knows where the original writes, and writes nothing."""
+    """A logger with the name, version and directories of the original, which logs nothing."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -160,10 +160,10 @@ class _QuietLogger(DummyLogger):
 
 
 class _QuietTrainer:
-    """The Trainer of a copy: reads attributes of the original, replaces its loggers and its module, and keeps writes.
+    """The Trainer of a copy: it reads attributes of the original, except loggers and module, and never changes it.
 
-    ``module`` is a weak reference to the copy. A strong one would make a cycle, which keeps the memory of the copy
-    until Python collects garbage.
+    ``module`` is a weak reference to the copy. A strong one would form a cycle, and the copy would occupy memory until
+    the next garbage collection.
     """
 
     module: Callable[[], LightningModule | None]

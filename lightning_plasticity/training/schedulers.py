@@ -30,12 +30,12 @@ def preserve_schedulers(trainer: Trainer) -> Iterator[None]:
     # Schedulers change a learning rate that is a tensor in place.
     rates = [value for setting in settings for value in setting.values() if isinstance(value, Tensor)]
     values = [rate.detach().clone() for rate in rates]
-    stepped = _with_nested_schedulers(schedulers(trainer))
-    functions = [function for scheduler in stepped for function in getattr(scheduler, "lr_lambdas", ())]
-    # A repair may change the optimizer's state: a scheduler that holds a reference to it must not restore it.
-    states = {id(held) for one in trainer.optimizers for held in (one.state, one.param_groups, *one.param_groups)}
-    attributes = [getattr(one, "__dict__", None) for one in (*stepped, *functions)]
-    snapshots = [Snapshot(own, states) for own in attributes if isinstance(own, dict)]
+    all_schedulers = _with_nested_schedulers(schedulers(trainer))
+    functions = [function for scheduler in all_schedulers for function in getattr(scheduler, "lr_lambdas", ())]
+    # A repair may change the state of an optimizer, which must not be restored through a reference in a scheduler.
+    optimizer_state = {id(state) for o in trainer.optimizers for state in (o.state, o.param_groups, *o.param_groups)}
+    attributes = [getattr(value, "__dict__", None) for value in (*all_schedulers, *functions)]
+    snapshots = [Snapshot(values, optimizer_state) for values in attributes if isinstance(values, dict)]
     try:
         yield
     finally:
@@ -50,12 +50,12 @@ def preserve_schedulers(trainer: Trainer) -> Iterator[None]:
 
 def _with_nested_schedulers(schedulers: Sequence[Any]) -> list[Any]:
     """Return the schedulers and those inside of them, such as the one that follows a warm-up."""
-    found = list(schedulers)
-    # The list grows while it is walked through.
-    for scheduler in found:
+    result = list(schedulers)
+    # The list grows during the iteration.
+    for scheduler in result:
         nested = _nested_schedulers(getattr(scheduler, "__dict__", {}))
-        found += [one for one in nested if not any(one is other for other in found)]
-    return found
+        result += [inner for inner in nested if not any(inner is other for other in result)]
+    return result
 
 
 def _nested_schedulers(value: Any) -> Iterator[LRScheduler]:

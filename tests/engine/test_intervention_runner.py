@@ -421,7 +421,7 @@ def test_start_failing_at_a_later_task_only_warns(row: Row) -> None:
     trainer(callback).fit(module, loader())
     module.task = 1
     with pytest.warns(
-        PlasticityWarning, match="could not get ready for this task and rests, training goes on: .* has no units"
+        PlasticityWarning, match="could not be started and is off for this task, training goes on: .* has no units"
     ):
         trainer(callback).fit(module, loader())
     module.task = 0

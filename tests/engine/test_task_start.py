@@ -57,7 +57,7 @@ class CountingContext(ProbeContext):
 
 def test_plain_module_is_measured_as_by_ggn_spectrum() -> None:
     model, report = mlp(), TaskReport(0, None, 0)
-    task_start().prepare(ProbeContext(model, batch(), loss_fn), [], report)
+    task_start().measure_and_start(ProbeContext(model, batch(), loss_fn), [], report)
     spectrum = ggn_spectrum(model, batch(), loss_fn)
     assert report.spectrum is not None
     torch.testing.assert_close(report.spectrum.eigenvalues, spectrum.eigenvalues)
@@ -68,12 +68,12 @@ def test_plain_module_is_measured_as_by_ggn_spectrum() -> None:
 def test_initial_weights_are_measured_on_the_same_batch(probe: Probe) -> None:
     model, start = mlp(), task_start(probe)
     first = TaskReport(0, None, 0)
-    start.prepare(ProbeContext(model, batch(), loss_fn), [], first)
+    start.measure_and_start(ProbeContext(model, batch(), loss_fn), [], first)
     with torch.no_grad():
         model[0].bias.fill_(-100.0)
     second = TaskReport(1, None, 10)
     with pytest.warns(PlasticityWarning, match="losing its plasticity"):
-        start.prepare(ProbeContext(model, batch(), loss_fn), [first], second)
+        start.measure_and_start(ProbeContext(model, batch(), loss_fn), [first], second)
     assert second.metrics["dead_fraction"] == 1.0
     ratio = second.metrics["learnable_fraction"] / first.metrics["learnable_fraction"]
     assert second.metrics["learnable_fraction_vs_initial"] == pytest.approx(ratio)
@@ -86,7 +86,7 @@ def test_model_is_copied_once_a_task() -> None:
     for task in range(3):
         CountingContext.copies = 0
         report = TaskReport(task, None, task)
-        start.prepare(CountingContext(model, batch(task), loss_fn), history, report)
+        start.measure_and_start(CountingContext(model, batch(task), loss_fn), history, report)
         history.append(report)
         assert CountingContext.copies == 1
         with torch.no_grad():
@@ -118,15 +118,15 @@ def test_a_loss_that_changes_the_model_is_measured_on_unchanged_weights() -> Non
 
     model, report = mlp(), TaskReport(0, None, 0)
     expected = TaskReport(0, None, 0)
-    task_start().prepare(ProbeContext(model, batch(), averaging_loss), [], report)
-    task_start().prepare(ProbeContext(model, batch(), loss_fn), [], expected)
+    task_start().measure_and_start(ProbeContext(model, batch(), averaging_loss), [], report)
+    task_start().measure_and_start(ProbeContext(model, batch(), loss_fn), [], expected)
     assert report.metrics["dead_fraction"] == expected.metrics["dead_fraction"]
 
 
 def test_model_is_left_as_it_was() -> None:
     model = mlp()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    task_start(interventions=(ShrinkPerturb(),)).prepare(
+    task_start(interventions=(ShrinkPerturb(),)).measure_and_start(
         ProbeContext(model, batch(), loss_fn), [], TaskReport(0, None, 0)
     )
     for name, tensor in model.state_dict().items():
@@ -137,6 +137,6 @@ def test_model_is_left_as_it_was() -> None:
 def test_half_precision_model_keeps_its_dtype() -> None:
     model, report = mlp().to(torch.bfloat16), TaskReport(0, None, 0)
     x, y = batch()
-    task_start().prepare(ProbeContext(model, (x.to(torch.bfloat16), y), loss_fn), [], report)
+    task_start().measure_and_start(ProbeContext(model, (x.to(torch.bfloat16), y), loss_fn), [], report)
     assert report.metrics["learnable_fraction"] > 0
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -31,7 +31,7 @@ def test_interventions_unusable_at_a_later_task_only_warn() -> None:
     with pytest.warns(PlasticityWarning) as caught:
         trainer(callback).fit(module, loader())
     messages = [str(warning.message) for warning in caught if warning.category is PlasticityWarning]
-    assert messages[0].startswith("ContinualBackprop could not get ready for this task and rests, training goes on: ")
+    assert messages[0].startswith("ContinualBackprop could not be started and is off for this task, training goes on: ")
     assert all("EffectiveRankRegularizer failed and changed nothing" in message for message in messages[1:])
     assert not torch.equal(weights(module), before)
     first, second = callback.history

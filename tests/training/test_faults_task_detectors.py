@@ -75,7 +75,7 @@ def test_later_task_detector_failure_only_warns(kind: str) -> None:
     (failing_weights, errors, messages), (lasting_weights, no_errors, no_messages) = results
     assert torch.equal(failing_weights, lasting_weights)
     assert errors == {"task_detector": "ZeroDivisionError: no more"}
-    assert messages == ["whether a task is new could not be told, training goes on: no more"] * 2
+    assert messages == ["new tasks could not be detected, training goes on: no more"] * 2
     assert (no_errors, no_messages) == ({}, [])
 
 
@@ -88,7 +88,7 @@ def test_later_task_id_failure_only_warns() -> None:
             return 0
 
     callback = SpectralCollapseCallback(collapse=NEVER)
-    with pytest.warns(PlasticityWarning, match="whether a task is new could not be told.*not known now"):
+    with pytest.warns(PlasticityWarning, match="new tasks could not be detected.*not known now"):
         trainer(callback).fit(FailingTaskId(), loader(batches=4))
     assert [report.errors for report in callback.history] == [
         {"task_detector": "MisconfigurationException: not known now"}
