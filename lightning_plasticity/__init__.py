@@ -11,7 +11,7 @@ the start of every task whether the network can still learn, and repairs it on r
 ``PyHessianProbe``              the same by PyHessian's algorithms
 ``PlasticityMonitor``           a metric: dormant units, ranks and norms of the hidden layers of any module
 ``Collapse``                    the rule for an alarm
-``TaskReport``                  what was measured and done at one task
+``TaskReport``                  the measurements, repairs and errors of one task
 ``PlasticityWarning``           the category of all warnings
 ==============================  ========================================================================================
 

@@ -1,4 +1,4 @@
-"""Access what is not public in Lightning; no other module does."""
+"""Access the names of Lightning that are not public, in one place; no other module uses any."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _WEIGHT_AVERAGES = {
 def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
     """Return whether the value is an instance of one of these Lightning classes, in either of Lightning's packages.
 
-    ``pytorch_lightning`` holds the same code as ``lightning.pytorch``, but its classes are others, which ``isinstance``
-    does not relate. They are compared by name.
+    ``pytorch_lightning`` has the same code as ``lightning.pytorch``, but its own classes, which ``isinstance`` does not
+    relate to those of the other package. They are compared by name.
     """
     kind: Any = type(value)
     return isinstance(value, kinds) or _is_subclass_by_name(kind, kinds)
@@ -88,7 +88,7 @@ def _qualified_name(kind: type) -> str:
 def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
     """Return the data module that the running fit takes its data from, if any.
 
-    ``trainer.datamodule`` still is that of an earlier fit when the running one takes plain loaders.
+    ``trainer.datamodule`` is still that of an earlier fit if the running one takes plain loaders.
     """
     source: Any = trainer.fit_loop._data_source.instance
     return source if is_lightning(source, LightningDataModule) else None

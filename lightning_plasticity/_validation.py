@@ -55,7 +55,7 @@ def check_number(interval: str, owner: str | None = None, meaning: str = "", /, 
     Args:
         interval: The interval in mathematical notation: ``"[0, 1)"``, or ``"[0, inf)"`` for finite numbers from 0 on.
         owner: The class whose constructor takes the arguments; ``None`` for a function.
-        meaning: What the number stands for; the message ends with it.
+        meaning: Description of the number, which ends the message.
         values: The values by the names of the arguments.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decide whether a diagnostic at the start of a task announces a collapse."""
+"""Decide whether the value of a diagnostic at the start of a task is a collapse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Collapse:
             first task; ``None``, no reference, the only choice for diagnostics that can be negative.
 
     Raises:
-        ValueError: If an argument has another value.
+        ValueError: If an argument has any other value.
 
     Example:
         >>> verdict = Collapse().evaluate(0.63, earlier=[0.80, 0.86, 0.95], initial=0.80)
@@ -65,8 +65,8 @@ class Collapse:
         if not DIAGNOSTICS[self.metric].higher_is_better:
             falling = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.higher_is_better]
             raise ValueError(
-                f"Collapse(metric={self.metric!r}) rises when a network collapses, so that an alarm below a threshold "
-                f"would ring for healthy ones; choose one of {falling}"
+                f"Collapse(metric={self.metric!r}) rises when a network collapses, so an alarm below a threshold "
+                f"would be raised for healthy ones; choose one of {falling}"
             )
         if self.relative_to is not None and self.relative_to not in get_args(Reference):
             raise ValueError(
@@ -76,8 +76,8 @@ class Collapse:
         if DIAGNOSTICS[self.metric].can_be_negative:
             if self.relative_to is not None:
                 raise ValueError(
-                    f"Collapse(metric={self.metric!r}, relative_to={self.relative_to!r}): it can be negative, and a "
-                    "share of a negative number is no threshold; write relative_to=None and the value itself as below"
+                    f"Collapse(metric={self.metric!r}, relative_to={self.relative_to!r}): it can be negative, so a "
+                    "share of it is no threshold; write relative_to=None and the value itself as below"
                 )
             if not math.isfinite(as_float(self.below)):
                 raise ValueError(f"Collapse(below={self.below!r}) must be a finite number")
@@ -125,7 +125,7 @@ class Collapse:
     def _reason_inconclusive(self, value: float, initial: float) -> str | None:
         """Return why there is no verdict on a value, or ``None`` if there is one."""
         if math.isnan(value):
-            return "is not a number, so whether this is a collapse cannot be told"
+            return "is not a number, so it is unknown whether this is a collapse"
         if not is_resolved(self.metric, value):
             return _explain_unresolved(value)
         if self.relative_to == "initial" and not is_resolved(self.metric, initial):
@@ -143,7 +143,7 @@ def _explain_unresolved(value: float) -> str:
         if not value.half_width <= (value.hi - value.lo) / 2:
             advice = "raise num_probes of the probe"
     return (
-        f"is not resolved{interval}, so whether this is a collapse cannot be told: {advice}, or let Collapse watch a "
+        f"is not resolved{interval}, so it is unknown whether this is a collapse: {advice}, or let Collapse watch a "
         "number that needs less of either, such as 'learnable_fraction' or 'hessian_effective_rank'"
     )
 

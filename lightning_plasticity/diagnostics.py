@@ -1,7 +1,7 @@
 """Define the diagnostics: their names, their meanings, and how each is computed from a spectrum.
 
-Logging, plots, the table in the README, the measures of :class:`~lightning_plasticity.PlasticityMonitor` and the
-choices of :class:`~lightning_plasticity.Collapse` are derived from this list.
+Logging, plots, the measures of :class:`~lightning_plasticity.PlasticityMonitor` and the choices of
+:class:`~lightning_plasticity.Collapse` are derived from this list. A test compares it with the table in the README.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from lightning_plasticity.curvature import Estimate, Spectrum
 
 EPSILON = 1e-2
-"""Threshold of the ε-rank, in units of the eigenvalues (arXiv 2509.22335 plots this one)."""
+"""Threshold of the ε-rank, in units of the eigenvalues, as in the plots of arXiv 2509.22335."""
 
 RELATIVE_EPSILON = 1e-3
 """Threshold of the relative ε-rank, as a share of the largest eigenvalue."""
@@ -40,11 +40,11 @@ class Diagnostic:
         meaning: Its definition in one line, for the table in the README.
         compute: Computes it from the spectrum of the matrix; ``None`` if
             :class:`~lightning_plasticity.PlasticityMonitor` measures it.
-        source: The source of it.
+        source: The spectrum or the activations that it is computed from.
         is_fraction: Whether it lies in [0, 1].
-        can_be_negative: Whether it can be negative, so that no share of it is a threshold.
-        higher_is_better: Whether a collapse is a fall of it rather than a rise.
-        uncertainty: The attributes of its :class:`~lightning_plasticity.curvature.Estimate` that are logged beside it.
+        can_be_negative: Whether it can be negative, so that a share of it cannot be a threshold.
+        higher_is_better: Whether it falls, rather than rises, when a network collapses.
+        uncertainty: The attributes of its :class:`~lightning_plasticity.curvature.Estimate` that are logged, too.
     """
 
     name: str
@@ -281,7 +281,7 @@ def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) ->
     for name, value in values.items():
         for attribute in DIAGNOSTICS[name].uncertainty:
             result[f"{name}_{attribute}"] = float(getattr(value, attribute))
-    return {name: number for name, number in result.items() if name in values or math.isfinite(number)}
+    return {name: value for name, value in result.items() if name in values or math.isfinite(value)}
 
 
 def resolved_value(metrics: Mapping[str, float], name: str) -> float | None:

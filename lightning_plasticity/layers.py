@@ -1,7 +1,7 @@
 """List the kinds of layers, and hide how each kind lays out its weight.
 
-All knowledge about layer *classes* is here. Which *functions* of :mod:`torch.nn.functional` are layers is listed in
-:mod:`lightning_plasticity.activations.unit_axes` (for activations) and
+This module is about layer *classes*. The *functions* of :mod:`torch.nn.functional` that are layers are listed in
+:mod:`lightning_plasticity.activations.torch_functions` (for activations) and
 :mod:`lightning_plasticity.curvature.exact.layer_rules` (for derivatives).
 """
 

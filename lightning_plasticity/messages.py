@@ -1,4 +1,4 @@
-"""Warn users, raise errors and show objects in plain words."""
+"""Define the warning and the error that users see, and format constructor calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure curvature at the start of a task, as the spectrum of one matrix or another."""
+"""Measure curvature at the start of a task: the spectra of the Gauss-Newton matrix and of the Hessian."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ class HessianProbe(Probe):
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
         num_steps: Lanczos steps for each. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        ggn: Measures the Gauss-Newton matrix and the tangent kernel, too, which ``learnable_fraction`` needs. ``None``
-            leaves them out, for losses and sizes that :class:`GGNProbe` does not support.
+        ggn: The probe of the Gauss-Newton matrix and the tangent kernel, which ``learnable_fraction`` needs. ``None``
+            measures the Hessian alone, for losses and sizes that :class:`GGNProbe` does not support.
 
     Raises:
         ValueError: If a number is not a positive whole number (``seed``: or zero), or ``ggn`` is no :class:`GGNProbe`.
@@ -208,8 +208,8 @@ class HessianProbe(Probe):
             cause = error.__cause__
             if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
                 raise
-            # A loss that cannot be computed in float64 is no fault of the Hessian, which is measured in float32.
-            return f"second derivatives could not be checked, so the Hessian's numbers are on trust: {error}"
+            # The loss cannot be computed in float64. The Hessian, which is measured in float32, may still be right.
+            return f"second derivatives could not be checked, so the Hessian's numbers may be wrong: {error}"
         return None
 
     @override
@@ -278,7 +278,7 @@ class HessianProbe(Probe):
 
 @dataclass(frozen=True)
 class PyHessianProbe(HessianProbe):
-    """The spectrum of the Hessian by PyHessian's algorithms: for comparison with what was measured with it before.
+    """The spectrum of the Hessian by PyHessian's algorithms, for comparison with earlier results of PyHessian.
 
     It is slower than :class:`HessianProbe` and wrong for losses whose curvature is far below one, which collapsed
     networks have: see :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum`.
@@ -286,12 +286,12 @@ class PyHessianProbe(HessianProbe):
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
-        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        num_steps: Lanczos steps for each. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        ggn: Measures the Gauss-Newton matrix and the tangent kernel beside it, as of :class:`HessianProbe`.
+        ggn: The probe of the Gauss-Newton matrix and the tangent kernel, as for :class:`HessianProbe`.
 
     Raises:
-        ValueError: As of :class:`HessianProbe`.
+        ValueError: As for :class:`HessianProbe`.
 
     References:
         Yao, Gholami, Keutzer and Mahoney 2020, arXiv 1912.07145 (PyHessian).
@@ -306,7 +306,7 @@ class PyHessianProbe(HessianProbe):
 
 @contextlib.contextmanager
 def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, samples: int) -> Iterator[None]:
-    """Explain an error that is due to a loss which needs the whole batch.
+    """Explain errors of a loss that needs the whole batch.
 
     Args:
         advice: The probe to write instead.
@@ -315,7 +315,7 @@ def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, 
         samples: Number of samples that were taken.
 
     Raises:
-        MisconfigurationError: In place of an error in the block, its cause. Other errors pass.
+        MisconfigurationError: In place of an error in the block, which is its cause. Other errors pass unchanged.
     """
     try:
         yield
@@ -361,5 +361,5 @@ def _in_full_precision(model: nn.Module, batch: Any) -> Iterator[Any]:
     finally:
         for parameter, data in parameters:
             parameter.data = data
-        for module, own in buffers:
-            module._buffers.update(own)
+        for module, originals in buffers:
+            module._buffers.update(originals)

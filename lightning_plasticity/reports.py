@@ -1,4 +1,4 @@
-"""Keep what was measured and done at each task."""
+"""Hold the measurements, repairs and errors of each task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TaskReport:
         task: Number of the task, from 0.
         task_id: The name that the data module, the module or ``new_task`` gave the task.
         step: Optimizer steps taken before the task, over all fits.
-        spectrum: Spectrum on the first batch of the matrix that the probe is named after; ``None`` if the probe failed.
+        spectrum: Spectrum, on the first batch, of the main matrix of the probe; ``None`` if the probe failed.
         metrics: The diagnostics by name, each also relative to the initial weights on the same batch
             (``<name>_vs_initial``) and, for estimates, with their uncertainty (``<name>_standard_error``,
             ``<name>_resolved``), and the loss on the probe batch; empty if the probe failed.
@@ -28,7 +28,7 @@ class TaskReport:
         repairs: The reports of the repairs from the start of this task to that of the next. Step interventions and
             regularizers are logged instead.
         matrix: The matrix of the spectrum: ``"ggn"`` or ``"hessian"``.
-        errors: The errors that training survived from the start of this task to that of the next: the first one of
+        errors: The errors that did not end training, from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
             the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
 
@@ -52,7 +52,7 @@ class TaskReport:
         parts = [f"task={self.task}"]
         parts += [] if self.task_id is None else [f"task_id={self.task_id!r}"]
         parts.append(f"step={self.step}")
-        # The first metric is the one that the probe leads with.
+        # The first metric is the first diagnostic of the main matrix.
         parts += [f"{name}={value:.3g}" for name, value in list(self.metrics.items())[:1]]
         parts += ["collapsed"] if self.collapsed else []
         parts += [f"repairs=[{', '.join(map(_summary, self.repairs))}]"] if self.repairs else []
@@ -75,7 +75,7 @@ class TaskReport:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TaskReport:
-        """Return the report that :meth:`to_dict` was called on."""
+        """Restore a report from the result of :meth:`to_dict`."""
         spectrum = state["spectrum"]
         return cls(
             **{
@@ -87,7 +87,7 @@ class TaskReport:
 
 
 class History(list[TaskReport]):
-    """The reports of all tasks, in their order; its ``repr`` is a line a task.
+    """The reports of all tasks, in order; its ``repr`` has one line per task.
 
     Example:
         >>> History([TaskReport(0, None, 0), TaskReport(1, None, 200)])

@@ -174,14 +174,14 @@ class TaskDetector:
             self._is_paused = before
 
     def consume_announcement(self) -> bool:
-        """Start the announced task if :meth:`new_task` failed to, and return whether there was one."""
+        """Start the announced task if it is still pending, because :meth:`new_task` failed; return whether it was."""
         if not self._state.announced:
             return False
         self.task_id, self._state.announced = self._state.announced_id, False
         return True
 
     def postpone(self) -> None:
-        """Take back the task that has just started: it starts with the next training batch instead."""
+        """Postpone the task that has just started: it starts with the next training batch instead."""
         self._state.announced = True
 
     def on_fit(self, *, resumed: bool, first: bool) -> None:
@@ -198,7 +198,7 @@ class TaskDetector:
             self._dry_run_drift_detector()
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
-        """Return whether the training batch is the first of a new task. To be called once a batch.
+        """Return whether the training batch is the first of a new task. Call it once per batch.
 
         Raises:
             TypeError: If the name of the task is neither an int nor a string.

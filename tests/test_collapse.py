@@ -67,8 +67,8 @@ def test_unresolved_rank_is_inconclusive() -> None:
     assert verdict.inconclusive
     assert not verdict.collapsed
     assert verdict.message.startswith(
-        "task 1: ε-rank of the Hessian is not resolved (it is somewhere between 50 and 3.47e+03), so whether this is a "
-        "collapse cannot be told: raise num_steps of the probe, or"
+        "task 1: ε-rank of the Hessian is not resolved (it is somewhere between 50 and 3.47e+03), so it is "
+        "unknown whether this is a collapse: raise num_steps of the probe, or"
     )
 
 
@@ -92,7 +92,7 @@ def test_nan_is_no_reference(relative_to: str) -> None:
 def test_nan_is_inconclusive() -> None:
     verdict = Collapse("effective_rank").evaluate(math.nan, earlier=[6.0], initial=6.0)
     assert (verdict.collapsed, verdict.inconclusive) == (False, True)
-    assert "task 1: effective rank of the features is not a number, so whether this is a collapse cannot be told" in (
+    assert "task 1: effective rank of the features is not a number, so it is unknown whether this is a collapse" in (
         verdict.message
     )
 
@@ -126,7 +126,7 @@ def test_signed_metric_has_an_absolute_threshold() -> None:
         ({"below": math.nan}, r"Collapse\(below=nan\) must be in \(0, 1\]"),
         ({"below": 2, "relative_to": None}, r"Collapse\(below=2\) must be in \(0, 1\]"),
         ({"below": math.inf, "relative_to": None, "metric": "epsilon_rank"}, "must be a positive number"),
-        ({"metric": "hessian_trace"}, "relative_to='best'.: it can be negative, and a share .* write relative_to=None"),
+        ({"metric": "hessian_trace"}, "relative_to='best'.: it can be negative, so a share .* write relative_to=None"),
         ({"metric": "hessian_trace", "relative_to": None, "below": math.nan}, "must be a finite number"),
     ],
 )

@@ -65,8 +65,8 @@ def dense_vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: S
     pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
-    differentiable, their_cotangents = zip(*pairs, strict=True)
-    return [product.to_dense() for product in vjp(differentiable, inputs, their_cotangents)]
+    differentiable, remaining_cotangents = zip(*pairs, strict=True)
+    return [product.to_dense() for product in vjp(differentiable, inputs, remaining_cotangents)]
 
 
 def or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.curvature.autograd_graph import edge_of, reached
-from lightning_plasticity.curvature.double_backward_causes import REENTRANT, likely_cause, remedy_for
+from lightning_plasticity.curvature.double_backward_causes import REENTRANT, explanation_of, likely_cause
 from lightning_plasticity.curvature.finite_differences import measure_hessian_errors, perturb
 from lightning_plasticity.curvature.problem import Batch, LossFunction, check_loss, full_precision, trainable_parameters
 from lightning_plasticity.isolation.module_copy import copy_module
@@ -130,7 +130,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """Replace torch's errors about missing second derivatives by errors that name a remedy.
+    """Replace torch's errors about missing second derivatives by errors that suggest a solution.
 
     Raises:
         DoubleBackwardError: In place of torch's error, which becomes its cause. Other errors pass unchanged.
@@ -144,10 +144,10 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        remedy = remedy_for(str(error))
-        if remedy is None:
+        explanation = explanation_of(str(error))
+        if explanation is None:
             raise
-        raise DoubleBackwardError(remedy) from error
+        raise DoubleBackwardError(explanation) from error
 
 
 def check_double_backward(model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], *, copy: bool = True) -> None:
@@ -267,11 +267,11 @@ def _check_own_parameters(nodes: list[Node], model: nn.Module) -> None:
     Raises:
         ValueError: If the loss depends on another parameter.
     """
-    own = {id(parameter) for parameter in model.parameters()}
+    parameter_ids = {id(parameter) for parameter in model.parameters()}
     # Only the nodes of leaf tensors have a variable.
     variables = [getattr(node, "variable", None) for node in nodes]
-    if foreign := [v for v in variables if isinstance(v, nn.Parameter) and id(v) not in own]:
+    if foreign := [v for v in variables if isinstance(v, nn.Parameter) and id(v) not in parameter_ids]:
         raise ValueError(
             f"the loss depends on a parameter of shape {tuple(foreign[0].shape)} that is not of the model that the "
-            "loss function was given: let loss_fn(model, batch) call its argument, not a model that it holds on to"
+            "loss function was given: let loss_fn(model, batch) call its argument, not another model that it refers to"
         )

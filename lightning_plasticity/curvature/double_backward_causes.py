@@ -1,4 +1,4 @@
-"""Explain why a loss has no second derivatives by double backward, or wrong ones, and name a remedy."""
+"""Explain why second derivatives by double backward are missing or wrong, and suggest a solution."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REENTRANT = (
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
 
-def remedy_for(message: str) -> str | None:
-    """Return a message with the remedy for an error of torch, or ``None`` for other errors."""
+def explanation_of(message: str) -> str | None:
+    """Explain an error of torch about second derivatives and suggest a solution; ``None`` for other errors."""
     if match := _NOT_IMPLEMENTED.search(message):
         operation = match[1]
         problem = f"torch has no second derivative of {operation!r}: "
@@ -46,7 +46,7 @@ def remedy_for(message: str) -> str | None:
 
 
 def likely_cause(model: nn.Module, nodes: list[Node]) -> str:
-    """Name the operations in a graph that are known to have wrong second derivatives, and their remedy."""
+    """Name the operations in a graph that are known to have wrong second derivatives, with a solution for each."""
     names = {node.name() for node in nodes}
     custom = {type(node).__name__ for node in nodes if issubclass(type(node), BackwardCFunction)}
     causes = []
@@ -70,7 +70,7 @@ def likely_cause(model: nn.Module, nodes: list[Node]) -> str:
 
 
 def _weight_normed(model: nn.Module) -> list[str]:
-    """Return the names of the weights that weight_norm normalises, in its present and its older form."""
+    """Return the names of the weights that weight_norm normalises, as a parametrization or as the older hook."""
     weights = []
     for name, module in model.named_modules():
         if type(module).__name__ == "_WeightNorm":

@@ -122,10 +122,10 @@ def ggn_spectrum(
     )
 
     def exact_spectrum(max_rows: int | None, max_passes: float = math.inf) -> Spectrum:
-        whole: Any = all_gather_batch(batch) if distributed and is_distributed() else batch
+        full_batch: Any = all_gather_batch(batch) if distributed and is_distributed() else batch
         matrix = gram(
             model,
-            whole,
+            full_batch,
             loss_fn,
             parameters=parameters,
             samples=samples,

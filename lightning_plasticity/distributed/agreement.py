@@ -27,8 +27,8 @@ class PeerFailedError(RuntimeError):
 class CommunicationError(BaseException):
     """Failure of a collective inside :func:`all_or_none`.
 
-    Not recoverable: whether another rank failed is unknown, so weights may have diverged. It is no ``Exception``, so
-    that handlers that let training go on do not catch it.
+    Not recoverable: it is unknown whether another rank failed, so weights may have diverged. It is not an
+    ``Exception``, so that handlers that let training go on do not catch it.
     """
 
 
@@ -120,7 +120,7 @@ def raise_local_error(error: Exception) -> NoReturn:
 def format_error(error: Exception | str) -> str:
     """Return the type and message of an error, and its cause unless the message holds it.
 
-    The type stands for errors without a message, such as many a ``MemoryError``.
+    An error without a message, such as a ``MemoryError``, is represented by its type.
     """
     if isinstance(error, str | PeerFailedError):
         return str(error)
@@ -141,7 +141,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def all_gather_batch(batch: Any) -> Any:
-    """Return one batch of the samples of all ranks."""
+    """Return one batch with the samples of all ranks."""
     return concat_batches(all_gather_object(batch), like=batch)
 
 

@@ -31,12 +31,13 @@ def unsupported_parameters(module: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def gather_full_parameters(module: nn.Module) -> Iterator[Mapping[Tensor, nn.Parameter]]:
-    """Turn a module back, inside the block, into the one that was passed to ``fully_shard``.
+    """Undo ``fully_shard`` on a module, inside the block.
 
-    Its parameters are full, FSDP's classes and hooks are gone: it can be copied, and its weights can be computed with.
-    Changes of these parameters are lost, hooks that are added or removed stay so. A module that is not sharded remains
-    as it is. All ranks must enter at the same point, between an optimizer step and the next forward pass or between a
-    backward pass and the optimizer step. Entering succeeds on all of them or on none.
+    The module has full parameters, and no classes and hooks of FSDP, so it can be copied and run. Changes of these
+    parameters are lost; hooks that are added or removed stay so. A module that is not sharded remains as it is.
+
+    All ranks must enter at the same point, between an optimizer step and the next forward pass or between a backward
+    pass and the optimizer step. Entering succeeds on all of them or on none.
 
     Yields:
         The full parameter for each sharded one.

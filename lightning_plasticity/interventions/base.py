@@ -18,8 +18,8 @@ from lightning_plasticity.interventions.weights.updates import RepairReport, Wei
 from lightning_plasticity.messages import constructor_call
 
 When = int | str
-"""When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
-optimizer steps."""
+"""The occasion on which the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or
+the number of optimizer steps between two repairs."""
 
 Loss = Callable[[nn.Module], Tensor]
 """Returns a scalar loss with a graph."""
@@ -46,7 +46,7 @@ class InterventionContext:
     def model_to_run(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model where ``make_copy`` is given, else the model itself.
 
-        Running the model that is trained may leave traces, such as counters or logged values.
+        Running the model that is trained may have side effects, such as on counters or logged values.
         """
         return model if self.make_copy is None else self.make_copy()
 
@@ -62,7 +62,7 @@ class InterventionContext:
         """
         if self.forward is None:
             raise ValueError(
-                f"{owner} needs to see the model run: {method}(model, forward=lambda model: model(inputs))"
+                f"{owner} needs a forward pass of the model: {method}(model, forward=lambda model: model(inputs))"
             )
         return self.forward
 
@@ -99,7 +99,7 @@ class Intervention:
 
     @override
     def __repr__(self) -> str:
-        """Return the constructor call with the values of now, without arguments that are ``None``."""
+        """Return the constructor call with the current values, without arguments that are ``None``."""
         names = inspect.signature(type(self)).parameters
         return constructor_call(self, {name: getattr(self, name, None) for name in names})
 
@@ -118,13 +118,13 @@ class Intervention:
         """Prepare for training: store initial weights, find units, register hooks.
 
         Call it before the first training step, and again after :meth:`stop`, :meth:`load_state_dict` or a change of the
-        model or of how it runs, such as another head for the next task. What is stored already is kept.
+        model or of how it runs, such as another head for the next task. State that is already stored is kept.
 
         Args:
             model: The model. It is not changed.
             forward: Runs one representative forward pass and returns the outputs, for interventions on units.
-            make_copy: Makes a copy of the model to run ``forward`` on, where running the model itself would leave
-                traces, such as counters or logged values. By default the model is run.
+            make_copy: Makes a copy of the model to run ``forward`` on, where running the model itself would have side
+                effects, such as on counters or logged values. By default the model is run.
         """
         self.prepare(model, InterventionContext(forward=forward, make_copy=make_copy))
 
@@ -139,7 +139,7 @@ class Intervention:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
+        """Load the result of :meth:`state_dict`."""
 
 
 class Repair(Intervention, ABC):
@@ -189,7 +189,7 @@ class Repair(Intervention, ABC):
                 repairs that process mini-batches one by one. Others take the mean.
             generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
             make_copy: Makes a copy of the model to run ``forward`` and ``loss`` on, where running the model itself
-                would leave traces, such as counters or logged values. By default the model is run.
+                would have side effects, such as on counters or logged values. By default the model is run.
 
         Returns:
             The units and the number of parameters that changed.
@@ -206,7 +206,7 @@ class Repair(Intervention, ABC):
         """Return the new weights; change nothing.
 
         Args:
-            model: The model, or a copy of it. It may be run: traces of that are discarded where they matter.
+            model: The model, or a copy of it. It may be run: side effects are discarded where they matter.
             context: Everything else.
         """
 

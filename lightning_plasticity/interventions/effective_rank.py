@@ -236,7 +236,7 @@ def _copy_cell(cell: CellType) -> CellType:
 
 def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, Tensor], int]:
     """Return the feature matrices of all forward passes together, and the number of samples."""
-    # It imports torchmetrics, which `import lightning_plasticity.interventions` must not load.
+    # This imports torchmetrics, which `import lightning_plasticity.interventions` must not load.
     from lightning_plasticity.activations.features import hidden_features
 
     rows_by_layer: dict[str, list[Tensor]] = {}

@@ -209,7 +209,7 @@ def _copy_or_share(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
     except Exception:
-        # The value belongs to the code around the module, and deepcopy would share the function that captured it.
+        # Share the value, as deepcopy shares functions with everything that they capture.
         return value
 
 

@@ -109,7 +109,7 @@ _probe_depth: ContextVar[int] = ContextVar("probe_depth", default=0)
 def probe_depth() -> int:
     """Return the number of :func:`probe_mode` blocks around the caller.
 
-    What watches a network compares it with the depth at which it was started: the runs of a probe are not to be seen.
+    Monitors compare it with the depth at which they were started, so that they do not record the runs of a probe.
     """
     return _probe_depth.get()
 

@@ -85,7 +85,7 @@ def test_products_hold_one_micro_batch_graph_at_a_time() -> None:
 def test_loss_that_is_not_a_sample_mean_is_refused() -> None:
     part = batch()
     part["y"][0] = -100
-    with pytest.raises(ValueError, match=r"micro_batch_size=2: the loss of the samples .* is no mean over samples"):
+    with pytest.raises(ValueError, match=r"micro_batch_size=2: the loss of the samples .* is not a mean over samples"):
         hessian_spectrum(model(), part, loss_fn, micro_batch_size=2)
 
 
@@ -102,7 +102,7 @@ def test_loss_is_checked_away_from_the_weights_too(kind: str) -> None:
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch["x"]), batch["y"], weight=weight)
 
-    with pytest.raises(ValueError, match=r"micro_batch_size=3: .* no mean over samples"):
+    with pytest.raises(ValueError, match=r"micro_batch_size=3: .* not a mean over samples"):
         hessian_spectrum(network, batch(6), loss_fn, micro_batch_size=3)
     assert not any(parameter.any() for parameter in network[4].parameters()), "the weights are restored after the check"
 

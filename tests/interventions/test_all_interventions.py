@@ -76,7 +76,7 @@ def run(intervention: Intervention, model: nn.Module, options: dict[str, Any]) -
 
 
 MESSAGES = {
-    "forward": (ValueError, "needs to see the model run: .*forward=lambda model"),
+    "forward": (ValueError, "needs a forward pass of the model: .*forward=lambda model"),
     "loss": (ValueError, "needs gradients: .*loss=lambda model"),
     "start": (RuntimeError, r"start\(model"),
 }

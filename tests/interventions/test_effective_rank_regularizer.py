@@ -468,7 +468,7 @@ def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
         (lambda: L2ER(max_norm=0), r"L2ER\(max_norm=0\) must be greater than 0"),
         (
             lambda: EffectiveRankRegularizer().after_step(mlp()),
-            r"needs to see the model run: after_step\(model, forward=",
+            r"needs a forward pass of the model: after_step\(model, forward=",
         ),
         (
             lambda: EffectiveRankRegularizer().after_step(nn.Linear(4, 2), forward=on(inputs().float())),

@@ -307,7 +307,7 @@ def test_unit_resets_are_deterministic_and_leave_gradients(
 
 def test_missing_arguments_raise() -> None:
     model, x = with_dead_units()
-    with pytest.raises(ValueError, match=r"ReDo needs to see the model run: repair\(model, forward=lambda"):
+    with pytest.raises(ValueError, match=r"ReDo needs a forward pass of the model: repair\(model, forward=lambda"):
         ReDo().repair(model)
     with pytest.raises(ValueError, match=r"ReGraMa needs gradients: repair\(model, loss=lambda"):
         ReGraMa().repair(model, forward=lambda model: model(x))
@@ -538,7 +538,7 @@ class Foreign(torch.optim.Optimizer):
 def test_unknown_optimizers_reset_entries_and_name_the_rest() -> None:
     model, x = with_dead_units()
     optimizer = Foreign(model.parameters())
-    with pytest.warns(UserWarning, match=r"Foreign is not known here: its state \['note', 'packed', 'rows'\] stayed"):
+    with pytest.warns(UserWarning, match=r"Foreign is unknown: its state \['note', 'packed', 'rows'\] stayed"):
         repair(model, x, optimizer)
     state = optimizer.state[model[0].weight]
     assert state["average"].sum(1).tolist() == [4, 0, 4, 0, 4, 4]

@@ -266,9 +266,7 @@ def test_state_of_unknown_optimizers_is_zeroed_with_a_warning() -> None:
     model = nn.Linear(4, 3)
     optimizer = Foreign(model.parameters(), needed=1)
     optimizer.state[model.weight] = {"average": torch.ones(3, 4), "step": torch.tensor(7.0), "rows": torch.ones(3)}
-    with pytest.warns(
-        UserWarning, match=r"Foreign is not known here: .*\['average', 'step'\] became zero and \['rows'\]"
-    ):
+    with pytest.warns(UserWarning, match=r"Foreign is unknown: .*\['average', 'step'\] became zero and \['rows'\]"):
         Reset().repair(model, optimizers=[optimizer])
     state = optimizer.state[model.weight]
     assert state["average"].sum() == state["step"] == 0

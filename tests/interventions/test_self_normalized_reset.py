@@ -220,6 +220,6 @@ def test_non_finite_values_are_no_silence(value: float) -> None:
     intervention = started(model, SelfNormalizedReset(cap=2), (1, 3))
     state = intervention.state_dict()
     for _ in range(3):
-        with pytest.warns(UserWarning, match="is passed over, values are not finite"):
+        with pytest.warns(UserWarning, match="is skipped, values are not finite"):
             assert step(model, intervention, torch.full((1, 3), value)) == {}
     torch.testing.assert_close(intervention.state_dict(), state, rtol=0, atol=0)

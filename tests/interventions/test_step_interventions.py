@@ -770,5 +770,5 @@ def test_more_last_layers_than_the_model_has_raise() -> None:
 
 
 def test_last_layers_need_forward() -> None:
-    with pytest.raises(ValueError, match=r"Reset\(last=...\) needs to see the model run: repair\(model, forward="):
+    with pytest.raises(ValueError, match=r"Reset\(last=...\) needs a forward pass of the model: repair\(model, forw"):
         Reset(last=1).repair(nn.Linear(2, 2))

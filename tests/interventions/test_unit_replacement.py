@@ -228,7 +228,7 @@ def test_missing_arguments_raise(make: Callable[..., UnitReplacement]) -> None:
     model, intervention = mlp(), make()
     with pytest.raises(RuntimeError, match=r"after_step\(model\) comes before start\(model, forward=lambda"):
         intervention.after_step(model)
-    with pytest.raises(ValueError, match=r"needs to see the model run: start\(model, forward=lambda"):
+    with pytest.raises(ValueError, match=r"needs a forward pass of the model: start\(model, forward=lambda"):
         intervention.start(model)
     with pytest.raises(ValueError, match=r"Linear has no units to reset \(.*logits: no layer reads it\)"):
         intervention.start(nn.Linear(4, 2), forward=lambda model: model(batch(0)))
@@ -317,7 +317,7 @@ def test_non_finite_values_are_passed_over(transfer_bias: bool) -> None:
     intervention = started(ContinualBackprop(0.1, 1, transfer_bias=transfer_bias), model)
     state = intervention.state_dict()
     model(batch(0) * torch.inf)
-    with pytest.warns(UserWarning, match="is passed over, values are not finite"):
+    with pytest.warns(UserWarning, match="is skipped, values are not finite"):
         assert intervention.after_step(model) is None
     same(intervention.state_dict(), state)
 

@@ -364,8 +364,8 @@ def test_units_before_computed_depthwise_weights_are_excluded() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"4": torch.tensor([0])}, "units of '4' cannot be recycled: logits: no layer reads it"),
-        ({"7": torch.tensor([0])}, "units of '7' cannot be recycled: it is no layer of the model with units"),
+        ({"4": torch.tensor([0])}, "units of '4' cannot be reset: logits: no layer reads it"),
+        ({"7": torch.tensor([0])}, "units of '7' cannot be reset: the model has no layer of this name with units"),
         ({"0": torch.tensor([6])}, r"units \[6\] of '0' must be in 0 ... 5"),
     ],
 )

@@ -79,7 +79,7 @@ def test_process_short_of_memory_keeps_training() -> None:
     assert changed
 
 
-@pytest.mark.filterwarnings("ignore:ContinualBackprop. '.*' is passed over, values are not finite:UserWarning")
+@pytest.mark.filterwarnings("ignore:ContinualBackprop. '.*' is skipped, values are not finite:UserWarning")
 def test_nan_loss_is_reported_and_training_goes_on() -> None:
     logger, module = MemoryLogger(), NaNLossClassifier()
     callback = SpectralCollapseCallback(

@@ -175,7 +175,7 @@ def _without_closed_form(
     if foreign := [leaf for leaf in other_leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in names]:
         raise UnsupportedModelError(
             f"the loss depends on a parameter of shape {tuple(foreign[0].shape)} that is not the model's own. Does the "
-            "model, or a hook on it, call a function that holds on to another model, or to the one it was copied from?"
+            "model, or a hook on it, call a function that refers to another model, or to the one it was copied from?"
         )
     used = {names[id(leaf)] for leaf in other_leaves if id(leaf) in names} & parameters.keys()
     return {

@@ -245,14 +245,14 @@ def _terms(calls: Sequence[LayerCall], parameters: Mapping[str, nn.Parameter], n
 def _groups(terms: Sequence[_Term], rows: OutputRows) -> list[list[_Term]]:
     """Divide the terms into groups whose cotangents can be held at once: each group has its own backward passes."""
     groups: list[list[_Term]] = []
-    held = 0
+    num_elements = 0
     for term in terms:
         elements = sum(use.cotangent_elements(rows) for use in term.uses)
-        if not groups or held + elements > _COTANGENT_ELEMENTS:
+        if not groups or num_elements + elements > _COTANGENT_ELEMENTS:
             groups.append([])
-            held = 0
+            num_elements = 0
         groups[-1].append(term)
-        held += elements
+        num_elements += elements
     return groups
 
 

@@ -19,7 +19,7 @@ from lightning_plasticity.isolation.batches import tensors_in
 
 _multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
-    # The original would pass its own call to the active mode again, without end.
+    # The original would pass its own call to the active mode again, in an endless recursion.
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
@@ -58,7 +58,7 @@ class Recording(TorchFunctionMode):
             return result
         inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         if func in LOSS_RULES:
-            # Weights or targets that depend on parameters have a curvature of their own, which the rules do not know.
+            # Weights or targets that depend on parameters add curvature that the rules do not include.
             loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None
             if loss_call is not None:
                 self.loss_calls.append(loss_call)

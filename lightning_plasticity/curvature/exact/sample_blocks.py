@@ -26,11 +26,11 @@ def divide_into_blocks(
     candidates = {most, *(math.gcd(most, size) for call in calls for size in call.output_shape)}
     lowest_cost, num_blocks, leading_positions, mixing = math.inf, 1, [], []
     for candidate in sorted(candidates - {1} or {1}, reverse=True):
-        found = _leading_positions(calls, OutputRows(outputs, candidate), like)
-        names = _mixing_parameters(calls, found, parameters)
+        candidate_positions = _leading_positions(calls, OutputRows(outputs, candidate), like)
+        names = _mixing_parameters(calls, candidate_positions, parameters)
         cost = sum(parameters[name].numel() for name in names)
         if cost < lowest_cost:
-            lowest_cost, num_blocks, leading_positions, mixing = cost, candidate, found, names
+            lowest_cost, num_blocks, leading_positions, mixing = cost, candidate, candidate_positions, names
         if cost == 0:
             break
     for call, leading in zip(calls, leading_positions, strict=True):

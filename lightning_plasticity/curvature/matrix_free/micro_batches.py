@@ -66,7 +66,7 @@ class MicroBatched(CurvatureLinearOperator):
 
 
 class AveragedOverRanks(CurvatureLinearOperator):
-    """The mean of an operator over the samples of all processes, each of which has the operator of its own samples.
+    """The mean of an operator over the samples of all processes; each process has the operator of its samples.
 
     Args:
         operator: The operator of the samples of this process.
@@ -111,7 +111,7 @@ def operator_of_batch(
 
     Raises:
         ValueError: If the batch cannot be split, or the loss is not a mean over samples.
-        RuntimeError: If the operator could be built on this process, but not on all of them.
+        RuntimeError: If the operator was built on this process, but not on all of them.
     """
 
     def local_operator() -> CurvatureLinearOperator:
@@ -142,7 +142,7 @@ def operator_of_batch(
 def _build_on_all_ranks(build: Callable[[], CurvatureLinearOperator]) -> CurvatureLinearOperator:
     """Build the operator of this process, or raise on all processes if one of them fails.
 
-    Otherwise the others would wait for it in the next collective operation, without end.
+    Otherwise the others would wait for it in the next collective operation forever.
     """
     operator, local_error = None, None
     try:
@@ -184,14 +184,14 @@ def _check_mean(
         ValueError: If it is not the mean.
     """
     losses = [[_loss_near(model, loss_fn, part, distance) for part in (batch, *pieces)] for distance in (0, _DISTANCE)]
-    for whole, *parts in losses:
+    for total, *parts in losses:
         mean = sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
         scale = sum(size * abs(part) for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
         eps = torch.finfo(next(model.parameters()).dtype).eps
-        if not abs(mean - whole) <= eps**0.5 * scale:
+        if not abs(mean - total) <= eps**0.5 * scale:
             raise ValueError(
-                f"{option}: the loss of the samples together is {whole:.6g}, that of their parts {mean:.6g} on "
-                "average, so it is no mean over samples (ignored targets, class weights, a sum, terms that couple "
+                f"{option}: the loss of the samples together is {total:.6g}, that of their parts {mean:.6g} on "
+                "average, so it is not a mean over samples (ignored targets, class weights, a sum, terms that couple "
                 "samples?): pass a loss_fn that is, or the samples as one batch"
             )
     return losses[0][0]

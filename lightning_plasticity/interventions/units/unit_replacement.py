@@ -30,10 +30,10 @@ class UnitReplacement(StepIntervention):
     """An intervention that records the inputs of each unit's consumers, and re-initialises the units that a rule picks.
 
     Each layer has one record. It is updated once per optimizer step, from all forward passes in training mode with
-    gradients since the last one: the micro-batches of a step count as one batch, as do those of steps that were skipped
-    (by a gradient scaler, say), and those of all processes. The record of a layer that was not called since, or whose
-    consumers read values that are not finite, stays as it is. Where several layers read a unit, those that were called
-    count. The records are part of the state; statistics since the last step are not, like gradients.
+    gradients since the last one. All micro-batches since then count as one batch: those of all processes, and those of
+    steps that were skipped, such as by a gradient scaler. The record of a layer stays as it is if the layer was not
+    called since, or if its consumers read values that are not finite. Where several layers read a unit, those that were
+    called count. The records are part of the state; statistics since the last step are not, like gradients.
 
     Subclasses implement :meth:`new_record`, :meth:`update_record` and :meth:`restart_record`.
 
@@ -86,13 +86,13 @@ class UnitReplacement(StepIntervention):
                 f"{self.name} recorded no activations of {type(model).__name__} although its weights changed. Hooks do "
                 "not run in code that torch.compile compiled before they were registered (torch.compiler.reset() "
                 "discards it), and record nothing in evaluation mode (model.train() ends it); or these layers are not "
-                "in use, and only something else changes them"
+                "used, and their weights change for another reason"
             )
         records, chosen = {}, {}
         for layer, group in hooked.units.groups.items():
             called = {name: statistics[name] for name in group.consumers if name in statistics}
-            if not all(bool(one.sums.isfinite().all()) for one in called.values()):
-                warnings.warn(f"{self.name}: {layer!r} is passed over, values are not finite", stacklevel=3)
+            if not all(bool(inputs.sums.isfinite().all()) for inputs in called.values()):
+                warnings.warn(f"{self.name}: {layer!r} is skipped, values are not finite", stacklevel=3)
             elif called:
                 records[layer], chosen[layer] = self.update_record(model, group, self._records[layer], called)
         report = self._replace_units(hooked.units, model, context, records, chosen)
@@ -113,7 +113,7 @@ class UnitReplacement(StepIntervention):
             self._hooked.statistics.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model out of copies: they have no hooks on it, and weak references cannot be pickled."""
+        """Exclude the model from copies: they have no hooks on it, and weak references cannot be pickled."""
         return {**vars(self), "_hooked": None, "_traced": None}
 
     @abstractmethod
@@ -183,7 +183,7 @@ class UnitReplacement(StepIntervention):
 
     def _add_records(self, units: Units) -> None:
         """Add a new record for every layer with units whose record is missing or has other shapes."""
-        # Keep all others, too: those of layers that are frozen now.
+        # Keep the records of all other layers, which may be frozen now.
         records = dict(self._records)
         for layer, group in units.groups.items():
             new = self.new_record(group)

@@ -104,8 +104,8 @@ def plan_reset_from(
 def _check_indices(units: Units, chosen: Mapping[str, Tensor]) -> None:
     for layer, indices in chosen.items():
         if layer not in units.groups:
-            reason = units.excluded.get(layer, "it is no layer of the model with units")
-            raise ValueError(f"units of {layer!r} cannot be recycled: {reason}")
+            reason = units.excluded.get(layer, "the model has no layer of this name with units")
+            raise ValueError(f"units of {layer!r} cannot be reset: {reason}")
         size = units.groups[layer].num_units
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
             raise ValueError(f"units {indices.tolist()} of {layer!r} must be in 0 ... {size - 1}")

@@ -18,8 +18,8 @@ def fresh_values(
 ) -> dict[Tensor, Tensor]:
     """Draw new values for the tensors that modules hold directly, as ``reset_parameters`` of each sets them.
 
-    The reset of a module that contains others (``nn.MultiheadAttention``, say) overrides theirs. The values are drawn
-    on copies on the CPU and with a seed of their own: the same generator gives the same values on every device. The
+    The reset of a module that contains others, such as ``nn.MultiheadAttention``, overrides theirs. The values are
+    drawn on copies on the CPU and with a separate seed: the same generator gives the same values on every device. The
     global generators advance only if ``generator`` is ``None``.
 
     Args:

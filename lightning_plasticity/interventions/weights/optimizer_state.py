@@ -45,8 +45,8 @@ def reset_state(optimizer: torch.optim.Optimizer, reset_masks: ResetMasks) -> No
       the fifth step, 0.03 to 0.04 at the thirtieth, 0.03 to 0.17 at the hundredth;
     * a step count of zero, which is one number for the whole tensor: *kept* weights move 3 to 4 times less far.
 
-    Hence the first choice. (RMSprop, which corrects no bias, makes steps of up to 10 learning rates, as in a new
-    network.)
+    The first choice is therefore used. (RMSprop, which corrects no bias, makes steps of up to 10 learning rates, as in
+    a new network.)
 
     Args:
         optimizer: Any optimizer, or a wrapper with the optimizer in ``.optimizer`` or ``.optim``.
@@ -69,7 +69,7 @@ def reset_state(optimizer: torch.optim.Optimizer, reset_masks: ResetMasks) -> No
     kept_keys = {key for parameter, mask in partial.items() for key in _reset_entries(optimizer, parameter, mask)}
     if kept_keys:
         warnings.warn(
-            f"{type(optimizer).__name__} is not known here: its state {sorted(kept_keys)} stayed as it was, though it "
+            f"{type(optimizer).__name__} is unknown: its state {sorted(kept_keys)} stayed as it was, though it "
             "may belong to weights that were re-initialised",
             stacklevel=2,
         )
@@ -112,10 +112,10 @@ def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _parameters_with_state(optimizer: torch.optim.Optimizer, reset_masks: ResetMasks) -> set[nn.Parameter]:
     """Return the parameters to reset that the optimizer holds state for."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in reset_masks}
+    affected = {p for group in optimizer.param_groups for p in group["params"] if p in reset_masks}
     if isinstance(optimizer, torch.optim.LBFGS):
-        return held
-    return {parameter for parameter in held if parameter in optimizer.state}
+        return affected
+    return {parameter for parameter in affected if parameter in optimizer.state}
 
 
 def _param_group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _zero_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
             else:
                 kept.add(key)
     warnings.warn(
-        f"{type(optimizer).__name__} is not known here: of its state for the parameters that were re-initialised, "
+        f"{type(optimizer).__name__} is unknown: of its state for the parameters that were re-initialised, "
         f"{sorted(zeroed)} became zero and {sorted(kept)} stayed",
         stacklevel=2,
     )
