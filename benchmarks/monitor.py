@@ -1,6 +1,6 @@
-"""What PlasticityMonitor costs on the batch in flight. Run: python -m benchmarks.monitor.
+"""Measure the cost of PlasticityMonitor on training batches. Run: python -m benchmarks.monitor.
 
-Times are process CPU time with one thread, contenders alternated, medians; the unit is a training step (forward,
+Times are medians of process CPU time with one thread, measured in turns. The unit is a training step (forward,
 backward, Adam) of the same network after the monitor was detached. A monitored step attaches, trains, detaches,
 computes every value and resets.
 """
@@ -68,16 +68,16 @@ def monitored(step: Callable[[], None], model: nn.Module, measures: tuple[str, .
 
 
 def hooks(model: nn.Module) -> int:
-    """How many hooks there are in the network."""
+    """Count the hooks in the network."""
     return sum(
-        len(getattr(module, kind))
+        len(getattr(module, registry))
         for module in model.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        for registry in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     )
 
 
 def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
-    """One table; every line has its own plain steps beside it, so that what drifts over minutes does not count."""
+    """Print the table of one network. Every line is measured in turns with plain steps, against drift."""
     step = train_step(model.train(), batch)
 
     def added(contender: Callable[[], None]) -> float:
@@ -85,12 +85,12 @@ def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
         return 100 * (medians["monitored"] / medians["plain"] - 1)
 
     print(f"{name}: added to a training step by one with a monitor")
-    for what, measures in MEASURED.items():
+    for title, measures in MEASURED.items():
         percent = added(monitored(step, model, measures))
-        bar = "   bar ≤ 10 %" if what == "dormant_fraction" else ""
-        print(f"  {what + ', every step':<44}{percent:>8.1f} %{bar}", flush=True)
+        bar = "   bar ≤ 10 %" if title == "dormant_fraction" else ""
+        print(f"  {title + ', every step':<44}{percent:>8.1f} %{bar}", flush=True)
     print(f"  {f'everything, every {EVERY} steps':<44}{percent / EVERY:>8.2f} %   bar ≤ 2 %")
-    print(f"  {'detached':<44}{added(step):>8.1f} %   which is noise: {hooks(model)} hooks left, bar 0", flush=True)
+    print(f"  {'detached':<44}{added(step):>8.1f} %   (noise); hooks left: {hooks(model)}, bar 0", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_plasticity"
 def table() -> list[tuple[list[str], bool]]:
     """Return the names in each row of the table, without suffix, and whether they import Lightning."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in text.partition("## The way of a batch")[0].splitlines()]
+    rows = [line.split(" | ") for line in text.partition("## The path of a batch")[0].splitlines()]
     return [
         ([name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([^`]+)`", row[1])], row[3].startswith("yes"))
         for row in rows
