@@ -1,4 +1,4 @@
-"""The monitor in the callback: at the start of tasks on a copy, and on batches in flight."""
+"""Check the monitor in the callback: at the start of tasks on a copy, and on training batches."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def hooks(module: nn.Module) -> int:
     return sum(len(getattr(part, kind)) for part in module.modules() for kind in kinds)
 
 
-class Seen(Classifier):
-    """Keeps the batch in flight."""
+class BatchKeeping(Classifier):
+    """A module that keeps its last training batch."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
 
 
 QUIET = Collapse(below=1e-9)
+"""A rule that detects no collapse."""
 
 
-def test_features_are_those_of_the_network_on_the_probes_samples_in_evaluation_mode() -> None:
+def test_features_are_measured_in_eval_mode_on_probe_samples() -> None:
     torch.manual_seed(0)
-    module = Seen()
+    module = BatchKeeping()
     module.net.insert(2, nn.Dropout(0.5))
     start = copy.deepcopy(module.net).eval()
     callback = SpectralCollapseCallback(probe=GGNProbe(samples=5))
@@ -60,11 +61,12 @@ def test_features_are_those_of_the_network_on_the_probes_samples_in_evaluation_m
 
 
 def test_features_are_compared_with_those_of_the_initial_weights() -> None:
-    module, callback = Seen(), SpectralCollapseCallback(collapse=QUIET)
+    module, callback = BatchKeeping(), SpectralCollapseCallback(collapse=QUIET)
     start = copy.deepcopy(module.net)
     trainer(callback).fit(module, loader())
     with torch.no_grad():
-        module.net[0].weight[:4] = 0  # half of the units
+        # Half of the units.
+        module.net[0].weight[:4] = 0
         module.net[0].bias[:4] = 0
     before = copy.deepcopy(module.net)
     trainer(callback, max_steps=1).fit(module, loader())
@@ -80,7 +82,7 @@ def test_without_a_monitor_nothing_is_measured() -> None:
     assert not any(name.startswith(MEASURES) for name in callback.history[0].metrics)
 
 
-def test_a_monitor_of_ones_own_says_what_is_measured_and_is_not_changed() -> None:
+def test_given_monitor_selects_measures_and_stays_unchanged() -> None:
     monitor = PlasticityMonitor(measures=["srank"])
     callback = SpectralCollapseCallback(monitor=monitor, monitor_every_n_steps=1)
     trainer(callback).fit(Classifier(), loader())
@@ -90,13 +92,14 @@ def test_a_monitor_of_ones_own_says_what_is_measured_and_is_not_changed() -> Non
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_batches_in_flight_are_watched_every_n_steps(every: int) -> None:
+def test_training_batches_are_measured_every_n_steps(every: int) -> None:
     seen: list[Tensor] = []
 
     class Recorded(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             hidden = self.net[:2](batch[0])
-            if isinstance(self.trainer.logger, MemoryLogger):  # not the probe's copies, which have no logger
+            # Skip the copies of the probe, which have no such logger.
+            if isinstance(self.trainer.logger, MemoryLogger):
                 seen.append(hidden.detach())
             return F.cross_entropy(self.net[2](hidden), batch[1])
 
@@ -112,7 +115,7 @@ def test_batches_in_flight_are_watched_every_n_steps(every: int) -> None:
     assert hooks(module) == 0
 
 
-def test_of_an_accumulated_gradient_the_first_batch_is_watched() -> None:
+def test_first_batch_of_an_accumulated_step_is_measured() -> None:
     logger, callback = MemoryLogger(), SpectralCollapseCallback(monitor_every_n_steps=1)
     trainer(callback, logger=logger, accumulate_grad_batches=2).fit(Classifier(), loader(batches=5))
     assert list(logger.values("plasticity_training/srank")) == [0, 1, 2]
@@ -127,7 +130,7 @@ def test_tensorboard_has_one_group_for_training(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("plasticity_training/dormant_fraction/net.0")] == [0, 1, 2]
 
 
-def test_an_exception_in_a_watched_step_leaves_no_hook() -> None:
+def test_exception_in_a_measured_step_leaves_no_hook() -> None:
     class Failing(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == 1 and hooks(self):
@@ -141,7 +144,7 @@ def test_an_exception_in_a_watched_step_leaves_no_hook() -> None:
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_steps_that_are_skipped_leave_no_hook() -> None:
+def test_skipped_steps_leave_no_hook() -> None:
     class Skipping(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             return -1 if batch_idx == 1 else None
@@ -152,7 +155,7 @@ def test_steps_that_are_skipped_leave_no_hook() -> None:
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_collapse_of_the_features_can_be_watched() -> None:
+def test_feature_rank_can_raise_the_alarm() -> None:
     module = Classifier()
     callback = SpectralCollapseCallback(collapse=Collapse("effective_rank", below=0.8))
     trainer(callback).fit(module, loader())
@@ -172,12 +175,12 @@ def test_a_collapse_of_the_features_can_be_watched() -> None:
         ({"monitor": False, "monitor_every_n_steps": 5}, ValueError, "with monitor=False: there is no monitor"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_raise(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SpectralCollapseCallback(**arguments)
 
 
-def test_a_metric_that_is_not_measured_is_refused_before_training() -> None:
+def test_unmeasured_metric_raises_before_training() -> None:
     module = Classifier()
     before = copy.deepcopy(module.state_dict())
     callback = SpectralCollapseCallback(collapse=Collapse("srank"), monitor=PlasticityMonitor(measures=["stable_rank"]))
@@ -188,28 +191,28 @@ def test_a_metric_that_is_not_measured_is_refused_before_training() -> None:
         Collapse("dormant_fraction")
 
 
-def test_what_nobody_asked_for_does_not_end_a_run_and_what_was_asked_for_is_not_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_default_monitor_failure_just_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the default monitor is a warning; one of a requested measurement ends the run."""
+
     def failing(*_: Any) -> None:
-        raise RuntimeError("cannot look into it")
+        raise RuntimeError("no access")
 
     monkeypatch.setattr(PlasticityMonitor, "attach", failing)
     callback = SpectralCollapseCallback()
-    with pytest.warns(PlasticityWarning, match=r"could not be monitored.*cannot look into it; monitor=False stops"):
+    with pytest.warns(PlasticityWarning, match=r"could not be monitored.*no access; monitor=False stops"):
         trainer(callback).fit(Classifier(), loader())
     assert "learnable_fraction" in callback.history[0].metrics
     for arguments in ({"monitor": PlasticityMonitor()}, {"collapse": Collapse("effective_rank")}):
-        with pytest.raises(RuntimeError, match="cannot look into it"):
+        with pytest.raises(RuntimeError, match="no access"):
             trainer(SpectralCollapseCallback(**arguments)).fit(Classifier(), loader())  # type: ignore[arg-type]
     with (
         pytest.warns(PlasticityWarning),
-        pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: cannot look into it"),
+        pytest.raises(MisconfigurationException, match=r"monitor_every_n_steps: no access"),
     ):
         trainer(SpectralCollapseCallback(monitor_every_n_steps=1)).fit(Classifier(), loader())
 
 
-def test_a_network_without_hidden_layers_has_no_features() -> None:
+def test_network_without_hidden_layers_has_no_features() -> None:
     class Linear(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -222,7 +225,7 @@ def test_a_network_without_hidden_layers_has_no_features() -> None:
         trainer(SpectralCollapseCallback(collapse=Collapse("srank"))).fit(Linear(), loader())
 
 
-def test_batches_of_several_steps_are_watched_after_as_many() -> None:
+def test_batches_of_several_steps_are_measured_when_due() -> None:
     class Manual(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -239,11 +242,12 @@ def test_batches_of_several_steps_are_watched_after_as_many() -> None:
     callback = SpectralCollapseCallback(
         monitor_every_n_steps=2, loss_fn=lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1])
     )
-    trainer(callback, logger=logger).fit(Manual(), loader(batches=6))  # steps 0, 1, 3, 5, 7, 9 begin a batch
+    # Batches begin at steps 0, 1, 3, 5, 7 and 9.
+    trainer(callback, logger=logger).fit(Manual(), loader(batches=6))
     assert list(logger.values("plasticity_training/srank")) == [0, 3, 5, 7, 9]
 
 
-def test_what_cannot_be_monitored_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_during_a_forward_pass_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     module, callback = Classifier(), SpectralCollapseCallback(monitor_every_n_steps=1)
     original = PlasticityMonitor.observe
 
@@ -258,7 +262,7 @@ def test_what_cannot_be_monitored_does_not_end_a_run(monkeypatch: pytest.MonkeyP
     assert hooks(module) == 0
 
 
-def test_an_epoch_that_is_ended_early_leaves_no_hook_behind() -> None:
+def test_epoch_that_ends_early_leaves_no_hook() -> None:
     class Stopping(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             return -1 if batch_idx == 1 else None
@@ -271,7 +275,7 @@ def test_an_epoch_that_is_ended_early_leaves_no_hook_behind() -> None:
     assert module.left == 0
 
 
-def test_a_monitor_that_fails_after_it_has_worked_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_monitor_failing_after_a_success_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     attach, compute = PlasticityMonitor.attach, PlasticityMonitor.compute
     calls = {"attach": 0, "compute": 0}
 
@@ -299,9 +303,10 @@ def test_a_monitor_that_fails_after_it_has_worked_does_not_end_a_run(monkeypatch
     assert hooks(module) == 0
 
 
-def test_names_that_can_match_nothing_end_a_run_at_once() -> None:
+def test_layer_names_without_a_match_raise_at_once() -> None:
     module = Classifier()
-    monitor = PlasticityMonitor(module.net, layers=["1"])  # "net.1" in what the callback watches
+    # In the whole module this layer is "net.1".
+    monitor = PlasticityMonitor(module.net, layers=["1"])
     with pytest.raises(ValueError, match=r"layers=\['1'\] can match nothing in Classifier, .*\['net'\]"):
         trainer(SpectralCollapseCallback(monitor=monitor)).fit(module, loader())
     step_monitor = StepMonitor(monitor, 1, ErrorLog())

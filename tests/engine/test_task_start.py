@@ -1,4 +1,4 @@
-"""The start of a task on a plain torch module: measurements, copies, initial weights and repairs."""
+"""Check the start of a task on a plain torch module: measurements, copies, initial weights and repairs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def task_start(probe: Probe | None = None, interventions: tuple[Intervention, ..
 
 
 class CountingContext(ProbeContext):
-    """Counts the copies that are made of the model."""
+    """A context that counts the copies of the model."""
 
     copies = 0
 
@@ -109,7 +109,7 @@ def test_module_is_copied_once_a_task_in_a_trainer(monkeypatch: pytest.MonkeyPat
     assert counts == [2, 2, 2]
 
 
-def test_a_loss_that_changes_the_model_is_measured_on_unchanged_weights() -> None:
+def test_monitor_runs_on_weights_unchanged_by_the_loss() -> None:
     def averaging_loss(model: Any, batch: Any) -> Tensor:
         loss = F.cross_entropy(model(batch[0]), batch[1])
         with torch.no_grad():
