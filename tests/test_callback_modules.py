@@ -1,4 +1,4 @@
-"""Test which modules, losses, batches and precisions the callback can probe, and which it refuses."""
+"""Check the modules, losses, batches and precisions that the callback can probe, and errors for all others."""
 
 import threading
 import warnings

@@ -1,4 +1,4 @@
-"""The list of diagnostics and what is derived from it."""
+"""Check the list of diagnostics against the README and the monitor."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def test_readme_table_lists_every_diagnostic_in_order() -> None:
     assert documented == [[f"`{name}`", diagnostic.meaning] for name, diagnostic in DIAGNOSTICS.items()]
 
 
-def test_monitor_measures_what_no_spectrum_gives() -> None:
+def test_monitor_measures_all_diagnostics_without_spectrum() -> None:
     assert [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.compute is None] == list(MEASURES)

@@ -1,4 +1,4 @@
-"""Several callbacks in one Trainer, told apart by their names."""
+"""Several callbacks in one Trainer, distinguished by their names."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Test that second derivatives are made possible, checked, and refused where they are wrong."""
+"""Check that second derivatives are made possible, and that wrong ones are errors."""
 
 import contextlib
 import copy

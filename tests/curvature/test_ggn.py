@@ -293,7 +293,7 @@ class Tanh(torch.autograd.Function):
 
 
 def test_once_differentiable_function_needs_gram() -> None:
-    """A backward pass without a derivative is right for the exact matrix, and refused for products."""
+    """A backward pass without a derivative is right for the exact matrix, and an error for products."""
 
     class Custom(nn.Module):
         def __init__(self, tanh: Callable[[Tensor], Tensor]) -> None:

@@ -481,7 +481,7 @@ def test_unsuitable_models_are_refused() -> None:
 
 
 def test_model_and_generator_are_restored() -> None:
-    """Parameters, buffers, gradients, modes and the random state survive a measurement and a failing one."""
+    """Parameters, buffers, gradients, modes and the random state are unchanged, also after an error."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     model[2].eval()
     model[0].weight.grad = torch.ones(4, 3)

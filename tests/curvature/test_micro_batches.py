@@ -144,7 +144,7 @@ def spectra_of_rank(rank: int) -> tuple[dict[str, Any], list[str]]:
     results["gram"] = ggn_spectrum(model(), own, loss_fn)
     results["sketch"] = ggn_spectrum(model(), own, loss_fn, sketch=2)
     results["alone"] = ggn_spectrum(model(), own, loss_fn, distributed=False)
-    refused = []
+    errors = []
     weight = torch.tensor([1.0, 5.0, 20.0]).double()
     for attempt in (
         lambda: hessian_spectrum(model(), own, loss_fn, backend="pyhessian"),
@@ -155,8 +155,8 @@ def spectra_of_rank(rank: int) -> tuple[dict[str, Any], list[str]]:
         try:
             attempt()
         except Exception as error:
-            refused.append(f"{type(error).__name__}: {error}")
-    return {name: s.to_dict() for name, s in results.items()}, refused
+            errors.append(f"{type(error).__name__}: {error}")
+    return {name: s.to_dict() for name, s in results.items()}, errors
 
 
 def test_two_processes_give_the_spectrum_of_all_samples() -> None:
@@ -165,7 +165,7 @@ def test_two_processes_give_the_spectrum_of_all_samples() -> None:
     expected = spectra(whole)
     exact = ggn_spectrum(model(), whole, loss_fn)
     sketch = ggn_spectrum(model(), whole, loss_fn, sketch=2)
-    for states, refused in ranks:
+    for states, errors in ranks:
         results = {name: Spectrum.from_dict(state) for name, state in states.items()}
         for name, spectrum in expected.items():
             assert_equal(results[name], spectrum)
@@ -173,9 +173,9 @@ def test_two_processes_give_the_spectrum_of_all_samples() -> None:
         torch.testing.assert_close(results["gram"].eigenvalues, exact.eigenvalues, rtol=1e-12, atol=1e-14)
         assert results["gram"].learnable_fraction() == pytest.approx(exact.learnable_fraction(), rel=1e-10)
         torch.testing.assert_close(results["sketch"].eigenvalues, sketch.eigenvalues, rtol=1e-12, atol=1e-14)
-        assert "distributed=True: PyHessian supports only" in refused[0]
-        assert "distributed=True: the loss of the samples together" in refused[1]
-        assert len(refused) == 3, "an error on one process is raised on all, so none waits"
+        assert "distributed=True: PyHessian supports only" in errors[0]
+        assert "distributed=True: the loss of the samples together" in errors[1]
+        assert len(errors) == 3, "an error on one process is raised on all, so none waits"
     first, second = ({name: Spectrum.from_dict(s) for name, s in states.items()} for states, _ in ranks)
     for name in expected:
         assert torch.equal(first[name].eigenvalues, second[name].eigenvalues), "every process has the same answer"

@@ -1,4 +1,4 @@
-"""Check ContinualBackprop against its rule in NumPy, and what is left of the old units."""
+"""Check ContinualBackprop against its rule in NumPy, and that nothing of the old units is left."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_training_equals_the_rule_in_numpy(
         after = arrays(model)
 
         replaced = [rule.step(h[i], before[i + 1][0]) for i, rule in enumerate(rules)]
-        found = {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
-        assert found == {f"{2 * i}": units for i, units in enumerate(replaced) if units}
+        replaced_units = {} if report is None else {layer: units.tolist() for layer, units in report.units.items()}
+        assert replaced_units == {f"{2 * i}": units for i, units in enumerate(replaced) if units}
         for i, (weight, bias) in enumerate(before):
             rows = replaced[i] if i < len(replaced) else []
             columns = replaced[i - 1] if i else []
@@ -182,7 +182,7 @@ def test_average_is_corrected_by_the_age_of_each_unit() -> None:
     for _ in range(3):
         step(model, intervention)
     utility = intervention.state_dict()["layers"]["0"]["utility"]
-    assert utility[0] < utility[1], "what the raw averages say"
+    assert utility[0] < utility[1], "the order of the raw averages"
     intervention.replacement_rate = 1 / 3
     assert step(model, intervention) == {"0": [1]}
 
@@ -320,17 +320,18 @@ def test_utility_and_mean_are_right_for_every_kind_of_consumer(build: Callable[[
     with torch.no_grad():
         model[0].bias.copy_(torch.tensor([0.3, 0.1, 0.4, 0.2]))
         model[-1].weight.abs_()
-    averaged = isinstance(model[-1], nn.ConvTranspose2d)  # its taps fall on different positions
+    # The taps of a transposed convolution fall on different positions.
+    averaged = isinstance(model[-1], nn.ConvTranspose2d)
 
     def outputs(model: nn.Module) -> Tensor:
         return model(x).detach().mean((2, 3)) if averaged else model(x).detach()
 
     before, gone = outputs(model), []
     for unit in range(4):
-        twin = copy.deepcopy(model)
+        other_model = copy.deepcopy(model)
         with torch.no_grad():
-            twin[0].bias[unit] = 0
-        lost = (before - outputs(twin))[0].unflatten(0, (len(before[0]), -1)).flatten(1).mean(1).sum()
+            other_model[0].bias[unit] = 0
+        lost = (before - outputs(other_model))[0].unflatten(0, (len(before[0]), -1)).flatten(1).mean(1).sum()
         gone.append(lost * (model[-1].stride[0] ** 2 if averaged else 1))
     intervention = started(model, ContinualBackprop(0.0, 0, 0.9, transfer_bias=True), x)
     step(model, intervention, x)

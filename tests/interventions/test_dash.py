@@ -110,10 +110,10 @@ def test_only_weights_against_the_descent_direction_shrink() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_gradient_scale_does_not_matter(size: float) -> None:
     model, direction = nn.Linear(3, 2, bias=False), torch.randn(2, 3)
-    twin = copy.deepcopy(model)
+    other_model = copy.deepcopy(model)
     DASH().repair(model, loss=lambda model: -(model.weight * direction).sum())
-    DASH().repair(twin, loss=lambda model: -(model.weight * (direction * size)).sum())
-    torch.testing.assert_close(model.weight, twin.weight)
+    DASH().repair(other_model, loss=lambda model: -(model.weight * (direction * size)).sum())
+    torch.testing.assert_close(model.weight, other_model.weight)
 
 
 def test_dead_units_shrink_and_zero_weights_stay_zero() -> None:
@@ -138,12 +138,12 @@ def test_layers_unused_by_the_loss_stay() -> None:
 def test_layer_unused_by_a_mini_batch_has_zero_gradient_there() -> None:
     model = nn.Linear(2, 1, bias=False)
     first, last = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
-    twin = copy.deepcopy(model)
+    other_model = copy.deepcopy(model)
     nothing = torch.zeros((), requires_grad=True)
     losses = [lambda m: (m.weight * first).sum(), lambda m: nothing * 1, lambda m: (m.weight * last).sum()]
     DASH(alpha=0.5, shrinkage=0).repair(model, loss=losses)
-    DASH(shrinkage=0).repair(twin, loss=lambda m: (m.weight * (0.25 * first + last)).sum())
-    torch.testing.assert_close(model.weight, twin.weight)
+    DASH(shrinkage=0).repair(other_model, loss=lambda m: (m.weight * (0.25 * first + last)).sum())
+    torch.testing.assert_close(model.weight, other_model.weight)
 
 
 def test_norms_embeddings_recurrent_and_frozen_layers_stay() -> None:

@@ -112,14 +112,14 @@ def test_the_gradient_of_the_penalty_passes_gradcheck() -> None:
 
 def test_step_uses_all_pending_minibatches_and_current_weights() -> None:
     model, batches = mlp(), [inputs(8, seed) for seed in range(6)]
-    twin = copy.deepcopy(model)
+    other_model = copy.deepcopy(model)
     intervention = EffectiveRankRegularizer(learning_rate=0.1, every_n_samples=20)
     other = EffectiveRankRegularizer(learning_rate=0.1, every_n_samples=1)
     for number, x in enumerate(batches):
         before = arrays(model)
         # Stand in for an optimizer step.
         with torch.no_grad():
-            for parameter in (*model.parameters(), *twin.parameters()):
+            for parameter in (*model.parameters(), *other_model.parameters()):
                 parameter.mul_(0.99)
         scaled = arrays(model)
         intervention.after_step(model, forward=on(x))
@@ -127,8 +127,8 @@ def test_step_uses_all_pending_minibatches_and_current_weights() -> None:
         assert stepped == (number in (2, 5)), "8 + 8 + 8 ≥ 20"
         assert any((old != new).any() for old, new in zip(before, arrays(model), strict=True))
         if stepped:
-            other.after_step(twin, forward=on(torch.cat(batches[number - 2 : number + 1])))
-            torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+            other.after_step(other_model, forward=on(torch.cat(batches[number - 2 : number + 1])))
+            torch.testing.assert_close(model.state_dict(), other_model.state_dict(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -270,22 +270,22 @@ def test_frozen_parameters_stay() -> None:
 
 def test_only_the_copy_is_run() -> None:
     model, x = mlp(), inputs()
-    twin = copy.deepcopy(model)
+    other_model = copy.deepcopy(model)
 
-    def refuses(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("the model was run")
 
     copies: list[nn.Module] = []
 
     def make_copy() -> nn.Module:
-        copies.append(copy.deepcopy(twin).requires_grad_())
+        copies.append(copy.deepcopy(other_model).requires_grad_())
         copies[-1].load_state_dict(model.state_dict())
         return copies[-1]
 
-    model.register_forward_pre_hook(refuses)
+    model.register_forward_pre_hook(fail)
     EffectiveRankRegularizer(0.1, 1).after_step(model, forward=on(x), make_copy=make_copy)
-    EffectiveRankRegularizer(0.1, 1).after_step(twin, forward=on(x))
-    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    EffectiveRankRegularizer(0.1, 1).after_step(other_model, forward=on(x))
+    torch.testing.assert_close(model.state_dict(), other_model.state_dict(), rtol=0, atol=0)
     assert copies
 
 
@@ -321,10 +321,10 @@ def test_features_are_outputs_of_activations_that_feed_a_layer(
     from lightning_plasticity.activations.features import hidden_features
 
     x = torch.randn(*shape)
-    found, samples = hidden_features(build(), on(x))
-    assert {name: tuple(torch.cat(rows).shape) for name, rows in found.items()} == layers
+    features, samples = hidden_features(build(), on(x))
+    assert {name: tuple(torch.cat(rows).shape) for name, rows in features.items()} == layers
     assert samples == len(x)
-    assert all(rows.requires_grad for several in found.values() for rows in several)
+    assert all(rows.requires_grad for several in features.values() for rows in several)
 
 
 def test_features_are_recorded_before_in_place_changes() -> None:
@@ -427,9 +427,9 @@ def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
     intervention = L2ER(learning_rate=0.1, weight_decay=0.5, every_n_samples=20)
     assert isinstance(intervention, Regularizer)
     assert isinstance(intervention, StepIntervention)
-    model, twin, x = mlp(), mlp(), inputs()
+    model, other_model, x = mlp(), mlp(), inputs()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    other = torch.optim.Adam(twin.parameters(), lr=1e-2, weight_decay=0.5)
+    other = torch.optim.Adam(other_model.parameters(), lr=1e-2, weight_decay=0.5)
     rank_only = EffectiveRankRegularizer(0.1, 20)
     intervention.start(model)
     for _ in range(5):
@@ -438,10 +438,10 @@ def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
         optimizer.step()
         intervention.after_step(model, [optimizer], forward=on(x))
         other.zero_grad()
-        twin(x).square().mean().backward()
+        other_model(x).square().mean().backward()
         other.step()
-        rank_only.after_step(twin, forward=on(x))
-    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+        rank_only.after_step(other_model, forward=on(x))
+    torch.testing.assert_close(model.state_dict(), other_model.state_dict(), rtol=1e-9, atol=1e-12)
     assert intervention.state_dict() == rank_only.state_dict()
     restored = L2ER()
     restored.load_state_dict(intervention.state_dict())
@@ -495,9 +495,9 @@ def test_failed_step_changes_neither_weights_nor_hooks() -> None:
 
 def test_failed_step_discards_its_minibatches() -> None:
     regularizer, expected = (EffectiveRankRegularizer(every_n_samples=1) for _ in range(2))
-    model, twin = mlp(), mlp()
+    model, other_model = mlp(), mlp()
     with pytest.raises(ValueError, match="NaN"):
         regularizer.after_step(model, forward=on(inputs() * torch.nan))
-    for either, network in ((regularizer, model), (expected, twin)):
+    for either, network in ((regularizer, model), (expected, other_model)):
         either.after_step(network, forward=on(inputs()))
-    assert all((one == other).all() for one, other in zip(arrays(model), arrays(twin), strict=True))
+    assert all((one == other).all() for one, other in zip(arrays(model), arrays(other_model), strict=True))

@@ -56,8 +56,8 @@ def test_each_singular_value_goes_through_the_polynomial(outputs: int, inputs: i
     layer = linear(weight)
     FIRE(iterations).repair(layer)
     made = polynomial(values / np.linalg.norm(values), iterations)
-    found = np.linalg.svd(layer.weight.detach().numpy(), compute_uv=False) / np.sqrt(outputs / inputs)
-    np.testing.assert_allclose(found, made, rtol=0, atol=1e-12)
+    singular_values = np.linalg.svd(layer.weight.detach().numpy(), compute_uv=False) / np.sqrt(outputs / inputs)
+    np.testing.assert_allclose(singular_values, made, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.1, 1.0), (0.03, 0.97), (0.01, 0.53), (0.001, 0.06)])
@@ -141,10 +141,10 @@ def test_attention_changes_in_queries_and_keys_only(separate: bool) -> None:
             expected = polar_factor(old[name]) * np.sqrt(8 / old[name].shape[1])
             np.testing.assert_allclose(new.pop(name), expected, rtol=0, atol=1e-9)
     else:
-        found = new.pop("in_proj_weight")
+        projections = new.pop("in_proj_weight")
         queries, keys, values = np.split(old["in_proj_weight"], 3)
         expected = np.concatenate([polar_factor(queries), polar_factor(keys), values])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(projections, expected, rtol=0, atol=1e-9)
     for name, value in new.items():
         np.testing.assert_array_equal(value, old[name])
 

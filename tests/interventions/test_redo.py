@@ -72,21 +72,21 @@ def test_redo_equals_its_rule_in_numpy(sizes: list[int], activation: str, thresh
     make, phi = ACTIVATIONS[activation]
     model = mlp(sizes, make, seed)
     x = torch.randn(9, sizes[0], generator=generator(seed), dtype=torch.float64)
-    before, twin = arrays(model), copy.deepcopy(model)
-    Reset().repair(twin, generator=generator(seed))
+    before, other_model = arrays(model), copy.deepcopy(model)
+    Reset().repair(other_model, generator=generator(seed))
 
     dormant, h = [], x.numpy()
     for weight, bias in before[:-1]:
         h = phi(h @ weight.T + bias)
         activity = np.abs(h).mean(0)
         dormant.append(np.flatnonzero(activity <= threshold * activity.mean()))
-    expected = reset_by_hand(before, arrays(twin), dormant)
+    expected = reset_by_hand(before, arrays(other_model), dormant)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ReDo: all units of")
         report = ReDo(threshold).repair(model, forward=lambda model: model(x), generator=generator(seed))
-    found = {f"{2 * layer}": units.tolist() for layer, units in enumerate(dormant) if len(units)}
-    assert {layer: units.tolist() for layer, units in report.units.items()} == found
+    expected_units = {f"{2 * layer}": units.tolist() for layer, units in enumerate(dormant) if len(units)}
+    assert {layer: units.tolist() for layer, units in report.units.items()} == expected_units
     for (weight, bias), (expected_weight, expected_bias) in zip(arrays(model), expected, strict=True):
         np.testing.assert_array_equal(weight, expected_weight)
         np.testing.assert_array_equal(bias, expected_bias)
@@ -103,8 +103,8 @@ def test_regrama_equals_its_rule_in_numpy(sizes: list[int], threshold: float, se
     x, y = (
         torch.randn(9, size, generator=generator(seed + size), dtype=torch.float64) for size in (sizes[0], sizes[-1])
     )
-    before, twin = arrays(model), copy.deepcopy(model)
-    Reset().repair(twin, generator=generator(seed))
+    before, other_model = arrays(model), copy.deepcopy(model)
+    Reset().repair(other_model, generator=generator(seed))
 
     hs = [x.numpy()]
     for weight, bias in before[:-1]:
@@ -115,7 +115,7 @@ def test_regrama_equals_its_rule_in_numpy(sizes: list[int], threshold: float, se
         delta = delta @ before[layer + 1][0] * (1 - hs[layer + 1] ** 2)
         score = np.abs(delta.T @ hs[layer]).mean(1)
         dormant.insert(0, np.flatnonzero(score <= threshold * score.mean()))
-    expected = reset_by_hand(before, arrays(twin), dormant)
+    expected = reset_by_hand(before, arrays(other_model), dormant)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ReGraMa: all units of")
@@ -364,12 +364,12 @@ def test_reset_entries_do_not_depend_on_earlier_training(make: Make) -> None:
         with torch.no_grad():
             parameter[mask] = 0.5
         other = copy.deepcopy(optimizer)
-        twin = other.param_groups[0]["params"][0]
+        other_parameter = other.param_groups[0]["params"][0]
         reset_state(optimizer, {parameter: mask})
         steps(optimizer, parameter, later)
-        steps(other, twin, later)
+        steps(other, other_parameter, later)
         futures.append(torch.cat([parameter.detach(), *_averages(optimizer, parameter)]))
-        assert torch.equal(parameter[~mask], twin[~mask]), "kept entries move as if nothing had happened"
+        assert torch.equal(parameter[~mask], other_parameter[~mask]), "kept entries move as if nothing had happened"
     assert torch.equal(*futures)
 
 
@@ -382,14 +382,14 @@ def test_fully_reset_parameter_has_the_state_of_a_new_one(make: Make) -> None:
     with torch.no_grad():
         new.fill_(0.5)
     other = copy.deepcopy(optimizer)
-    twin = other.param_groups[0]["params"]
+    other_parameters = other.param_groups[0]["params"]
     fresh = nn.Parameter(new.detach().clone())
     reset_state(optimizer, {new: None})
     both_step(optimizer, new, kept, future)
-    both_step(other, *twin, future)
+    both_step(other, *other_parameters, future)
     steps(make([fresh]), fresh, [gradient for gradient, _ in future])
     assert torch.equal(new, fresh)
-    assert torch.equal(kept, twin[1])
+    assert torch.equal(kept, other_parameters[1])
 
 
 def both_step(
@@ -556,7 +556,7 @@ def test_failed_repair_restores_weights_and_optimizer(make: Make, monkeypatch: p
     state = copy.deepcopy(optimizer.state_dict())
     objects = [(parameter, id(optimizer.state.get(parameter))) for parameter in model.parameters()]
     failures = {"copy_": 0, "__setitem__": 0}
-    remembers = any(_averages(optimizer, parameter) for parameter in model.parameters())
+    has_averages = any(_averages(optimizer, parameter) for parameter in model.parameters())
     for method in failures:
         original = getattr(Tensor, method)
         for number in range(100):
@@ -586,4 +586,4 @@ def test_failed_repair_restores_weights_and_optimizer(make: Make, monkeypatch: p
         optimizer.load_state_dict(copy.deepcopy(state))
         objects = [(parameter, id(optimizer.state.get(parameter))) for parameter in model.parameters()]
     assert failures["copy_"] == 0, "no tensor is new as a whole"
-    assert failures["__setitem__"] >= (10 if remembers else 5), "three weights and two biases"
+    assert failures["__setitem__"] >= (10 if has_averages else 5), "three weights and two biases"

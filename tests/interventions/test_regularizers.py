@@ -32,7 +32,7 @@ MAKERS: dict[str, Callable[[], Regularizer]] = {
     "l2-er": lambda: L2ER(weight_decay=0.3),
 }
 EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-REMEMBERING = pytest.mark.parametrize("make", [L2Init, WassersteinInit])
+WITH_INITIAL_VALUES = pytest.mark.parametrize("make", [L2Init, WassersteinInit])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -160,8 +160,8 @@ def test_parseval_equals_its_formula_in_numpy(shape: tuple[int, int]) -> None:
     penalty = Parseval(0.7, gain=1.5).penalty(model)
     assert penalty.item() == pytest.approx(0.7 * (expected - 1.5**4 * max(out - into, 0)), rel=1e-12)
     written = 0.7 * (weight @ weight.T - 1.5**2 * torch.eye(out, dtype=torch.float64)).square().sum()
-    found, given_ = gradients(penalty, model), gradients(written, model)
-    torch.testing.assert_close(found, given_, rtol=1e-12, atol=1e-12)
+    computed, given_ = gradients(penalty, model), gradients(written, model)
+    torch.testing.assert_close(computed, given_, rtol=1e-12, atol=1e-12)
 
 
 def test_l2_init_equals_its_formula_in_numpy() -> None:
@@ -171,7 +171,8 @@ def test_l2_init_equals_its_formula_in_numpy() -> None:
     moved = {
         name: array(parameter) - before[name]
         for name, parameter in model.named_parameters()
-        if name[0] not in "15"  # the norm layers
+        # Modules 1 and 5 are norm layers.
+        if name[0] not in "15"
     }
     penalty = regularizer.penalty(model)
     assert penalty.item() == pytest.approx(0.35 * sum((step**2).sum() for step in moved.values()), rel=1e-12)
@@ -230,11 +231,13 @@ def test_power_iteration_converges_from_below(rows: int, columns: int, seed: int
         torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64))[0] for n in (rows, columns)
     )
     size = min(rows, columns)
-    values = scale * torch.tensor([1.0, *[0.8] * (size - 1)], dtype=torch.float64)  # a gap, or it may take for ever
+    # Without a gap between the singular values, the power iteration might not converge.
+    values = scale * torch.tensor([1.0, *[0.8] * (size - 1)], dtype=torch.float64)
     with torch.no_grad():
         layer.weight.copy_(left[:, :size] * values @ right[:, :size].T)
     regularizer = SpectralRegularizer(1, power=1)
-    norms = [1 + regularizer.penalty(layer).item() ** 0.5 for _ in range(80)]  # above 1: one root only
+    # The norms are above 1, where the square root of the penalty determines them.
+    norms = [1 + regularizer.penalty(layer).item() ** 0.5 for _ in range(80)]
     assert max(norms) <= scale * (1 + 1e-12)
     assert norms[-1] == pytest.approx(scale, rel=1e-9)
 
@@ -267,7 +270,7 @@ def test_wasserstein_ignores_permutations_and_is_at_most_l2(seed: int, moved: fl
     assert 0 < regularizer.penalty(model).item() <= l2.penalty(model).item() * (1 + 1e-12)
 
 
-@REMEMBERING
+@WITH_INITIAL_VALUES
 def test_the_distance_from_the_start_is_zero_at_the_start(make: type[L2Init]) -> None:
     model = network()
     regularizer = make()
@@ -376,11 +379,11 @@ def test_frozen_parameters_do_not_count(make: Callable[[], Regularizer]) -> None
     regularizer = started(make, model)
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
-    twin, other = copy.deepcopy(model), copy.deepcopy(regularizer)
+    other_model, other = copy.deepcopy(model), copy.deepcopy(regularizer)
     with torch.no_grad():
-        for parameter in (*twin[0].parameters(), *twin[1].parameters()):
+        for parameter in (*other_model[0].parameters(), *other_model[1].parameters()):
             parameter.mul_(5)
-    assert torch.equal(regularizer.penalty(model), other.penalty(twin))
+    assert torch.equal(regularizer.penalty(model), other.penalty(other_model))
     regularizer.penalty(model).backward()
     with_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient <= {"4", "5", "7"}
@@ -454,8 +457,8 @@ def test_parametrized_layers_use_the_computed_weight() -> None:
         layer.bias.zero_()
     sigma = np.linalg.norm(array(layer.weight), 2)
     for penalty in (SpectralRegularizer(1, exact=True).penalty(layer), Parseval(1, exclude=[]).penalty(layer)):
-        found = gradients(penalty, layer)
-        assert found["parametrizations.weight.original0"].any()
+        computed = gradients(penalty, layer)
+        assert computed["parametrizations.weight.original0"].any()
     assert SpectralRegularizer(1, exact=True).penalty(layer).item() == pytest.approx((sigma**2 - 1) ** 2, rel=1e-12)
     layer.parametrizations.requires_grad_(False)
     with pytest.raises(ValueError, match=r"Parseval: .* has no trainable matrix"):
@@ -482,16 +485,16 @@ def test_l2_init_pulls_the_parameters_behind_a_parametrization() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(make: Callable[[], Regularizer], dtype: torch.dtype) -> None:
     model = network().to(dtype)
-    regularizer, twin = make(), network().to(dtype).float()
+    regularizer, other_model = make(), network().to(dtype).float()
     other = make()
     regularizer.start(model)
-    other.start(twin)
+    other.start(other_model)
     with torch.no_grad():
-        for parameter, same in zip(model.parameters(), twin.parameters(), strict=True):
+        for parameter, same in zip(model.parameters(), other_model.parameters(), strict=True):
             # Squares and their sums overflow float16.
             parameter.mul_(300)
             same.copy_(parameter)
-    penalty, expected = regularizer.penalty(model), other.penalty(twin)
+    penalty, expected = regularizer.penalty(model), other.penalty(other_model)
     assert penalty.dtype == torch.float32
     torch.testing.assert_close(penalty, expected)
     assert next(iter(gradients(penalty, model).values())).dtype == dtype
@@ -523,10 +526,10 @@ def test_training_with_penalty_equals_adding_its_gradient(make: Callable[[], Reg
             optimizer.zero_grad()
             loss = model(x).square().mean()
             if by_hand:
-                found = gradients(regularizer.penalty(model), model)
+                computed = gradients(regularizer.penalty(model), model)
                 loss.backward()
                 for name, parameter in model.named_parameters():
-                    parameter.grad += found[name]
+                    parameter.grad += computed[name]
             else:
                 (loss + regularizer.penalty(model)).backward()
             optimizer.step()
@@ -537,8 +540,8 @@ def test_training_with_penalty_equals_adding_its_gradient(make: Callable[[], Reg
 def test_l2_init_equals_decay_toward_the_start_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    twin = copy.deepcopy(model)
-    start = [parameter.detach().clone() for parameter in twin.parameters()]
+    other_model = copy.deepcopy(model)
+    start = [parameter.detach().clone() for parameter in other_model.parameters()]
     x, regularizer = torch.randn(8, 4, dtype=torch.float64), L2Init(0.5)
     regularizer.start(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -546,11 +549,11 @@ def test_l2_init_equals_decay_toward_the_start_by_hand() -> None:
         optimizer.zero_grad()
         (model(x).square().mean() + regularizer.penalty(model)).backward()
         optimizer.step()
-        found = torch.autograd.grad(twin(x).square().mean(), list(twin.parameters()))
+        computed = torch.autograd.grad(other_model(x).square().mean(), list(other_model.parameters()))
         with torch.no_grad():
-            for parameter, gradient, first in zip(twin.parameters(), found, start, strict=True):
+            for parameter, gradient, first in zip(other_model.parameters(), computed, start, strict=True):
                 parameter -= 0.1 * (gradient + 0.5 * (parameter - first))
-    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.state_dict(), other_model.state_dict(), rtol=1e-12, atol=1e-12)
 
 
 def test_spectral_regularization_pulls_spectral_norms_to_one() -> None:
@@ -638,7 +641,7 @@ def test_regularizers_ignore_the_global_generator(
 # Errors
 
 
-@REMEMBERING
+@WITH_INITIAL_VALUES
 def test_penalty_before_start_raises(make: type[L2Init]) -> None:
     with pytest.raises(
         RuntimeError, match=rf"{make.__name__} has no initial value of parameter 'weight' .* call start"
@@ -646,7 +649,7 @@ def test_penalty_before_start_raises(make: type[L2Init]) -> None:
         make().penalty(nn.Linear(3, 2))
 
 
-@REMEMBERING
+@WITH_INITIAL_VALUES
 def test_grown_head_needs_another_start_and_others_keep_values(make: type[L2Init]) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     regularizer = started(make, model)
@@ -661,7 +664,7 @@ def test_grown_head_needs_another_start_and_others_keep_values(make: type[L2Init
     assert state["2.weight"].sort().values.equal(make().reference(model[2].weight.detach()).sort().values)
 
 
-@REMEMBERING
+@WITH_INITIAL_VALUES
 def test_initial_values_stay_float32_for_bfloat16_models(make: type[L2Init]) -> None:
     model = nn.Linear(5, 4)
     regularizer = make()

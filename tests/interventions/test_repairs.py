@@ -43,10 +43,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: 
 @given(s=st.floats(0.01, 1), seed=st.integers(0, 2**31))
 def test_shrink_perturb_interpolates_old_and_fresh_weights(s: float, seed: int) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    old, twin = values(model), copy.deepcopy(model)
+    old, other_model = values(model), copy.deepcopy(model)
     ShrinkPerturb(s).repair(model, generator=generator(seed))
-    Reset().repair(twin, generator=generator(seed))
-    fresh = values(twin)
+    Reset().repair(other_model, generator=generator(seed))
+    fresh = values(other_model)
     for name, value in model.state_dict().items():
         expected = (1 - s) * old[name].numpy() + s * fresh[name].numpy()
         torch.testing.assert_close(value, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
@@ -242,10 +242,10 @@ def test_optimizer_after_reset_equals_a_new_one(
     optimizer = make(list(model.parameters()))
     train(model, optimizer, x)
     Reset().repair(model, optimizers=[optimizer], generator=generator())
-    twin = copy.deepcopy(model)
-    train(twin, make(list(twin.parameters())), x)
+    other_model = copy.deepcopy(model)
+    train(other_model, make(list(other_model.parameters())), x)
     train(model, optimizer, x)
-    torch.testing.assert_close(values(model), values(twin), rtol=0, atol=0)
+    torch.testing.assert_close(values(model), values(other_model), rtol=0, atol=0)
 
 
 def test_state_of_parameters_that_did_not_change_is_kept() -> None:

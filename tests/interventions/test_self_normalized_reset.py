@@ -121,7 +121,7 @@ def test_each_unit_is_compared_with_itself() -> None:
             x = torch.tensor([[1.0 if number % 2 else -1.0, 1.0 if number == 7 else -1.0]])
             assert step(model, intervention, x) == {}
     steps = [step(model, intervention, -torch.ones(1, 2)) for _ in range(9)]
-    assert [number for number, found in enumerate(steps) if found] == [1, 7]
+    assert [number for number, resets in enumerate(steps) if resets] == [1, 7]
     assert steps[1] == {"0": [0]}
     assert steps[7] == {"0": [1]}
 

@@ -316,14 +316,14 @@ def test_biases_of_shared_and_frozen_weights_are_clipped() -> None:
 
 def test_normalize_and_project_keeps_exactly_weight_norms() -> None:
     for model in (ResNet(), Encoder(), Gru()):
-        intervention, twin = NormalizeAndProject(), copy.deepcopy(model)
+        intervention, other_model = NormalizeAndProject(), copy.deepcopy(model)
         first = {name: p.norm().item() for name, p in model.named_parameters()}
         intervention.start(model)
         by = moves(model, 1, seed=0)[0]
         move(model, by)
-        move(twin, by)
+        move(other_model, by)
         intervention.after_step(model)
-        for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for (name, parameter), other in zip(model.named_parameters(), other_model.parameters(), strict=True):
             if parameter.ndim > 1 and "embed" not in name:
                 assert parameter.norm().item() == pytest.approx(first[name], rel=1e-5), name
             else:

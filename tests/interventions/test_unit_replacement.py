@@ -54,11 +54,11 @@ def units_of(report: Any) -> dict[str, list[int]]:
 def replaced(
     model: nn.Module, intervention: UnitReplacement, optimizer: torch.optim.Optimizer, steps: range
 ) -> list[dict[str, list[int]]]:
-    found = []
+    units_by_step = []
     for number in steps:
         train(model, optimizer, batch(number))
-        found.append(units_of(intervention.after_step(model, [optimizer])))
-    return found
+        units_by_step.append(units_of(intervention.after_step(model, [optimizer])))
+    return units_by_step
 
 
 def same(a: Any, b: Any) -> None:
@@ -76,19 +76,20 @@ def test_training_resumes_bit_for_bit(make: Callable[..., UnitReplacement]) -> N
     torch.save([model.state_dict(), optimizer.state_dict(), intervention.state_dict()], file)
     file.seek(0)
     weights, moments, state = torch.load(file, weights_only=True)
-    twin, resumed = mlp(1), make()
-    twin.load_state_dict(weights)
-    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=0.05)
-    twin_optimizer.load_state_dict(moments)
+    other_model, resumed = mlp(1), make()
+    other_model.load_state_dict(weights)
+    other_optimizer = torch.optim.Adam(other_model.parameters(), lr=0.05)
+    other_optimizer.load_state_dict(moments)
     resumed.load_state_dict(state)
-    started(resumed, twin)
+    started(resumed, other_model)
     later = [
-        replaced(*each, range(25, 60)) for each in ((model, intervention, optimizer), (twin, resumed, twin_optimizer))
+        replaced(*each, range(25, 60))
+        for each in ((model, intervention, optimizer), (other_model, resumed, other_optimizer))
     ]
     assert later[0] == later[1]
     assert any(first)
     assert any(later[0])
-    same(model.state_dict(), twin.state_dict())
+    same(model.state_dict(), other_model.state_dict())
     same(intervention.state_dict(), resumed.state_dict())
 
 
@@ -200,8 +201,8 @@ def test_units_of_a_grown_layer_are_drawn(make: Callable[..., UnitReplacement]) 
             model[0].bias[-1] = -100
         optimizer = torch.optim.SGD(model.parameters(), lr=0)
         started(intervention, model)
-        found = replaced(model, intervention, optimizer, range(60))
-        assert any(width - 1 in units.get("0", []) for units in found)
+        units_by_step = replaced(model, intervention, optimizer, range(60))
+        assert any(width - 1 in units.get("0", []) for units in units_by_step)
 
 
 @EVERY
@@ -327,18 +328,18 @@ def test_gradients_and_global_random_numbers_are_unchanged(make: Callable[..., U
     model, intervention = mlp(), make()
     started(intervention, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    found = []
+    units_by_step = []
     for number in range(30):
         train(model, optimizer, batch(number))
         gradients = [parameter.grad for parameter in model.parameters()]
         values = [gradient.clone() for gradient in gradients]
         parameters, random = list(model.parameters()), torch.get_rng_state()
-        found.append(units_of(intervention.after_step(model, [optimizer])))
+        units_by_step.append(units_of(intervention.after_step(model, [optimizer])))
         assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
         assert all(a is b.grad for a, b in zip(gradients, model.parameters(), strict=True))
         assert all(map(torch.equal, gradients, values))
         assert torch.equal(torch.get_rng_state(), random)
-    assert any(found)
+    assert any(units_by_step)
 
 
 @EVERY
@@ -363,7 +364,7 @@ def test_all_or_nothing(make: Callable[..., UnitReplacement], monkeypatch: pytes
         model, intervention = mlp(), make()
         started(intervention, model)
         optimizers = [torch.optim.Adam(part.parameters(), lr=0.05) for part in (model[:2], model[2:])]
-        found = []
+        units_by_step = []
         for number in range(30):
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -384,10 +385,10 @@ def test_all_or_nothing(make: Callable[..., UnitReplacement], monkeypatch: pytes
                             before,
                         )
                     else:
-                        found.append(units_of(report))
+                        units_by_step.append(units_of(report))
                         continue
-            found.append(units_of(intervention.after_step(model, optimizers)))
-        runs.append((found, model.state_dict(), intervention.state_dict()))
+            units_by_step.append(units_of(intervention.after_step(model, optimizers)))
+        runs.append((units_by_step, model.state_dict(), intervention.state_dict()))
     assert any(runs[0][0])
     assert runs[0][0] == runs[1][0]
     same(runs[0][1:], runs[1][1:])
@@ -451,8 +452,8 @@ def test_replacing_dead_units_keeps_the_output_bit_equal(case: Any, make: Callab
     optimizer.step()
     model.eval()
     before = model(x)
-    found = units_of(intervention.after_step(model, [optimizer]))
-    assert found == {layer: [1] for layer in case.groups}
+    replaced_units = units_of(intervention.after_step(model, [optimizer]))
+    assert replaced_units == {layer: [1] for layer in case.groups}
     same(model(x), before)
 
 
@@ -463,13 +464,13 @@ def test_never_silent_units_are_replaced_by_utility_only(activation: Callable[[]
     with torch.no_grad():
         model[2].weight[:, 3] = 1e-4
     interventions = [ContinualBackprop(1 / 6, 0), SelfNormalizedReset(0.5, 20)]
-    found = []
+    units_by_step = []
     for intervention in interventions:
         started(intervention, model)
         model(batch(0, 64))
-        found.append(units_of(intervention.after_step(model)))
+        units_by_step.append(units_of(intervention.after_step(model)))
         intervention.stop()
-    assert found == [{"0": [3]}, {}]
+    assert units_by_step == [{"0": [3]}, {}]
 
 
 def test_sequences_are_recorded_at_all_positions() -> None:
@@ -491,12 +492,12 @@ def one_of_two(rank: int) -> Any:
     for make in MAKERS.values():
         model, intervention = mlp(), make()
         started(intervention, model)
-        found = []
+        units_by_step = []
         for number in range(20):
             if rank == 0 or number != 7:
                 model(batch(2 * number + rank, 3))
-            found.append(units_of(intervention.after_step(model)))
-        results.append([found, model.state_dict(), intervention.state_dict()])
+            units_by_step.append(units_of(intervention.after_step(model)))
+        results.append([units_by_step, model.state_dict(), intervention.state_dict()])
     return results
 
 
@@ -504,7 +505,7 @@ def one_of_two(rank: int) -> Any:
 def test_two_ranks_decide_as_one_process_with_all_data() -> None:
     first, second = in_two_processes(one_of_two)
     same(first, second)
-    for make, (found, _, _) in zip(MAKERS.values(), first, strict=True):
+    for make, (units_by_step, _, _) in zip(MAKERS.values(), first, strict=True):
         model, intervention = mlp(), make()
         started(intervention, model)
         alone = []
@@ -512,5 +513,5 @@ def test_two_ranks_decide_as_one_process_with_all_data() -> None:
             ranks = (0,) if number == 7 else (0, 1)
             model(torch.cat([batch(2 * number + rank, 3) for rank in ranks]))
             alone.append(units_of(intervention.after_step(model)))
-        assert alone == found
-        assert any(found)
+        assert alone == units_by_step
+        assert any(units_by_step)

@@ -55,5 +55,5 @@ def test_imports_point_downwards() -> None:
 def test_table_marks_what_imports_lightning() -> None:
     packages = {"lightning", "pytorch_lightning"}
     for row, is_marked in table():
-        found = any(module.partition(".")[0] in packages for name in row for module in imports(name))
-        assert found == is_marked, row
+        imports_lightning = any(module.partition(".")[0] in packages for name in row for module in imports(name))
+        assert imports_lightning == is_marked, row

@@ -224,7 +224,7 @@ def test_description_of_the_bar_is_shown_and_restored(
 
 
 def test_callbacks_that_average_weights_are_recognised() -> None:
-    """Otherwise, no warning tells that averaging undoes repairs."""
+    """Otherwise, no warning is issued that averaging undoes repairs."""
     kinds = [kind for name, kind in vars(callbacks).items() if "Averag" in name]
     assert len(kinds) in (1, 3), "Lightning 2.6 added WeightAveraging and a subclass"
     for kind in kinds:
@@ -280,7 +280,7 @@ def test_classes_of_pytorch_lightning_are_recognised(name: str, kind: str) -> No
 
 
 def test_strategies_that_spawn_processes_are_recognised() -> None:
-    """Otherwise, no warning tells that the history is lost with the processes."""
+    """Otherwise, no warning is issued that the history is lost with the processes."""
     spawning = {"auto": False, "ddp": False, "ddp_spawn": True, "ddp_fork": True, "ddp_notebook": True}
     for name, spawns in spawning.items():
         fitted = trainer(strategy=name, devices=1 if name == "auto" else 2)

@@ -91,7 +91,7 @@ def private_reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def private_imports(source: str) -> list[str]:
     """Return what a module imports from Lightning that is not public."""
-    found = []
+    private = []
     for node in ast.walk(ast.parse(source)):
         modules: dict[str, list[str]] = {}
         if isinstance(node, ast.Import):
@@ -101,9 +101,9 @@ def private_imports(source: str) -> list[str]:
         for module, names in modules.items():
             if module.split(".")[0] in ("lightning", "pytorch_lightning"):
                 if module not in PUBLIC:
-                    found.append(module)
-                found += [f"{module}.{name}" for name in names if is_private(name)]
-    return found
+                    private.append(module)
+                private += [f"{module}.{name}" for name in names if is_private(name)]
+    return private
 
 
 def is_private(name: object) -> bool:
@@ -115,16 +115,18 @@ def files(*folders: str) -> list[Path]:
 
 
 def test_only_compat_imports_private_names_of_lightning() -> None:
-    found = {
+    forbidden = {
         str(path.relative_to(ROOT)): private_imports(path.read_text())
         for path in files("lightning_plasticity", "tests", "examples", "benchmarks")
     }
-    assert not {path: names for path, names in found.items() if names}
+    assert not {path: names for path, names in forbidden.items() if names}
 
 
 def test_only_compat_reads_private_names_of_others() -> None:
-    found = {str(path.relative_to(ROOT)): forbidden_reads(path.read_text()) for path in files("lightning_plasticity")}
-    assert not {path: names for path, names in found.items() if names}
+    forbidden = {
+        str(path.relative_to(ROOT)): forbidden_reads(path.read_text()) for path in files("lightning_plasticity")
+    }
+    assert not {path: names for path, names in forbidden.items() if names}
 
 
 def test_every_allowed_name_is_read() -> None:

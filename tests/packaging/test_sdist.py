@@ -24,7 +24,7 @@ DOCUMENTS = [
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
 
-# Hatchling adds these without being asked.
+# Hatchling always adds these.
 ALWAYS_INCLUDED = {"README.md", "LICENSE", "pyproject.toml", ".gitignore"}
 
 # Environments, caches and outputs, which `make clean` removes.
