@@ -1,4 +1,4 @@
-"""Remember where the tensors of a forward pass come from."""
+"""Track the origins of the tensors of a forward pass: their axes, activations and last layer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Origins:
         return origin if reference is not None and reference() is tensor else None
 
     def clear(self) -> None:
-        """Forget all tensors."""
+        """Remove all tensors."""
         self._origins.clear()
 
 

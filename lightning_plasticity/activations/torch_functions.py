@@ -1,4 +1,4 @@
-"""Tables of the torch functions that are activation functions and layers, and predicates on their calls."""
+"""List the torch functions that are activation functions or layers, and classify their calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_plasticity.activations.unit_axes import (
     Function,
     functions,
     is_weight,
-    weighs_numbers,
+    scales_elements,
 )
 
 ACTIVATIONS = functions(
@@ -72,7 +72,7 @@ READS_SHAPE_ONLY = functions(
     "empty_like full_like ones_like rand_like randn_like randint_like "
     "new_empty new_empty_strided new_full new_ones new_tensor"
 )
-"""Functions that read nothing of a tensor but its shape, dtype or device."""
+"""Functions that read only the shape, dtype or device of a tensor."""
 
 STARTS_TRACKING = {*ACTIVATIONS, *MAKERS}
 """Functions whose outputs are followed whatever their inputs are."""
@@ -103,7 +103,7 @@ def is_activation_function(
 
 def is_layer(func: Function, args: Sequence[Any], inputs: Sequence[Tensor], followed: Collection[int]) -> bool:
     """Return whether a function is a layer with weights; a product is one unless both factors come from the input."""
-    if func in EINSUM and args and weighs_numbers(args[0], inputs, followed):
+    if func in EINSUM and args and scales_elements(args[0], inputs, followed):
         return False
     if func in PRODUCTS:
         return any(is_weight(tensor) or id(tensor) not in followed for tensor in inputs)

@@ -59,7 +59,7 @@ class ActivationSink(Protocol):
     """The dimension that counts units, if the user gave it."""
 
     def selects(self, name: str) -> bool:
-        """Return whether the layer of this name is to be reported."""
+        """Return whether to report the layer of this name."""
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> Any:
         """Return the statistics of the activations; later code may change the tensor in place."""
@@ -76,7 +76,7 @@ class ActivationSink(Protocol):
         """
 
     def tolerates(self, error: Exception) -> bool:
-        """Return whether the network goes on although one of these methods raised this error."""
+        """Return whether the forward pass continues after one of these methods raised this error."""
 
 
 class _Hook:

@@ -208,10 +208,10 @@ def _broadcast(shape: Sequence[int], known: Sequence[tuple[Tensor, Sequence[Axes
 def _viewed(tensor: Tensor, output: Tensor, axes: Sequence[Axes]) -> Sequence[Axes]:
     """Return the axes of a view: dimensions of both tensors correspond if they have the same stride."""
     by_stride: dict[int, Axes] = {}
-    for stride, size, own in zip(tensor.stride(), tensor.shape, axes, strict=True):
+    for stride, size, dim_axes in zip(tensor.stride(), tensor.shape, axes, strict=True):
         if size > 1:
-            # Two dimensions of the same stride, as in an expanded tensor, cannot be told apart.
-            by_stride[stride] = NOTHING if stride in by_stride else own
+            # Two dimensions of the same stride, as in an expanded tensor, cannot be distinguished.
+            by_stride[stride] = NOTHING if stride in by_stride else dim_axes
     dims = zip(output.stride(), output.shape, strict=True)
     return [by_stride.get(stride, NOTHING) if size > 1 else NOTHING for stride, size in dims]
 
@@ -269,8 +269,8 @@ def _units_of_layer(
     return (right, -2, -2) if is_weight(left) and right.ndim > 1 else (None, None, None)
 
 
-def weighs_numbers(equation: Any, factors: Sequence[Tensor], followed: Collection[int]) -> bool:
-    """Return whether an einsum only scales each element by a tensor that is no weight, as a loss does."""
+def scales_elements(equation: Any, factors: Sequence[Tensor], followed: Collection[int]) -> bool:
+    """Return whether an einsum only scales each element by a tensor that is no weight, as in a weighted loss."""
     terms = equation.replace(" ", "").partition("->")[0].split(",") if isinstance(equation, str) else []
     if len(terms) != len(factors):
         return False

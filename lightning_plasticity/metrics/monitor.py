@@ -93,7 +93,7 @@ class PlasticityMonitor(PlasticityMetric):
     >>> list(monitor.compute())
     ['dormant_fraction', 'dormant_fraction/0']
 
-    To measure the batch in flight, :meth:`attach` before the step and :meth:`detach` after it. Nothing runs twice, and
+    To measure a training step, :meth:`attach` before it and :meth:`detach` after it. Nothing runs twice, and
     no number in the network changes, except that Transformers in evaluation mode without gradients leave torch's fast
     path, which rounds differently. Modes stay as they are: in training mode, activations are those after batch norm
     with the statistics of the batch, and after dropout.
@@ -118,14 +118,14 @@ class PlasticityMonitor(PlasticityMetric):
             module, such as an activation module or a layer without an activation function, measures what this module
             returns.
         dormant_threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
-        measures: What is measured, of ``dormant_fraction``, ``dead_fraction``, ``effective_rank``, ``stable_rank``,
-            ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
+        measures: The measures to compute, among ``dormant_fraction``, ``dead_fraction``, ``effective_rank``,
+            ``stable_rank``, ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
         channel_dim: The dimension that counts units, in all layers. By default it is inferred from the last layer that
             made the activations, else from the first that reads them. If neither determines it, it is taken from the
             shape, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`, with a warning.
-        compiled: What to do about modules compiled by ``torch.compile``, whose activations hooks cannot observe:
-            ``"raise"``, or run them uncompiled while attached (``"eager"``), which changes their results by rounding
-            and takes longer.
+        compiled: Handling of modules compiled by ``torch.compile``, whose activations hooks cannot observe:
+            ``"raise"`` an error, or run them uncompiled while attached (``"eager"``), which changes results by rounding and
+            takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples. Of wider ones that many samples
             are kept (by each process), at random from the batches that come first.
         max_units: Wider layers have ranks of that many random signed sums of units instead.
@@ -169,7 +169,7 @@ class PlasticityMonitor(PlasticityMetric):
         super().__init__(**kwargs)
         _check_names(layers=layers, measures=measures)
         if not is_str_list(measures) or any(measure not in MEASURES for measure in measures):
-            raise ValueError(f"measures={measures!r} must be some of {list(MEASURES)}")
+            raise ValueError(f"measures={measures!r} must be one or more of {list(MEASURES)}")
         if layers is not None and not is_str_list(layers):
             raise ValueError(f"layers={layers!r} must be a list of names, one or more, or None for all")
         if channel_dim is not None and not is_int(channel_dim):
@@ -214,7 +214,7 @@ class PlasticityMonitor(PlasticityMetric):
         if self._attachment is not None:
             raise RuntimeError("the monitor is attached already: detach() it first")
         if module is None and not self._network:
-            raise RuntimeError("the monitor has no network to watch: PlasticityMonitor(module), or attach(module)")
+            raise RuntimeError("the monitor has no network to measure: PlasticityMonitor(module), or attach(module)")
         network = self._network[0] if module is None else _check_module(module)
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
@@ -297,8 +297,8 @@ class PlasticityMonitor(PlasticityMetric):
         Args:
             activations: ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``.
         """
-        for layer, given in activations.items():
-            statistics = given if isinstance(given, _Statistics) else self.observe(given.detach(), None)
+        for layer, value in activations.items():
+            statistics = value if isinstance(value, _Statistics) else self.observe(value.detach(), None)
             self._add_layer(layer, statistics.units)
             state = self._state(layer, "magnitude_sum")
             if state.ndim and len(state) != statistics.units:
@@ -307,7 +307,7 @@ class PlasticityMonitor(PlasticityMetric):
                     "the network changes, give channel_dim= if it counts samples, or leave the layer out by "
                     "layers=[...]"
                 )
-            self._accumulate(**{f"{layer}|{name}": value for name, value in statistics.sums.items()})
+            self._accumulate(**{f"{layer}|{name}": addend for name, addend in statistics.sums.items()})
             if statistics.rows is not None:
                 rows = self._state(layer, "rows")
                 free = self.max_samples - sum(len(part) for part in rows)
@@ -331,7 +331,7 @@ class PlasticityMonitor(PlasticityMetric):
         return result
 
     def selects(self, name: str) -> bool:
-        """Return whether a layer is to be measured."""
+        """Return whether to measure a layer."""
         self._offered.add(name)
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
@@ -354,7 +354,7 @@ class PlasticityMonitor(PlasticityMetric):
         return _Statistics(units, sums, rows)
 
     def tolerates(self, error: Exception) -> bool:
-        """Return whether the forward pass goes on after an error, which is stored in ``errors`` then."""
+        """Return whether the forward pass continues after an error, which is then stored in ``errors``."""
         if self.suppress_errors:
             self.errors.append(str(error))
         return self.suppress_errors

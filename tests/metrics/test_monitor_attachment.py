@@ -199,7 +199,7 @@ def test_network_is_no_part_of_the_metric() -> None:
     for other in (attached_copy, again):
         assert other.layers.keys() == monitor.layers.keys()
     assert len(pickle.dumps(PlasticityMonitor(mlp(1000)))) < 10_000
-    with pytest.raises(RuntimeError, match=r"no network to watch: PlasticityMonitor\(module\), or attach\(module\)"):
+    with pytest.raises(RuntimeError, match=r"no network to measure: PlasticityMonitor\(module\), or attach\(module\)"):
         again.attach()
     # A clone measures the same network.
     with attached_copy:
@@ -330,7 +330,7 @@ def test_wrong_arguments_and_misuse_raise() -> None:
             misused()
     with pytest.raises(TypeError, match="prefix=3 must be a string"):
         PlasticityMonitor(prefix=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"measures=\['rank'\] must be some of \['dormant_fraction'"):
+    with pytest.raises(ValueError, match=r"measures=\['rank'\] must be one or more of \['dormant_fraction'"):
         PlasticityMonitor(measures=["rank"])
     with pytest.raises(ValueError, match="compiled='no' must be 'raise' or 'eager'"):
         PlasticityMonitor(compiled="no")  # type: ignore[arg-type]
