@@ -1,4 +1,4 @@
-"""What PlasticityMonitor costs on the batch in flight. Run: python -m benchmarks.monitor.
+"""Measure the cost of PlasticityMonitor on the batch in flight. Run: python -m benchmarks.monitor.
 
 Times are process CPU time with one thread, contenders alternated, medians; the unit is a training step (forward,
 backward, Adam) of the same network after the monitor was detached. A monitored step attaches, trains, detaches,
@@ -21,7 +21,7 @@ from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.metrics.monitor import MEASURES
 
 EVERY = 50
-"""Steps between two monitored ones, for the bar on all measures."""
+"""Number of steps between two monitored ones, for the bar on all measures."""
 
 MEASURED: dict[str, tuple[str, ...]] = {
     "dormant_fraction": ("dormant_fraction",),
@@ -34,7 +34,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
 
 
 def mlp() -> tuple[nn.Module, Batch]:
-    """784-1000-1000-1000-10, batch 128."""
+    """Return an MLP 784-1000-1000-1000-10 and a batch of 128 samples."""
     widths = (784, 1000, 1000, 1000)
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
@@ -43,7 +43,7 @@ def mlp() -> tuple[nn.Module, Batch]:
 
 
 def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """One step of training."""
+    """Return a function that trains the model for one step."""
     optimizer = torch.optim.Adam(model.parameters())
 
     def step() -> None:
@@ -55,7 +55,7 @@ def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
 
 
 def monitored(step: Callable[[], None], model: nn.Module, measures: tuple[str, ...]) -> Callable[[], None]:
-    """The step, seen by a monitor."""
+    """Return the step under a monitor."""
     monitor = PlasticityMonitor(model, measures=measures)
 
     def monitored_step() -> None:
@@ -67,8 +67,8 @@ def monitored(step: Callable[[], None], model: nn.Module, measures: tuple[str, .
     return monitored_step
 
 
-def hooks(model: nn.Module) -> int:
-    """How many hooks there are in the network."""
+def count_hooks(model: nn.Module) -> int:
+    """Return the number of hooks in the network."""
     return sum(
         len(getattr(module, kind))
         for module in model.modules()
@@ -77,7 +77,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
-    """One table; every line has its own plain steps beside it, so that what drifts over minutes does not count."""
+    """Print one table. Every line has its own plain steps beside it, so that a drift over minutes cancels."""
     step = train_step(model.train(), batch)
 
     def added(contender: Callable[[], None]) -> float:
@@ -90,7 +90,7 @@ def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
         bar = "   bar ≤ 10 %" if what == "dormant_fraction" else ""
         print(f"  {what + ', every step':<44}{percent:>8.1f} %{bar}", flush=True)
     print(f"  {f'everything, every {EVERY} steps':<44}{percent / EVERY:>8.2f} %   bar ≤ 2 %")
-    print(f"  {'detached':<44}{added(step):>8.1f} %   which is noise: {hooks(model)} hooks left, bar 0", flush=True)
+    print(f"  {'detached':<44}{added(step):>8.1f} %   the noise of the method; {count_hooks(model)} hooks left, bar 0", flush=True)
 
 
 if __name__ == "__main__":
