@@ -90,7 +90,7 @@ def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
         bar = "   bar ≤ 10 %" if what == "dormant_fraction" else ""
         print(f"  {what + ', every step':<44}{percent:>8.1f} %{bar}", flush=True)
     print(f"  {f'everything, every {EVERY} steps':<44}{percent / EVERY:>8.2f} %   bar ≤ 2 %")
-    print(f"  {'detached':<44}{added(step):>8.1f} %   the noise of the method; {count_hooks(model)} hooks left, bar 0", flush=True)
+    print(f"  {'detached':<44}{added(step):>8.1f} %   noise; {count_hooks(model)} hooks left, bar 0", flush=True)
 
 
 if __name__ == "__main__":
