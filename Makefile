@@ -1,9 +1,9 @@
 # Development tasks; `make help` lists them. Everything is installed into .venv, from constraints.txt.
 
 PYTHON ?= python3
-# Python 3.10 where there is one that runs (a version manager's shim may be there and not run).
+# Python 3.10 if it runs: a version manager's shim may exist without running.
 PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo '$(PYTHON)')
-# Likewise Python 3.13.
+# Likewise for Python 3.13.
 PYTHON_NEWEST ?= $(shell python3.13 -c '' 2>/dev/null && echo python3.13 || echo '$(PYTHON)')
 # Test processes, each with one thread.
 WORKERS ?= 2
@@ -27,8 +27,8 @@ help: ## list these targets
 
 .venv: $(VENV)/.installed ## create the environment (the other targets do so when needed)
 
-# $(call install,INTERPRETER,ENVIRONMENT,CONSTRAINTS,EXTRAS,VARIABLE); no constraints: the newest releases.
-# The stamp is written last: a failed install is tried again.
+# $(call install,INTERPRETER,ENVIRONMENT,CONSTRAINTS,EXTRAS,VARIABLE); without constraints, the newest releases.
+# The stamp file is written last, so that a failed install is repeated.
 define install
 	@'$(1)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "$(1) does not run or is older than Python 3.10: name another with make $(5)=..." >&2; exit 1; }
@@ -61,15 +61,15 @@ test: lint ## lint, then every test that is not slow
 test-all: lint ## lint, then every test
 	$(PYTEST)
 
-# Warnings of old releases are not acted on, so here they are no errors.
+# Old releases issue warnings that newer ones have resolved, so warnings are not errors here.
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with the oldest supported dependencies (downloads gigabytes)
 	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W default
 
-# Newest when it was installed: remove .venv-newest to ask for newer ones.
-test-newest: $(VENV_NEWEST)/.installed ## the tests with the newest dependencies there are (downloads gigabytes)
+# The newest releases at the time of the install: remove .venv-newest to install newer ones.
+test-newest: $(VENV_NEWEST)/.installed ## the tests with the newest dependencies (downloads gigabytes)
 	$(PYTEST_ENV) $(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
-# An environment of its own: curvlinops brings torchvision, which breaks `import lightning` beside a CPU-only torch.
+# A separate environment: curvlinops installs torchvision, which breaks `import lightning` with a CPU-only torch.
 $(VENV_BENCH)/.installed: constraints.txt
 	@echo "Installing into $(VENV_BENCH) ..."
 	@'$(PYTHON)' -m venv $(VENV_BENCH)

@@ -1,8 +1,8 @@
-"""Curvature side by side with PyHessian and curvlinops. Run: make bench.
+"""Compare the cost of curvature with PyHessian and curvlinops. Run: make bench.
 
-Times are process CPU time with one thread, contenders alternated in one process, medians. PyHessian is the release on
-the package index with the one call mended that today's torch no longer has. curvlinops is left out where it is not
-installed: `make bench` gives it an environment of its own.
+Times are medians of process CPU time with one thread; the contenders alternate in one process. PyHessian is the release
+on the package index, with a replacement for the one call that current torch no longer has. curvlinops is skipped if it
+is not installed: `make bench` installs it into a separate environment.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate
 from lightning_plasticity.curvature import Estimate, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.curvature.matrix_free.lanczos import lanczos, lanczos_spectrum
+from lightning_plasticity.curvature.matrix_free.lanczos import lanczos
 from lightning_plasticity.curvature.matrix_free.linear_operators import HessianLinearOperator
+from lightning_plasticity.curvature.matrix_free.stochastic_lanczos import LanczosOptions, lanczos_spectrum
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
 from lightning_plasticity.curvature.spectrum import Spectrum
 
@@ -41,18 +42,18 @@ class Language(nn.Module):
         self.out = nn.Linear(128, 256)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the next symbol, one row a position."""
+        """Return the logits of the next symbol, one row for each position."""
         return self.out(self.body(self.embed(x))).flatten(0, 1)
 
 
 def mlp(samples: int, width: int = 256) -> tuple[nn.Module, Batch]:
-    """784-256-256-10."""
+    """Build an MLP 784-256-256-10, or of another width, and a batch."""
     model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
     return model, (torch.randn(samples, 784), torch.randint(10, (samples,)))
 
 
 def conv(samples: int) -> tuple[nn.Module, Batch]:
-    """Three convolutions with BatchNorm on 32×32×3."""
+    """Build three convolutions with BatchNorm on 32×32×3, and a batch."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -61,22 +62,22 @@ def conv(samples: int) -> tuple[nn.Module, Batch]:
 
 
 def language(samples: int) -> tuple[nn.Module, Batch]:
-    """The Transformer on sequences of 64."""
+    """Build the Transformer and a batch of sequences of 64 symbols."""
     return Language().eval(), (torch.randint(256, (samples, 64)), torch.randint(256, (samples * 64,)))
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy."""
+    """Return the cross-entropy."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def row(work: str, ours: float, theirs: float, bar: str) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(f"{work:<64}{1e3 * ours:>11.1f} ms{1e3 * theirs:>11.1f} ms{theirs / ours:>9.2f}×   bar {bar}", flush=True)
 
 
 def exact_rank() -> None:
-    """The exact Gauss-Newton spectrum against PyHessian's Hessian density."""
+    """Compare the exact Gauss-Newton spectrum with PyHessian's Hessian density."""
     for name, (model, batch), bar in (("MLP", mlp(64), "≥ 50×"), ("conv net", conv(64), "≥ 20×")):
         medians = alternate(
             {
@@ -89,7 +90,7 @@ def exact_rank() -> None:
 
 
 def products() -> None:
-    """One Hessian-vector product."""
+    """Compare the cost of one Hessian-vector product."""
     from pyhessian.utils import hessian_vector_product
 
     for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
@@ -112,7 +113,7 @@ def products() -> None:
 
 
 def densities(rounds: int) -> None:
-    """Ten start vectors."""
+    """Compare Hessian densities from ten start vectors."""
     problems: list[tuple[str, tuple[nn.Module, Batch], int, str]] = [
         ("MLP, n = 256", mlp(256), 80, "≥ 1.8×"),
         ("MLP, n = 1024", mlp(1024), 80, "≥ 1.2×"),
@@ -151,7 +152,7 @@ def densities(rounds: int) -> None:
 
 
 def sharpness() -> None:
-    """Products until the residual bound of λmax is below 10⁻³ of it."""
+    """Count the products until the residual bound of λmax is below 10⁻³ of it."""
     for name, (model, batch) in (("MLP, n = 256", mlp(256)), ("conv net, n = 128", conv(128))):
         product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
         start = torch.randn(product.dimension)
@@ -163,13 +164,13 @@ def sharpness() -> None:
 
 
 def deflation() -> None:
-    """Products until the ε-rank of a Hessian with a known rank has an error of 5 %, and the memory of a run."""
+    """Count the products until the ε-rank of a known Hessian is within 5 %, and measure the memory of a run."""
     for name, (model, batch) in {"94 % dead": dead(), "after 5 tasks": after_tasks(), "at init": small()}.items():
         product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
         identity = torch.eye(product.dimension)
         values = torch.linalg.eigvalsh(torch.stack([product(row) for row in identity]).double())
         spectra = {
-            steps: lanczos_spectrum(product, num_probes=60, num_steps=steps, seed=0)
+            steps: lanczos_spectrum(product, LanczosOptions(num_probes=60, num_steps=steps, seed=0))
             for steps in (10, 15, 20, 30, 40, 50, 60, 80, 120)
         }
         for relative in (0.3, 0.1, 0.03, 0.01):
@@ -186,7 +187,8 @@ def deflation() -> None:
     model, batch = mlp(64)
     product = HessianLinearOperator(loss_fn(model, batch), list(model.parameters()))
     steps, vector = 20, torch.randn(product.dimension)
-    run = peak_memory(lambda: lanczos_spectrum(product, num_probes=3, num_steps=steps, seed=0)) / product.dimension
+    options = LanczosOptions(num_probes=3, num_steps=steps, seed=0)
+    run = peak_memory(lambda: lanczos_spectrum(product, options)) / product.dimension
     within = peak_memory(lambda: product(vector)) / product.dimension
     print(
         f"{f'peak memory of {steps} deflated steps':<64}{run:>6.1f} P, {within:.1f} P of it the product's"
@@ -196,13 +198,13 @@ def deflation() -> None:
 
 
 def small() -> tuple[nn.Module, Batch]:
-    """64-32-32-10, small enough for a dense Hessian."""
+    """Build an MLP 64-32-32-10, small enough for a dense Hessian, and a batch."""
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
     return model, (torch.randn(128, 64), torch.randint(10, (128,)))
 
 
 def dead() -> tuple[nn.Module, Batch]:
-    """It with two live units in each layer."""
+    """Build the small MLP with two live units in each layer."""
     model, batch = small()
     with torch.no_grad():
         for layer in (model[0], model[2]):  # type: ignore[index]
@@ -211,7 +213,7 @@ def dead() -> tuple[nn.Module, Batch]:
 
 
 def after_tasks() -> tuple[nn.Module, Batch]:
-    """It after five tasks of random labels, on the last one."""
+    """Train the small MLP on five tasks of random labels, and return it with the last one."""
     model, batch = small()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(5):
@@ -224,22 +226,23 @@ def after_tasks() -> tuple[nn.Module, Batch]:
 
 
 def products_needed(spectrum: Spectrum, epsilon: float, exact: int, steps: int) -> tuple[float, float]:
-    """Products until the mean has an error of 5 %, plain and deflated, from the bias and spread of single runs.
+    """Compute the products until the mean is within 5 %, plain and deflated, from the bias and spread of single runs.
 
-    Deflation needs three runs: where two plain ones are enough, they are what there is.
+    Deflation needs three runs. Where one or two plain runs are enough, they count for both.
     """
     needed = []
     for measures in ([(q.nodes, q.weights) for q in spectrum.quadratures], [q.measure for q in spectrum.quadratures]):
         ranks = [spectrum.num_parameters * weights[nodes.abs() > epsilon].sum().item() for nodes, weights in measures]
         error = torch.tensor(ranks, dtype=torch.float64) / exact - 1
-        bias = max(error.mean().item() ** 2 - error.var().item() / len(error), 0.0)  # squared, less its sampling error
+        # The squared bias, without the sampling error of the mean.
+        bias = max(error.mean().item() ** 2 - error.var().item() / len(error), 0.0)
         needed.append(math.ceil(error.var().item() / (0.05**2 - bias)) if bias < 0.05**2 else math.inf)
     plain, deflated = needed
     return steps * max(plain, 1), steps * (max(plain, 1) if plain <= 2 else max(deflated, 3))
 
 
 def peak_memory(work: Callable[[], object]) -> float:
-    """Most float32 numbers held at once of those that the work allocates, by the allocator's own account."""
+    """Return the peak of the memory that the work allocates, in float32 numbers."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -248,11 +251,11 @@ def peak_memory(work: Callable[[], object]) -> float:
 
 
 def growth() -> None:
-    """How time and memory of the exact probe grow with the width of the network and the size of the batch."""
-    for what, sizes in (("width", (256, 512, 1024, 2048)), ("samples", (32, 64, 128, 256))):
+    """Measure how time and memory of the exact probe grow with the width of the network and the size of the batch."""
+    for dimension, sizes in (("width", (256, 512, 1024, 2048)), ("samples", (32, 64, 128, 256))):
         figures = []
         for size in sizes:
-            model, batch = mlp(64, size) if what == "width" else mlp(size)
+            model, batch = mlp(64, size) if dimension == "width" else mlp(size)
 
             def probe(model: nn.Module = model, batch: Batch = batch) -> object:
                 return ggn_spectrum(model, batch, loss_fn, method="gram")
@@ -262,11 +265,11 @@ def growth() -> None:
             logs = torch.tensor(sizes).log(), torch.tensor(values).log()
             slope = torch.linalg.lstsq(torch.stack([logs[0], torch.ones(len(sizes))], 1), logs[1]).solution[0].item()
             shown = ", ".join(f"{size}: {value:.0f} {unit}" for size, value in zip(sizes, values, strict=True))
-            print(f"exact probe by {what}: {shown}; grows as {what}^{slope:.1f}", flush=True)
+            print(f"exact probe by {dimension}: {shown}; grows as {dimension}^{slope:.1f}", flush=True)
 
 
 def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
-    """Curvlinops' operator, or ``None`` where it is not installed or cannot."""
+    """Build curvlinops' operator, or return ``None`` if it is not installed or does not support the model."""
     try:
         from curvlinops import HessianLinearOperator
     except ImportError:
@@ -284,7 +287,7 @@ def curvlinops_hessian(model: nn.Module, batch: Batch) -> Any:
 
 
 def curvlinops_density(operator: Any, steps: int) -> object:
-    """Its spectral density, with the ends of the spectrum given."""
+    """Estimate the spectral density by curvlinops, with given ends of the spectrum."""
     from curvlinops import lanczos_approximate_spectrum
 
     with sdpa_kernel(SDPBackend.MATH):

@@ -55,7 +55,7 @@ def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
 
 
 def monitored(step: Callable[[], None], model: nn.Module, measures: tuple[str, ...]) -> Callable[[], None]:
-    """Return the step under a monitor."""
+    """Return a step during which a monitor measures the model."""
     monitor = PlasticityMonitor(model, measures=measures)
 
     def monitored_step() -> None:

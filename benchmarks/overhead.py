@@ -1,13 +1,14 @@
-"""What the callback costs in a Trainer. Run: python -m benchmarks.overhead.
+"""Measure the cost of the callback in a Trainer. Run: python -m benchmarks.overhead.
 
-Contenders train fits of whole tasks of 500 steps with a TensorBoardLogger, and take turns after every 20 steps; counted
-is process CPU time with one thread. Printed is the median over rounds of what each adds to the fit without a callback
-in the same round, and the smallest and largest: where steps are long, two fits differ by more than the callback costs.
-Hence also the time that the fit spent in the callback's own hooks, as a share of the rest of the same fit; it leaves
-out what a monitor does during the forward pass. ``empty`` is a callback whose hooks do nothing, so that its share is
-that of the clock; ``idle`` is ours while the task never changes; ``defaults`` probes the curvature of the network and
-of its initial weights and monitors the hidden layers at each task, and draws a picture at the end of each fit; the last
-looks at the hidden layers every 50 steps too.
+Each contender fits whole tasks of 500 steps with a TensorBoardLogger. The contenders take turns after every 20 steps,
+on one thread, and are timed by process CPU time. The table shows the median over rounds of the time that each contender
+adds to the fit without a callback in the same round, with the minimum and the maximum. Where steps are long, two fits
+differ by more than the cost of the callback. Therefore the table also shows the time in the callback's own hooks, as a
+fraction of the rest of the same fit; it leaves out the work of a monitor during the forward pass.
+
+The contenders: ``empty`` is a callback whose hooks do nothing, so that its share is that of the clock. ``idle`` is ours
+while the task never changes. ``defaults`` probes the network and its initial weights and monitors the hidden layers at
+each task, and draws a figure at the end of each fit. The last one also monitors the hidden layers every 50 steps.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ TASK, TURN = 500, 20
 BARS = {"idle": "≤ 1 %", "defaults": "≤ 3 %"}
 
 Stream = Callable[[], tuple[nn.Module, Dataset[Any], int]]
-"""Makes a network, the data, and the size of a batch."""
+"""Returns a network, the data and the batch size."""
 
 
 class Classifier(LightningModule):
-    """Trains by Adam."""
+    """A classifier trained by Adam."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Classifier(LightningModule):
         self.task_id: int | None = None
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The cross-entropy."""
+        """Return the cross-entropy."""
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
@@ -61,7 +62,7 @@ class Classifier(LightningModule):
 
 
 def digits(width: int, depth: int, batch_size: int) -> tuple[nn.Module, Dataset[Any], int]:
-    """Permuted digits, and an MLP."""
+    """Return an MLP and permuted digits."""
     data = load_digits()
     images, labels = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
     layers: list[nn.Module] = []
@@ -72,29 +73,29 @@ def digits(width: int, depth: int, batch_size: int) -> tuple[nn.Module, Dataset[
 
 
 def images() -> tuple[nn.Module, Dataset[Any], int]:
-    """The conv net of the curvature benchmark on random images, batch 128."""
+    """Return the conv net of the curvature benchmark and random images in batches of 128."""
     net, (x, y) = conv(1024)
     return net, TensorDataset(x, y), 128
 
 
 class Empty(Callback):
-    """Has hooks for every step, as ours, and does nothing in them."""
+    """A callback with the same hooks for every step as ours, which do nothing."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_after_backward(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Clock:
-    """Adds up the time that is spent in the hooks of callbacks."""
+    """Sums up the time in the hooks of callbacks."""
 
     def __init__(self, callbacks: list[Callback]) -> None:
         self.seconds = 0.0
@@ -113,16 +114,16 @@ class Clock:
 
 
 class TakingTurns(DataLoader[Any]):
-    """Lets the other contenders go on from time to time."""
+    """A data loader that lets the other contenders run after every ``TURN`` batches."""
 
     hand_over: Callable[[], None]
-    given = 0
+    num_batches = 0
 
     def __iter__(self) -> Any:
-        """The batches."""
+        """Return the batches."""
         for batch in super().__iter__():
-            self.given += 1
-            if self.given % TURN == 0:
+            self.num_batches += 1
+            if self.num_batches % TURN == 0:
                 self.hand_over()
             yield batch
 
@@ -130,7 +131,7 @@ class TakingTurns(DataLoader[Any]):
 def contender(
     stream: Stream, callbacks: list[Callback], folder: str, *, tasks: int, one_task: bool = False
 ) -> Callable[[Callable[[], None]], None]:
-    """Every call is a fit."""
+    """Return a function that runs one fit, and calls its argument after every ``TURN`` steps."""
     torch.manual_seed(0)
     net, data, size = stream()
     module = Classifier(net)
@@ -154,8 +155,8 @@ def contender(
     return fit
 
 
-def cost(name: str, stream: Stream, rounds: int, tasks: int) -> None:
-    """One table."""
+def cost(title: str, stream: Stream, rounds: int, tasks: int) -> None:
+    """Print the table of one stream."""
 
     def callback(every_n_steps: int | None = TASK, **options: Any) -> SpectralCollapseCallback:
         detector = TaskDetector(every_n_steps=every_n_steps)
@@ -170,21 +171,22 @@ def cost(name: str, stream: Stream, rounds: int, tasks: int) -> None:
             "defaults": [callback()],
             "defaults, monitor_every_n_steps=50": [callback(monitor_every_n_steps=50)],
         }
-        clocks = {who: Clock(theirs) for who, theirs in callbacks.items()}
-        contenders = {who: make(theirs, one_task=who == "idle") for who, theirs in callbacks.items()}
-        take_turns(contenders)  # warms up
+        clocks = {name: Clock(of_contender) for name, of_contender in callbacks.items()}
+        contenders = {name: make(of_contender, one_task=name == "idle") for name, of_contender in callbacks.items()}
+        # The first round warms up.
+        take_turns(contenders)
         for clock in clocks.values():
             clock.seconds = 0.0
         seconds = [take_turns(contenders) for _ in range(rounds)]
     without = statistics.median(each["nothing"] for each in seconds)
-    print(f"{name}: {1e3 * without / (tasks * TASK):.2f} ms a step without a callback; added:")
-    for who in list(contenders)[1:]:
-        added = [100 * (each[who] / each["nothing"] - 1) for each in seconds]
+    print(f"{title}: {1e3 * without / (tasks * TASK):.2f} ms a step without a callback; added:")
+    for name in list(contenders)[1:]:
+        added = [100 * (each[name] / each["nothing"] - 1) for each in seconds]
         spread = f"({min(added):.1f} to {max(added):.1f})"
-        inside, whole = clocks[who].seconds, sum(each[who] for each in seconds)
-        hooks = f"in its hooks {100 * inside / (whole - inside):.2f} %"
-        bar = f"   bar {BARS[who]}" if who in BARS else ""
-        print(f"  {who:<36}{statistics.median(added):>7.1f} %   {spread:<16}{hooks}{bar}", flush=True)
+        in_hooks, total = clocks[name].seconds, sum(each[name] for each in seconds)
+        hooks = f"in its hooks {100 * in_hooks / (total - in_hooks):.2f} %"
+        bar = f"   bar {BARS[name]}" if name in BARS else ""
+        print(f"  {name:<36}{statistics.median(added):>7.1f} %   {spread:<16}{hooks}{bar}", flush=True)
 
 
 if __name__ == "__main__":

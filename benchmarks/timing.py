@@ -1,4 +1,4 @@
-"""Side by side: contenders alternate in one process, in process CPU time."""
+"""Measure contenders by process CPU time, alternating in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each contender, one after the other in every round."""
+    """Return the median seconds of each contender; every round runs all of them in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, contender in contenders.items():
@@ -25,11 +25,13 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int, warmu
 
 
 def take_turns(contenders: Mapping[str, Callable[[Callable[[], None]], object]]) -> dict[str, float]:
-    """Seconds of each contender, where they alternate many times on the way: what slows the machine slows them all.
+    """Return the seconds of each contender, where all alternate many times during their runs.
+
+    Whatever slows the machine down for a while then slows all of them.
 
     Args:
-        contenders: Each runs in a thread of its own, one at a time, and lets the next one go on by calling what it is
-            given.
+        contenders: Functions that run in threads, one at a time. Each receives a function, and hands over to the next
+            contender by calling it.
     """
     turn = {name: threading.Semaphore(0) for name in contenders}
     waiting = deque(contenders)
@@ -50,7 +52,8 @@ def take_turns(contenders: Mapping[str, Callable[[Callable[[], None]], object]])
 
     def run(name: str) -> None:
         turn[name].acquire()
-        torch.set_num_threads(1)  # of every thread by itself
+        # The number of threads is a setting of each thread.
+        torch.set_num_threads(1)
         try:
             contenders[name](lambda: hand_over(name))
         finally:

@@ -18,14 +18,14 @@ from lightning_plasticity._compat import gradient_scale, is_logging_step, is_mod
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
+from lightning_plasticity.engine.error_log import ErrorLog, gather_errors
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.interventions import Intervention
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_warn
+from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
-from lightning_plasticity.reporting.errors import ErrorLog, gather_errors
 from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
@@ -188,10 +188,13 @@ class SpectralCollapseCallback(Callback):
             "probe": None if self.probe == GGNProbe() else self.probe,
             "collapse": None if self.collapse == Collapse() else self.collapse,
             "interventions": [*self.interventions] or None,
+            "monitor": False if self.monitor is None else None,
+            "monitor_every_n_steps": self._step_monitor.every_n_steps,
+            "task_detector": None if repr(self._tasks) == repr(TaskDetector()) else self._tasks,
+            "loss_fn": self._loss_fn,
             "name": self.name,
         }
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
-        return f"{type(self).__name__}({given})"
+        return constructor_call(self, arguments)
 
     @property
     @override

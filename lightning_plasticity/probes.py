@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import check_positive_ints, check_seed
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.double_backward import (
-    REENTRANT,
     DoubleBackwardError,
     check_double_backward,
     composed_weight_norm,
 )
+from lightning_plasticity.curvature.double_backward_causes import REENTRANT
 from lightning_plasticity.curvature.exact.gram import gram
 from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
 from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.distributed.agreement import format_error
-from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 

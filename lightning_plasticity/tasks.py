@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_plasticity._compat import fit_datamodule
 from lightning_plasticity._validation import check_positive_ints, is_int
 from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
+from lightning_plasticity.messages import constructor_call
 
 # Not a string: older jsonargparse leaves out arguments whose type is given by one.
 TaskId: TypeAlias = int | str | None
@@ -151,8 +152,7 @@ class TaskDetector:
             "drift_detector": self._drift_detector,
             "drift_statistic": self._drift_statistic,
         }
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
-        return f"{type(self).__name__}({given})"
+        return constructor_call(self, arguments)
 
     def announce(self, task_id: TaskId = None) -> None:
         """Start a new task with the next training batch, named ``task_id``.

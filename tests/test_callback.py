@@ -275,3 +275,28 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
 def test_arguments_of_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         SpectralCollapseCallback(**arguments)
+
+
+def test_repr_shows_arguments_that_differ_from_the_defaults() -> None:
+    assert repr(SpectralCollapseCallback()) == "SpectralCollapseCallback()"
+    callback = SpectralCollapseCallback(
+        GGNProbe(samples=32),
+        interventions=[ShrinkPerturb(when="task")],
+        monitor_every_n_steps=50,
+        task_detector=TaskDetector(every_n_epochs=2),
+        name="actor",
+    )
+    assert repr(callback) == (
+        "SpectralCollapseCallback(probe=GGNProbe(samples=32, max_rows=2048), "
+        "interventions=[ShrinkPerturb(s=0.8, when='task')], monitor_every_n_steps=50, "
+        "task_detector=TaskDetector(every_n_epochs=2), name='actor')"
+    )
+
+
+def test_interventions_are_a_tuple() -> None:
+    assert isinstance(SpectralCollapseCallback(interventions=[ShrinkPerturb()]).interventions, tuple)
+
+
+def test_arguments_after_the_probe_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SpectralCollapseCallback(GGNProbe(), Collapse())  # type: ignore[misc]

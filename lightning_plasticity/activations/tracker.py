@@ -48,6 +48,7 @@ from lightning_plasticity.activations.unit_axes import (
 )
 from lightning_plasticity.functional.layouts import channel_dim_of
 from lightning_plasticity.isolation.batches import tensors_in
+from lightning_plasticity.isolation.state import probe_depth
 from lightning_plasticity.layers import LINEAR_LAYERS, RECURRENT_LAYERS
 
 
@@ -147,6 +148,7 @@ class ActivationTracker(TorchFunctionMode):
         self._calls = [_ModuleCall(root, "")]
         # Lightning calls training_step without calling the module.
         self._has_training_step = hasattr(root, "training_step")
+        self._probe_depth = 0
         self._names = LayerNames(root)
         self._hooks: list[RemovableHandle] = []
         self._modules = list(root.modules())
@@ -154,7 +156,8 @@ class ActivationTracker(TorchFunctionMode):
         self._in_metrics = {id(module) for metric in metrics for module in metric.modules()}
 
     def start(self) -> None:
-        """Start to track the network."""
+        """Start to track the network. Probes that run meanwhile, also of copies of the network, are not tracked."""
+        self._probe_depth = probe_depth()
         for module in self._modules:
             self._hooks.append(module.register_forward_pre_hook(_Hook(self._enter_module)))
             self._hooks.append(module.register_forward_hook(_Hook(self._leave_module), always_call=True))
@@ -192,7 +195,12 @@ class ActivationTracker(TorchFunctionMode):
         if torch.compiler.is_compiling():
             # The compiler cannot trace the code below.
             self.saw_compiled_code = True
-        elif not (self._origins or func in STARTS_TRACKING) or func in READS_SHAPE_ONLY or _in_backward():
+        elif (
+            not (self._origins or func in STARTS_TRACKING)
+            or func in READS_SHAPE_ONLY
+            or _in_backward()
+            or self._is_in_probe()
+        ):
             pass
         elif func in ZEROS:
             self._origins[result] = Origin(is_zero=True)
@@ -290,15 +298,20 @@ class ActivationTracker(TorchFunctionMode):
         self._keep(first.name, product, layer_call)
         return True
 
+    def _is_in_probe(self) -> bool:
+        return probe_depth() != self._probe_depth
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if self._is_in_probe():
+            return
         caller = self._calls[-1]
         in_metric = caller.in_metric or id(module) in self._in_metrics
         self._calls.append(_ModuleCall(module, self._names.path_of_call(module, caller.path), in_metric))
 
     def _leave_module(self, module: nn.Module, args: Any, result: Any) -> None:
         call = self._calls[-1]
-        if call.module is not module:
-            # The module was never entered: another pre-hook raised before this tracker's.
+        if self._is_in_probe() or call.module is not module:
+            # The module was never entered: it runs in a probe, or another pre-hook raised before this tracker's.
             return
         self._calls.pop()
         output = next(tensors_in(result), None)

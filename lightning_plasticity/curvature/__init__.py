@@ -1,6 +1,16 @@
-"""What the loss surface looks like: the spectrum of its curvature, without Lightning.
+"""Measure the curvature of a loss: the spectrum of its Gauss-Newton matrix or Hessian, without Lightning.
 
-:func:`ggn_spectrum` answers it for a module, a batch and a loss; :class:`Spectrum` holds the answer.
+The folder:
+
+* :mod:`.ggn`, :mod:`.hessian`: the two front functions, :func:`ggn_spectrum` and :func:`hessian_spectrum`.
+* :mod:`.pyhessian`: the same Hessian by PyHessian, on :mod:`.pyhessian_adapter`.
+* :mod:`.spectrum`, :mod:`.estimates`, :mod:`.kernel`: the results, :class:`Spectrum`, :class:`Estimate` and
+  :class:`TangentKernel`.
+* :mod:`.problem`: the model, batch and loss, validated.
+* :mod:`.double_backward`: second derivatives by differentiating twice, checked by :mod:`.finite_differences`.
+* :mod:`.autograd_graph`: vector-Jacobian products and walks through the autograd graph.
+* :mod:`.exact`: exact spectra from the Gram matrix of the batch.
+* :mod:`.matrix_free`: estimated spectra from matrix-vector products.
 """
 
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature

@@ -1,4 +1,4 @@
-"""Walking the autograd graph: what does a tensor depend on, other than through what is known already?"""
+"""Compute vector-Jacobian products and walk through the autograd graph."""
 
 from __future__ import annotations
 
@@ -10,62 +10,76 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Edge = tuple[Node, int]
-"""A place in the graph: a node and the number of its output. Unlike the tensor there, it survives in-place changes."""
+"""A node of the graph and the number of one of its outputs.
+
+Unlike the tensor there, an edge stays valid when the tensor is changed in place.
+"""
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """Where a tensor stands in the graph now."""
+    """Return the edge of the graph that produced a tensor."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 
 def gradient_edge(edge: Edge) -> GradientEdge:
-    """The same for :func:`torch.autograd.grad`."""
+    """Convert an edge into the form that :func:`torch.autograd.grad` takes."""
     return GradientEdge(*edge)
 
 
+# `torch.autograd.grad` hands its call to an active function mode, which is off while it handles the call. Checkpointed
+# blocks are recomputed during that call, so their operations would escape the mode. This copy never hands itself over.
 _grad = FunctionType(
     torch.autograd.grad.__code__,
-    # A function mode would be off while it handles this call, and what a checkpoint computes again would escape it.
     {**torch.autograd.grad.__globals__, "has_torch_function": lambda _: False},
     argdefs=torch.autograd.grad.__defaults__,
 )
 
 
-def gradients(
+def vjp(
     outputs: Sequence[Tensor] | Sequence[GradientEdge],
     inputs: Sequence[Tensor],
-    vectors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
     *,
     create_graph: bool = False,
 ) -> Sequence[Tensor]:
-    """Vector-Jacobian products along a graph that is kept; zeros where an output does not depend on an input."""
+    r"""Compute the vector-Jacobian products :math:`J^\top w` and keep the graph.
+
+    Args:
+        outputs: The outputs, as tensors or as edges of the graph.
+        inputs: The tensors to differentiate with respect to.
+        cotangents: :math:`w`, one tensor for each output, of its shape.
+        create_graph: Whether the products get a graph themselves.
+
+    Returns:
+        One tensor for each input, of its shape; zeros where no output depends on the input.
+    """
     result: Sequence[Tensor] = _grad(
-        outputs, inputs, vectors, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, materialize_grads=True
     )
     return result
 
 
-def vector_products(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """The same, dense, where some outputs may be constant: these have no graph, and count as zero."""
-    pairs = [(output, vector) for output, vector in zip(outputs, vectors, strict=True) if output.requires_grad]
+def dense_vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Compute :func:`vjp` as dense tensors, where outputs without a graph are constants and contribute zero."""
+    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
-    curved, their_vectors = zip(*pairs, strict=True)
-    return [product.to_dense() for product in gradients(curved, inputs, their_vectors)]
+    differentiable, their_cotangents = zip(*pairs, strict=True)
+    return [product.to_dense() for product in vjp(differentiable, inputs, their_cotangents)]
 
 
 def or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """A gradient as autograd gives it, dense; zeros where there is none."""
+    """Return the gradient of a parameter as a dense tensor, zeros if it is ``None``."""
     return torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
 
 
-def reached(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> Iterator[Node]:
-    """The nodes that the given places depend on, other than through what is known. Exact: there is no tolerance.
+def reached(start: Sequence[Edge], shortcuts: Mapping[Edge, Sequence[Edge]]) -> Iterator[Node]:
+    """Yield the nodes that the given edges depend on, except those between an edge and its shortcut.
 
     Args:
-        start: Where to begin.
-        known: Where to walk on from a place whose dependence on everything in between is known.
+        start: The edges where the walk begins.
+        shortcuts: Edges whose own graph is skipped; the walk goes on at the edges that each one maps to.
     """
     seen: set[Edge] = set()
     pending = list(start)
@@ -74,14 +88,14 @@ def reached(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> Iter
         if edge in seen:
             continue
         seen.add(edge)
-        if edge in known:
-            pending += known[edge]
+        if edge in shortcuts:
+            pending += shortcuts[edge]
             continue
         yield edge[0]
-        pending += [(following, number) for following, number in edge[0].next_functions if following is not None]
+        pending += [(node, output) for node, output in edge[0].next_functions if node is not None]
 
 
-def leaves(start: Sequence[Edge], known: Mapping[Edge, Sequence[Edge]]) -> list[Tensor]:
-    """The leaf tensors among what is :func:`reached`."""
-    variables = [getattr(node, "variable", None) for node in reached(start, known)]
+def leaves(start: Sequence[Edge], shortcuts: Mapping[Edge, Sequence[Edge]]) -> list[Tensor]:
+    """Return the leaf tensors of the nodes that :func:`reached` yields, each of them once."""
+    variables = [getattr(node, "variable", None) for node in reached(start, shortcuts)]
     return list({id(variable): variable for variable in variables if variable is not None}.values())

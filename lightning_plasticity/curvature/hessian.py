@@ -1,4 +1,4 @@
-"""The spectrum of the Hessian from products alone, for models of any kind and size."""
+"""Estimate the spectrum of the Hessian from matrix-vector products."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_plasticity._validation import check_positive_ints
-from lightning_plasticity.curvature.double_backward import second_derivatives, twice_differentiable_loss
-from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization, check_lanczos, lanczos_spectrum
+from lightning_plasticity._validation import check_choice
+from lightning_plasticity.curvature.double_backward import twice_differentiable_loss
+from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization
 from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, HessianLinearOperator
-from lightning_plasticity.curvature.matrix_free.micro_batches import sharded
+from lightning_plasticity.curvature.matrix_free.stochastic_lanczos import LanczosOptions, estimate_spectrum
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.distributed.agreement import is_distributed
@@ -32,41 +32,41 @@ def hessian_spectrum(
     backend: Literal["native", "pyhessian"] = "native",
     progress: Progress | None = None,
 ) -> Spectrum:
-    r"""Estimate of the spectrum of the Hessian :math:`\nabla^2_\theta L`, by stochastic Lanczos quadrature.
+    r"""Estimate the spectrum of the Hessian :math:`\nabla^2_\theta L` by stochastic Lanczos quadrature.
 
-    The Hessian is taken at the parameters that require gradients, with the model in evaluation mode. It costs
+    :math:`\theta` are the parameters that require gradients. The model is in evaluation mode. The estimate costs
     ``num_probes * num_steps`` products, each about 1.4 to 2 gradients of the batch.
 
     Args:
-        model: Any module. Nothing in it is changed.
-        batch: Whatever ``loss_fn`` takes.
+        model: Any module. It is not changed.
+        batch: The batch for ``loss_fn``, of any type.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the samples, a scalar with a graph.
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
-        num_steps: Lanczos steps for each. The more, the smaller the eigenvalues that are resolved.
+        num_steps: Number of Lanczos steps for each start vector. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        parameters: Only the parameters whose name matches this pattern (``*`` and ``?`` are wildcards): the block of
-            the Hessian that belongs to them.
-        reorthogonalization: How much is done to keep the Lanczos vectors orthogonal: ``"partial"`` (as right as
-            ``"full"``, and cheaper), ``"full"``, or ``"none"`` (see
+        parameters: Pattern of parameter names (``*`` and ``?`` are wildcards), to select the block of the Hessian that
+            belongs to them.
+        reorthogonalization: How to keep the Lanczos vectors orthogonal: ``"partial"`` (as accurate as ``"full"``, and
+            cheaper), ``"full"``, or ``"none"`` (see
             :func:`~lightning_plasticity.curvature.matrix_free.lanczos.lanczos`).
-        deflate: Whether what each start vector finds lowers the sampling error of the next, from three of them on and
-            at no further products: much where few eigenvalues stand out, as in a collapsed network, little where the
-            rank is large.
-        micro_batch_size: Number of samples whose graph is held at a time. Each product then builds the graphs anew:
-            about twice the time, for less memory. By default one graph of all samples is kept.
-        distributed: Under a process group of several processes, whether each holds a part of the batch. The answer is
-            that for all samples together, on every process; all of them have to ask. ``False``: this process's samples.
-        backend: ``"native"``, or ``"pyhessian"`` for the algorithms of PyHessian, whose flaws
-            :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` tells of. It takes neither
+        deflate: Whether the Ritz vectors of each run reduce the sampling error of the next, from three start vectors on
+            and without further products. The gain is large if few eigenvalues stand out, as in a collapsed network, and
+            small if the rank is large.
+        micro_batch_size: Number of samples with a graph at a time. Each product then builds the graphs anew: about
+            twice the time, for less memory. By default one graph of all samples is kept.
+        distributed: Whether each process of a process group holds a part of the batch. Every process must then call
+            this function, and gets the spectrum for all samples. With ``False`` it is that of its own samples.
+        backend: ``"native"``, or ``"pyhessian"`` for the algorithms of PyHessian, whose limits
+            :func:`~lightning_plasticity.curvature.pyhessian.pyhessian_spectrum` describes. It supports neither
             ``parameters`` nor parts of a batch.
-        progress: Called with the number of products done and the number of all of them.
+        progress: Called after each product with the number of products done and the total.
 
     Returns:
-        The estimate. Its ε-ranks carry a bracket and ``resolved``: ask them.
+        The estimate. Its ε-ranks have a bracket and the property ``resolved``.
 
     Raises:
-        DoubleBackwardError: If torch has no second derivative of an operation. Some it has are wrong:
-            :func:`~lightning_plasticity.curvature.double_backward.check_double_backward` tells.
+        DoubleBackwardError: If torch has no second derivative of an operation. For operations with a wrong one see
+            :func:`~lightning_plasticity.curvature.double_backward.check_double_backward`.
         ValueError: If the loss is not a finite scalar that depends on the parameters, the model has half precision, a
             number is not positive or the pattern matches nothing.
 
@@ -81,14 +81,22 @@ def hessian_spectrum(
         >>> [round(value, 6) for value in spectrum.top(2).tolist()]  # of (2/n) xᵀx
         [4.0, 1.0]
     """
-    if backend not in ("native", "pyhessian"):
-        raise ValueError(f"backend={backend!r} must be 'native' or 'pyhessian'")
-    check_lanczos(num_probes, num_steps, seed, reorthogonalization)
-    check_positive_ints(optional=True, micro_batch_size=micro_batch_size)
+    check_choice(("native", "pyhessian"), backend=backend)
+    options = LanczosOptions(
+        num_probes=num_probes,
+        num_steps=num_steps,
+        seed=seed,
+        reorthogonalization=reorthogonalization,
+        deflate=deflate,
+        micro_batch_size=micro_batch_size,
+        distributed=distributed,
+        progress=progress,
+    )
     selected = list(trainable_parameters(model, parameters).values())
     if backend == "pyhessian":
-        _check_pyhessian_can(parameters, micro_batch_size, distributed=distributed)
-        from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum  # imports PyHessian
+        _check_pyhessian_supports(parameters, micro_batch_size, distributed=distributed)
+        # PyHessian is imported only if it is used.
+        from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum
 
         return pyhessian_spectrum(
             model, batch, loss_fn, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress
@@ -98,26 +106,17 @@ def hessian_spectrum(
         with twice_differentiable_loss(model, part, loss_fn) as loss:
             return HessianLinearOperator(loss, selected)
 
-    with second_derivatives(model):
-        return lanczos_spectrum(
-            sharded(build, model, batch, loss_fn, selected, micro_batch_size=micro_batch_size, distributed=distributed),
-            num_probes=num_probes,
-            num_steps=num_steps,
-            seed=seed,
-            reorthogonalization=reorthogonalization,
-            deflate=deflate,
-            progress=progress,
-        )
+    return estimate_spectrum(build, model, batch, loss_fn, selected, options)
 
 
-def _check_pyhessian_can(parameters: str | None, micro_batch_size: int | None, *, distributed: bool) -> None:
-    asked = [
+def _check_pyhessian_supports(parameters: str | None, micro_batch_size: int | None, *, distributed: bool) -> None:
+    unsupported = [
         f"parameters={parameters!r}" if parameters is not None else "",
         f"micro_batch_size={micro_batch_size}" if micro_batch_size is not None else "",
         "distributed=True" if distributed and is_distributed() else "",
     ]
-    if any(asked):
+    if any(unsupported):
         raise ValueError(
-            f"{', '.join(filter(None, asked))}: PyHessian knows only all parameters and the batch as a whole; use "
-            "backend='native'"
+            f"{', '.join(filter(None, unsupported))}: PyHessian supports only all parameters and the batch as a whole; "
+            "use backend='native'"
         )

@@ -1,4 +1,4 @@
-"""What a curvature is of: a model, a batch and a loss, checked before anything is computed."""
+"""Validate the model, batch and loss of a curvature problem, and compute in full precision."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ LossFunction = Callable[[Any, Batch], Tensor]
 """Takes the model and a batch, returns the mean loss as a scalar tensor with a graph."""
 
 Progress = Callable[[int, int], None]
-"""Called after each product with a matrix: the number of those done, and of all of them at most."""
+"""Called after each matrix-vector product as ``progress(done, total)``; ``total`` is an upper bound."""
 
 HALF = (torch.float16, torch.bfloat16)
+"""Data types whose rounding errors are larger than most eigenvalues."""
 
 
 def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name.
+    """Return the parameters that require gradients, by name.
 
     Args:
         model: The model.
-        pattern: Only those whose name matches; ``*`` and ``?`` are wildcards.
+        pattern: Select the parameters with a matching name; ``*`` and ``?`` are wildcards. A tied parameter is selected
+            by any of its names.
 
     Raises:
-        ValueError: If there are none, they are not all float32 or all float64, or the pattern is no string.
+        ValueError: If no parameter is selected, the parameters are not all float32 or all float64, one of them is not
+            initialised, or the pattern is not a string.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -37,31 +40,31 @@ def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[s
         raise ValueError(f"{uninitialized[0]!r} is not initialised yet: run one forward pass before the probe")
     dtypes = {parameter.dtype for parameter in parameters.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
-        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(
-            f"the parameters are {found}; curvature needs all of them in float32 or all in float64: probe model.float()"
+            f"the parameters are {names}; curvature needs all of them in float32 or all in float64: probe model.float()"
         )
     if pattern is None:
         return parameters
     if not isinstance(pattern, str):
         raise ValueError(f"parameters={pattern!r} must be a pattern of names, such as 'encoder.*', or None")
-    every_name = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several
-    chosen = {id(parameter) for name, parameter in every_name.items() if fnmatchcase(name, pattern)}
-    matching = {name: parameter for name, parameter in parameters.items() if id(parameter) in chosen}
+    every_name = model.named_parameters(remove_duplicate=False)
+    selected = {id(parameter) for name, parameter in every_name if fnmatchcase(name, pattern)}
+    matching = {name: parameter for name, parameter in parameters.items() if id(parameter) in selected}
     if not matching:
         raise ValueError(f"parameters={pattern!r} matches none of the trainable parameters {list(parameters)}")
     return matching
 
 
 def check_loss(loss: Tensor) -> None:
-    """What every probe needs of a loss.
+    """Check that a loss is a finite scalar with a graph.
 
     Raises:
-        ValueError: If it is not a finite scalar with a graph.
+        ValueError: If it is not.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn(model, batch) returned {found}; it must return the mean loss, a scalar tensor")
+        returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn(model, batch) returned {returned}; it must return the mean loss, a scalar tensor")
     if not loss.requires_grad:
         raise ValueError("the loss does not depend on any trainable parameter (was it detached, or under no_grad?)")
     if not torch.isfinite(loss):
@@ -75,16 +78,16 @@ NOT_FINITE = (
     "the curvature of the loss on the probe batch is NaN or infinite although the loss is not. Look for a square root "
     "or a norm of zero, or a logarithm, in the model and the loss"
 )
-"""Said of a matrix or a gradient that is not finite."""
+"""Error message for a matrix, a product or a gradient that is not finite."""
 
 
 class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
-    """Switches autocast off within every torch function, also where the code in between has switched it on.
+    """Disable autocast inside every torch function, even where the model or the loss enables it.
 
     Rounding errors of half precision are larger than most eigenvalues.
 
     Raises:
-        ValueError: If something with a gradient is computed in half precision nonetheless.
+        ValueError: If a tensor with a gradient is computed in half precision by an explicit cast.
 
     Example:
         >>> x = torch.ones(2, 2, requires_grad=True)
@@ -97,7 +100,7 @@ class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called for every torch function."""
+        """Call a torch function without autocast and check the dtype of its result."""
         device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -113,11 +116,11 @@ class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal numbers, drawn on the CPU in float64.
+    """Draw standard normal numbers on the CPU in float64: the same numbers for every device and precision.
 
     Args:
-        shape: The shape.
-        like: A tensor of the precision and on the device that the result shall have.
+        shape: Shape of the result.
+        like: A tensor with the dtype and the device of the result.
         generator: A CPU generator; by default one seeded with 0.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator

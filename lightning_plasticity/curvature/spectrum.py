@@ -1,4 +1,4 @@
-"""What the loss surface looks like: eigenvalues, and every number derived from them."""
+"""Hold the spectrum of a curvature matrix and derive ranks, extremes and densities from it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lightning_plasticity.curvature.kernel import TangentKernel, effective_rank_
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    r"""Eigenvalues of a curvature matrix with :math:`P` rows, and the share of all directions that each stands for.
+    r"""The spectrum of a :math:`P \times P` curvature matrix: eigenvalues and the fraction of all directions of each.
 
-    Every number derived from it is an :class:`Estimate`: a float with its standard error and, where there is one, a
-    bracket beside it. Those of an exact spectrum have neither.
+    Derived quantities are :class:`Estimate` objects: floats with a standard error and, where one is known, a bracket.
+    For an exact spectrum the standard error is 0 and the bracket is the number itself.
 
     Args:
         eigenvalues: :math:`\lambda_k`, shape ``(k,)``, float64, in units of loss per squared parameter. For an estimate
             the Ritz values of all start vectors.
-        weights: Share of all :math:`P` eigenvalues that each one stands for, shape ``(k,)``, summing to 1. A deflated
-            estimate has corrections among them (:meth:`Quadrature.deflated`), which may be negative.
+        weights: Fraction of all :math:`P` eigenvalues that each one represents, shape ``(k,)``, summing to 1. A
+            deflated estimate includes corrections (:meth:`Quadrature.deflated`), which may be negative.
         num_parameters: :math:`P`, the number of trainable parameters.
-        exact: Whether the eigenvalues are the matrix's own rather than an estimate.
-        kernel: The tangent kernel of the same batch, where the probe computed it.
-        quadratures: What each start vector saw, for an estimate.
+        exact: Whether the eigenvalues are those of the matrix rather than an estimate.
+        kernel: The tangent kernel of the same batch, if it was computed.
+        quadratures: The quadrature of each start vector, for an estimate.
         semidefinite: Whether the matrix is known to have no negative eigenvalue.
-        trace_standard_error: Standard error of the trace of an estimate without quadratures, of which nothing else is
-            known.
+        trace_standard_error: Standard error of the trace, for an estimate without quadratures. Its other errors are
+            unknown.
 
     Example:
         >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0.25, 0.25, 0.5]), 4, exact=True)
@@ -53,10 +53,10 @@ class Spectrum:
     def from_quadratures(
         cls, quadratures: Sequence[Quadrature], num_parameters: int, *, semidefinite: bool = False
     ) -> Spectrum:
-        """The estimate from the Lanczos runs of several start vectors.
+        """Average the quadratures of independent start vectors.
 
         Args:
-            quadratures: One or more.
+            quadratures: One quadrature for each start vector.
             num_parameters: :math:`P`.
             semidefinite: Whether the matrix is known to have no negative eigenvalue.
         """
@@ -66,50 +66,53 @@ class Spectrum:
     @property
     def lambda_max(self) -> Estimate:
         r"""The largest eigenvalue :math:`\lambda_{\max}`, the sharpness; bracketed by the bound on its residual."""
-        return self._extreme(largest=True)
+        return self._extreme_eigenvalue(largest=True)
 
     @property
     def lambda_min(self) -> Estimate:
         r"""The smallest eigenvalue :math:`\lambda_{\min}`; bracketed by the bound on its residual."""
-        return self._extreme(largest=False)
+        return self._extreme_eigenvalue(largest=False)
 
     @property
     def trace(self) -> Estimate:
         r"""The sum of all eigenvalues, :math:`P \sum_k w_k \lambda_k`."""
-        trace = self._mean(lambda values, weights: self.num_parameters * (weights * values).sum().item())
+        trace = self._estimate(lambda values, weights: self.num_parameters * (weights * values).sum().item())
         return trace if self.exact or self.quadratures else Estimate(trace, standard_error=self.trace_standard_error)
 
     @property
     def effective_rank(self) -> Estimate:
         """Effective rank of the matrix (:func:`effective_rank_of`).
 
-        Of an estimate it is biased, as few nodes stand for many eigenvalues, by more than its standard error if there
-        are few steps: good to compare one with another, and never ``resolved``.
+        An estimate is biased because few nodes represent many eigenvalues; with few steps the bias exceeds the standard
+        error. It can be compared with another estimate, but is never ``resolved``.
         """
-        rank = self._mean(lambda values, weights: effective_rank_of(values, self.num_parameters * weights))
-        return rank if self.exact else _between(rank, 0.0, float(self.num_parameters))
+        rank = self._estimate(lambda values, weights: effective_rank_of(values, self.num_parameters * weights))
+        return rank if self.exact else _with_bracket(rank, 0.0, float(self.num_parameters))
 
     @property
     def negative_mass(self) -> Estimate:
-        r"""Share of the curvature that is negative.
+        r"""Negative fraction of the curvature.
 
         :math:`\sum_{\lambda_k < 0} w_k |\lambda_k| / \sum_k w_k |\lambda_k|`
 
-        Of an estimate there is no bound on its bias.
+        The bias of an estimate is not bounded.
         """
 
-        def share(values: Tensor, weights: Tensor) -> float:
+        def negative_fraction(values: Tensor, weights: Tensor) -> float:
             total = (weights * values.abs()).sum()
             return ((weights * values.clamp(max=0).abs()).sum() / total).item() if total > 0 else 0.0
 
-        mass = self._mean(share)
-        return mass if self.exact else _between(mass, 0.0, 1.0)
+        mass = self._estimate(negative_fraction)
+        return mass if self.exact else _with_bracket(mass, 0.0, 1.0)
 
     def top(self, k: int) -> Tensor:
-        """The ``k`` largest eigenvalues, descending, shape ``(min(k, number of eigenvalues),)``.
+        """Return the ``k`` largest eigenvalues, descending, shape ``(min(k, number of eigenvalues),)``.
 
-        Of an estimate, those that one start vector saw: only the first few Ritz values are close to eigenvalues; the
-        bounds in :attr:`Quadrature.residuals` say which.
+        For an estimate they are the Ritz values of the first start vector. Only the first few are close to eigenvalues;
+        :attr:`Quadrature.residuals` bounds the distance.
+
+        Raises:
+            ValueError: If ``k`` is less than 1.
         """
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
@@ -117,14 +120,14 @@ class Spectrum:
         return values.sort(descending=True).values[:k]
 
     def epsilon_fraction(self, epsilon: float) -> Estimate:
-        r"""Share of all directions with notable curvature, :math:`\sum_k w_k [|\lambda_k| > \epsilon]`.
+        r"""Compute the fraction of directions with notable curvature, :math:`\sum_k w_k [|\lambda_k| > \epsilon]`.
 
         Args:
             epsilon: The threshold :math:`\epsilon \ge 0`, in units of the eigenvalues.
 
         Returns:
-            The share, with a Chebyshev-Markov-Stieltjes bracket if it is an estimate. Below its resolution Lanczos
-            quadrature reports full rank, which ``resolved`` tells.
+            The fraction, with a Chebyshev-Markov-Stieltjes bracket if it is an estimate. For an ``epsilon`` below its
+            resolution, Lanczos quadrature reports full rank; ``resolved`` is then false.
 
         Raises:
             ValueError: If ``epsilon`` is negative.
@@ -133,7 +136,7 @@ class Spectrum:
             arXiv 2509.22335, section 4.
         """
         _check_threshold(epsilon=epsilon)
-        estimate = self._mean(lambda values, weights: weights[values.abs() > epsilon].sum().item())
+        estimate = self._estimate(lambda values, weights: weights[values.abs() > epsilon].sum().item())
         if self.exact:
             return estimate
         if not self.quadratures:
@@ -141,19 +144,19 @@ class Spectrum:
         inside = [q.mass_between(-epsilon, epsilon, semidefinite=self.semidefinite) for q in self.quadratures]
         lo = 1 - sum(high for _, high in inside) / len(inside)
         hi = 1 - sum(low for low, _ in inside) / len(inside)
-        lo, share, hi = (min(max(value, 0.0), 1.0) for value in (lo, estimate, hi))
+        lo, fraction, hi = (min(max(value, 0.0), 1.0) for value in (lo, estimate, hi))
         return Estimate(
-            share, standard_error=estimate.standard_error, lo=lo, hi=hi, start_vectors=estimate.start_vectors
+            fraction, standard_error=estimate.standard_error, lo=lo, hi=hi, start_vectors=estimate.start_vectors
         )
 
     def epsilon_rank(self, epsilon: float) -> Estimate:
-        r"""Number of directions with notable curvature, :math:`\#\{k : |\lambda_k| > \epsilon\}`.
+        r"""Count the directions with notable curvature, :math:`\#\{k : |\lambda_k| > \epsilon\}`.
 
         Args:
             epsilon: The threshold :math:`\epsilon \ge 0`, in units of the eigenvalues.
 
         Returns:
-            A count between 0 and :math:`P`: a whole number if the spectrum is exact, else bracketed as in
+            A number between 0 and :math:`P`: an integer if the spectrum is exact, else bracketed as in
             :meth:`epsilon_fraction`.
 
         Raises:
@@ -162,19 +165,19 @@ class Spectrum:
         References:
             arXiv 2509.22335, section 4.
         """
-        share, count = self.epsilon_fraction(epsilon), self.num_parameters
+        fraction, total = self.epsilon_fraction(epsilon), self.num_parameters
         if self.exact:
-            return Estimate(round(count * share))
+            return Estimate(round(total * fraction))
         return Estimate(
-            count * share,
-            standard_error=count * share.standard_error,
-            lo=count * share.lo,
-            hi=count * share.hi,
-            start_vectors=share.start_vectors,
+            total * fraction,
+            standard_error=total * fraction.standard_error,
+            lo=total * fraction.lo,
+            hi=total * fraction.hi,
+            start_vectors=fraction.start_vectors,
         )
 
     def relative_epsilon_rank(self, relative_epsilon: float) -> Estimate:
-        r"""Number of directions with :math:`|\lambda_k| > \epsilon_{\mathrm{rel}} \max_j |\lambda_j|`.
+        r"""Count the directions with :math:`|\lambda_k| > \epsilon_{\mathrm{rel}} \max_j |\lambda_j|`.
 
         Raises:
             ValueError: If ``relative_epsilon`` is negative.
@@ -183,12 +186,12 @@ class Spectrum:
         return self.epsilon_rank(relative_epsilon * self.eigenvalues.abs().max().item())
 
     def fast_rank(self, lr: float, steps: int, contraction: float = 0.1) -> Estimate:
-        r"""Number of directions that gradient descent can use: eigenvalues above :math:`-\ln \gamma / (\eta K)`.
+        r"""Count the directions in which gradient descent converges, :math:`\lambda_k > -\ln \gamma / (\eta K)`.
 
         Args:
             lr: Step size :math:`\eta > 0`.
             steps: Number of steps :math:`K \ge 1`.
-            contraction: By how much the error along a fast direction must shrink, :math:`\gamma` in (0, 1).
+            contraction: Factor :math:`\gamma` in (0, 1) to which the error along a direction must shrink.
 
         Raises:
             ValueError: If an argument is outside these bounds.
@@ -204,10 +207,12 @@ class Spectrum:
         return self.epsilon_rank(-math.log(contraction) / (lr * steps))
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
-        """Share of the squared residual that gradient descent can remove: see :meth:`TangentKernel.learnable_fraction`.
+        """Compute the fraction of the squared residual that gradient descent can remove.
+
+        See :meth:`TangentKernel.learnable_fraction`.
 
         Raises:
-            ValueError: If this spectrum was computed without the tangent kernel, which knows the residual.
+            ValueError: If this spectrum was computed without the tangent kernel.
         """
         if self.kernel is None:
             raise ValueError(
@@ -217,8 +222,8 @@ class Spectrum:
         return self.kernel.learnable_fraction(lr, steps)
 
     @property
-    def shown(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and weights for pictures, shape ``(k,)`` each: without the corrections, so never negative."""
+    def undeflated(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and weights without deflation corrections, shape ``(k,)`` each: no weight is negative."""
         if not self.quadratures:
             return self.eigenvalues, self.weights
         nodes = torch.cat([quadrature.nodes for quadrature in self.quadratures])
@@ -226,11 +231,11 @@ class Spectrum:
         return nodes, weights / len(self.quadratures)
 
     def density(self, grid: Tensor, bandwidth: float) -> Tensor:
-        r"""The spectral density, smoothed by Gaussians, for pictures: never derive a rank from it.
+        r"""Compute the spectral density, smoothed by Gaussians, for plots: smoothing makes ranks derived from it wrong.
 
         :math:`\sum_k w_k \, \mathcal N(x; \lambda_k, b^2)`
 
-        Of an estimate, the mean of what the start vectors saw: without the corrections of a deflation, never negative.
+        Weights are those of :attr:`undeflated`, so the density is never negative.
 
         Args:
             grid: Points :math:`x`, shape ``(g,)``.
@@ -244,16 +249,19 @@ class Spectrum:
         """
         if not bandwidth > 0:
             raise ValueError(f"bandwidth={bandwidth} must be positive, in units of the eigenvalues")
-        values, weights = self.shown
+        values, weights = self.undeflated
         distance = (grid.double()[:, None] - values) / bandwidth
         kernel = torch.exp(-distance.square() / 2) / (bandwidth * math.sqrt(2 * math.pi))
         return kernel @ weights
 
     def distance(self, other: Spectrum) -> float:
-        r"""Wasserstein distance between two spectra, :math:`\int |F(x) - G(x)| \, dx`, in units of the eigenvalues.
+        r"""Compute the Wasserstein distance to another spectrum, :math:`\int |F(x) - G(x)| \, dx`.
 
         Args:
-            other: Another spectrum; it may have another number of parameters.
+            other: The other spectrum. Its number of parameters may differ.
+
+        Returns:
+            The distance, in units of the eigenvalues.
 
         Example:
             >>> a = Spectrum(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 2, exact=True)
@@ -268,7 +276,7 @@ class Spectrum:
         return (gap * values[order].diff()).sum().item()
 
     def to_dict(self) -> dict[str, Any]:
-        """The spectrum as plain Python and tensors, for checkpoints.
+        """Convert the spectrum to plain Python objects and tensors, for checkpoints.
 
         Example:
             >>> spectrum = Spectrum(torch.tensor([1.0]), torch.tensor([1.0]), 1, exact=True)
@@ -288,7 +296,7 @@ class Spectrum:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Spectrum:
-        """The inverse of :meth:`to_dict`."""
+        """Restore a spectrum from the result of :meth:`to_dict`."""
         kernel = state["kernel"]
         return cls(
             **{
@@ -298,20 +306,24 @@ class Spectrum:
             }
         )
 
-    def _mean(self, number: Callable[[Tensor, Tensor], float]) -> Estimate:
-        """A number of all start vectors together, and its standard error from what each of them says alone."""
-        value = number(self.eigenvalues, self.weights)
+    def _estimate(self, statistic: Callable[[Tensor, Tensor], float]) -> Estimate:
+        """Return the pooled estimate of a statistic and its standard error over the start vectors.
+
+        Args:
+            statistic: Computes the statistic from eigenvalues and weights.
+        """
+        value = statistic(self.eigenvalues, self.weights)
         if self.exact:
             return Estimate(value)
         if len(self.quadratures) < 2:
             return Estimate(value, standard_error=math.nan)
         each = torch.tensor(
-            [number(*quadrature.measure) for quadrature in self.quadratures], dtype=torch.float64, device="cpu"
+            [statistic(*quadrature.measure) for quadrature in self.quadratures], dtype=torch.float64, device="cpu"
         )
         error = (each.std() / math.sqrt(len(each))).item()
         return Estimate(value, standard_error=error, start_vectors=len(each))
 
-    def _extreme(self, *, largest: bool) -> Estimate:
+    def _extreme_eigenvalue(self, *, largest: bool) -> Estimate:
         if not self.quadratures:
             value = (self.eigenvalues.max() if largest else self.eigenvalues.min()).item()
             return (
@@ -319,8 +331,8 @@ class Spectrum:
             )
         nodes = torch.cat([quadrature.nodes for quadrature in self.quadratures])
         residuals = torch.cat([quadrature.residuals for quadrature in self.quadratures])
-        place = nodes.argmax() if largest else nodes.argmin()
-        value, residual = nodes[place].item(), residuals[place].item()
+        index = nodes.argmax() if largest else nodes.argmin()
+        value, residual = nodes[index].item(), residuals[index].item()
         return Estimate(value, lo=value - residual, hi=value + residual)
 
 
@@ -330,8 +342,8 @@ def _check_threshold(**threshold: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number, zero or larger")
 
 
-def _between(estimate: Estimate, lo: float, hi: float) -> Estimate:
-    """The estimate, with nothing known of it but its bounds."""
+def _with_bracket(estimate: Estimate, lo: float, hi: float) -> Estimate:
+    """Return the estimate, clamped to a bracket that holds for every matrix."""
     value = min(max(float(estimate), lo), hi)
     error, count = estimate.standard_error, estimate.start_vectors
     return Estimate(value, standard_error=error, lo=lo, hi=hi, start_vectors=count)

@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
@@ -19,13 +20,12 @@ from lightning_plasticity.distributed.agreement import (
     raise_local_error,
     sync_errors,
 )
-from lightning_plasticity.engine.context import ProbeContext
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.regularizer_gradients import accumulate, differentiate_penalty, penalty_gradients
 from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
 from lightning_plasticity.isolation.state import isolated_rng
 from lightning_plasticity.messages import rank_zero_warn
-from lightning_plasticity.reporting.errors import ErrorLog
 
 _MAX_SAMPLES = 256
 """Number of samples, of all ranks together, that repairs between tasks run the model on."""

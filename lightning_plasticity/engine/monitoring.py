@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.reporting.errors import ErrorLog
 
 
 def measure_activations(
@@ -74,7 +74,7 @@ class StepMonitor:
         self._monitor = PlasticityMonitor() if monitor is None else copy.deepcopy(monitor)
         # An error in the middle of the model's forward pass would end the run.
         self._monitor.suppress_errors = True
-        self._every_n_steps = every_n_steps
+        self.every_n_steps = every_n_steps
         self._errors = errors
         self.last: int | None = None
         """The optimizer step of the last measurement; a part of checkpoints."""
@@ -89,9 +89,9 @@ class StepMonitor:
         Warns:
             PlasticityWarning: If the model could be monitored before and cannot be now.
         """
-        if self._every_n_steps is None:
+        if self.every_n_steps is None:
             return
-        if self.last is not None and step // self._every_n_steps == self.last // self._every_n_steps:
+        if self.last is not None and step // self.every_n_steps == self.last // self.every_n_steps:
             return
         self.last = step
         try:

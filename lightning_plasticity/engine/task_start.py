@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_plasticity.collapse import Collapse
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, resolved_value, to_log_dict
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
@@ -16,14 +17,13 @@ from lightning_plasticity.distributed.agreement import (
     raise_local_error,
 )
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
-from lightning_plasticity.engine.context import ProbeContext
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.initial_weights import InitialWeights, load_weights, named_tensors
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import Probe, ProbeResult
-from lightning_plasticity.reporting.errors import ErrorLog
 from lightning_plasticity.reports import TaskReport
 
 

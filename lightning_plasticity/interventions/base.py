@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number, is_int
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
+from lightning_plasticity.messages import constructor_call
 
 When = int | str
 """When the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or every so many
@@ -99,9 +100,8 @@ class Intervention:
     @override
     def __repr__(self) -> str:
         """Return the constructor call with the values of now, without arguments that are ``None``."""
-        values = {name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters}
-        given = [f"{name}={_short_repr(value)}" for name, value in values.items() if value is not None]
-        return f"{type(self).__name__}({', '.join(given)})"
+        names = inspect.signature(type(self)).parameters
+        return constructor_call(self, {name: getattr(self, name, None) for name in names})
 
     @property
     def name(self) -> str:
@@ -285,8 +285,3 @@ class Regularizer(Intervention, ABC):
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
         """Compute the term, coefficient included: a scalar with a graph."""
-
-
-def _short_repr(value: object) -> str:
-    """Return ``repr(value)``, with a size in place of the tensors of a state_dict."""
-    return f"<{len(value)} tensors>" if isinstance(value, Mapping) else repr(value)

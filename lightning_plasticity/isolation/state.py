@@ -6,6 +6,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -102,6 +103,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_probe_depth: ContextVar[int] = ContextVar("probe_depth", default=0)
+
+
+def probe_depth() -> int:
+    """Return the number of :func:`probe_mode` blocks around the caller.
+
+    What watches a network compares it with the depth at which it was started: the runs of a probe are not to be seen.
+    """
+    return _probe_depth.get()
+
+
 @contextlib.contextmanager
 def probe_mode(model: nn.Module) -> Iterator[None]:
     """Enter the state that all probes run in, and restore the previous one on exit.
@@ -124,4 +136,8 @@ def probe_mode(model: nn.Module) -> Iterator[None]:
         _force_eager(),
         differentiable_recurrence(model),
     ):
-        yield
+        token = _probe_depth.set(_probe_depth.get() + 1)
+        try:
+            yield
+        finally:
+            _probe_depth.reset(token)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.distributed.agreement import format_error
-from lightning_plasticity.reporting.errors import ErrorLog
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
 from lightning_plasticity.reports import TaskReport
 

@@ -33,7 +33,7 @@ def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torc
     Returns:
         Logarithms and multiplicities, both of shape ``(k,)``.
     """
-    values, weights = spectrum.shown
+    values, weights = spectrum.undeflated
     counts = spectrum.num_parameters * weights
     selected = (values < 0) == negative
     if spectrum.exact:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.distributed.sharded_weights import is_device_mesh
-from lightning_plasticity.engine.context import ProbeContext
 from lightning_plasticity.isolation.module_copy import UncopyableError, copy_module
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.reporting.progress import shown_progress

@@ -1,4 +1,4 @@
-"""Second derivatives: made possible, checked, and refused where they are wrong."""
+"""Test that second derivatives are made possible, checked, and refused where they are wrong."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plasticity.curvature import double_backward
+from lightning_plasticity.curvature import double_backward, finite_differences
 from lightning_plasticity.curvature.double_backward import (
     DoubleBackwardError,
     check_double_backward,
@@ -21,11 +21,11 @@ from lightning_plasticity.curvature.double_backward import (
     double_backward_ready,
     explained_errors,
 )
-from tests.helpers.cases import CASES, Case, classes, dense_hessian, mlp
+from tests.helpers.cases import CASES, Case, classes, dense_hessian, finite_difference_hessian, mlp
 
 
 class Once(torch.autograd.Function):
-    """Marked as differentiable once, which autograd does not notice when it is asked for some inputs only."""
+    """A once-differentiable function, which autograd.grad does not refuse for a part of the inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Once(torch.autograd.Function):
 
 
 class Detached(torch.autograd.Function):
-    """Keeps its input where autograd does not see it."""
+    """A function that saves its input outside of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Checkpointed(nn.Module):
 
 
 class CheckpointedFirst(Checkpointed):
-    """Nothing before the block: autograd.grad does not come by, and says nothing."""
+    """A model whose first module is checkpointed: autograd.grad never reaches it and raises no error."""
 
     def forward(self, x: Tensor) -> Tensor:
         block = nn.Sequential(self.first, self.block)
@@ -93,7 +93,8 @@ class CheckpointedFirst(Checkpointed):
 
 def old_weight_norm(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the older one is deprecated, and in use
+        # The older weight_norm is deprecated but still used.
+        warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(module)
 
 
@@ -179,12 +180,12 @@ def test_healthy_models_pass(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("case", "cause"), WRONG, ids=[case.name for case, _ in WRONG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wrong_second_derivatives_are_refused_with_their_cause(case: Case, cause: str, dtype: torch.dtype) -> None:
+def test_wrong_second_derivatives_are_refused_with_cause(case: Case, cause: str, dtype: torch.dtype) -> None:
     with pytest.raises(DoubleBackwardError, match=cause):
         check_double_backward(*case.build(dtype), case.loss_fn)
 
 
-def test_an_unknown_cause_is_called_unknown() -> None:
+def test_unknown_cause_is_reported_as_unknown() -> None:
     model, x, y = mlp()
     calls = []
 
@@ -196,8 +197,8 @@ def test_an_unknown_cause_is_called_unknown() -> None:
         check_double_backward(model, x, loss_fn)
 
 
-def test_units_exactly_on_their_kink_do_not_alarm() -> None:
-    """Zeros at the border of an image, no bias: there is no second derivative at these parameters."""
+def test_units_exactly_on_their_kink_pass() -> None:
+    """Inputs of zero without a bias, as at the border of an image, have no second derivative at these parameters."""
     model, x, y = mlp(8)
     model[1] = nn.ReLU()
     nn.init.zeros_(model[0].bias)
@@ -205,14 +206,14 @@ def test_units_exactly_on_their_kink_do_not_alarm() -> None:
     check_double_backward(model, x, lambda m, x: F.cross_entropy(m(x), y))
 
 
-def test_steps_that_cross_a_kink_do_not_alarm() -> None:
+def test_steps_across_a_kink_pass() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 3))
     x, y = torch.randn(64, 20), classes(64)
     check_double_backward(model, x, lambda m, x: F.cross_entropy(m(x), y))
 
 
-def state(model: nn.Module, batch: Any) -> Any:
+def snapshot(model: nn.Module, batch: Any) -> Any:
     tensors = {name: (id(t), t.detach().clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
     gradients = {name: None if p.grad is None else (id(p.grad), p.grad.clone()) for name, p in model.named_parameters()}
     modes = [(sorted(module.__dict__), module.training, len(module._forward_pre_hooks)) for module in model.modules()]
@@ -229,7 +230,7 @@ class InterruptedProbeError(Exception):
 
 @pytest.mark.parametrize("case", [HEALTHY[0], HEALTHY[8], WRONG[0][0], WRONG[1][0], WRONG[4][0]], ids=lambda c: c.name)
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_nothing_is_left_behind(case: Case, interrupted: bool) -> None:
+def test_model_batch_and_globals_are_unchanged(case: Case, interrupted: bool) -> None:
     model, batch = case.build(torch.float32)
     model.train()
     model[0].training = False
@@ -244,17 +245,17 @@ def test_nothing_is_left_behind(case: Case, interrupted: bool) -> None:
             raise InterruptedProbeError
         return case.loss_fn(model, batch)
 
-    before = state(model, batch)
+    before = snapshot(model, batch)
     with contextlib.suppress(DoubleBackwardError, InterruptedProbeError), composed_weight_norm():
         check_double_backward(model, batch, loss_fn)
     assert calls
-    after = state(model, batch)
+    after = snapshot(model, batch)
     assert_same(after[0:2] + after[3:], before[0:2] + before[3:])
     assert after[2] == before[2]
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_batches_of_any_structure_are_converted() -> None:
+def test_nested_batches_are_converted_to_float64() -> None:
     model = nn.Linear(3, 2)
     batch = {"x": torch.randn(4, 3), "more": [torch.tensor([0, 1, 0, 1]), "name"]}
     seen = []
@@ -275,12 +276,13 @@ def test_batches_of_any_structure_are_converted() -> None:
         (lambda m, x: m(x.float()).sum(), "float64 copy of the model and the batch"),
     ],
 )
-def test_losses_that_cannot_be_checked_are_refused(loss_fn: Any, message: str) -> None:
+def test_invalid_losses_are_refused(loss_fn: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_double_backward(nn.Linear(3, 2), torch.randn(5, 3), loss_fn)
 
 
-def test_losses_of_another_model_are_refused_and_leave_it_alone() -> None:
+def test_loss_of_another_model_is_refused() -> None:
+    """The other model is not changed."""
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"parameter of shape \(\d.*not of the model that the loss function was given"):
         check_double_backward(model, torch.randn(5, 3), lambda _, x: model(x.float()).square().mean())
@@ -290,44 +292,22 @@ def test_losses_of_another_model_are_refused_and_leave_it_alone() -> None:
 # Composed weight norm
 
 
-def flat_hessian(case: Case) -> Tensor:
-    """Column by column from central differences of backward gradients."""
-    model, batch = case.build()
-    model.eval()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradient() -> Tensor:
-        model.zero_grad()
-        case.loss_fn(model, batch).backward()
-        return torch.cat([p.grad.flatten() for p in parameters])
-
-    columns = []
-    for parameter in parameters:
-        flat = parameter.data.view(-1)
-        for place in range(len(flat)):
-            value, step = flat[place].item(), 1e-5
-            flat[place] = value + step
-            ahead = gradient()
-            flat[place] = value - step
-            columns.append((ahead - gradient()) / (2 * step))
-            flat[place] = value
-    return torch.stack(columns)
-
-
 WEIGHT_NORMS = [WRONG[0][0], WRONG[1][0], Case("convolutions along other dimensions", normed_conv)]
 
 
 @pytest.mark.parametrize("case", WEIGHT_NORMS, ids=lambda case: case.name)
 def test_composed_weight_norm_gives_the_right_hessian(case: Case) -> None:
-    expected = flat_hessian(case)
+    expected = finite_difference_hessian(case)
     with composed_weight_norm():
         actual = dense_hessian(case)
     assert (actual - expected).norm() <= 1e-8 * expected.norm()
-    assert (dense_hessian(case) - expected).norm() >= 1e-2 * expected.norm(), "torch is mended: drop this"
+    uncomposed = dense_hessian(case)
+    assert (uncomposed - expected).norm() >= 1e-2 * expected.norm(), "torch is fixed: composed_weight_norm can go"
 
 
 @pytest.mark.parametrize("case", WEIGHT_NORMS, ids=lambda case: case.name)
-def test_composed_weight_norm_changes_neither_loss_nor_gradient_and_passes_the_check(case: Case) -> None:
+def test_composed_weight_norm_keeps_loss_and_gradient(case: Case) -> None:
+    """With it the check passes; without it the check fails."""
     model, batch = case.build()
     parameters = list(model.parameters())
     plain = case.loss_fn(model, batch)
@@ -360,7 +340,7 @@ def differentiate_twice(loss: Tensor, x: Tensor) -> None:
     torch.autograd.grad(gradient.square().sum(), x)
 
 
-def test_operations_without_second_derivatives_are_named() -> None:
+def test_operation_without_second_derivative_is_named() -> None:
     x = torch.randn(1, 2, 3, 4, requires_grad=True)
     with (
         pytest.raises(DoubleBackwardError, match=r"flash_attention.*double_backward_ready") as raised,
@@ -384,7 +364,7 @@ def test_operations_without_second_derivatives_are_named() -> None:
         ("torch.compile with aot_autograd does not currently support double backward", "force_eager"),
     ],
 )
-def test_errors_say_what_to_do(message: str, advice: str) -> None:
+def test_errors_name_the_remedy(message: str, advice: str) -> None:
     with pytest.raises(DoubleBackwardError, match=advice), explained_errors():
         raise RuntimeError(message)
 
@@ -396,7 +376,7 @@ def test_other_errors_pass() -> None:
 
 
 @pytest.mark.parametrize(("model", "during"), [(nn.LSTM(2, 2), False), (nn.Linear(2, 2), True)])
-def test_cudnn_is_off_for_recurrent_layers_alone(
+def test_cudnn_is_off_for_recurrent_layers_only(
     model: nn.Module, during: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
@@ -405,30 +385,32 @@ def test_cudnn_is_off_for_recurrent_layers_alone(
     assert torch.backends.cudnn.enabled
 
 
-def test_thresholds_have_room_on_both_sides() -> None:
-    """What healthy and wrong models measure, with a factor of ten to spare."""
+def test_thresholds_have_a_margin_on_both_sides() -> None:
+    """Healthy models stay below a tenth of the limits, wrong ones above a thousand times."""
     measured = []
-    original = double_backward._measure
+    original = double_backward.measure_hessian_errors
 
     def recorded(*args: Any) -> Any:
         measured.append(original(*args))
         return measured[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(double_backward, "_measure", recorded)
+        patch.setattr(double_backward, "measure_hessian_errors", recorded)
         for case in HEALTHY:
             check_double_backward(*case.build(torch.float32), case.loss_fn)
         healthy, measured[:] = measured[:], []
         for case, _ in WRONG:
             with pytest.raises(DoubleBackwardError):
                 check_double_backward(*case.build(torch.float32), case.loss_fn)
-    assert max(m.asymmetry for m in healthy) <= double_backward._MAX_ASYMMETRY / 10
-    assert max(m.difference for m in healthy) <= double_backward._MAX_DIFFERENCE / 10
-    assert min(m.difference for m in measured) >= double_backward._MAX_DIFFERENCE * 1000
+    assert max(m.asymmetry for m in healthy) <= finite_differences.MAX_ASYMMETRY / 10
+    assert max(m.difference for m in healthy) <= finite_differences.MAX_DIFFERENCE / 10
+    assert min(m.difference for m in measured) >= finite_differences.MAX_DIFFERENCE * 1000
 
 
 @pytest.mark.parametrize("where", ["logits", "norm", "softmax"])
-def test_models_that_turn_to_float32_on_the_way_are_checked_as_far_as_that_goes(where: str) -> None:
+def test_float32_inside_the_model_loosens_the_limits(where: str) -> None:
+    """Models that cast to float32 themselves are checked up to the rounding error of float32."""
+
     class Float(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if where == "norm":

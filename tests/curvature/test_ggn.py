@@ -1,4 +1,4 @@
-"""Ways to the Gauss-Newton spectrum: exact or estimated, of all parameters or a part, of all outputs or a sketch."""
+"""Test the Gauss-Newton spectrum: exact or estimated, of all parameters or a block, of all outputs or a sketch."""
 
 import math
 import re
@@ -31,17 +31,13 @@ from lightning_plasticity.curvature.exact.hessian_factors import (
 )
 from lightning_plasticity.curvature.exact.outputs import Outputs, outputs_of
 from lightning_plasticity.curvature.exact.recording import Recording
-from tests.helpers.cases import CASES, Case, classes, dense
+from tests.helpers.cases import CASES, Case, case_named, classes, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
-
-
 @each_case
-def test_a_block_of_parameters_is_the_block_of_the_matrix(case: Case) -> None:
+def test_parameters_select_a_block_of_the_matrix(case: Case) -> None:
     model, batch = case.build()
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     ends = torch.tensor(list(sizes.values())).cumsum(0).tolist()
@@ -55,15 +51,16 @@ def test_a_block_of_parameters_is_the_block_of_the_matrix(case: Case) -> None:
         assert (actual - expected).abs().max() <= 1e-10 * max(expected[0].item(), 1e-3 * ggn.diagonal().max().item())
 
 
-def test_traces_of_the_layers_add_up() -> None:
-    case = named("mlp")
+def test_layer_traces_sum_to_the_trace() -> None:
+    case = case_named("mlp")
     layers = [ggn_spectrum(*case.build(), case.loss_fn, parameters=f"{layer}.*").trace for layer in (0, 2)]
     assert sum(layers) == pytest.approx(ggn_spectrum(*case.build(), case.loss_fn).trace, rel=1e-12)
     with pytest.raises(ValueError, match=r"parameters='head.\*' matches none of the trainable parameters \['0.weight'"):
         ggn_spectrum(*case.build(), case.loss_fn, parameters="head.*")
 
 
-def test_parameters_left_out_are_constants_not_strangers() -> None:
+def test_unselected_parameters_are_constants() -> None:
+    """The blocks of the parameters sum to the matrix, also beside a layer without a closed form."""
     model = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 3), nn.Linear(3, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64)
 
@@ -72,8 +69,8 @@ def test_parameters_left_out_are_constants_not_strangers() -> None:
         return F.mse_loss(model[2](hidden[0]), torch.zeros(5, 2, dtype=torch.float64))
 
     whole = gram(model, x, loss_fn).loss_weighted
-    parts = [gram(model, x, loss_fn, parameters=pattern).loss_weighted for pattern in ("0.*", "1.*", "2.*")]
-    assert (sum(parts) - whole).abs().max() <= 1e-12 * whole.abs().max()  # type: ignore[union-attr]
+    blocks = [gram(model, x, loss_fn, parameters=pattern).loss_weighted for pattern in ("0.*", "1.*", "2.*")]
+    assert (sum(blocks) - whole).abs().max() <= 1e-12 * whole.abs().max()  # type: ignore[union-attr]
 
 
 def is_from_lanczos(spectrum: Spectrum) -> bool:
@@ -91,7 +88,7 @@ def is_from_lanczos(spectrum: Spectrum) -> bool:
         ),
     ],
 )
-def test_auto_switches_to_products_and_says_why(
+def test_auto_falls_back_to_lanczos_and_logs_the_reason(
     options: dict[str, int], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Scaled(nn.Linear):
@@ -121,34 +118,36 @@ def test_auto_switches_to_products_and_says_why(
     assert spectrum.lambda_max <= exact.lambda_max * (1 + 1e-5)
 
 
-def test_jacobians_too_large_to_be_held_are_left_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = named("gru")
+def test_auto_falls_back_if_the_jacobian_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_named("gru")
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_rows._HELD_ELEMENTS", 10)
     spectrum = ggn_spectrum(*case.build(), case.loss_fn, num_steps=500)
     assert is_from_lanczos(spectrum)
     assert spectrum.lambda_max == pytest.approx(dense(case).eigenvalues[0].item(), rel=1e-9)
 
 
-def test_cotangents_are_computed_group_by_group_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = named("conv2d depthwise, same")
+def test_grouped_cotangents_give_the_same_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cotangents that exceed the memory limit are computed in groups."""
+    case = case_named("conv2d depthwise, same")
     whole = gram(*case.build(), case.loss_fn)
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_closed_form._COTANGENT_ELEMENTS", 1)
     monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_closed_form._CHUNK_ELEMENTS", 1)
-    parts = gram(*case.build(), case.loss_fn)
-    assert (parts.loss_weighted - whole.loss_weighted).abs().max() <= 1e-13 * whole.loss_weighted.abs().max()
+    grouped = gram(*case.build(), case.loss_fn)
+    assert (grouped.loss_weighted - whole.loss_weighted).abs().max() <= 1e-13 * whole.loss_weighted.abs().max()
 
 
 @each_case
-def test_a_sketch_is_an_unbiased_estimate_of_the_matrix(case: Case) -> None:
-    """Its expectation is known: signs are ±1, so the mean over all of them is that over the squares."""
+def test_sketch_is_unbiased(case: Case) -> None:
+    """The mean trace over many sketches is within its sampling error of the exact trace."""
     exact = ggn_spectrum(*case.build(), case.loss_fn, method="gram").trace
     sketches = [gram(*case.build(), case.loss_fn, sketch=1, seed=seed) for seed in range(40)]
     traces = torch.tensor([sketch.loss_weighted.trace() for sketch in sketches])
     assert abs(traces.mean() - exact) <= 4 * traces.std() / math.sqrt(len(traces)) + 1e-10 * exact
 
 
-def test_a_sketch_states_the_error_of_its_trace_and_nothing_it_does_not_know() -> None:
-    case = named("mlp")
+def test_sketch_reports_only_the_error_of_its_trace() -> None:
+    """The standard error of the trace matches the observed one; all other errors are unknown."""
+    case = case_named("mlp")
     exact = ggn_spectrum(*case.build(), case.loss_fn)
     within, errors = 0, []
     for seed in range(100):
@@ -167,7 +166,8 @@ def test_a_sketch_states_the_error_of_its_trace_and_nothing_it_does_not_know() -
     assert restored.trace.standard_error == sketch.trace.standard_error
 
 
-def test_a_sketch_of_many_outputs_never_writes_the_hessian_of_one_sample_out() -> None:
+def test_sketch_and_products_never_form_dense_softmax_hessian() -> None:
+    """The Hessian of one sample would have 20 000² entries."""
     model, x = nn.Linear(2, 20_000), torch.randn(3, 2)
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ def test_a_sketch_of_many_outputs_never_writes_the_hessian_of_one_sample_out() -
         ({"method": "lanczos", "num_steps": 0}, "num_steps=0 must be a whole number, at least 1"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
-    case = named("mlp")
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
+    case = case_named("mlp")
     with pytest.raises(ValueError, match=message):
         ggn_spectrum(*case.build(), case.loss_fn, **options)  # type: ignore[arg-type]
 
@@ -217,7 +217,7 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
     ],
 )
 @pytest.mark.parametrize("spectrum", [ggn_spectrum, hessian_spectrum])
-def test_what_an_estimate_would_need_is_checked_before_anything_is_computed(
+def test_options_are_validated_before_the_loss_is_called(
     spectrum: Callable[..., Spectrum], option: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
@@ -228,15 +228,15 @@ def test_what_an_estimate_would_need_is_checked_before_anything_is_computed(
     assert not caplog.messages
 
 
-def test_too_many_rows_are_refused_if_the_exact_matrix_is_asked_for() -> None:
-    case = named("mlp")
+def test_gram_refuses_too_many_rows() -> None:
+    case = case_named("mlp")
     with pytest.raises(TooManyRowsError, match="max_rows=3"):
         ggn_spectrum(*case.build(), case.loss_fn, method="gram", max_rows=3)
 
 
 @given(seed=st.integers(0, 2**16), blocks=st.integers(1, 4), size=st.integers(1, 5))
 @settings(max_examples=50, deadline=None)
-def test_roots_multiply_as_their_matrices_do(seed: int, blocks: int, size: int) -> None:
+def test_hessian_factor_products_equal_dense_products(seed: int, blocks: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -245,23 +245,23 @@ def test_roots_multiply_as_their_matrices_do(seed: int, blocks: int, size: int) 
     probabilities = random(blocks, size).softmax(1)
     strength = random(blocks, 1)
     softmax = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
-    roots: list[tuple[HessianFactor, Tensor]] = [
+    factors: list[tuple[HessianFactor, Tensor]] = [
         (SoftmaxFactor(strength, probabilities), strength[..., None] * softmax),
         (DiagonalFactor(strength), strength[..., None].square()),
     ]
     matrices = random(blocks, size, size)
-    roots.append((DenseFactor(matrices), matrices @ matrices.mT))
-    for root, hessian in roots:
-        matrix = root.dense()
-        assert matrix.shape == (root.shape[0], root.shape[1], root.shape[1])
+    factors.append((DenseFactor(matrices), matrices @ matrices.mT))
+    for factor, hessian in factors:
+        matrix = factor.dense()
+        assert matrix.shape == (factor.shape[0], factor.shape[1], factor.shape[1])
         torch.testing.assert_close(matrix @ matrix.mT, hessian, rtol=1e-12, atol=1e-14)
-        vectors = random(*root.shape)
-        torch.testing.assert_close(root.matvec(vectors), (matrix @ vectors[..., None])[..., 0])
-        torch.testing.assert_close(root.rmatvec(vectors), (matrix.mT @ vectors[..., None])[..., 0])
+        vectors = random(*factor.shape)
+        torch.testing.assert_close(factor.matvec(vectors), (matrix @ vectors[..., None])[..., 0])
+        torch.testing.assert_close(factor.rmatvec(vectors), (matrix.mT @ vectors[..., None])[..., 0])
 
 
 @each_case
-def test_the_hessian_by_the_outputs_times_a_vector_is_that_of_autograd(case: Case) -> None:
+def test_output_hessian_product_equals_autograd(case: Case) -> None:
     model, batch = case.build()
     model.eval()
     recording = Recording({})
@@ -278,7 +278,7 @@ def test_the_hessian_by_the_outputs_times_a_vector_is_that_of_autograd(case: Cas
 
 
 class Tanh(torch.autograd.Function):
-    """As custom kernels are: right, but its backward has no derivative."""
+    """A custom kernel: its backward is right but has no derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -292,7 +292,9 @@ class Tanh(torch.autograd.Function):
         return gradient * (1 - y * y)
 
 
-def test_backward_passes_that_hide_their_derivative_are_refused_for_products_and_right_for_the_exact_matrix() -> None:
+def test_once_differentiable_function_needs_gram() -> None:
+    """A backward pass without a derivative is right for the exact matrix, and refused for products."""
+
     class Custom(nn.Module):
         def __init__(self, tanh: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
@@ -316,7 +318,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("where", ["inside", "around"])
-def test_autocast_is_without_effect(where: str) -> None:
+def test_autocast_has_no_effect(where: str) -> None:
     class Autocast(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=where == "inside"):
@@ -348,7 +350,7 @@ def test_casts_to_half_precision_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "soft labels"])
-def test_weights_of_the_loss_that_the_network_learns_are_refused(kind: str) -> None:
+def test_learned_loss_weights_are_refused(kind: str) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -367,7 +369,8 @@ def test_weights_of_the_loss_that_the_network_learns_are_refused(kind: str) -> N
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])
-def test_convolutions_whose_positions_are_the_samples_of_the_loss(dimensions: int) -> None:
+def test_convolution_positions_as_loss_samples(dimensions: int) -> None:
+    """The loss averages over the positions of a convolution."""
     layer = (nn.Conv1d, nn.Conv2d)[dimensions - 1]
 
     class Positions(nn.Module):
@@ -386,7 +389,7 @@ def test_convolutions_whose_positions_are_the_samples_of_the_loss(dimensions: in
     assert (actual - expected).abs().max() <= 1e-10 * expected[0]
 
 
-def test_a_tied_parameter_is_found_by_all_of_its_names() -> None:
+def test_tied_parameter_matches_each_of_its_names() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     batch = (torch.randn(6, 4), classes(6, 4))
@@ -396,9 +399,7 @@ def test_a_tied_parameter_is_found_by_all_of_its_names() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95), small=st.floats(1e-6, 1), factor=st.floats(1, 1e3))
-def test_traces_of_losses_add_up_and_ranks_fall_with_their_threshold(
-    seed: int, share: float, small: float, factor: float
-) -> None:
+def test_trace_is_linear_and_rank_falls_with_threshold(seed: int, share: float, small: float, factor: float) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     batch = (torch.randn(6, 4, dtype=torch.float64), classes(6))

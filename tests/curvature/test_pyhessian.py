@@ -1,4 +1,4 @@
-"""PyHessian's estimates against dense float64 Hessians, and without its side effects."""
+"""Compare PyHessian's estimates with dense float64 Hessians, and check that its side effects are gone."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError, composed_weight_norm
 from lightning_plasticity.curvature.pyhessian import pyhessian_spectrum, pyhessian_top_eigenvalues, pyhessian_trace
-from tests.helpers.cases import CASES, Case, classes, dense_hessian, mlp
+from tests.helpers.cases import CASES, Case, case_named, classes, dense_hessian, mlp
 
 
 class PartlyUsed(nn.Module):
@@ -29,6 +29,7 @@ UNUSED = Case("unused parameters", lambda: (PartlyUsed(), *mlp()[1:]))
 NORMED = Case(
     "weight norm", lambda: (nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3)), *mlp()[1:])
 )
+MLP, DROPOUT, BATCH_NORM = map(case_named, ("mlp", "layer norm and dropout", "batch norm of features"))
 TOLERANCE = 1e-3
 each_case = pytest.mark.parametrize("case", [*CASES, UNUSED, NORMED], ids=lambda case: case.name)
 
@@ -50,7 +51,8 @@ def start_vectors(model: nn.Module, seed: int, number: int) -> list[Tensor]:
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_quadratures_have_the_moments_and_ends_of_the_dense_hessian(case: Case, dtype: torch.dtype) -> None:
+def test_quadratures_match_the_dense_hessian(case: Case, dtype: torch.dtype) -> None:
+    """Their first two moments and extreme nodes equal those of the dense Hessian."""
     model, batch = case.build(dtype)
     hessian = exact(case)
     values = torch.linalg.eigvalsh(hessian)
@@ -72,17 +74,17 @@ def test_quadratures_have_the_moments_and_ends_of_the_dense_hessian(case: Case, 
 
 
 @each_case
-def test_top_eigenvalue_equals_that_of_the_dense_hessian(case: Case) -> None:
+def test_top_eigenvalue_matches_the_dense_hessian(case: Case) -> None:
     values = torch.linalg.eigvalsh(exact(case))
     expected = values[values.abs().argmax()].item()
     (actual,) = pyhessian_top_eigenvalues(*case.build(), case.loss_fn, tolerance=1e-8, max_steps=5000)
     assert actual.item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_several_top_eigenvalues_equal_those_of_the_dense_hessian() -> None:
-    values = torch.linalg.eigvalsh(exact(CASES[0]))
+def test_top_eigenvalues_match_the_dense_hessian() -> None:
+    values = torch.linalg.eigvalsh(exact(MLP))
     expected = values[values.abs().argsort(descending=True)][:3]
-    actual = pyhessian_top_eigenvalues(*CASES[0].build(), CASES[0].loss_fn, k=3, tolerance=1e-9, max_steps=5000)
+    actual = pyhessian_top_eigenvalues(*MLP.build(), MLP.loss_fn, k=3, tolerance=1e-9, max_steps=5000)
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=0)
 
 
@@ -95,20 +97,21 @@ def test_trace_is_within_its_standard_error(case: Case) -> None:
     assert abs(trace - hessian.trace().item()) <= 4 * trace.standard_error
 
 
-def test_a_negative_trace_is_estimated_from_all_probes() -> None:
+def test_negative_trace_uses_all_probes() -> None:
+    """PyHessian's own stopping rule ends the run as soon as the mean is negative."""
     model, x = nn.Linear(3, 1), torch.randn(4, 3)
     trace = pyhessian_trace(model, x, lambda m, x: -m(x).square().mean(), num_probes=30)
     assert trace == pytest.approx(-2 * (x.square().sum(1).mean().item() + 1), abs=4 * trace.standard_error)
     assert pyhessian_trace(model, x, lambda m, x: -m(x).square().mean(), num_probes=1) < 0
 
 
-def test_brackets_are_infinite_and_therefore_not_resolved() -> None:
-    spectrum = pyhessian_spectrum(*CASES[0].build(), CASES[0].loss_fn)
+def test_brackets_are_infinite_and_not_resolved() -> None:
+    spectrum = pyhessian_spectrum(*MLP.build(), MLP.loss_fn)
     assert (spectrum.lambda_max.lo, spectrum.lambda_max.hi) == (-math.inf, math.inf)
     assert not spectrum.lambda_max.resolved
 
 
-def test_dictionaries_and_any_loss_will_do() -> None:
+def test_dict_batches_and_any_loss_are_supported() -> None:
     model = nn.Linear(3, 2)
     batch = {"x": torch.randn(6, 3), "y": torch.arange(6) % 2, "scale": 2.0}
 
@@ -124,8 +127,8 @@ def test_dictionaries_and_any_loss_will_do() -> None:
 @pytest.mark.parametrize(
     ("loss", "curvature"), [(lambda w: w.sum(), 0.0), (lambda w: w.square().sum() / 2, 1.0)], ids=["linear", "identity"]
 )
-def test_hessians_that_are_constant_or_nothing(loss: Any, curvature: float) -> None:
-    """Autograd returns no graph for the one, and the vector itself for the other."""
+def test_zero_and_identity_hessians(loss: Any, curvature: float) -> None:
+    """Autograd returns no graph for the zero Hessian, and the vector itself for the identity."""
     model = nn.Linear(3, 2)
     spectrum = pyhessian_spectrum(model, None, lambda m, _: loss(m.weight) + loss(m.bias), num_steps=1)
     assert spectrum.eigenvalues.tolist() == pytest.approx([curvature], abs=1e-5)
@@ -135,15 +138,15 @@ def test_hessians_that_are_constant_or_nothing(loss: Any, curvature: float) -> N
 
 @pytest.mark.parametrize(("factor", "wrong"), [(1e-3, False), (1e-6, True)])
 def test_small_curvature_is_distorted_as_documented(factor: float, wrong: bool) -> None:
-    """If the second one fails, PyHessian is mended, and a caution in the docstring can go."""
-    model, (x, y) = CASES[0].build()
+    """If the second case fails, PyHessian is fixed, and the warning in the docstring can go."""
+    model, (x, y) = MLP.build()
     plain = pyhessian_spectrum(model, x, lambda m, x: F.cross_entropy(m(x), y))
     scaled = pyhessian_spectrum(model, x, lambda m, x: factor * F.cross_entropy(m(x), y))
-    off = abs(scaled.lambda_max / factor / plain.lambda_max - 1)
-    assert (off > 0.1) == wrong
+    error = abs(scaled.lambda_max / factor / plain.lambda_max - 1)
+    assert (error > 0.1) == wrong
 
 
-def test_sparse_gradients_are_as_good_as_dense_ones() -> None:
+def test_sparse_gradients_give_the_same_spectrum() -> None:
     tokens, y = torch.randint(7, (6, 5)), classes(6)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3))
     dense = pyhessian_spectrum(model, tokens, lambda m, x: F.cross_entropy(m(x), y))
@@ -152,22 +155,22 @@ def test_sparse_gradients_are_as_good_as_dense_ones() -> None:
     assert sparse.lambda_max == pytest.approx(dense.lambda_max, rel=1e-5)
 
 
-def test_seed_decides_and_progress_counts() -> None:
-    model, batch = CASES[0].build()
-    seen: list[tuple[int, int]] = []
+def test_seed_determines_estimate_and_progress_counts() -> None:
+    model, batch = MLP.build()
+    calls: list[tuple[int, int]] = []
     first = pyhessian_spectrum(
-        model, batch, CASES[0].loss_fn, num_probes=2, num_steps=5, progress=lambda *at: seen.append(at)
+        model, batch, MLP.loss_fn, num_probes=2, num_steps=5, progress=lambda *counts: calls.append(counts)
     )
-    assert seen == [(done, 10) for done in range(1, 11)]
-    again = pyhessian_spectrum(model, batch, CASES[0].loss_fn, num_probes=2, num_steps=5)
-    other = pyhessian_spectrum(model, batch, CASES[0].loss_fn, num_probes=2, num_steps=5, seed=1)
+    assert calls == [(done, 10) for done in range(1, 11)]
+    again = pyhessian_spectrum(model, batch, MLP.loss_fn, num_probes=2, num_steps=5)
+    other = pyhessian_spectrum(model, batch, MLP.loss_fn, num_probes=2, num_steps=5, seed=1)
     assert torch.equal(first.eigenvalues, again.eigenvalues)
     assert not torch.equal(first.eigenvalues, other.eigenvalues)
     more = pyhessian_spectrum(nn.Linear(2, 1, bias=False), torch.eye(2), lambda m, x: m(x).exp().sum(), num_steps=99)
     assert len(more.eigenvalues) == 2, "never more steps than parameters"
 
 
-def state(model: nn.Module, batch: Any) -> Any:
+def snapshot(model: nn.Module, batch: Any) -> Any:
     module = import_module("pyhessian.hessian")
     return (
         {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
@@ -186,8 +189,8 @@ class InterruptedProbeError(Exception):
 
 @pytest.mark.parametrize("function", [pyhessian_spectrum, pyhessian_top_eigenvalues, pyhessian_trace])
 @pytest.mark.parametrize("interrupted", [False, True])
-@pytest.mark.parametrize("case", [CASES[6], CASES[8], UNUSED, NORMED], ids=lambda case: case.name)
-def test_nothing_is_left_behind(function: Any, interrupted: bool, case: Case) -> None:
+@pytest.mark.parametrize("case", [DROPOUT, BATCH_NORM, UNUSED, NORMED], ids=lambda case: case.name)
+def test_model_batch_and_globals_are_unchanged(function: Any, interrupted: bool, case: Case) -> None:
     model, batch = case.build(torch.float32)
     model.train()
     next(model.children()).training = False
@@ -200,42 +203,42 @@ def test_nothing_is_left_behind(function: Any, interrupted: bool, case: Case) ->
             loss.register_hook(_interrupt)
         return loss
 
-    before = state(model, batch)
+    before = snapshot(model, batch)
     if interrupted:
         with pytest.raises(InterruptedProbeError):
             function(model, batch, loss_fn)
     else:
         function(model, batch, loss_fn)
-    torch.testing.assert_close(state(model, batch), before, rtol=0, atol=0)
+    torch.testing.assert_close(snapshot(model, batch), before, rtol=0, atol=0)
 
 
 def _interrupt(gradient: Tensor) -> None:
     raise InterruptedProbeError
 
 
-def test_an_interruption_halfway_leaves_nothing_behind() -> None:
-    model, batch = CASES[6].build(torch.float32)
+def test_interrupted_run_leaves_state_unchanged() -> None:
+    model, batch = DROPOUT.build(torch.float32)
 
     def stop(done: int, total: int) -> None:
         if done == 3:
             raise InterruptedProbeError
 
-    before = state(model, batch)
+    before = snapshot(model, batch)
     with pytest.raises(InterruptedProbeError):
-        pyhessian_spectrum(model, batch, CASES[6].loss_fn, progress=stop)
-    torch.testing.assert_close(state(model, batch), before, rtol=0, atol=0)
+        pyhessian_spectrum(model, batch, DROPOUT.loss_fn, progress=stop)
+    torch.testing.assert_close(snapshot(model, batch), before, rtol=0, atol=0)
 
 
-def test_neither_torch_nor_pyhessian_is_patched_meanwhile() -> None:
-    model, batch = CASES[0].build()
-    before, seen = state(model, batch)[-1], []
+def test_torch_and_pyhessian_are_not_patched_during_a_run() -> None:
+    model, batch = MLP.build()
+    before, seen = snapshot(model, batch)[-1], []
     pyhessian_spectrum(
-        model, batch, CASES[0].loss_fn, num_steps=3, progress=lambda *_: seen.append(state(model, batch)[-1])
+        model, batch, MLP.loss_fn, num_steps=3, progress=lambda *_: seen.append(snapshot(model, batch)[-1])
     )
     assert seen == [before] * 3
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_invalid_arguments_and_losses_are_refused() -> None:
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from lightning_plasticity import (
     SpectralCollapseCallback,
     TaskDetector,
 )
+from lightning_plasticity import context as probe_context
 from lightning_plasticity.distributed import agreement
-from lightning_plasticity.engine import context as probe_context
 from lightning_plasticity.engine import intervention_runner, monitoring, regularizer_gradients
 from lightning_plasticity.interventions import (
     ContinualBackprop,

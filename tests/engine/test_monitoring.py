@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityMonitor, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics.monitor import MEASURES
-from lightning_plasticity.reporting.errors import ErrorLog
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer
 
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plasticity.collapse import Collapse
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import ggn_spectrum
-from lightning_plasticity.engine.context import ProbeContext
+from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.interventions import Intervention, ShrinkPerturb
 from lightning_plasticity.messages import PlasticityWarning
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, HessianProbe, Probe
-from lightning_plasticity.reporting.errors import ErrorLog
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.training import sandbox
 from tests.helpers.modules import Classifier, loader, trainer

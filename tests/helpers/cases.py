@@ -1,4 +1,4 @@
-"""One table of small models with a batch and a loss, and the dense float64 answer for each of them."""
+"""Define small models with a batch and a loss, and compute their dense float64 matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its batch, and the loss as a function of the model's output."""
+    """A model, its batch, and the loss as a function of the model's output.
+
+    Args:
+        name: Name of the case.
+        make: Makes the model, its inputs and its targets.
+        loss: Computes the loss from outputs and targets.
+    """
 
     name: str
     make: Callable[[], tuple[nn.Module, Tensor, Tensor]]
@@ -31,7 +37,8 @@ class Case:
         torch.manual_seed(0)
         model, inputs, targets = self.make()
         norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-        for module in model.modules():  # as after some training: norm layers are not the identity
+        # Fresh norm layers are the identity, which would hide errors; those of a trained network are not.
+        for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean)
                 nn.init.uniform_(module.running_var, 0.5, 2)
@@ -51,7 +58,7 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """Everything from the Jacobian itself."""
+    """The dense matrices of a case, from its full Jacobian, float64."""
 
     ggn: Tensor
     tangent_kernel: Tensor
@@ -62,7 +69,12 @@ class Dense:
         return torch.linalg.eigvalsh(self.ggn).flip(0)
 
 
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
 def dense(case: Case) -> Dense:
+    """Compute the Gauss-Newton matrix, the tangent kernel and the residual from the full Jacobian."""
     model, (inputs, targets) = case.build()
     model.eval()
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -87,11 +99,12 @@ def dense(case: Case) -> Dense:
 
 
 def dense_hessian(case: Case) -> Tensor:
-    """Row by row, by differentiating twice: shape ``(P, P)``, in evaluation mode."""
+    """Compute the Hessian row by row by differentiating twice, in evaluation mode, shape ``(P, P)``."""
     model, batch = case.build()
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH):  # attention's other kernels have no second derivative
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
         loss = case.loss_fn(model, batch)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
 
@@ -104,8 +117,31 @@ def dense_hessian(case: Case) -> Tensor:
     return torch.stack([row(entry) for gradient in gradients for entry in gradient.flatten()])
 
 
+def finite_difference_hessian(case: Case) -> Tensor:
+    """Compute the Hessian by central differences of gradients, without autograd's second derivatives."""
+    model, batch = case.build()
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = nn.utils.parameters_to_vector(parameters).detach()
+    columns, step = [], 1e-5
+
+    def gradient(point: Tensor) -> Tensor:
+        nn.utils.vector_to_parameters(point, parameters)
+        gradients = torch.autograd.grad(
+            case.loss_fn(model, batch), parameters, allow_unused=True, materialize_grads=True
+        )
+        return nn.utils.parameters_to_vector([g.contiguous() for g in gradients])
+
+    for index in range(len(flat)):
+        offset = torch.zeros_like(flat)
+        offset[index] = step
+        columns.append((gradient(flat + offset) - gradient(flat - offset)) / (2 * step))
+    hessian = torch.stack(columns)
+    return (hessian + hessian.T) / 2
+
+
 class Tied(nn.Module):
-    """An embedding whose table is the output layer's matrix too."""
+    """An embedding that shares its table with the output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +155,7 @@ class Tied(nn.Module):
 
 
 class Repeated(nn.Module):
-    """The same layer called twice, in a residual stream."""
+    """A layer that is called twice, in a residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +168,7 @@ class Repeated(nn.Module):
 
 
 class HandAttention(nn.Module):
-    """Attention written by hand with linear layers: many positions for one matrix."""
+    """Attention written with linear layers: one matrix for many positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +182,7 @@ class HandAttention(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A bare parameter, used by an operation that nobody has heard of."""
+    """A bare parameter, used by an operation without a layer rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +211,7 @@ class Transposed(nn.Linear):
 
 
 class UsedTwice(nn.Module):
-    """A matrix in a layer, and in a way that is not one."""
+    """A matrix that is used in a layer and outside of any layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,8 +221,8 @@ class UsedTwice(nn.Module):
         return self.head(torch.tanh(self.layer(x)) @ self.layer.weight)
 
 
-class Unheard(torch.autograd.Function):
-    """x² w, as no layer has it."""
+class SquareTimes(torch.autograd.Function):
+    """The function x² w, which is not a layer."""
 
     @staticmethod
     def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -203,18 +239,18 @@ class Unheard(torch.autograd.Function):
 
 
 class Custom(nn.Module):
-    """A parameter in an operation of the user's own."""
+    """A parameter in a custom autograd.Function."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.w, self.head = nn.Linear(5, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(Unheard.apply(self.linear(x), self.w))
+        return self.head(SquareTimes.apply(self.linear(x), self.w))
 
 
 class LowRank(nn.Module):
-    """An adapter of low rank on a frozen layer."""
+    """A low-rank adapter of a frozen layer."""
 
     def __init__(self, *, merged: bool) -> None:
         super().__init__()
@@ -228,7 +264,7 @@ class LowRank(nn.Module):
 
 
 class Positional(nn.Module):
-    """A transformer with a class token and a position embedding, bare parameters both, as vision transformers have."""
+    """A vision transformer: class token and position embedding are bare parameters."""
 
     def __init__(self, *, tokens: int, batch_first: bool) -> None:
         super().__init__()
@@ -257,7 +293,7 @@ class Recurrent(nn.Module):
 
 
 class Attending(nn.Module):
-    """Attention across positions, to itself or to something of another width."""
+    """Attention across positions, to the same sequence or to one of another width."""
 
     def __init__(self, attention: nn.MultiheadAttention, *, need_weights: bool = True) -> None:
         super().__init__()
@@ -436,17 +472,21 @@ CLOSED_FORM_CASES = [
     Case("Huber loss", regression(2), lambda f, y: F.huber_loss(f, 2 * y, delta=0.7)),
     Case("smooth L1 loss", regression(2), lambda f, y: F.smooth_l1_loss(f, 2 * y, reduction="sum", beta=0.5)),
     Case(
-        "any loss",
+        "custom loss",
         mlp,
         lambda f, y: custom_loss(f, lambda f: f.gather(1, y[:, None]).neg().exp().mean() + f.pow(4).mean()),
     ),
-    Case("any loss, with another", mlp, lambda f, y: F.cross_entropy(f, y) + custom_loss(f, lambda f: f.cosh().mean())),
     Case(
-        "any loss that couples samples",
+        "custom loss, with another", mlp, lambda f, y: F.cross_entropy(f, y) + custom_loss(f, lambda f: f.cosh().mean())
+    ),
+    Case(
+        "custom loss that couples samples",
         mlp,
         lambda f, y: custom_loss(f, lambda f: f.mean(0).exp().sum() + f.square().sum()),
     ),
-    Case("any loss that is linear", regression(2), lambda f, y: F.mse_loss(f, y) + custom_loss(f, lambda f: f.sum())),
+    Case(
+        "custom loss that is linear", regression(2), lambda f, y: F.mse_loss(f, y) + custom_loss(f, lambda f: f.sum())
+    ),
     Case(
         "one output, no dimension for it",
         lambda: (Squeezed(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 5), classes(6, 2).float()),
@@ -498,7 +538,7 @@ CLOSED_FORM_CASES = [
         lambda: (nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 3)), *mlp()[1:]),
     ),
 ]
-"""What has a closed form for every parameter."""
+"""Cases with a closed form for every parameter."""
 
 ROW_BY_ROW_CASES = [
     Case("bare parameter", lambda: (Scaled(), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss),
@@ -548,6 +588,6 @@ ROW_BY_ROW_CASES = [
     Case("lstm", lambda: (Recurrent(nn.LSTM(4, 5, 2, batch_first=True)), torch.randn(4, 6, 4), classes(4))),
     Case("a function of the user's own", lambda: (Custom(), *mlp()[1:])),
 ]
-"""What has none for some: their Jacobian comes row by row."""
+"""Cases with parameters without a closed form, whose Jacobian is computed row by row."""
 
 CASES = [*CLOSED_FORM_CASES, *ROW_BY_ROW_CASES]

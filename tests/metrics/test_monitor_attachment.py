@@ -199,7 +199,7 @@ def test_network_is_no_part_of_the_metric() -> None:
     for other in (attached_copy, again):
         assert other.layers.keys() == monitor.layers.keys()
     assert len(pickle.dumps(PlasticityMonitor(mlp(1000)))) < 10_000
-    with pytest.raises(RuntimeError, match=r"no network to watch: PlasticityMonitor\(module\), or attach\(module\)"):
+    with pytest.raises(RuntimeError, match=r"no network to measure: PlasticityMonitor\(module\), or attach\(module\)"):
         again.attach()
     # A clone measures the same network.
     with attached_copy:
@@ -358,3 +358,19 @@ def test_tensorboard_shows_one_group(tmp_path: Path) -> None:
     assert set(tags) == {f"plasticity/{m}{layer}" for m in model.monitor.measures for layer in ("", "/net.0")}
     assert len(events.Scalars("plasticity/dormant_fraction")) == 3
     assert "plasticity/effective_rank" in run.callback_metrics
+
+
+def test_probes_of_a_watched_network_are_not_tracked() -> None:
+    from lightning_plasticity.curvature import ggn_spectrum
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+
+    def mse_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(model(x), torch.ones(len(x), 2))
+
+    monitor = PlasticityMonitor(model)
+    with monitor:
+        ggn_spectrum(model, x[:5], mse_loss)
+        model(x)
+    assert monitor.layers["0"].samples == len(x)

@@ -29,8 +29,15 @@ def test_packages_import_without_lightning_and_torchmetrics(name: str) -> None:
     assert imported_libraries(name) == "[]"
 
 
-def test_metrics_import_without_lightning() -> None:
-    assert imported_libraries("metrics") == "['torchmetrics']"
+@pytest.mark.parametrize("name", ["metrics", "activations", "engine"])
+def test_packages_import_without_lightning(name: str) -> None:
+    assert imported_libraries(name) == "['torchmetrics']"
+
+
+@pytest.mark.parametrize("name", ["collapse", "diagnostics", "layers", "messages", "probes", "reports"])
+def test_modules_import_without_lightning(name: str) -> None:
+    code = f"import sys, lightning_plasticity.{name}; print({{'lightning', 'pytorch_lightning'}} & sys.modules.keys())"
+    assert run(code) == "set()"
 
 
 def test_imports_change_no_global_state() -> None:

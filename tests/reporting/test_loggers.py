@@ -72,7 +72,7 @@ def test_tensorboard_histograms_of_hessian_by_sign(tmp_path: Path, negative: boo
     assert [event.step for event in shown] == [0, 1, 2]
     edges = LOG_EIGENVALUE_EDGES.numpy()
     for event, report in zip(shown, callback.history, strict=True):
-        values, weights = (tensor.numpy() for tensor in report.spectrum.shown)
+        values, weights = (tensor.numpy() for tensor in report.spectrum.undeflated)
         selected = (values < 0) == negative
         logarithms = np.log10(np.abs(values[selected])).clip(-8, 4)
         expected, _ = np.histogram(logarithms, edges, weights=67 * weights[selected])

@@ -1,4 +1,4 @@
-"""Curvature as matrices to multiply with: one graph is built and kept, and every product is a walk through it."""
+"""Define curvature matrices as linear operators, whose products reuse one autograd graph."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.curvature.autograd_graph import gradient_edge, gradients, vector_products
+from lightning_plasticity.curvature.autograd_graph import dense_vjp, gradient_edge, vjp
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
 from lightning_plasticity.curvature.exact.outputs import Outputs
 from lightning_plasticity.curvature.problem import normal
 
 
 class CurvatureLinearOperator(ABC):
-    r"""A symmetric matrix :math:`A`, :math:`P \times P`, known by its products with vectors.
+    r"""A symmetric matrix :math:`A`, :math:`P \times P`, defined by its products with vectors.
 
     Args:
-        parameters: The parameters that the rows and columns belong to, one after the other.
-        loss: The loss that this is the curvature of.
+        parameters: The parameters of the rows and columns, flattened and concatenated.
+        loss: Value of the loss.
     """
 
     semidefinite: bool = False
@@ -34,36 +34,39 @@ class CurvatureLinearOperator(ABC):
 
     @property
     def dimension(self) -> int:
-        """:math:`P`."""
+        """Number of rows :math:`P`."""
         return sum(self.sizes)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of vectors and products."""
+        """Data type of vectors and products."""
         return self.parameters[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where vectors and products are."""
+        """Device of vectors and products."""
         return self.parameters[0].device
 
     @abstractmethod
     def __call__(self, vector: Tensor) -> Tensor:
-        """The product :math:`A v`, shape ``(P,)``, with a vector of shape ``(P,)``."""
+        """Compute the product :math:`A v`, shape ``(P,)``, with a vector of shape ``(P,)``."""
 
     def _split(self, vector: Tensor) -> list[Tensor]:
+        """Split a vector into one tensor for each parameter, of its shape."""
         return [
             piece.reshape(parameter.shape)
             for piece, parameter in zip(vector.split(self.sizes), self.parameters, strict=True)
         ]
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.to_dense().reshape(-1) for tensor in tensors])
 
 
 class HessianLinearOperator(CurvatureLinearOperator):
     r"""The Hessian of a loss, :math:`H v = \nabla_\theta (\nabla_\theta L \cdot v)` (Pearlmutter 1994).
+
+    The graph of the gradient is built once and kept.
 
     Args:
         loss: The loss, a scalar with a graph that can be differentiated twice.
@@ -72,23 +75,26 @@ class HessianLinearOperator(CurvatureLinearOperator):
 
     def __init__(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters, loss.item())
-        self._gradients = gradients([loss], self.parameters, [torch.ones_like(loss)], create_graph=True)
+        self._gradients = vjp([loss], self.parameters, [torch.ones_like(loss)], create_graph=True)
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        return _flat(vector_products(self._gradients, self.parameters, self._split(vector)))
+        return _flatten(dense_vjp(self._gradients, self.parameters, self._split(vector)))
 
 
 class GGNLinearOperator(CurvatureLinearOperator):
     r"""The generalized Gauss-Newton matrix :math:`J^\top \frac{\partial^2 L}{\partial f^2} J`.
 
-    :math:`J v` is the derivative of :math:`J^\top w` by :math:`w`, times :math:`v`: the graph of a backward pass is
-    kept.
+    :math:`J v` is computed by reverse mode alone, as the vector-Jacobian product of the linear map
+    :math:`w \mapsto J^\top w`. The graph of that map is built once and kept.
 
     Args:
         loss: The loss.
-        outputs: The network's outputs and the closed form of the loss there.
+        outputs: The network outputs with the Hessian of the loss with respect to each of them.
         parameters: The parameters.
+
+    Raises:
+        DoubleBackwardError: If the derivative of the backward pass is wrong.
     """
 
     semidefinite = True
@@ -97,35 +103,40 @@ class GGNLinearOperator(CurvatureLinearOperator):
         super().__init__(parameters, loss.item())
         self._edges = [gradient_edge(output.edge) for output in outputs]
         self._outputs = list(outputs)
-        self._probes = [
+        # The map is linear: its derivative is the same at any cotangents.
+        self._cotangents = [
             torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
         ]
-        self._pulled_back = gradients(self._edges, self.parameters, self._probes, create_graph=True)
+        self._transposed = vjp(self._edges, self.parameters, self._cotangents, create_graph=True)
         self._check_transpose()
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        pushed = zip(self._outputs, self._jvp(vector), strict=True)
-        return self._vjp([output.hessian_matvec(change).to(change.dtype) for output, change in pushed])
+        tangents = zip(self._outputs, self._jvp(vector), strict=True)
+        return self._vjp([output.hessian_matvec(tangent).to(tangent.dtype) for output, tangent in tangents])
 
     def _jvp(self, vector: Tensor) -> Sequence[Tensor]:
-        r""":math:`J v`."""
-        return vector_products(self._pulled_back, self._probes, self._split(vector))
+        r"""Compute :math:`J v`, one tensor for each output."""
+        return dense_vjp(self._transposed, self._cotangents, self._split(vector))
 
-    def _vjp(self, changes: Sequence[Tensor]) -> Tensor:
-        r""":math:`J^\top w`."""
-        return _flat(gradients(self._edges, self.parameters, changes))
+    def _vjp(self, cotangents: Sequence[Tensor]) -> Tensor:
+        r"""Compute :math:`J^\top w`, shape ``(P,)``."""
+        return _flatten(vjp(self._edges, self.parameters, cotangents))
 
     def _check_transpose(self) -> None:
-        r"""Whether :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`: a backward pass may hide its own derivative."""
+        r"""Check :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`, which fails if a backward pass hides derivatives.
+
+        Raises:
+            DoubleBackwardError: If the two numbers differ.
+        """
         vector = normal((self.dimension,), like=self.parameters[0])
         vector /= vector.norm()
-        pushed = self._jvp(vector)
-        square = sum(change.double().square().sum().item() for change in pushed)
-        again = torch.dot(vector.double(), self._vjp(pushed).double()).item()
-        if not abs(square - again) <= 1e-3 * max(square, again):
+        tangents = self._jvp(vector)
+        square = sum(tangent.double().square().sum().item() for tangent in tangents)
+        by_transpose = torch.dot(vector.double(), self._vjp(tangents).double()).item()
+        if not abs(square - by_transpose) <= 1e-3 * max(square, by_transpose):
             raise DoubleBackwardError(
                 "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "
                 "matrix with it. Likely cause: a custom autograd.Function, marked once_differentiable or working on "
-                "detached tensors. ggn_spectrum(method='gram') does without"
+                "detached tensors. ggn_spectrum(method='gram') works without it"
             )

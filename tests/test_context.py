@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.engine.context import ProbeContext
+from lightning_plasticity.context import ProbeContext
 
 
 class Counting(nn.Linear):
