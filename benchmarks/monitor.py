@@ -21,7 +21,7 @@ from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.metrics.monitor import MEASURES
 
 EVERY = 50
-"""Steps between two monitored ones, for the bar on all measures."""
+"""Number of steps between two monitored ones, for the bar on all measures."""
 
 MEASURED: dict[str, tuple[str, ...]] = {
     "dormant_fraction": ("dormant_fraction",),
@@ -34,7 +34,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
 
 
 def mlp() -> tuple[nn.Module, Batch]:
-    """784-1000-1000-1000-10, batch 128."""
+    """Return an MLP 784-1000-1000-1000-10 and a batch of 128 samples."""
     widths = (784, 1000, 1000, 1000)
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
@@ -43,7 +43,7 @@ def mlp() -> tuple[nn.Module, Batch]:
 
 
 def train_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """One step of training."""
+    """Return a function that trains the model for one step."""
     optimizer = torch.optim.Adam(model.parameters())
 
     def step() -> None:
@@ -67,8 +67,8 @@ def monitored(step: Callable[[], None], model: nn.Module, measures: tuple[str, .
     return monitored_step
 
 
-def hooks(model: nn.Module) -> int:
-    """Count the hooks in the network."""
+def count_hooks(model: nn.Module) -> int:
+    """Return the number of hooks in the network."""
     return sum(
         len(getattr(module, registry))
         for module in model.modules()
@@ -90,7 +90,7 @@ def cost(name: str, model: nn.Module, batch: Batch, rounds: int) -> None:
         bar = "   bar ≤ 10 %" if title == "dormant_fraction" else ""
         print(f"  {title + ', every step':<44}{percent:>8.1f} %{bar}", flush=True)
     print(f"  {f'everything, every {EVERY} steps':<44}{percent / EVERY:>8.2f} %   bar ≤ 2 %")
-    print(f"  {'detached':<44}{added(step):>8.1f} %   (noise); hooks left: {hooks(model)}, bar 0", flush=True)
+    print(f"  {'detached':<44}{added(step):>8.1f} %   noise; {count_hooks(model)} hooks left, bar 0", flush=True)
 
 
 if __name__ == "__main__":

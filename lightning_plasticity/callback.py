@@ -281,9 +281,9 @@ class SpectralCollapseCallback(Callback):
         starts_task = starts_task or self._tasks.consume_announcement() or not self.history
         if starts_task:
             self._share_errors()
-        context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
         with _lightning_errors():
-            if starts_task or self._task_start.needs_start(context):
+            if starts_task or self._task_start.needs_start(trainer.optimizers):
+                context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
                 self._start(context, starts_task=starts_task)
             self._step_monitor.begin(pl_module, self._steps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.collapse import Collapse
@@ -82,9 +83,9 @@ class TaskStart:
         self._probe_is_checked = False
         self._interventions_have_started = False
 
-    def needs_start(self, context: ProbeContext) -> bool:
-        """Return whether interventions must be started before the next batch."""
-        return not self._interventions_have_started or self._runner.needs_restart(context.optimizers)
+    def needs_start(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Return whether interventions must be started before the next batch, which these optimizers train on."""
+        return not self._interventions_have_started or self._runner.needs_restart(optimizers)
 
     def measure_and_start(
         self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport | None

@@ -95,8 +95,8 @@ class PlasticityMonitor(PlasticityMetric):
 
     To measure a training step, :meth:`attach` before it and :meth:`detach` after it. Nothing runs twice, and
     no number in the network changes, except that Transformers in evaluation mode without gradients leave torch's fast
-    path, which rounds differently. Modes stay as they are: in training mode, activations are those after batch norm
-    with the statistics of the batch, and after dropout.
+    path, which rounds differently. Modes stay as they are: in training mode, batch norm uses the statistics of the
+    batch, and dropout before an activation function is active.
 
     A layer has the path of the module that owns its weights, as in
     :func:`~lightning_plasticity.interventions.describe_units`: the last linear, convolution, recurrent or attention
@@ -124,8 +124,8 @@ class PlasticityMonitor(PlasticityMetric):
             made the activations, else from the first that reads them. If neither determines it, it is taken from the
             shape, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`, with a warning.
         compiled: Handling of modules compiled by ``torch.compile``, whose activations hooks cannot observe:
-            ``"raise"`` an error, or run them uncompiled while attached (``"eager"``), which changes results by rounding and
-            takes longer.
+            ``"raise"`` an error, or run them uncompiled while attached (``"eager"``), which changes results by rounding
+            and takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples. Of wider ones that many samples
             are kept (by each process), at random from the batches that come first.
         max_units: Wider layers have ranks of that many random signed sums of units instead.
@@ -142,7 +142,7 @@ class PlasticityMonitor(PlasticityMetric):
     Shape:
         ``compute()`` returns a dictionary of float64 numbers: ``<measure>`` over all layers (dormant and dead units as
         a share of all units, otherwise the mean of the layers), and ``<measure>/<layer>``. NaN where activations were
-        not finite, and where nothing was seen. Log it by ``self.log_dict(monitor.compute())``, then
+        not finite, and where no layer was measured. Log it by ``self.log_dict(monitor.compute())``, then
         ``monitor.reset()``.
 
     References:
@@ -277,7 +277,7 @@ class PlasticityMonitor(PlasticityMetric):
     def layers(self) -> dict[str, MonitoredLayer]:
         """The layers measured since the last :meth:`reset`, by name."""
         layers = {}
-        for layer in self._seen():
+        for layer in self._layers_with_data():
             units, samples = len(self._state(layer, "magnitude_sum")), int(self._state(layer, "samples"))
             rows = self._rows(layer)
             ranked = samples if rows is None else len(rows)
@@ -317,8 +317,8 @@ class PlasticityMonitor(PlasticityMetric):
     @override
     def compute(self) -> dict[str, Tensor]:
         """Return all measures, over all layers and of each layer."""
-        by_layer = {layer: self._measure(layer) for layer in self._seen()}
-        estimated = [layer for layer, seen in self.layers.items() if seen.ranks_are_estimates]
+        by_layer = {layer: self._measure(layer) for layer in self._layers_with_data()}
+        estimated = [name for name, layer in self.layers.items() if layer.ranks_are_estimates]
         if estimated:
             rank_zero_warn(
                 f"the ranks of {', '.join(estimated)} are estimates, from {self.max_samples} samples of at most "
@@ -399,7 +399,7 @@ class PlasticityMonitor(PlasticityMetric):
             self.add_state(f"{layer}|rows", [], dist_reduce_fx="cat")
         self._persistent = dict.fromkeys(self._persistent, self._is_persistent)
 
-    def _seen(self) -> list[str]:
+    def _layers_with_data(self) -> list[str]:
         if self._tracker is not None:
             self._tracker.report_pending()
         layers = dict.fromkeys(state.rpartition("|")[0] for state in self._defaults)
@@ -491,7 +491,7 @@ class PlasticityMonitor(PlasticityMetric):
 
     @override
     def _sync_shapes(self, group: Any | None) -> None:
-        local = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._seen()}
+        local = {layer: len(self._state(layer, "magnitude_sum")) for layer in self._layers_with_data()}
         by_rank: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(by_rank, local, group=group)
         for layer, units in sorted((layer, units) for layers in by_rank for layer, units in layers.items()):

@@ -199,6 +199,19 @@ def test_recurrent_cells_have_their_path_at_every_step() -> None:
     assert samples == {"cell": 3 * len(X), "cell-2": len(X)}
 
 
+def test_handwritten_recurrent_cell_is_one_layer_over_all_steps() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 5)
+        for _ in range(3):
+            state = torch.tanh(net.inputs(x) + net.states(state))
+        return net.out(state)
+
+    network = Network(forward, inputs=nn.Linear(4, 5), states=nn.Linear(5, 5), out=nn.Linear(5, 2))
+    with PlasticityMonitor(network) as monitor:
+        network(X)
+    assert {name: layer.samples for name, layer in monitor.layers.items()} == {"states": 3 * len(X)}
+
+
 def test_activations_behind_attention_have_its_path() -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     network = Network(lambda net, x: net.out(F.relu(net.mha(x, x, x)[0])), mha=attention, out=nn.Linear(4, 2))
