@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_plasticity.isolation.attributes import preserve_attributes
 from lightning_plasticity.isolation.batches import batch_size, clone_batch, slice_batch, to_device
 from lightning_plasticity.isolation.module_copy import copy_module
 from lightning_plasticity.isolation.state import default_dtype
+from lightning_plasticity.isolation.weights import load_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class ProbeContext:
         batch: The batch, on the device of the model. It is not changed.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph.
         optimizers: The optimizers that hold the parameters of the model.
+        weights: The parameters and buffers of copies, by name; ``None``: those of the model.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -52,11 +54,30 @@ class ProbeContext:
     batch: Any
     loss_fn: Callable[[Any, Any], Tensor]
     optimizers: Sequence[torch.optim.Optimizer] = ()
+    weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     _slices: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def copy(self) -> nn.Module:
-        """Return a copy of the model that may be run, changed and thrown away."""
+        """Return a copy of the model that may be run, changed and thrown away.
+
+        Each measurement takes a new one: a loss may change what is not restored after it, such as an average of the
+        weights or a random number generator of the model.
+        """
+        copy = self._copy_model()
+        if self.weights is not None:
+            load_weights(copy, self.model, self.weights)
+        return copy
+
+    def _copy_model(self) -> nn.Module:
         return copy_module(self.model)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """Return the same context, whose copies have other weights.
+
+        Args:
+            weights: The parameters and buffers by name.
+        """
+        return replace(self, weights=weights)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""

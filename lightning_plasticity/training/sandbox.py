@@ -77,7 +77,7 @@ class TrainerContext(ProbeContext):
         )
 
     @override
-    def copy(self) -> LightningModule:
+    def _copy_model(self) -> LightningModule:
         return isolated_copy(self.model, self.trainer, share_uncopyable=self.share_uncopyable, loaders=self._loaders)
 
     @override
