@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from lightning_plasticity.distributed.agreement import (
 from lightning_plasticity.isolation.attributes import preserve_attributes
 from lightning_plasticity.isolation.batches import batch_size, clone_batch, slice_batch, to_device
 from lightning_plasticity.isolation.module_copy import copy_module
+from lightning_plasticity.isolation.reusable_copy import ReusableCopy
 from lightning_plasticity.isolation.state import default_dtype
 
 
@@ -40,6 +41,7 @@ class ProbeContext:
         batch: The batch, on the device of the model. It is not changed.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph.
         optimizers: The optimizers that hold the parameters of the model.
+        weights: The parameters and buffers of copies to measure, by name; ``None``: those of the model.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -52,11 +54,34 @@ class ProbeContext:
     batch: Any
     loss_fn: Callable[[Any, Any], Tensor]
     optimizers: Sequence[torch.optim.Optimizer] = ()
+    weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     _slices: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 
     def copy(self) -> nn.Module:
-        """Return a copy of the model that may be run, changed and discarded."""
-        return copy_module(self.model)
+        """Return a new copy of the model that may be run, changed and discarded."""
+        return self._copy_model([])
+
+    def copy_to_measure(self) -> nn.Module:
+        """Return a copy of the model with :attr:`weights` for one measurement; it is valid until the next call.
+
+        It is the copy of the last measurement with its weights loaded again, or a new one where that measurement has
+        changed more than weights.
+        """
+        return self._reusable_copy.get(self._copy_model, self.model, self.weights)
+
+    def _copy_model(self, copied: list[Any]) -> nn.Module:
+        return copy_module(self.model, copied=copied)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """Return the same context, whose copies have other weights.
+
+        Args:
+            weights: The parameters and buffers by name.
+        """
+        context = replace(self, weights=weights)
+        context._slices.update(self._slices)
+        return context
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""

@@ -72,12 +72,11 @@ class Probe(ABC):
         return None
 
     @abstractmethod
-    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+    def measure(self, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
         """Measure the spectra of a model on the first samples of the batch.
 
         Args:
-            model: A copy of the model of the context, with the weights to be probed. It is left as it was.
-            context: The batch and the loss.
+            context: The model, the batch and the loss. A copy of the model is run for each attempt and each matrix.
             progress: Called after each product with a matrix, with the number of products done and of all of them.
         """
 
@@ -111,7 +110,7 @@ class GGNProbe(Probe):
         return ("ggn",)
 
     @override
-    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+    def measure(self, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
         """Measure the spectra of a model on the first samples of the batch.
 
         Raises:
@@ -125,9 +124,10 @@ class GGNProbe(Probe):
         advice = f"GGNProbe(samples={available})"
         while True:
             known = None if available is None else samples
+            model = context.copy_to_measure()
             try:
                 with (
-                    _advise_whole_batches(advice, model, context, samples),
+                    _advise_whole_batches(advice, context, samples),
                     _in_full_precision(model, context.samples(samples)) as batch,
                 ):
                     result = gram(model, batch, context.loss_on, samples=known, max_rows=self.max_rows)
@@ -213,15 +213,15 @@ class HessianProbe(Probe):
         return None
 
     @override
-    def measure(self, model: nn.Module, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
+    def measure(self, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
         """Measure the spectra of a model on the first samples of the batch.
 
         Raises:
             MisconfigurationError: If the Gauss-Newton matrix cannot be measured beside the Hessian.
             ValueError: If the Hessian is not finite, or the loss does not depend on the model that ``loss_fn`` gets.
         """
-        ggn = {} if self.ggn is None else self._measure_ggn(self.ggn, model, context)
-        loss = float("nan")
+        ggn = {} if self.ggn is None else self._measure_ggn(self.ggn, context)
+        model, loss = context.copy_to_measure(), float("nan")
 
         def recorded_loss(model: nn.Module, batch: Any) -> Tensor:
             nonlocal loss
@@ -230,7 +230,7 @@ class HessianProbe(Probe):
             return value
 
         with (
-            self._advise_whole_batches(model, context),
+            self._advise_whole_batches(context),
             _in_full_precision(model, context.samples(self.samples)) as batch,
         ):
             spectrum = hessian_spectrum(
@@ -256,18 +256,18 @@ class HessianProbe(Probe):
         try:
             check(_SAMPLES_TO_CHECK)
         except Exception:
-            if not _needs_whole_batch(context.copy(), context, _SAMPLES_TO_CHECK):
+            if not _needs_whole_batch(context, _SAMPLES_TO_CHECK):
                 raise
-            with self._advise_whole_batches(context.copy(), context):
+            with self._advise_whole_batches(context):
                 check(self.samples)
 
-    def _advise_whole_batches(self, model: nn.Module, context: ProbeContext) -> contextlib.AbstractContextManager[None]:
+    def _advise_whole_batches(self, context: ProbeContext) -> contextlib.AbstractContextManager[None]:
         advice = f"{type(self).__name__}(samples={context.batch_size})"
-        return _advise_whole_batches(advice, model, context, self.samples)
+        return _advise_whole_batches(advice, context, self.samples)
 
-    def _measure_ggn(self, ggn: GGNProbe, model: nn.Module, context: ProbeContext) -> dict[Matrix, Spectrum]:
+    def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> dict[Matrix, Spectrum]:
         try:
-            return ggn.measure(model, context).spectra
+            return ggn.measure(context).spectra
         except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
             raise MisconfigurationError(
@@ -305,13 +305,12 @@ class PyHessianProbe(HessianProbe):
 
 
 @contextlib.contextmanager
-def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, samples: int) -> Iterator[None]:
+def _advise_whole_batches(advice: str, context: ProbeContext, samples: int) -> Iterator[None]:
     """Explain errors of a loss that needs the whole batch.
 
     Args:
         advice: The probe to write instead.
-        model: A copy of the model.
-        context: The batch and the loss.
+        context: The model, the batch and the loss.
         samples: Number of samples that were taken.
 
     Raises:
@@ -322,7 +321,7 @@ def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, 
     except TooManyRowsError:
         raise
     except Exception as error:
-        if not _needs_whole_batch(model, context, samples):
+        if not _needs_whole_batch(context, samples):
             raise
         raise MisconfigurationError(
             f"{format_error(error)}. The loss can be computed on all {context.batch_size} samples of the batch, and "
@@ -330,10 +329,11 @@ def _advise_whole_batches(advice: str, model: nn.Module, context: ProbeContext, 
         ) from error
 
 
-def _needs_whole_batch(model: nn.Module, context: ProbeContext, samples: int) -> bool:
+def _needs_whole_batch(context: ProbeContext, samples: int) -> bool:
     """Return whether the loss can be computed on the whole batch, and not on its first samples alone."""
 
     def works(batch: Any) -> bool:
+        model = context.copy_to_measure()
         try:
             with _in_full_precision(model, batch) as converted, probe_mode(model), full_precision():
                 context.loss_on(model, converted)

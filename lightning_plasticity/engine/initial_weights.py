@@ -1,14 +1,14 @@
-"""Store the initial weights of a model, and load weights into its copies."""
+"""Store the initial weights of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_plasticity.isolation.weights import named_tensors
 from lightning_plasticity.messages import MisconfigurationError
 
 
@@ -49,33 +49,3 @@ class InitialWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the values that :meth:`state_dict` returned."""
         self.values = dict(state)
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def load_weights(copy: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set the parameters and buffers of a copy of a model, their dtype included.
-
-    Args:
-        copy: The copy.
-        model: The model that it is a copy of. Tensors that a custom ``__deepcopy__`` shares with it stay as they are.
-        values: The values by name.
-    """
-    shared = {id(tensor) for tensor in named_tensors(model).values()}
-    with torch.no_grad():
-        for name, tensor in named_tensors(copy).items():
-            if id(tensor) in shared:
-                continue
-            value = values[name]
-            try:
-                if tensor.dtype == value.dtype:
-                    tensor.copy_(value)
-                    continue
-            except RuntimeError:
-                # A buffer that is expanded, or was made in inference mode, cannot be written to.
-                if isinstance(tensor, nn.Parameter):
-                    raise
-            tensor.data = value.to(device=tensor.device, copy=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.context import ProbeContext
@@ -19,7 +18,7 @@ from lightning_plasticity.distributed.agreement import (
 )
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.engine.initial_weights import InitialWeights, load_weights, named_tensors
+from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.messages import MisconfigurationError
@@ -160,15 +159,11 @@ class TaskStart:
             if warning is not None:
                 self._errors.warn(warning)
             self._probe_is_checked = True
-        # One copy serves for both measurements: the second one loads the initial weights into it.
-        copy = context.copy()
-        now, features = self._measure_weights(copy, context, named_tensors(context.model), "probing curvature")
+        now, features = self._measure_weights(context, "probing curvature")
         values = references = measure(now.spectra, features)
         if not is_initial:
             initial, initial_features = self._measure_weights(
-                copy,
-                context,
-                self.initial_weights.values,
+                context.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
                 monitored=bool(features),
             )
@@ -187,30 +182,21 @@ class TaskStart:
         return verdict.message if verdict.collapsed or verdict.inconclusive else None
 
     def _measure_weights(
-        self,
-        copy: nn.Module,
-        context: ProbeContext,
-        weights: Mapping[str, Tensor],
-        description: str,
-        *,
-        monitored: bool = True,
+        self, context: ProbeContext, description: str, *, monitored: bool = True
     ) -> tuple[ProbeResult, dict[str, float]]:
-        """Return the results of the probe and of the monitor on a copy of the model with the given weights."""
-        load_weights(copy, context.model, weights)
+        """Return the results of the probe and of the monitor on copies of the model."""
         with context.show_progress(description) as progress:
-            result = self.probe.measure(copy, context, progress)
+            result = self.probe.measure(context, progress)
         if self.monitor is None or not monitored:
             return result, {}
-        # The loss may have changed weights in place, such as those of a moving average of the model.
-        load_weights(copy, context.model, weights)
-        return result, self._measure_activations(self.monitor, copy, context)
+        return result, self._measure_activations(self.monitor, context)
 
-    def _measure_activations(
-        self, monitor: PlasticityMonitor, copy: nn.Module, context: ProbeContext
-    ) -> dict[str, float]:
+    def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext) -> dict[str, float]:
         metric_is_monitored = self.collapse.metric in monitor.measures
         try:
-            features = measure_activations(monitor, copy, context.samples(self.probe.samples), context.loss_on)
+            features = measure_activations(
+                monitor, context.copy_to_measure(), context.samples(self.probe.samples), context.loss_on
+            )
             if not features and metric_is_monitored:
                 raise MisconfigurationError(
                     f"Collapse(metric={self.collapse.metric!r}) watches hidden layers, and the monitor has seen none: "

@@ -34,14 +34,27 @@ class Snapshot:
             value = pending.pop()
             if isinstance(value, dict | list | deque) and id(value) not in seen:
                 seen.add(id(value))
-                self._contents.append((value, value.copy()))
+                # Subclasses may override copy().
+                self._contents.append((value, dict(value) if isinstance(value, dict) else list(value)))
                 pending += value.values() if isinstance(value, dict) else value
 
     def restore(self) -> None:
         """Put the contents back into the same collections."""
         for value, content in self._contents:
+            # Some subclasses of dict cannot be changed, such as configurations that a library freezes.
+            if _is_unchanged(value, content):
+                continue
             value.clear()
             value.update(content) if isinstance(value, dict) else value.extend(content)
+
+
+def _is_unchanged(value: Any, content: Any) -> bool:
+    before, now = ([*content], [*value]) if isinstance(content, list) else (_flat(content), _flat(value))
+    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
+
+
+def _flat(value: dict[Any, Any]) -> list[Any]:
+    return [*value, *value.values()]
 
 
 @contextlib.contextmanager

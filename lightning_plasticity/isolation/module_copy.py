@@ -40,7 +40,13 @@ class UncopyableError(ValueError):
         self.can_be_shared = not isinstance(value, nn.Module)
 
 
-def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopyable: bool = False) -> Module:
+def copy_module(
+    module: Module,
+    stand_in: StandIn | None = None,
+    *,
+    share_uncopyable: bool = False,
+    copied: list[Any] | None = None,
+) -> Module:
     """Return a deep copy of a module that holds no reference to the original.
 
     It succeeds where :func:`copy.deepcopy` fails or leaves references to the original: tensors with a graph are copied
@@ -51,6 +57,7 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
         module: The module. It is not changed, and no random number is drawn.
         stand_in: Returns what the copy refers to in place of an object, or ``None`` for a copy of the object.
         share_uncopyable: Share objects that cannot be copied, except modules, instead of raising.
+        copied: The objects that the copy consists of, and does not share with the module, are appended to this list.
 
     Raises:
         UncopyableError: If an object cannot be copied.
@@ -81,6 +88,10 @@ def copy_module(module: Module, stand_in: StandIn | None = None, *, share_uncopy
             _fill_closure(copies[id(function)], function, copies)
         for value in reachable:
             _copy_skipped_attributes(value, copies.get(id(value)), copies)
+    if copied is not None:
+        # The memo holds clones and stand-ins, of which some are the shared objects themselves.
+        pairs = [*memo.items(), *((id(value), copies.get(id(value))) for value in reachable)]
+        copied += {id(value): value for original, value in pairs if id(value) != original}.values()
     return result
 
 

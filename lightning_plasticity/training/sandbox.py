@@ -47,7 +47,7 @@ class TrainerContext(ProbeContext):
     model: LightningModule
     trainer: Trainer = field(kw_only=True)
     share_uncopyable: bool = field(default=False, kw_only=True)
-    _loaders: list[DataLoader[Any]] = field(default_factory=list, init=False, repr=False)
+    _loaders: list[DataLoader[Any]] = field(default_factory=list, kw_only=True, repr=False)
 
     @classmethod
     def of(
@@ -77,8 +77,14 @@ class TrainerContext(ProbeContext):
         )
 
     @override
-    def copy(self) -> LightningModule:
-        return isolated_copy(self.model, self.trainer, share_uncopyable=self.share_uncopyable, loaders=self._loaders)
+    def _copy_model(self, copied: list[Any]) -> LightningModule:
+        return isolated_copy(
+            self.model,
+            self.trainer,
+            share_uncopyable=self.share_uncopyable,
+            loaders=self._loaders,
+            copied=copied,
+        )
 
     @override
     def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
@@ -100,6 +106,7 @@ def isolated_copy(
     *,
     share_uncopyable: bool = False,
     loaders: list[DataLoader[Any]] | None = None,
+    copied: list[Any] | None = None,
 ) -> LightningModule:
     """Return a copy of a module that can be run, trained and discarded without an effect on the run.
 
@@ -110,6 +117,7 @@ def isolated_copy(
         trainer: Its Trainer.
         share_uncopyable: Share attributes that cannot be copied, instead of raising.
         loaders: The data loaders that the copy shares are appended to this list, if it is given.
+        copied: As in :func:`~lightning_plasticity.isolation.module_copy.copy_module`.
 
     Raises:
         MisconfigurationError: If an attribute cannot be copied; the message names it.
@@ -129,7 +137,7 @@ def isolated_copy(
         return None
 
     try:
-        result = copy_module(module, replacement, share_uncopyable=share_uncopyable)
+        result = copy_module(module, replacement, share_uncopyable=share_uncopyable, copied=copied)
     except UncopyableError as error:
         otherwise = ", or pass SpectralCollapseCallback(loss_fn=...), which shares it instead"
         raise MisconfigurationError(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,9 +55,9 @@ class CountingContext(ProbeContext):
 
     copies = 0
 
-    def copy(self) -> nn.Module:
+    def _copy_model(self, copied: list[Any]) -> nn.Module:
         type(self).copies += 1
-        return super().copy()
+        return super()._copy_model(copied)
 
 
 def test_plain_module_is_measured_as_by_ggn_spectrum() -> None:
@@ -81,6 +86,7 @@ def test_initial_weights_are_measured_on_the_same_batch(probe: Probe) -> None:
 
 
 def test_model_is_copied_once_a_task() -> None:
+    """The probe and the monitor measure the weights, and from the second task on the initial weights too."""
     model, start = mlp(), task_start()
     history: list[TaskReport] = []
     for task in range(3):
@@ -93,20 +99,108 @@ def test_model_is_copied_once_a_task() -> None:
             model[0].weight.mul_(1.1)
 
 
-def test_module_is_copied_once_a_task_in_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_is_copied_once_for_each_repair(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_plasticity import SpectralCollapseCallback
 
     copies = []
     copy_module = sandbox.copy_module
     monkeypatch.setattr(sandbox, "copy_module", lambda *a, **k: copies.append(1) or copy_module(*a, **k))
-    module, callback = Classifier(), SpectralCollapseCallback(interventions=[ShrinkPerturb(when="task")])
     counts = []
-    for _ in range(3):
-        copies.clear()
-        trainer(callback).fit(module, loader())
-        counts.append(len(copies))
+    for interventions in ([], [ShrinkPerturb(when="task")]):
+        module, callback = Classifier(), SpectralCollapseCallback(interventions=interventions)
+        for _ in range(2):
+            copies.clear()
+            trainer(callback).fit(module, loader())
+            counts.append(len(copies))
     # The first task tries the repair on a copy, the later ones run it.
-    assert counts == [2, 2, 2]
+    assert counts == [1, 1, 2, 2]
+
+
+class Stateful(nn.Sequential):
+    """Scales its outputs by a number that every call changes, out of reach of parameters and buffers."""
+
+    def __init__(self, state: Any, advance: Callable[[Any], float]) -> None:
+        super().__init__(*mlp())
+        self.state = state
+        self.advance = advance
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.advance(self.state)
+
+
+def teacher_norm(teachers: list[nn.Linear]) -> float:
+    """Move a teacher that is no submodule, as an average of the weights does."""
+    with torch.no_grad():
+        return float(teachers[0].weight.add_(1.0).norm())
+
+
+STATES: dict[str, Callable[[], tuple[Any, Callable[[Any], float]]]] = {
+    "tensor": lambda: (torch.ones(()), lambda tensor: float(tensor.add_(1))),
+    "array": lambda: (np.ones(1), lambda array: float(np.add(array, 1, out=array)[0])),
+    "set": lambda: ({0}, lambda numbers: numbers.add(len(numbers)) or len(numbers)),
+    "object": lambda: (
+        SimpleNamespace(calls=0),
+        lambda counter: vars(counter).update(calls=counter.calls + 1) or counter.calls,
+    ),
+    "hidden teacher": lambda: ([nn.Linear(2, 2)], teacher_norm),
+    "torch generator": lambda: (torch.Generator().manual_seed(0), lambda g: 1 + float(torch.rand((), generator=g))),
+    "numpy generator": lambda: (np.random.default_rng(0), lambda g: 1 + float(g.random())),
+    "random": lambda: (random.Random(0), lambda g: 1 + g.random()),
+}
+
+
+@pytest.mark.parametrize("probe", [GGNProbe(), HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
+@pytest.mark.parametrize("state", STATES)
+def test_all_measurements_start_from_the_same_state(state: str, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are still the initial ones differ in no number from those."""
+    monkeypatch.setattr(HessianProbe, "check", lambda *_: None)
+    model, start = Stateful(*STATES[state]()), task_start(probe)
+    first, second = TaskReport(0, None, 0), TaskReport(1, None, 1)
+    start.measure_and_start(ProbeContext(model, batch(), loss_fn), [], first)
+    start.measure_and_start(ProbeContext(model, batch(), loss_fn), [first], second)
+    assert not second.errors
+    ratios = [value for name, value in second.metrics.items() if name.endswith("_vs_initial")]
+    assert ratios
+    assert all(ratio in (1.0, 0.0) or math.isnan(ratio) for ratio in ratios)
+    assert first.metrics["ggn_trace"] == second.metrics["ggn_trace"]
+
+
+def test_fewer_samples_are_measured_on_unchanged_weights() -> None:
+    """A Gram matrix that is too large is computed again: the loss that was computed before left no trace."""
+    model = nn.Sequential(mlp(), nn.Linear(3, 3).requires_grad_(False))
+
+    def averaging_loss(model: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            model[1].weight.mul_(0.5)
+        return loss_fn(model, batch)
+
+    limited, whole = TaskReport(0, None, 0), TaskReport(0, None, 0)
+    task_start(GGNProbe(max_rows=24)).measure_and_start(ProbeContext(model, batch(), averaging_loss), [], limited)
+    task_start(GGNProbe(samples=8)).measure_and_start(ProbeContext(model, batch(), averaging_loss), [], whole)
+    assert limited.metrics["probe_loss"] == whole.metrics["probe_loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_initial_weights_are_measured_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    """The precision may change between two fits."""
+    model, start, (x, y) = mlp(), task_start(), batch()
+    first, second = TaskReport(0, None, 0), TaskReport(1, None, 1)
+    start.measure_and_start(ProbeContext(model, (x, y), loss_fn), [], first)
+    start.measure_and_start(ProbeContext(model.to(dtype), (x.to(dtype), y), loss_fn), [first], second)
+    assert not second.errors
+    assert second.metrics["ggn_trace_vs_initial"] == 1.0
+
+
+def test_half_precision_module_is_monitored_in_its_own_dtype() -> None:
+    from lightning_plasticity import SpectralCollapseCallback
+
+    class Casting(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.net(batch[0].to(self.dtype)), batch[1])
+
+    callback = SpectralCollapseCallback(monitor=PlasticityMonitor())
+    trainer(callback, precision="bf16-true").fit(Casting(), loader())
+    assert "dead_fraction" in callback.history[0].metrics
 
 
 def test_monitor_runs_on_weights_unchanged_by_the_loss() -> None:
