@@ -79,7 +79,10 @@ class ObjectState:
         """Return what the state of an object consists of: referred objects, numbers, or its pickle."""
         if isinstance(value, Tensor):
             attributes = [value.requires_grad, value.dtype, value.grad]
-            return attributes if id(value) in self._weights else [*attributes, value.detach().clone()]
+            if id(value) not in self._weights:
+                return [*attributes, value.detach().clone()]
+            # Loading weights must not write to memory that a run let them refer to.
+            return [*attributes, _storage_address(value)]
         if isinstance(value, torch.Generator):
             return [value.get_state()]
         parts = referents(value)
@@ -103,9 +106,14 @@ def _are_equal(before: list[Any], now: list[Any]) -> bool:
     return len(before) == len(now) and all(
         one is other
         or (isinstance(one, Tensor) and isinstance(other, Tensor) and _are_equal_tensors(one, other))
-        or (isinstance(one, bytes) and one == other)
+        or (isinstance(one, bytes | int) and one == other)
         for one, other in zip(before, now, strict=True)
     )
+
+
+def _storage_address(tensor: Tensor) -> int | None:
+    # Tensors of other layouts have no single storage.
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and not tensor.is_nested else None
 
 
 def _are_equal_tensors(one: Tensor, other: Tensor) -> bool:

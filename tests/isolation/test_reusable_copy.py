@@ -73,3 +73,13 @@ def test_copy_is_used_again_with_other_weights() -> None:
     first.calls = [1]
     assert reusable.get(make_copy, module) is not first
     assert len(copies) == 2
+
+
+def test_memory_that_a_weight_was_pointed_at_is_not_overwritten() -> None:
+    """A training step may let a parameter refer to a tensor that the copy shares with the run."""
+    shared = torch.ones(1)
+    module, reusable = nn.Linear(2, 1), ReusableCopy()
+    copy = reusable.get(lambda copied: copy_module(module, copied=copied), module)
+    copy.bias.data = shared
+    reusable.get(lambda copied: copy_module(module, copied=copied), module)
+    assert torch.equal(shared, torch.ones(1))
