@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -49,12 +50,9 @@ class Snapshot:
 
 
 def _is_unchanged(value: Any, content: Any) -> bool:
-    before, now = ([*content], [*value]) if isinstance(content, list) else (_flat(content), _flat(value))
-    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
-
-
-def _flat(value: dict[Any, Any]) -> list[Any]:
-    return [*value, *value.values()]
+    if len(value) != len(content) or not all(map(operator.is_, value, content)):
+        return False
+    return not isinstance(content, dict) or all(map(operator.is_, value.values(), content.values()))
 
 
 @contextlib.contextmanager

@@ -103,11 +103,13 @@ def _has_hidden_state(value: Any) -> bool:
 
 
 def _are_equal(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(
-        one is other
-        or (isinstance(one, Tensor) and isinstance(other, Tensor) and _are_equal_tensors(one, other))
+    if len(before) != len(now):
+        return False
+    differing = [(one, other) for one, other in zip(before, now, strict=True) if one is not other]
+    return all(
+        (isinstance(one, Tensor) and isinstance(other, Tensor) and _are_equal_tensors(one, other))
         or (isinstance(one, bytes | int) and one == other)
-        for one, other in zip(before, now, strict=True)
+        for one, other in differing
     )
 
 
