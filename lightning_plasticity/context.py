@@ -55,7 +55,7 @@ class ProbeContext:
     loss_fn: Callable[[Any, Any], Tensor]
     optimizers: Sequence[torch.optim.Optimizer] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
-    _slices: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _slices: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
     _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 
     def copy(self) -> nn.Module:
@@ -70,6 +70,10 @@ class ProbeContext:
         """
         return self._reusable_copy.get(self._copy_model, self.model, self.weights)
 
+    def discard_copy(self) -> None:
+        """Free the memory of the copy that was measured."""
+        self._reusable_copy.discard()
+
     def _copy_model(self, copied: list[Any]) -> nn.Module:
         return copy_module(self.model, copied=copied)
 
@@ -79,9 +83,7 @@ class ProbeContext:
         Args:
             weights: The parameters and buffers by name.
         """
-        context = replace(self, weights=weights)
-        context._slices.update(self._slices)
-        return context
+        return replace(self, weights=weights)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""
@@ -131,7 +133,7 @@ class ProbeContext:
             # If batches cannot be joined, such as sequences of different lengths, all ranks use that of rank 0.
             with all_or_none():
                 batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
-        return replace(self, batch=batch)
+        return replace(self, batch=batch, _slices={})
 
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""

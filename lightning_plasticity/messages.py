@@ -12,7 +12,7 @@ class PlasticityWarning(UserWarning):
     """The network is losing its ability to learn, or could not be measured."""
 
 
-class MisconfigurationError(ValueError):
+class MisconfigurationError(Exception):
     """The arguments do not fit the model, its loss or its batch.
 
     :class:`~lightning_plasticity.SpectralCollapseCallback` raises it as Lightning's ``MisconfigurationException``.

@@ -43,3 +43,14 @@ def test_samples_are_cut_out_once() -> None:
 def test_one_rank_gathers_nothing() -> None:
     context = ProbeContext(nn.Linear(2, 1), torch.ones(4, 2), loss_fn)
     assert context.gather(2) is context
+
+
+def test_weights_to_measure_share_the_slices_and_the_copy() -> None:
+    context = ProbeContext(nn.Linear(2, 1), torch.ones(4, 2), loss_fn)
+    samples, copy = context.samples(3), context.copy_to_measure()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in context.model.state_dict().items()}
+    other = context.with_weights(zeros)
+    assert other.samples(3) is samples
+    assert other.copy_to_measure() is copy
+    assert not copy.weight.any()
+    assert torch.equal(context.copy_to_measure().weight, context.model.weight)

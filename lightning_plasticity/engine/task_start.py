@@ -132,6 +132,9 @@ class TaskStart:
                     self._runner.dry_run(context)
         except Exception as error:
             message = self._record_failure(report, history, error)
+        finally:
+            # Repairs make copies of their own.
+            context.discard_copy()
         # Rounding may differ between devices, but decisions must not: all ranks take the report of rank 0.
         state, message = broadcast_object((report.to_dict(), message))
         if message is not None:

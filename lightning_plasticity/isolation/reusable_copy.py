@@ -31,6 +31,10 @@ class ReusableCopy:
         self._copy: nn.Module | None = None
         self._state = ObjectState(())
 
+    def discard(self) -> None:
+        """Free the memory of the copy."""
+        self._copy, self._state = None, ObjectState(())
+
     def get(
         self,
         make_copy: Callable[[list[Any]], nn.Module],
