@@ -68,7 +68,7 @@ class Origin:
 
     @property
     def has_units(self) -> bool:
-        """Whether the tensor comes from units of the network."""
+        """``True`` if the tensor comes from units of the network."""
         return bool(self.axes or self.activations)
 
 

@@ -60,7 +60,7 @@ class Estimate(float):
 
     @property
     def resolved(self) -> bool:
-        """Whether the number is known to 10 %.
+        """``True`` if the number is known to 10 %.
 
         The bracket must not be wider than a fifth of its upper end, and the sampling error must be below 10 % with a
         confidence of 95 %. The limit on the bracket was measured on 512 estimates of ε-ranks: all 205 with so narrow a

@@ -251,7 +251,7 @@ class PlasticityMonitor(PlasticityMetric):
 
     @property
     def attached(self) -> bool:
-        """Whether the monitor is attached to a network."""
+        """``True`` if the monitor is attached to a network."""
         return self._attachment is not None
 
     def detach(self) -> None:

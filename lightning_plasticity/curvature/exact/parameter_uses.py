@@ -36,7 +36,7 @@ class ParameterUse(ABC):
     """Number of positions before the sample dimension in the layer's input and output: see :class:`LayerCall`."""
 
     sums_positions = False
-    """Whether condensed cotangents have shape ``(n, c)`` instead of ``(n, t, c)``."""
+    """``True`` if condensed cotangents have shape ``(n, c)`` instead of ``(n, t, c)``."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter

@@ -25,7 +25,7 @@ class CurvatureLinearOperator(ABC):
     """
 
     semidefinite: bool = False
-    """Whether the matrix is known to have no negative eigenvalue."""
+    """``True`` if the matrix has no negative eigenvalue by construction."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss: float = math.nan) -> None:
         self.parameters = list(parameters)

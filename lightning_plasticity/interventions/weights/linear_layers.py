@@ -33,7 +33,7 @@ class LinearParameter:
 
     @property
     def is_bias(self) -> bool:
-        """Whether the parameter is a bias."""
+        """``True`` if the parameter is a bias."""
         return "bias" in self.key
 
 
