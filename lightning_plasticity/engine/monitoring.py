@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
 from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.isolation.state import device_of, probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
 
@@ -51,11 +51,6 @@ def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the ranks of .* are estimates", UserWarning)
         return {name: value.item() for name, value in monitor.compute().items()}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter of a model."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 class StepMonitor:

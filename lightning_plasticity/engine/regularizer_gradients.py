@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_plasticity.distributed.agreement import all_or_none
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters, sharded_like
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.isolation.state import device_of
 
 
 @dataclass(eq=False)
@@ -68,8 +69,7 @@ def differentiate_penalty(
         TypeError: If ``penalty`` does not return a scalar tensor.
         ValueError: If a gradient is not finite.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
         penalty: object = regularizer.penalty(model)
         if not isinstance(penalty, Tensor) or penalty.numel() != 1:
             received = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__

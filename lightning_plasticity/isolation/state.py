@@ -103,6 +103,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter of a model; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 _probe_depth: ContextVar[int] = ContextVar("probe_depth", default=0)
 
 
@@ -124,7 +129,7 @@ def probe_mode(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: If the model is on the meta device.
     """
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    device = device_of(model).type
     if device == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")
     with (

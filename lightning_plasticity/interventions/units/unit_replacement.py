@@ -20,7 +20,8 @@ from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, copy_initial
-from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update, tensors_of
+from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
+from lightning_plasticity.isolation.weights import named_tensors
 
 Record = dict[str, Tensor]
 """The stored state of one layer's units. Never changed in place."""
@@ -230,7 +231,7 @@ class _FreshUnits:
 
     def take(self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values by name of the tensor, in which the chosen units are fresh."""
-        tensors = tensors_of(model)
+        tensors = named_tensors(model)
         names = {name for layer in chosen for name in units.groups[layer].incoming}
         if any(name not in self._values or self._values[name].shape != tensors[name].shape for name in names):
             # No draw yet, a checkpoint was loaded, or a layer is new or has grown: repeat the draw, in which all other

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions.units.groups import Units, unit_indices, unit_mask
 from lightning_plasticity.interventions.weights.initialization import fresh_values, resampled_values
-from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate, tensors_of
+from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
+from lightning_plasticity.isolation.weights import named_tensors
 
 
 def plan_reset(
@@ -46,7 +47,7 @@ def fresh_incoming(
     initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Draw the incoming tensors of all units of the given layers, whole, by name of the tensor."""
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     names = dict.fromkeys(name for layer in layers for name in units.groups[layer].incoming)
     if not names:
         return {}
@@ -79,7 +80,7 @@ def plan_reset_from(
     """
     _check_indices(units, chosen)
     chosen = {layer: indices.cpu() for layer, indices in chosen.items() if len(indices)}
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     incoming: dict[str, list[tuple[Tensor, Tensor]]] = {}
     outgoing: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for layer, indices in chosen.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import sync_errors
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state, rollback_on_error
+from lightning_plasticity.isolation.weights import named_tensors
 
 _Value = TypeVar("_Value")
 
@@ -77,7 +78,7 @@ class WeightUpdate:
 
     def transfer(self, *, source: nn.Module, target: nn.Module) -> WeightUpdate:
         """Return the same update for another model, where this one was computed on a copy of it."""
-        targets = dict(zip(tensors_of(source).values(), tensors_of(target).values(), strict=True))
+        targets = dict(zip(named_tensors(source).values(), named_tensors(target).values(), strict=True))
 
         def rekey(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
             return {targets[tensor]: value for tensor, value in by_tensor.items()}
@@ -88,11 +89,6 @@ class WeightUpdate:
 def keep_optimizer_state(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """Return a :attr:`WeightUpdate.reset_state_mask` that keeps all optimizer state of these parameters."""
     return {tensor: torch.zeros(tensor.shape, dtype=torch.bool) for tensor in values}
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def apply_update(name: str, update: WeightUpdate, optimizers: Sequence[torch.optim.Optimizer]) -> RepairReport:
