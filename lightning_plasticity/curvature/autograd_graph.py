@@ -60,6 +60,53 @@ def vjp(
     return result
 
 
+def partial_vjp(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    edges: Sequence[Edge],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    r"""Compute vector-Jacobian products for results of which some may be computed from others; keep the graph.
+
+    Each result is taken for an independent variable, so the derivative with respect to one result leaves out the paths
+    that lead through another.
+
+    Args:
+        outputs: As in :func:`vjp`.
+        edges: The edges of the results.
+        cotangents: As in :func:`vjp`.
+        create_graph: As in :func:`vjp`.
+
+    Returns:
+        One tensor for each edge, zeros where no output depends on it.
+    """
+    # A gradient is captured before the hooks of the node run, which then stop it.
+    hooks = [node.register_prehook(_zero_gradients) for node in {edge[0] for edge in edges}] if len(edges) > 1 else []
+    try:
+        gradients = _grad(
+            outputs,
+            [gradient_edge(edge) for edge in edges],
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_zeros(edge) if gradient is None else gradient for edge, gradient in zip(edges, gradients, strict=True)]
+
+
+def _zero_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in gradients)
+
+
+def _zeros(edge: Edge) -> Tensor:
+    metadata = edge[0]._input_metadata[edge[1]]
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+
+
 def dense_vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     """Compute :func:`vjp` as dense tensors, where outputs without a graph are constants and contribute zero."""
     pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]

@@ -14,7 +14,7 @@ from lightning_plasticity.curvature.double_backward import twice_differentiable_
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
 from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
-from lightning_plasticity.curvature.exact.outputs import outputs_of
+from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization
 from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, GGNLinearOperator
@@ -22,6 +22,7 @@ from lightning_plasticity.curvature.matrix_free.stochastic_lanczos import Lanczo
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, trainable_parameters
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.distributed.agreement import all_gather_batch, is_distributed
+from lightning_plasticity.isolation.batches import batch_size
 
 _AUTO_MAX_ROWS = 4096
 """Rows up to which the exact matrix is cheaper: its eigenvalues take as long as a few hundred products."""
@@ -184,8 +185,9 @@ def _estimated_spectrum(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def build(part: Batch) -> CurvatureLinearOperator:
-        recording = Recording({})
+        recording = Recording(model, {})
         with twice_differentiable_loss(model, part, loss_fn, recording) as loss:
-            return GGNLinearOperator(loss, outputs_of(loss, recording.loss_calls, names), selected)
+            hessian = loss_derivatives(loss, recording, names, batch_size(part)).require_hessian()
+            return GGNLinearOperator(loss, hessian, selected)
 
     return estimate_spectrum(build, model, batch, loss_fn, selected, options)

@@ -29,7 +29,7 @@ from lightning_plasticity.curvature.exact.hessian_factors import (
     HessianFactor,
     SoftmaxFactor,
 )
-from lightning_plasticity.curvature.exact.outputs import Outputs, outputs_of
+from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
 from lightning_plasticity.curvature.exact.recording import Recording
 from tests.helpers.cases import CASES, Case, case_named, classes, dense
 
@@ -264,16 +264,17 @@ def test_hessian_factor_products_equal_dense_products(seed: int, blocks: int, si
 def test_output_hessian_product_equals_autograd(case: Case) -> None:
     model, batch = case.build()
     model.eval()
-    recording = Recording({})
+    recording = Recording(model, {})
     with recording:
         loss = case.loss_fn(model, batch)
-    outputs: list[Outputs] = outputs_of(loss, recording.loss_calls, {})
-    assert len(outputs) == 1
+    derivatives = loss_derivatives(loss, recording, {}, None)
+    (outputs,) = derivatives.outputs
     logits = model(batch[0]).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(case.loss(logits, batch[1]), logits, create_graph=True)
     vector = torch.randn_like(logits)
     (expected,) = torch.autograd.grad(gradient, logits, vector, materialize_grads=True)
-    actual = outputs[0].hessian_matvec(vector.reshape(outputs[0].shape)).reshape(expected.shape)
+    (actual,) = derivatives.require_hessian().matvec([vector.reshape(outputs.shape)])
+    actual = actual.reshape(expected.shape)
     assert (actual - expected).norm() <= 1e-9 * max(expected.norm().item(), vector.norm().item())
 
 

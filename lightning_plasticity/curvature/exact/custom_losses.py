@@ -3,6 +3,7 @@ r"""Compute the Hessian of a loss without a closed form by differentiating it tw
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from lightning_plasticity.curvature.autograd_graph import edge_of, leaves
 from lightning_plasticity.curvature.exact.hessian_factors import DenseFactor
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature, loss_call
+from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError
 from lightning_plasticity.curvature.problem import normal
 
 
@@ -46,8 +48,8 @@ def custom_loss_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor]
     """Record a call of :func:`custom_loss`, with one Hessian block per sample or a single block if samples interact.
 
     Raises:
-        ValueError: If the function returns no scalar or depends on parameters in another way than through the outputs;
-            when the curvature is computed, if it is not convex at these outputs.
+        ValueError: If the function returns no scalar or depends on parameters in another way than through the outputs.
+        NoGaussNewtonMatrixError: When the curvature is computed, if the function is not convex at these outputs.
     """
     if value.dim() or leaves([edge_of(value)], {edge_of(outputs): []}):
         raise ValueError(
@@ -65,7 +67,7 @@ def custom_loss_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor]
         assert hessian is not None
         values, vectors = torch.linalg.eigh((hessian + hessian.mT).double() / 2)
         if values.min() < -(torch.finfo(point.dtype).eps ** 0.5) * values.abs().max():
-            raise ValueError(
+            raise NoGaussNewtonMatrixError(
                 "the function given to custom_loss is not convex at these outputs, so the Gauss-Newton matrix is not "
                 f"positive semi-definite (eigenvalues of its Hessian from {values.min():.3g} to {values.max():.3g})"
             )
@@ -73,7 +75,8 @@ def custom_loss_rule(value: Tensor, outputs: Tensor, function: Callable[[Tensor]
         factor = DenseFactor(vectors * values.clamp(min=0).sqrt()[:, None, :])
         return LossCurvature(residual, factor, residual.norm())
 
-    return loss_call(outputs, value, curvature)
+    call = loss_call(outputs, value, curvature)
+    return None if call is None else replace(call, chooses_outputs=True)
 
 
 def _block_diagonal_hessian(point: Tensor, gradient: Tensor, num_blocks: int) -> Tensor | None:

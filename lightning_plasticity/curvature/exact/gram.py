@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
-from lightning_plasticity.curvature.autograd_graph import leaves, reached
+from lightning_plasticity.curvature.autograd_graph import edge_of, leaves, reached
 from lightning_plasticity.curvature.exact.jacobian import JacobianGram, jacobian_gram
-from lightning_plasticity.curvature.exact.outputs import Outputs, UnsupportedModelError, outputs_of
+from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives, loss_derivatives
+from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs, UnsupportedModelError
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.problem import (
@@ -32,6 +33,7 @@ from lightning_plasticity.curvature.problem import (
     trainable_parameters,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.isolation.batches import batch_size
 from lightning_plasticity.isolation.state import probe_mode
 
 
@@ -57,23 +59,42 @@ class Gram:
 
     Args:
         loss_weighted: :math:`K = S^\top J J^\top S`, shape ``(m, m)``; ``(n s, n s)`` for a sketch with ``s``
-            combinations per sample.
+            combinations per sample; ``None`` if the loss has no positive semi-definite Hessian.
         loss: The loss on the batch.
         num_parameters: :math:`P`.
         tangent_kernel: :math:`\Theta = \frac1n J J^\top`, shape ``(m, m)``; ``None`` for a sketch.
         residual: :math:`r = \partial L / \partial f`, shape ``(m,)``; ``None`` for a sketch.
         trace_standard_error: Standard error of the trace; zero unless this is a sketch.
+        no_gauss_newton: Why there is no Gauss-Newton matrix.
+        couples_samples: Whether the loss of a sample depends on the outputs of another.
+        held_constant: Names of the parameters that the loss depends on besides the outputs.
     """
 
-    loss_weighted: Tensor
+    loss_weighted: Tensor | None
     loss: float
     num_parameters: int
     tangent_kernel: Tensor | None = None
     residual: Tensor | None = None
     trace_standard_error: float = 0.0
+    no_gauss_newton: str | None = None
+    couples_samples: bool = False
+    held_constant: list[str] = field(default_factory=list)
+
+    @property
+    def kernel(self) -> TangentKernel | None:
+        """The tangent kernel; ``None`` for a sketch."""
+        if self.tangent_kernel is None or self.residual is None:
+            return None
+        return TangentKernel.from_matrix(self.tangent_kernel, self.residual)
 
     def spectrum(self) -> Spectrum:
-        """Return the eigenvalues of the Gauss-Newton matrix, with the tangent kernel unless this is a sketch."""
+        """Return the eigenvalues of the Gauss-Newton matrix, with the tangent kernel unless this is a sketch.
+
+        Raises:
+            NoGaussNewtonMatrixError: If the loss has no positive semi-definite Hessian.
+        """
+        if self.loss_weighted is None:
+            raise NoGaussNewtonMatrixError(self.no_gauss_newton)
         eigenvalues = torch.linalg.eigvalsh(self.loss_weighted).flip(0).clamp(min=0)[: self.num_parameters]
         weights = torch.full_like(eigenvalues, 1 / self.num_parameters)
         # All other eigenvalues of the Gauss-Newton matrix are zero.
@@ -81,9 +102,7 @@ class Gram:
         if num_zeros:
             eigenvalues = torch.cat([eigenvalues, eigenvalues.new_zeros(1)])
             weights = torch.cat([weights, weights.new_full((1,), num_zeros / self.num_parameters)])
-        kernel = None
-        if self.tangent_kernel is not None and self.residual is not None:
-            kernel = TangentKernel.from_matrix(self.tangent_kernel, self.residual)
+        kernel = self.kernel
         return Spectrum(
             eigenvalues.cpu(),
             weights.cpu(),
@@ -119,39 +138,102 @@ def gram(
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probe_mode(model):
-        recording = Recording(selected)
+        recording = Recording(model, selected)
         with full_precision(), recording:
             loss = loss_fn(model, batch)
         check_loss(loss)
-        outputs = outputs_of(loss, recording.loss_calls, names)
+        _check_checkpoints(loss)
+        derivatives = loss_derivatives(loss, recording, names, samples or batch_size(batch))
+        outputs = derivatives.outputs
         without_closed_form = _without_closed_form(outputs, recording, selected, names)
         _check_rows(outputs, sketch, max_rows)
+        combinations = None
+        if sketch is not None:
+            generator = torch.Generator().manual_seed(seed)
+            hessian = derivatives.require_hessian()
+            blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
+            combinations = hessian.random_factor_columns(sketch, blocks, generator)
+        factors = _Factors(derivatives)
         jacobian = jacobian_gram(
             recording.layer_calls,
             outputs,
             selected,
             without_closed_form,
-            combinations=None if sketch is None else _random_combinations(outputs, sketch, seed),
+            factors=factors,
+            combinations=combinations,
             max_passes=max_passes,
         )
-    if not torch.isfinite(jacobian.matrix).all():
-        raise ValueError(NOT_FINITE)
-    num_parameters = sum(parameter.numel() for parameter in selected.values())
-    if sketch is not None:
+        if not torch.isfinite(jacobian.matrix).all():
+            raise ValueError(NOT_FINITE)
+        num_parameters = sum(parameter.numel() for parameter in selected.values())
+        if sketch is not None:
+            return Gram(
+                loss_weighted=jacobian.matrix / sketch,
+                loss=loss.item(),
+                num_parameters=num_parameters,
+                trace_standard_error=_trace_standard_error(jacobian, sketch),
+            )
         return Gram(
-            loss_weighted=jacobian.matrix / sketch,
+            loss_weighted=factors.weight(jacobian),
             loss=loss.item(),
             num_parameters=num_parameters,
-            trace_standard_error=_trace_standard_error(jacobian),
+            tangent_kernel=jacobian.matrix / (samples or outputs[0].num_samples),
+            residual=_residual(outputs, jacobian.num_blocks),
+            no_gauss_newton=factors.no_gauss_newton,
+            couples_samples=factors.couples_samples,
+            held_constant=derivatives.held_constant,
         )
-    num_samples = outputs[0].num_samples if samples is None else samples
-    return Gram(
-        loss_weighted=_loss_weighted(jacobian),
-        loss=loss.item(),
-        num_parameters=num_parameters,
-        tangent_kernel=jacobian.matrix / num_samples,
-        residual=_residual(outputs, num_blocks=len(jacobian.factors)),
-    )
+
+
+class _Factors:
+    r"""The factors :math:`S` of the loss Hessian, as far as it is known and positive semi-definite.
+
+    Args:
+        derivatives: The derivatives of the loss.
+    """
+
+    def __init__(self, derivatives: LossDerivatives) -> None:
+        self.no_gauss_newton = derivatives.no_hessian
+        self._hessian = derivatives.hessian
+        self.couples_samples = self._hessian is not None and self._hessian.couples(derivatives.outputs[0].num_samples)
+        self._factors: dict[int, Tensor] = {}
+
+    def __call__(self, num_blocks: int) -> Tensor | None:
+        """Return one factor for each block, ``(num_blocks, q, q)``; ``None`` if the loss couples blocks."""
+        return None if self._hessian is None or self._hessian.couples(num_blocks) else self._factor(num_blocks)
+
+    def weight(self, jacobian: JacobianGram) -> Tensor | None:
+        r"""Return :math:`S^\top J J^\top S`, symmetric despite rounding; ``None`` if there is none."""
+        if self._hessian is None:
+            return None
+        num_blocks, matrix = jacobian.num_blocks, jacobian.matrix
+        if self._hessian.couples(num_blocks):
+            # One block, whose rows are numbered in another order.
+            matrix, num_blocks = matrix[(order := self._hessian.row_order(num_blocks))][:, order], 1
+        factors = self._factor(num_blocks)
+        if factors is None:
+            return None
+        q = factors.shape[1]
+        by_block = matrix.reshape(num_blocks, q, num_blocks, q)
+        weighted = torch.einsum("ipa,ipjq,jqb->iajb", factors, by_block, factors).reshape(matrix.shape)
+        return (weighted + weighted.T) / 2
+
+    def _factor(self, num_blocks: int) -> Tensor | None:
+        if self._hessian is not None and num_blocks not in self._factors:
+            try:
+                self._factors[num_blocks] = self._hessian.dense_factors(num_blocks)
+            except NoGaussNewtonMatrixError as error:
+                self._hessian, self.no_gauss_newton = None, str(error)
+        return self._factors.get(num_blocks)
+
+
+def _check_checkpoints(loss: Tensor) -> None:
+    """Raise if the model uses reentrant checkpoints."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in reached([edge_of(loss)], {})):
+        raise UnsupportedModelError(
+            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
+            "everything but loss.backward(): pass use_reentrant=False"
+        )
 
 
 def _without_closed_form(
@@ -160,15 +242,10 @@ def _without_closed_form(
     """Find the parameters that the outputs depend on other than through the recorded layer calls, with the reason.
 
     Raises:
-        UnsupportedModelError: If the model uses reentrant checkpoints or parameters of another model.
+        UnsupportedModelError: If the outputs depend on parameters of another model.
         ValueError: If the outputs do not depend on any parameter.
     """
     edges = [output.edge for output in outputs]
-    if any(node.name() == "CheckpointFunctionBackward" for node in reached(edges, {})):
-        raise UnsupportedModelError(
-            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
-            "everything but loss.backward(): pass use_reentrant=False"
-        )
     if not any(id(leaf) in names for leaf in leaves(edges, {})):
         raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
     other_leaves = leaves(edges, {call.output: call.inputs for call in recording.layer_calls})
@@ -187,35 +264,19 @@ def _without_closed_form(
 def _check_rows(outputs: list[Outputs], sketch: int | None, max_rows: int | None) -> None:
     """Raise if the Gram matrix would have too many rows."""
     num_outputs = sum(output.shape.numel() for output in outputs)
-    num_rows = num_outputs if sketch is None else outputs[0].num_blocks * sketch
+    num_rows = num_outputs if sketch is None else outputs[0].num_samples * sketch
     if max_rows is not None and num_rows > max_rows:
         raise TooManyRowsError(num_rows, max_rows)
 
 
-def _random_combinations(outputs: list[Outputs], sketch: int, seed: int) -> list[Tensor]:
-    """Draw ``sketch`` random combinations of the columns of each factor of the Hessian."""
-    generator = torch.Generator().manual_seed(seed)
-    return [output.random_factor_columns(sketch, generator) for output in outputs]
-
-
-def _trace_standard_error(sketched: JacobianGram) -> float:
+def _trace_standard_error(sketched: JacobianGram, num_combinations: int) -> float:
     """Return the standard error of the trace, from its values for each of the combinations."""
-    num_blocks, num_combinations = sketched.factors.shape[:2]
     if num_combinations == 1:
         return math.nan
-    traces = sketched.matrix.diagonal().reshape(num_blocks, num_combinations).sum(0)
+    traces = sketched.matrix.diagonal().reshape(sketched.num_blocks, num_combinations).sum(0)
     return traces.std().item() / math.sqrt(num_combinations)
-
-
-def _loss_weighted(jacobian: JacobianGram) -> Tensor:
-    r"""Return :math:`S^\top J J^\top S`, symmetric despite rounding."""
-    num_blocks, q = jacobian.factors.shape[:2]
-    by_block = jacobian.matrix.reshape(num_blocks, q, num_blocks, q)
-    weighted = torch.einsum("ipa,ipjq,jqb->iajb", jacobian.factors, by_block, jacobian.factors)
-    weighted = weighted.reshape(jacobian.matrix.shape)
-    return (weighted + weighted.T) / 2
 
 
 def _residual(outputs: list[Outputs], num_blocks: int) -> Tensor:
     """Return the gradient of the loss with respect to all outputs in the order of the Jacobian's rows, ``(m,)``."""
-    return torch.cat([output.residual.reshape(num_blocks, -1) for output in outputs], dim=1).flatten()
+    return torch.cat([output.by_block(output.residual, num_blocks) for output in outputs], dim=1).flatten()

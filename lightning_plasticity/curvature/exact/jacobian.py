@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +35,15 @@ class TooManyPassesError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class JacobianGram:
-    r""":math:`J J^\top`, and the factors of the Hessian for its rows.
+    r""":math:`J J^\top`, with its rows numbered block by block.
 
     Args:
         matrix: :math:`J J^\top`, shape ``(rows, rows)``, float64.
-        factors: Factors :math:`S` of the Hessian, one per block, shape ``(num_blocks, q, q)``, float64.
+        num_blocks: Number of blocks.
     """
 
     matrix: Tensor
-    factors: Tensor
+    num_blocks: int
 
 
 def jacobian_gram(
@@ -52,6 +52,7 @@ def jacobian_gram(
     parameters: Mapping[str, nn.Parameter],
     without_closed_form: Mapping[str, str],
     *,
+    factors: Callable[[int], Tensor | None] = lambda num_blocks: None,
     combinations: Sequence[Tensor] | None = None,
     max_passes: float = math.inf,
 ) -> JacobianGram:
@@ -62,8 +63,10 @@ def jacobian_gram(
         outputs: The network outputs.
         parameters: The parameters, by name.
         without_closed_form: Names of the parameters that other functions than the recorded layers use, with the reason.
+        factors: Maps a number of blocks to factors :math:`S` of the loss Hessian, shape ``(num_blocks, q, q)``, whose
+            directions closed forms are checked along, or to ``None``.
         combinations: Linear combinations of the outputs to take as rows in place of the outputs: a tensor
-            ``(q, *shape)`` for each element of ``outputs``. The factors are then identities.
+            ``(q, *shape)`` for each element of ``outputs``.
         max_passes: Most backward passes for row-by-row Jacobians.
 
     Raises:
@@ -89,22 +92,18 @@ def jacobian_gram(
         names = ", ".join(f"{name!r} ({reasons[name]})" for name in row_by_row)
         if num_passes > max_passes:
             raise TooManyPassesError(f"{num_passes} backward passes for the row-by-row Jacobian of {names}")
-        factors = _hessian_factors(outputs, rows) if combinations is None else _identities(rows, like)
+        checked = factors(num_blocks) if combinations is None else None
         closed_form = {name: parameter for name, parameter in parameters.items() if name not in reasons}
-        total, wrong = closed_form_gram(calls, rows, closed_form, factors)
+        total, wrong = closed_form_gram(
+            calls, rows, closed_form, _identities(rows, like) if checked is None else checked
+        )
         if not wrong:
             break
         reasons.update(dict.fromkeys(wrong, _MIXES_SAMPLES))
     if groups:
         _log.info("%d backward passes for the row-by-row Jacobian of %s", num_passes, names)
         total += row_by_row_gram(rows, groups, like)
-    return JacobianGram(total, factors)
-
-
-def _hessian_factors(outputs: list[Outputs], rows: OutputRows) -> Tensor:
-    """Return the factors of the Hessian with respect to all outputs of a block, ``(num_blocks, q, q)``."""
-    by_block = zip(*[output.dense_factors(rows.num_blocks) for output in outputs], strict=True)
-    return torch.stack([torch.block_diag(*factors) for factors in by_block])
+    return JacobianGram(total, num_blocks)
 
 
 def _identities(rows: OutputRows, like: Tensor) -> Tensor:

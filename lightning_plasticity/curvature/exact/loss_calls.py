@@ -39,6 +39,7 @@ class LossCall:
         curvature: Maps the upstream gradient (of the total loss with respect to the returned value) to the derivatives
             of the total loss with respect to the outputs.
         class_dim: Dimension of the outputs whose entries the loss couples (the classes of a softmax), or -1.
+        chooses_outputs: Whether what the function received are the network outputs, whatever it is computed from.
     """
 
     outputs_edge: Edge
@@ -46,6 +47,7 @@ class LossCall:
     value_edge: Edge
     curvature: Callable[[Tensor], LossCurvature]
     class_dim: int = -1
+    chooses_outputs: bool = False
 
 
 LossRule = Callable[..., "LossCall | None"]

@@ -20,6 +20,7 @@ from torch.autograd.graph import Node
 from lightning_plasticity.curvature.exact.custom_losses import custom_loss, custom_loss_rule
 from lightning_plasticity.curvature.exact.hessian_factors import DiagonalFactor, SoftmaxFactor
 from lightning_plasticity.curvature.exact.loss_calls import LossCall, LossCurvature, LossRule, loss_call
+from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError
 
 
 def _term_weight(reduction: str, upstream: Tensor, denominator: Tensor | float) -> Tensor:
@@ -238,7 +239,7 @@ def _diagonal_factor(strength: Tensor) -> DiagonalFactor:
 
 def _check_nonnegative(strength: Tensor) -> None:
     if (strength < 0).any():
-        raise ValueError(
+        raise NoGaussNewtonMatrixError(
             "the loss counts some samples negatively (weight, target or factor below zero), so the Gauss-Newton matrix "
             "is not positive semi-definite; give the probe a loss_fn without negative weights"
         )

@@ -1,4 +1,4 @@
-"""Record the layer and loss function calls of one forward pass."""
+"""Record the operations of one forward pass, and its layer and loss function calls."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_plasticity.curvature.autograd_graph import edge_of
+from lightning_plasticity.curvature.autograd_graph import Edge, edge_of
 from lightning_plasticity.curvature.exact.layer_calls import LayerCall
 from lightning_plasticity.curvature.exact.layer_rules import LAYER_RULES
 from lightning_plasticity.curvature.exact.loss_calls import LossCall
 from lightning_plasticity.curvature.exact.loss_rules import LOSS_RULES
+from lightning_plasticity.curvature.exact.operations import Operation, OperationRecorder
 from lightning_plasticity.isolation.batches import tensors_in
 
 _multi_head_attention = FunctionType(
@@ -26,19 +27,21 @@ _multi_head_attention = FunctionType(
 
 
 class Recording(TorchFunctionMode):
-    """A mode that records every call of a layer or loss function with a closed form.
+    """A mode that records every operation, and every call of a layer or loss function with a closed form.
 
     Uses of a parameter without a closed form are recorded by function name, for logs and error messages.
 
     Args:
-        parameters: The parameters to track, by name.
+        model: The model.
+        parameters: Its parameters whose uses to track, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.layer_calls: list[LayerCall] = []
         self.loss_calls: list[LossCall] = []
         self.other_uses: dict[str, set[str]] = {}
+        self._recorder = OperationRecorder(model)
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
     def __torch_function__(
@@ -53,10 +56,27 @@ class Recording(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
+        tensors = list(tensors_in((args, kwargs)))
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        # The function may change its arguments in place.
+        input_edges = [edge_of(tensor) for tensor in inputs]
+        weights_only = self._recorder.is_weights_only(func, args, tensors)
+        result = self._record_call(func, args, kwargs, inputs)
+        self._recorder.record(func, input_edges, result, weights_only=weights_only)
+        return result
+
+    @property
+    def operations(self) -> Mapping[Edge, Operation]:
+        """All operations whose result requires gradients, by the edge of the result."""
+        return self._recorder.operations
+
+    def _record_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+    ) -> Any:
+        """Call a function, record the call if it is one of a layer or loss, and return its result."""
         result = func(*args, **kwargs)
         if not any(tensor.requires_grad for tensor in tensors_in(result)):
             return result
-        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         if func in LOSS_RULES:
             # Weights or targets that depend on parameters add curvature that the rules do not include.
             loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None

@@ -22,7 +22,7 @@ def divide_into_blocks(
     entries in mixing layers. Sets ``leading_positions`` of the layer calls accordingly.
     """
     like = next(iter(parameters.values()))
-    most = math.gcd(*[output.num_blocks for output in outputs])
+    most = math.gcd(*[output.num_samples for output in outputs])
     candidates = {most, *(math.gcd(most, size) for call in calls for size in call.output_shape)}
     lowest_cost, num_blocks, leading_positions, mixing = math.inf, 1, [], []
     for candidate in sorted(candidates - {1} or {1}, reverse=True):

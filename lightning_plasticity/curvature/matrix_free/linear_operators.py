@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_plasticity.curvature.autograd_graph import dense_vjp, gradient_edge, vjp
 from lightning_plasticity.curvature.double_backward import DoubleBackwardError
-from lightning_plasticity.curvature.exact.outputs import Outputs
+from lightning_plasticity.curvature.exact.loss_hessian import LossHessian
 from lightning_plasticity.curvature.problem import normal
 
 
@@ -90,7 +90,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
 
     Args:
         loss: The loss.
-        outputs: The network outputs with the Hessian of the loss with respect to each of them.
+        hessian: The Hessian of the loss with respect to the network outputs.
         parameters: The parameters.
 
     Raises:
@@ -99,21 +99,23 @@ class GGNLinearOperator(CurvatureLinearOperator):
 
     semidefinite = True
 
-    def __init__(self, loss: Tensor, outputs: Sequence[Outputs], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, loss: Tensor, hessian: LossHessian, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters, loss.item())
-        self._edges = [gradient_edge(output.edge) for output in outputs]
-        self._outputs = list(outputs)
+        self._edges = [gradient_edge(output.edge) for output in hessian.outputs]
+        self._hessian = hessian
         # The map is linear: its derivative is the same at any cotangents.
         self._cotangents = [
-            torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True) for output in outputs
+            torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True)
+            for output in hessian.outputs
         ]
         self._transposed = vjp(self._edges, self.parameters, self._cotangents, create_graph=True)
         self._check_transpose()
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        tangents = zip(self._outputs, self._jvp(vector), strict=True)
-        return self._vjp([output.hessian_matvec(tangent).to(tangent.dtype) for output, tangent in tangents])
+        tangents = self._jvp(vector)
+        images = self._hessian.matvec([tangent.double() for tangent in tangents])
+        return self._vjp([image.to(tangent.dtype) for image, tangent in zip(images, tangents, strict=True)])
 
     def _jvp(self, vector: Tensor) -> Sequence[Tensor]:
         r"""Compute :math:`J v`, one tensor for each output."""

@@ -1,0 +1,133 @@
+"""Compute the derivatives of a loss with respect to the network outputs that it is a function of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_plasticity.curvature.autograd_graph import edge_of, gradient_edge, partial_vjp, reached
+from lightning_plasticity.curvature.exact.loss_calls import LossCall
+from lightning_plasticity.curvature.exact.loss_hessian import (
+    AutogradHessian,
+    ClosedFormHessian,
+    LossHessian,
+    LossTerm,
+)
+from lightning_plasticity.curvature.exact.output_edges import find_network_end
+from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs
+from lightning_plasticity.curvature.exact.recording import Recording
+
+
+@dataclass(frozen=True, eq=False)
+class LossDerivatives:
+    """The network outputs that a loss is a function of, and its derivatives with respect to them.
+
+    Args:
+        outputs: The outputs with the gradient of the loss, in the order of computation.
+        hessian: The Hessian of the loss; ``None`` if it is not known.
+        no_hessian: Why it is not known.
+        held_constant: Names of the parameters that the loss depends on besides the outputs: its derivatives with
+            respect to them are left out.
+    """
+
+    outputs: list[Outputs]
+    hessian: LossHessian | None
+    no_hessian: str | None
+    held_constant: list[str]
+
+    def require_hessian(self) -> LossHessian:
+        """Return the Hessian.
+
+        Raises:
+            NoGaussNewtonMatrixError: If it is not known.
+        """
+        if self.hessian is None:
+            raise NoGaussNewtonMatrixError(self.no_hessian)
+        return self.hessian
+
+
+def loss_derivatives(
+    loss: Tensor, recording: Recording, names: Mapping[int, str], num_samples: int | None
+) -> LossDerivatives:
+    """Find the network outputs of a recorded forward pass, and differentiate its loss with respect to them.
+
+    Args:
+        loss: The loss.
+        recording: The recording of the forward pass.
+        names: Names of the parameters, by ``id``.
+        num_samples: Number of samples in the batch, if known.
+
+    Raises:
+        ValueError: If the loss does not depend on any parameter.
+    """
+    calls = _closed_form_calls(loss, recording)
+    received = [call.outputs_edge for call, _ in calls]
+    chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
+    end = find_network_end(loss, recording.operations, num_samples, chosen=chosen, received=received)
+    if not end.edges:
+        raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
+    gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
+    unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
+    outputs = [
+        Outputs(edge, shape, gradient.double(), None if edge in unbatched else _sample_dim(shape, num_samples))
+        for edge, shape, gradient in zip(end.edges, end.shapes, gradients, strict=True)
+    ]
+    held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
+    try:
+        if set(received) == set(end.edges):
+            terms = [LossTerm(c, c.curvature(weight), end.edges.index(c.outputs_edge)) for c, weight in calls]
+            residuals = _closed_form_residuals(outputs, terms, gradients[0].dtype)
+            if residuals is not None:
+                # In single precision, the difference of large outputs and targets leaves few digits to the gradient.
+                outputs = [replace(output, residual=r) for output, r in zip(outputs, residuals, strict=True)]
+                return LossDerivatives(outputs, ClosedFormHessian(terms, outputs), None, held_constant)
+        return LossDerivatives(outputs, AutogradHessian(loss, outputs), None, held_constant)
+    except NoGaussNewtonMatrixError as error:
+        return LossDerivatives(outputs, None, str(error), held_constant)
+
+
+def _sample_dim(shape: torch.Size, num_samples: int | None) -> int | None:
+    """Return the dimension of the samples: the first one, unless another one alone has their number of entries."""
+    if not shape:
+        return None
+    if num_samples and shape[0] % num_samples and num_samples in shape:
+        return shape.index(num_samples)
+    return 0
+
+
+def _closed_form_calls(loss: Tensor, recording: Recording) -> list[tuple[LossCall, Tensor]]:
+    """Return the loss calls with a rule that a loss is a weighted sum of, with their weights; none if it is another."""
+    calls = recording.loss_calls
+    if not calls:
+        return []
+    edges = [gradient_edge(call.value_edge) for call in calls]
+    weights = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
+    used = [(call, weight) for call, weight in zip(calls, weights, strict=True) if weight is not None]
+    if any(weight.requires_grad for _, weight in used):
+        return []
+    # The loss must depend on what the functions received through these calls alone.
+    received = {call.outputs_edge[0] for call, _ in used}
+    others = reached([edge_of(loss)], {call.value_edge: [] for call, _ in used})
+    return [] if any(node in received for node in others) else [(call, weight.detach()) for call, weight in used]
+
+
+def _closed_form_residuals(
+    outputs: Sequence[Outputs], terms: Sequence[LossTerm], dtype: torch.dtype
+) -> list[Tensor] | None:
+    """Return the residuals by closed forms, or ``None`` if they are not autograd's.
+
+    They are not if a rule does not support an option of its loss function, or if a hook changes the gradient.
+    """
+    residuals = []
+    eps = torch.finfo(dtype).eps
+    for index, output in enumerate(outputs):
+        curvatures = [term.curvature for term in terms if term.output == index]
+        residual = torch.stack([curvature.residual for curvature in curvatures]).sum(0)
+        scale = torch.stack([curvature.scale for curvature in curvatures]).sum()
+        if (residual - output.residual).norm() > eps**0.5 * output.residual.norm() + 100 * eps * scale:
+            return None
+        residuals.append(residual)
+    return residuals
