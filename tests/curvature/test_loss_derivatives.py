@@ -248,7 +248,8 @@ def measure(case: LossCase) -> tuple[Gram, Tensor, Tensor, Tensor, Tensor]:
 @each_case
 def test_kernel_and_residual_are_the_dense_ones(case: LossCase) -> None:
     result, kernel, residual, *_ = measure(case)
-    assert result.tangent_kernel is not None and result.residual is not None
+    assert result.tangent_kernel is not None
+    assert result.residual is not None
     # The measurement may number the outputs in another order.
     expected, actual = torch.linalg.eigvalsh(kernel), torch.linalg.eigvalsh(result.tangent_kernel)
     assert (expected - actual).abs().max() <= 1e-10 * expected.max()
@@ -291,7 +292,8 @@ def test_custom_loss_chooses_the_outputs() -> None:
     model = Heads(3).double()
     inside = gram(model, X, lambda model, x: custom_loss(model(x)[0], lambda f: (f.sigmoid() - 0.5).square().mean()))
     outside = gram(model, X, lambda model, x: custom_loss(model(x)[0].sigmoid(), lambda p: (p - 0.5).square().mean()))
-    assert inside.tangent_kernel is not None and outside.tangent_kernel is not None
+    assert inside.tangent_kernel is not None
+    assert outside.tangent_kernel is not None
     slope = (p := model(X)[0].sigmoid().detach().flatten()) * (1 - p)
     expected = slope[:, None] * inside.tangent_kernel * slope
     assert (outside.tangent_kernel - expected).norm() <= 1e-10 * expected.norm()

@@ -11,7 +11,7 @@ sample and does not form :math:`J`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.autograd_graph import edge_of, leaves, reached
+from lightning_plasticity.curvature.cost import Budget, Cost, ForwardCounter, TooCostlyError, cost_of
 from lightning_plasticity.curvature.exact.jacobian import JacobianGram, jacobian_gram
+from lightning_plasticity.curvature.exact.layer_calls import LayerCall
 from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives, loss_derivatives
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs, UnsupportedModelError
 from lightning_plasticity.curvature.exact.recording import Recording
@@ -123,6 +125,7 @@ def gram(
     samples: int | None = None,
     max_rows: int | None = None,
     max_passes: float = math.inf,
+    budget: Budget | None = None,
     sketch: int | None = None,
     seed: int = 0,
 ) -> Gram:
@@ -130,7 +133,9 @@ def gram(
 
     Raises:
         TooManyRowsError: If the matrix would have more than ``max_rows`` rows.
-        TooManyPassesError: If row-by-row Jacobians would take more than ``max_passes`` backward passes.
+        TooManyPassesError: If row-by-row Jacobians would take more than ``max_passes`` backward passes, or more than
+            ``budget`` leaves for them.
+        TooCostlyError: If the matrix would cost more than ``budget``.
         UnsupportedModelError: If the curvature of a loss term is unknown, or a Jacobian is too large.
         ValueError: If an argument, the loss or a gradient is invalid.
     """
@@ -138,8 +143,8 @@ def gram(
     selected = trainable_parameters(model, parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with probe_mode(model):
-        recording = Recording(model, selected)
-        with full_precision(), recording:
+        recording, counter = Recording(model, selected), ForwardCounter()
+        with full_precision(), counter, recording:
             loss = loss_fn(model, batch)
         check_loss(loss)
         _check_checkpoints(loss)
@@ -147,6 +152,9 @@ def gram(
         outputs = derivatives.outputs
         without_closed_form = _without_closed_form(outputs, recording, selected, names)
         _check_rows(outputs, sketch, max_rows)
+        if budget is not None:
+            cost = cost_of(counter, list(selected.values()))
+            max_passes = min(max_passes, _affordable_passes(cost, budget, recording.layer_calls, outputs))
         combinations = None
         if sketch is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -267,6 +275,26 @@ def _check_rows(outputs: list[Outputs], sketch: int | None, max_rows: int | None
     num_rows = num_outputs if sketch is None else outputs[0].num_samples * sketch
     if max_rows is not None and num_rows > max_rows:
         raise TooManyRowsError(num_rows, max_rows)
+
+
+def _affordable_passes(cost: Cost, budget: Budget, calls: Sequence[LayerCall], outputs: Sequence[Outputs]) -> float:
+    """Return the backward passes that a budget leaves for row-by-row Jacobians.
+
+    Raises:
+        TooCostlyError: If the matrix would cost more than the budget without any.
+    """
+    rows, num_samples = sum(output.shape.numel() for output in outputs), outputs[0].num_samples
+    shared = {
+        id(use.parameter): use.parameter.numel()
+        for call in calls
+        for use in call.uses
+        if not use.sums_positions and call.output_shape.numel() > call.channels * num_samples
+    }
+    seconds = cost.exact(rows, rows // num_samples, sum(shared.values()))
+    steps = cost.in_steps(seconds, budget)
+    if steps > budget.steps:
+        raise TooCostlyError(steps, budget)
+    return (budget.steps - steps) / cost.in_steps(cost.backward_pass, budget)
 
 
 def _trace_standard_error(sketched: JacobianGram, num_combinations: int) -> float:

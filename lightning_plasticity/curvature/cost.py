@@ -1,0 +1,140 @@
+"""Estimate what a measurement costs, in training steps, before it is made.
+
+The estimate is computed from counts, not from a clock: the same model is measured in the same way in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+_SECONDS_PER_FLOP = {"cpu": 5e-11, "cuda": 1e-13}
+"""Time of a floating point operation of a matrix product, by type of device; that of a GPU for any other."""
+
+_SECONDS_PER_FLOP_OF_EIGENVALUES = {"cpu": 1e-10, "cuda": 1e-12}
+"""The same for eigenvalues."""
+
+_SECONDS_PER_CALL = 8e-6
+"""Time to call an operation, whatever its size."""
+
+_SECONDS_PER_STEP = 1e-3
+"""Time of a training step outside of forward and backward passes."""
+
+
+class ForwardCounter(TorchDispatchMode):
+    """A mode that counts the operations of a forward pass.
+
+    Example:
+        >>> with ForwardCounter() as counter:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> counter.flops
+        48
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.calls = 0
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class TooCostlyError(RuntimeError):
+    """Raised when a measurement would cost more than its budget.
+
+    Args:
+        steps: The estimated cost in training steps.
+        budget: The budget.
+    """
+
+    def __init__(self, steps: float, budget: Budget) -> None:
+        super().__init__(f"it would cost {steps:.0f} training steps, more than {budget.steps:.0f}")
+        self.steps = steps
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest cost of a measurement, in training steps.
+
+    Args:
+        steps: Number of training steps.
+        samples_per_step: Number of samples of a training step, as a multiple of those of the measurement.
+    """
+
+    steps: float
+    samples_per_step: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The estimated time of the passes of a measurement.
+
+    Args:
+        flops: Floating point operations of the forward pass of the measurement.
+        calls: Number of operations of that pass.
+        device: The device.
+        num_parameters: Number of trainable parameters.
+    """
+
+    flops: int
+    calls: int
+    device: torch.device
+    num_parameters: int
+
+    @property
+    def backward_pass(self) -> float:
+        """Seconds of a backward pass from the outputs: two products for each of the forward pass."""
+        return self._matrix_products(2 * self.flops) + 2 * self.calls * _SECONDS_PER_CALL
+
+    @property
+    def kernel_product(self) -> float:
+        """Seconds of a product with the tangent kernel: a backward pass, and one through its graph."""
+        return 2.5 * self.backward_pass
+
+    def in_steps(self, seconds: float, budget: Budget) -> float:
+        """Convert seconds to training steps."""
+        passes = self._matrix_products(budget.samples_per_step * 3 * self.flops) + 3 * self.calls * _SECONDS_PER_CALL
+        # An optimizer like Adam reads and writes each parameter and its moments.
+        step = passes + self._matrix_products(50 * self.num_parameters) + _SECONDS_PER_STEP
+        return seconds / step
+
+    def exact(self, rows: int, rows_per_sample: int, shared_parameters: int) -> float:
+        """Return the seconds of the exact spectra.
+
+        Args:
+            rows: Number of outputs :math:`m` of the batch.
+            rows_per_sample: Number of outputs of a sample, each of which takes a backward pass.
+            shared_parameters: Number of parameters that are used at many positions of a sample, and so need a Jacobian.
+        """
+        eigenvalues = 3 * rows**3 * _rate(_SECONDS_PER_FLOP_OF_EIGENVALUES, self.device)
+        # The lower half of J Jᵀ alone is computed.
+        return rows_per_sample * self.backward_pass + self._matrix_products(rows**2 * shared_parameters) + eigenvalues
+
+    def _matrix_products(self, flops: float) -> float:
+        return flops * _rate(_SECONDS_PER_FLOP, self.device)
+
+
+def _rate(rates: dict[str, float], device: torch.device) -> float:
+    return rates.get(device.type, rates["cuda"])
+
+
+def cost_of(counter: ForwardCounter, parameters: Sequence[Tensor]) -> Cost:
+    """Return the cost of a forward pass that was counted."""
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    return Cost(counter.flops, counter.calls, parameters[0].device, num_parameters)
