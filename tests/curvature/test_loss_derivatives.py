@@ -59,6 +59,27 @@ class Standardised(Heads):
         return ((super().forward(x)[0] - Y) / torch.exp(self.log_vars[0]),)
 
 
+class Squashed(Heads):
+    """A network whose last layer is followed by an activation."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return (super().forward(x)[0].sigmoid(),)
+
+
+class Towers(Heads):
+    """Two towers, whose outputs are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def forward(self, x: Tensor) -> Outputs:
+        user, item = super().forward(x)
+        return ((user * item).sum(1),)
+
+
 class Image(nn.Module):
     """A network whose last layer is a convolution, before global average pooling."""
 
@@ -212,6 +233,12 @@ CASES = [
         Image,
     ),
     LossCase("product of two heads", lambda f, m: (f[0] * f[1]).square().mean(), lambda: Heads(3, 3)),
+    LossCase("squares of a sigmoid", lambda f, m: F.mse_loss(f[0], Y), Squashed),
+    LossCase(
+        "logistic loss of scores of two towers",
+        lambda f, m: F.binary_cross_entropy_with_logits(f[0], Y[:, 0].round().clamp(0, 1)),
+        Towers,
+    ),
     LossCase("sum of known and unknown", lambda f, m: F.mse_loss(f[0], Y) + f[0].exp().mean()),
     LossCase("linear in the outputs", lambda f, m: -(f[0] * Y).mean()),
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,12 @@ class Gram:
     held_constant: list[str] = field(default_factory=list)
 
     @property
+    def num_outputs(self) -> int:
+        """Number of network outputs :math:`m` on the batch; for a sketch, of their combinations."""
+        matrix = self.loss_weighted if self.tangent_kernel is None else self.tangent_kernel
+        return 0 if matrix is None else len(matrix)
+
+    @property
     def kernel(self) -> TangentKernel | None:
         """The tangent kernel; ``None`` for a sketch."""
         if self.tangent_kernel is None or self.residual is None:
@@ -128,6 +134,7 @@ def gram(
     budget: Budget | None = None,
     sketch: int | None = None,
     seed: int = 0,
+    gauss_newton: bool = True,
 ) -> Gram:
     """Compute the Gram matrices of a batch: see :func:`~lightning_plasticity.curvature.ggn_spectrum` for the arguments.
 
@@ -147,7 +154,7 @@ def gram(
         with full_precision(), counter, recording:
             loss = loss_fn(model, batch)
         check_loss(loss)
-        _check_checkpoints(loss)
+        check_checkpoints(loss)
         derivatives = loss_derivatives(loss, recording, names, samples or batch_size(batch))
         outputs = derivatives.outputs
         without_closed_form = _without_closed_form(outputs, recording, selected, names)
@@ -161,7 +168,7 @@ def gram(
             hessian = derivatives.require_hessian()
             blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
             combinations = hessian.random_factor_columns(sketch, blocks, generator)
-        factors = _Factors(derivatives)
+        factors = _Factors(derivatives if gauss_newton else replace(derivatives, hessian=None))
         jacobian = jacobian_gram(
             recording.layer_calls,
             outputs,
@@ -182,7 +189,7 @@ def gram(
                 trace_standard_error=_trace_standard_error(jacobian, sketch),
             )
         return Gram(
-            loss_weighted=factors.weight(jacobian),
+            loss_weighted=factors.weight(jacobian) if gauss_newton else None,
             loss=loss.item(),
             num_parameters=num_parameters,
             tangent_kernel=jacobian.matrix / (samples or outputs[0].num_samples),
@@ -235,7 +242,7 @@ class _Factors:
         return self._factors.get(num_blocks)
 
 
-def _check_checkpoints(loss: Tensor) -> None:
+def check_checkpoints(loss: Tensor) -> None:
     """Raise if the model uses reentrant checkpoints."""
     if any(node.name() == "CheckpointFunctionBackward" for node in reached([edge_of(loss)], {})):
         raise UnsupportedModelError(

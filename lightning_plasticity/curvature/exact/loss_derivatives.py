@@ -16,9 +16,10 @@ from lightning_plasticity.curvature.exact.loss_hessian import (
     LossHessian,
     LossTerm,
 )
-from lightning_plasticity.curvature.exact.output_edges import find_network_end
+from lightning_plasticity.curvature.exact.output_edges import NetworkEnd, find_network_end
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs
 from lightning_plasticity.curvature.exact.recording import Recording
+from lightning_plasticity.curvature.problem import normal
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,14 @@ def loss_derivatives(
         ValueError: If the loss does not depend on any parameter.
     """
     calls = _closed_form_calls(loss, recording)
-    received = [call.outputs_edge for call, _ in calls]
+    received = list(dict.fromkeys(call.outputs_edge for call, _ in calls))
     chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
-    end = find_network_end(loss, recording.operations, num_samples, chosen=chosen, received=received)
+    end = find_network_end(loss, recording.operations, num_samples, chosen)
     if not end.edges:
         raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
+    if received and set(received) != set(end.edges) and _are_computed_by_sample(calls, end, num_samples):
+        # What follows the last operation with parameters is part of the network, such as a last activation.
+        end = find_network_end(loss, recording.operations, num_samples, received)
     gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
     unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
     outputs = [
@@ -87,6 +91,30 @@ def loss_derivatives(
         return LossDerivatives(outputs, AutogradHessian(loss, outputs), None, held_constant)
     except NoGaussNewtonMatrixError as error:
         return LossDerivatives(outputs, None, str(error), held_constant)
+
+
+def _are_computed_by_sample(calls: Sequence[tuple[LossCall, Tensor]], end: NetworkEnd, num_samples: int | None) -> bool:
+    """Return whether what loss functions received for a sample depends on results of the network for that sample alone.
+
+    It does not for the similarities of contrastive losses. A sample may have several results, such as those of two
+    views, side by side or one half of the batch after the other.
+    """
+    shapes = [call.outputs_shape for call, _ in calls]
+    if not num_samples or any(not shape or shape[0] % num_samples for shape in (*shapes, *end.shapes)):
+        return True
+    noise = [normal(call.outputs_shape, weight) for call, weight in calls]
+
+    def depend_on_others(side_by_side: bool) -> bool:
+        def of_even_samples(tensor: Tensor) -> Tensor:
+            rows = torch.arange(len(tensor), device=tensor.device)
+            sample = rows * num_samples // len(tensor) if side_by_side else rows % num_samples
+            return tensor * (sample % 2 == 0).reshape(-1, *[1] * (tensor.dim() - 1))
+
+        roots = [gradient_edge(call.outputs_edge) for call, _ in calls]
+        images = partial_vjp(roots, end.edges, [of_even_samples(tensor) for tensor in noise])
+        return any(bool((image - of_even_samples(image)).any()) for image in images)
+
+    return not (depend_on_others(side_by_side=True) and depend_on_others(side_by_side=False))
 
 
 def _sample_dim(shape: torch.Size, num_samples: int | None) -> int | None:

@@ -47,31 +47,23 @@ class NetworkEnd:
 
 
 def find_network_end(
-    loss: Tensor,
-    operations: Mapping[Edge, Operation],
-    num_samples: int | None,
-    *,
-    chosen: Collection[Edge] = (),
-    received: Collection[Edge] = (),
+    loss: Tensor, operations: Mapping[Edge, Operation], num_samples: int | None, chosen: Collection[Edge] = ()
 ) -> NetworkEnd:
     """Find where the network ends: at the last operations that use parameters.
 
-    What follows them still belongs to the network where it is computed from one result alone, and
-
-    * a known loss function receives it, such as the sigmoid of a last layer that a squared error receives, or
-    * it selects or averages entries, such as the mean over the pixels of a last convolution.
+    A result that the loss selects from or averages is replaced by the selection or the average, such as the mean over
+    the pixels that follows the last convolution: the loss is a function of that alone.
 
     Args:
         loss: The loss.
         operations: The recorded operations, by the edge of their result.
         num_samples: Number of samples of the batch, if known.
-        chosen: Edges that are outputs wherever they are, because the user has said so.
-        received: Edges of what known loss functions received.
+        chosen: Edges that are outputs wherever they are.
     """
     search = _Search(loss, operations, num_samples, chosen)
     found = search.ends([edge_of(loss)])
     order = {edge: index for index, edge in enumerate(operations)}
-    edges = [search.advance(edge, received) for edge in sorted(found, key=lambda edge: order.get(edge, -1))]
+    edges = [search.advance(edge) for edge in sorted(found, key=lambda edge: order.get(edge, -1))]
     held = leaves(search.held_constant, {})
     return NetworkEnd(edges, [search.shape(edge) for edge in edges], held)
 
@@ -111,18 +103,16 @@ class _Search:
             pending += inputs
         return list(found)
 
-    def advance(self, edge: Edge, received: Collection[Edge]) -> Edge:
-        """Return the last of the results computed from one result alone that still belongs to the network."""
-        best, size, is_linear = edge, self.shape(edge).numel(), True
+    def advance(self, edge: Edge) -> Edge:
+        """Return the smallest of the results that follow by selecting, averaging and rearranging entries."""
+        best, size = edge, self.shape(edge).numel()
         while edge not in self._chosen:
-            if edge in received:
-                best = edge
             users = self._users.get(edge, [])
             operation = self._operations.get(users[0]) if len(users) == 1 else None
-            if operation is None or len(operation.inputs) != 1:
+            if operation is None or _name(operation) not in _LINEAR or len(operation.inputs) != 1:
                 break
-            edge, is_linear = users[0], is_linear and _name(operation) in _LINEAR
-            if is_linear and self._keeps_samples(operation.shape) and operation.shape.numel() <= size:
+            edge = users[0]
+            if self._keeps_samples(operation.shape) and operation.shape.numel() <= size:
                 best, size = edge, operation.shape.numel()
         return best
 

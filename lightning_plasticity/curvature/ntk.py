@@ -1,0 +1,334 @@
+"""Measure the neural tangent kernel: exact with the Gauss-Newton matrix, or by products at any number of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity._validation import check_choice, check_positive_ints, check_seed
+from lightning_plasticity.curvature.cost import Budget, Cost, ForwardCounter, TooCostlyError, cost_of
+from lightning_plasticity.curvature.double_backward import second_derivative_mode
+from lightning_plasticity.curvature.exact.gram import TooManyRowsError, check_checkpoints, gram
+from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
+from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
+from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
+from lightning_plasticity.curvature.exact.outputs import Outputs
+from lightning_plasticity.curvature.exact.recording import Recording
+from lightning_plasticity.curvature.kernel import TangentKernel
+from lightning_plasticity.curvature.matrix_free.tangent_kernel import TangentKernelOperator, kernel_by_lanczos
+from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, check_loss, trainable_parameters
+from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.isolation.batches import batch_size
+
+_FEWEST_PRODUCTS = 12
+"""Products below which the bracket of the learnable fraction is often too wide for a verdict."""
+
+_MOST_PRODUCTS = 60
+"""Products after which the bracket hardly narrows for the default horizon."""
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMeasurement:
+    """The tangent kernel of a batch, and what was measured with it.
+
+    Args:
+        kernel: The kernel.
+        loss: The loss on the batch.
+        num_outputs: Number of network outputs.
+        spectrum: The spectrum of the Gauss-Newton matrix, if it was computed.
+        no_gauss_newton: Why it was not.
+        positions: Number of output positions of a sample that were taken, and of all; ``None`` if all were taken.
+        couples_samples: Whether the loss of a sample depends on the outputs of another.
+        held_constant: Names of the parameters that the loss depends on besides the outputs.
+        products: Number of products with the kernel, 0 if it is exact.
+    """
+
+    kernel: TangentKernel
+    loss: float
+    num_outputs: int
+    spectrum: Spectrum | None = None
+    no_gauss_newton: str | None = None
+    positions: tuple[int, int] | None = None
+    couples_samples: bool = False
+    held_constant: list[str] = field(default_factory=list)
+    products: int = 0
+
+
+def tangent_kernel(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    *,
+    method: Literal["auto", "exact", "lanczos"] = "auto",
+    parameters: str | None = None,
+    samples: int | None = None,
+    max_rows: int = 2048,
+    max_products: int = 30,
+    positions: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TangentKernel:
+    r"""Measure the neural tangent kernel :math:`\Theta = \frac1n J J^\top` of the network outputs of a batch.
+
+    The outputs are the results of the last operations that use parameters, found in the autograd graph, so any loss can
+    be used. The model is in evaluation mode.
+
+    Args:
+        model: Any module. It is not changed.
+        batch: The batch for ``loss_fn``, of any type.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the samples, a scalar with a graph.
+        method: ``"exact"``: from a matrix with a row for each output number of the batch. ``"lanczos"``: by at most
+            ``max_products`` products, for any number of outputs; the learnable fraction is then a bracket, and other
+            eigenvalues than the largest are unknown. ``"auto"``: exact up to ``max_rows``.
+        parameters: Pattern of parameter names, as for :func:`ggn_spectrum`.
+        samples: Number of samples :math:`n`; by default the first dimension of the outputs.
+        max_rows: Largest number of rows of the matrix.
+        max_products: Largest number of products, each about two gradients of the batch.
+        positions: Number of output positions (tokens, pixels) of all samples together to take, drawn at random and the
+            same for each sample; ``None`` takes all. Only for ``"lanczos"``.
+        seed: Seed of the positions and of a start vector.
+        progress: Called after each product with the number of products done and the total.
+
+    Returns:
+        The kernel, with the share of the residual along its eigenvectors.
+
+    Raises:
+        DoubleBackwardError: If products are wrong because a custom autograd.Function hides derivatives.
+        TooManyRowsError: If ``max_rows`` is exceeded, with ``method="exact"``.
+        UnsupportedModelError: If a Jacobian exceeds the memory limit, with ``method="exact"``.
+        ValueError: If an argument or the loss is invalid.
+
+    References:
+        Jacot et al. 2018, arXiv 1806.07572.
+
+    Example:
+        >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> kernel = tangent_kernel(model, x, lambda model, x: (model(x) - 1).abs().mean())
+        >>> [round(value, 6) for value in kernel.eigenvalues.tolist()]  # of ½ xxᵀ
+        [2.0, 0.5]
+    """
+    check_choice(("auto", "exact", "lanczos"), method=method)
+    check_positive_ints(max_rows=max_rows, max_products=max_products)
+    check_positive_ints(optional=True, samples=samples, positions=positions)
+    check_seed(seed)
+    if method != "lanczos":
+        try:
+            kernel = gram(
+                model, batch, loss_fn, parameters=parameters, samples=samples, max_rows=max_rows, gauss_newton=False
+            ).kernel
+            assert kernel is not None
+            return kernel
+        except (TooManyRowsError, JacobianTooLargeError):
+            if method == "exact":
+                raise
+    return _by_products(
+        model,
+        batch,
+        loss_fn,
+        parameters=parameters,
+        samples=samples,
+        max_products=max_products,
+        positions=positions,
+        seed=seed,
+        progress=progress,
+    ).kernel
+
+
+def measure_within_budget(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    *,
+    samples: int | None,
+    max_rows: int,
+    positions: int | None,
+    budget: Budget,
+    progress: Progress | None = None,
+) -> KernelMeasurement:
+    """Measure the kernel in the cheapest way that is right: exact if that is affordable, else by products.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss_fn: Computes the mean loss.
+        samples: Number of samples.
+        max_rows: Largest number of rows of the exact matrix.
+        positions: Largest number of output positions of all samples together.
+        budget: Largest cost.
+        progress: Called after each product.
+
+    Raises:
+        TooCostlyError: If the budget is too small for a bracket that says something.
+    """
+    try:
+        exact = gram(model, batch, loss_fn, samples=samples, max_rows=max_rows, budget=budget)
+    except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
+        reason = f"it needs all eigenvalues of the kernel ({error})"
+    else:
+        kernel = exact.kernel
+        assert kernel is not None
+        return KernelMeasurement(
+            kernel,
+            exact.loss,
+            exact.num_outputs,
+            spectrum=None if exact.no_gauss_newton else exact.spectrum(),
+            no_gauss_newton=exact.no_gauss_newton,
+            couples_samples=exact.couples_samples,
+            held_constant=exact.held_constant,
+        )
+    measurement = _by_products(
+        model, batch, loss_fn, samples=samples, positions=positions, budget=budget, progress=progress
+    )
+    return replace(measurement, no_gauss_newton=reason)
+
+
+def _by_products(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    *,
+    parameters: str | None = None,
+    samples: int | None,
+    positions: int | None,
+    max_products: int | None = None,
+    budget: Budget | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> KernelMeasurement:
+    """Measure the kernel by at most ``max_products`` products, or by those that a budget allows."""
+    selected = list(trainable_parameters(model, parameters).values())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with second_derivative_mode(model):
+        recording, counter = Recording(model, {}), ForwardCounter()
+        with counter, recording:
+            loss = loss_fn(model, batch)
+        check_loss(loss)
+        check_checkpoints(loss)
+        derivatives = loss_derivatives(loss, recording, names, samples or batch_size(batch))
+        outputs = derivatives.outputs
+        if max_products is None:
+            assert budget is not None
+            max_products = _affordable_products(cost_of(counter, selected), budget)
+        taken = _Positions.draw(outputs, positions, seed)
+        operator = TangentKernelOperator(
+            [output.edge for output in outputs],
+            [output.shape for output in outputs],
+            selected,
+            samples or outputs[0].num_samples,
+        )
+        products = 0
+
+        def count(done: int, total: int) -> None:
+            nonlocal products
+            products = done
+            if progress is not None:
+                progress(done, total)
+
+        residual = torch.cat([output.residual.flatten() for output in outputs])
+        kernel = kernel_by_lanczos(
+            operator if taken is None else taken.restrict(operator),
+            residual if taken is None else residual[taken.entries],
+            max_products=max_products,
+            seed=seed,
+            progress=count,
+        )
+        hessian = derivatives.hessian
+        return KernelMeasurement(
+            kernel,
+            loss.item(),
+            len(residual) if taken is None else len(taken.entries),
+            positions=None if taken is None else (taken.count, taken.total),
+            couples_samples=hessian is not None and hessian.couples(outputs[0].num_samples),
+            held_constant=derivatives.held_constant,
+            products=products,
+        )
+
+
+def _affordable_products(cost: Cost, budget: Budget) -> int:
+    """Return the number of products that a budget allows, at most ``_MOST_PRODUCTS``.
+
+    Raises:
+        TooCostlyError: If it does not allow ``_FEWEST_PRODUCTS``.
+    """
+    steps = cost.in_steps(cost.kernel_product, budget)
+    products = int(budget.steps / steps)
+    if products < _FEWEST_PRODUCTS:
+        raise TooCostlyError(_FEWEST_PRODUCTS * steps, budget)
+    return min(products, _MOST_PRODUCTS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Positions:
+    """A random subset of output positions, the same for each sample.
+
+    Args:
+        count: Number of positions of a sample that were taken.
+        total: Number of positions of a sample.
+        entries: Indices of the entries there, among all outputs flattened one tensor after the other.
+    """
+
+    count: int
+    total: int
+    entries: Tensor
+
+    @classmethod
+    def draw(cls, outputs: Sequence[Outputs], positions: int | None, seed: int) -> _Positions | None:
+        """Draw positions, ``positions`` for all samples together; return ``None`` if there are no more."""
+        counts = [_num_positions(output) for output in outputs]
+        allowed = [max(1, (positions or 0) // output.num_samples) for output in outputs]
+        if positions is None or all(count <= most for count, most in zip(counts, allowed, strict=True)):
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        entries, start = [], 0
+        for output, count, most in zip(outputs, counts, allowed, strict=True):
+            chosen = torch.randperm(count, generator=generator, device="cpu")[:most].sort().values
+            indices = start + torch.arange(output.shape.numel(), device="cpu").reshape(output.shape)
+            entries.append(_by_position(output, indices)[:, chosen].flatten())
+            start += output.shape.numel()
+        taken = sum(min(count, most) for count, most in zip(counts, allowed, strict=True))
+        return cls(taken, sum(counts), torch.cat(entries).to(outputs[0].residual.device))
+
+    def restrict(self, operator: TangentKernelOperator) -> _RestrictedOperator:
+        """Return the block of the kernel that belongs to the positions."""
+        return _RestrictedOperator(operator, self.entries)
+
+
+@dataclass(frozen=True, eq=False)
+class _RestrictedOperator:
+    """The block of a kernel that belongs to some of the outputs."""
+
+    operator: TangentKernelOperator
+    entries: Tensor
+
+    @property
+    def dimension(self) -> int:
+        return len(self.entries)
+
+    @property
+    def rounding(self) -> float:
+        return self.operator.rounding
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        full = vector.new_zeros(self.operator.dimension)
+        full[self.entries] = vector
+        return self.operator(full)[self.entries]
+
+
+def _by_position(output: Outputs, values: Tensor) -> Tensor:
+    """Reshape values in the shape of the outputs to ``(samples, positions, channels)``.
+
+    Channels are the last dimension of sequences, and the one after the samples of images.
+    """
+    if output.sample_dim is None or len(output.shape) < 3:
+        return values.reshape(output.num_samples, 1, -1)
+    samples_first = values.movedim(output.sample_dim, 0)
+    channels_last = samples_first.movedim(1, -1) if len(output.shape) > 3 else samples_first
+    return channels_last.flatten(1, -2)
+
+
+def _num_positions(output: Outputs) -> int:
+    return _by_position(output, torch.empty(output.shape, device="meta")).shape[1]
