@@ -1,8 +1,9 @@
-"""Hold estimated quantities: a number with its error, and the Gauss quadrature of one Lanczos run."""
+"""Hold estimated quantities: a number with its error, and the quadratures of one Lanczos run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -155,6 +156,116 @@ class Quadrature:
         below_high = _distribution_bounds(nodes, weights, high)
         lower, upper = max(below_high[0] - below_low[1], 0.0), min(below_high[1] - below_low[0], 1.0)
         return lower + correction, upper + correction
+
+
+@dataclass(frozen=True, eq=False)
+class JacobiMatrix:
+    r"""The tridiagonal matrix :math:`T_k` of :math:`k` Lanczos steps, which brackets integrals of the spectral measure.
+
+    Args:
+        diagonal: :math:`\alpha_1, \dots, \alpha_k`, shape ``(k,)``, float64.
+        off_diagonal: :math:`\beta_1, \dots, \beta_k`, shape ``(k,)``, float64. The last is the norm of the vector that
+            would come next.
+        rounding: Relative rounding error of the products.
+
+    References:
+        Golub and Meurant 2010, "Matrices, moments and quadrature with applications", chapter 6.
+
+    Example:
+        >>> jacobi = JacobiMatrix(torch.tensor([0.5]).double(), torch.tensor([0.5]).double())
+        >>> jacobi.bracket(torch.sqrt)  # the measure has mean 1/2 and variance 1/4, on the half-line from 0
+        (0.5, 0.7071067811865476)
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+    rounding: float = torch.finfo(torch.float64).eps
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of the matrix, ascending, shape ``(k,)``, and its eigenvectors, shape ``(k, k)``."""
+        return _tridiagonal_eigh(self.diagonal, self.off_diagonal[:-1])
+
+    def bracket(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        r"""Bracket the integral of a function over the spectral measure of a matrix without negative eigenvalues.
+
+        If the odd derivatives of the function are positive and the even ones negative, as those of
+        :math:`1 - e^{-\tau \lambda}`, the Gauss quadrature is an upper bound and the Gauss-Radau quadrature with a node
+        at 0 a lower one. Both approach the integral with each step.
+
+        Args:
+            function: The function, from eigenvalues to values, element by element.
+        """
+        upper = _quadrature(self.diagonal, self.off_diagonal[:-1], function)
+        if self.off_diagonal[-1] == 0:
+            return upper, upper
+        # The last pivot of the extended matrix, which has an eigenvalue of 0, is 0.
+        pivot = _last_pivot(self.diagonal.tolist(), self.off_diagonal.tolist())
+        last = self.off_diagonal[-1:].square() / pivot
+        lower = _quadrature(torch.cat([self.diagonal, last]), self.off_diagonal, function)
+        return min(lower, upper), upper
+
+    def largest_possible(self, overlap: float) -> float:
+        r"""Return the largest possible eigenvalue whose eigenvector has at least a given overlap with the start vector.
+
+        The mass of the spectral measure at any point :math:`x` is at most :math:`1 / \sum_{j=0}^k p_j(x)^2` with the
+        orthonormal polynomials :math:`p_j` of the measure, and falls with :math:`x` beyond the largest node.
+
+        Args:
+            overlap: Absolute value of the scalar product of the eigenvector and the normalised start vector.
+
+        References:
+            van Dorsselaer, Hochstenbach and van der Vorst 2000, "Computing probabilistic bounds for extreme eigenvalues
+            of symmetric matrices with the Lanczos method".
+        """
+        largest = self.eigh()[0][-1].item()
+        if self.off_diagonal[-1] == 0:
+            return largest
+        diagonal, off_diagonal = self.diagonal.tolist(), self.off_diagonal.tolist()
+
+        def is_possible(x: float) -> bool:
+            before, now, square = 0.0, 1.0, 1.0
+            for previous, alpha, beta in zip([0.0, *off_diagonal], diagonal, off_diagonal, strict=False):
+                before, now = now, ((x - alpha) * now - previous * before) / beta
+                square += now * now
+                if square > overlap**-2:
+                    return False
+            return True
+
+        distance: float = off_diagonal[-1]
+        while is_possible(largest + distance):
+            distance *= 2
+        low, high = 0.0, distance
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if is_possible(largest + middle) else (low, middle)
+        return largest + high
+
+
+def _tridiagonal_eigh(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(
+        torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    )
+    return values, vectors
+
+
+def _quadrature(diagonal: Tensor, off_diagonal: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+    nodes, vectors = _tridiagonal_eigh(diagonal, off_diagonal)
+    weights = vectors[0].square()
+    # Negative nodes are rounding errors.
+    return (weights / weights.sum() * function(nodes.clamp(min=0))).sum().item()
+
+
+def _last_pivot(diagonal: list[float], off_diagonal: list[float]) -> float:
+    """Return the last pivot of the factorisation :math:`L D L^T` of a tridiagonal matrix without negative eigenvalues.
+
+    A pivot of zero or less is a rounding error. In its place comes the smallest number that is none, which makes the
+    lower bound slightly lower.
+    """
+    floor = torch.finfo(torch.float64).eps * max(*diagonal, *off_diagonal)
+    pivot = math.inf
+    for previous, alpha in zip([0.0, *off_diagonal], diagonal, strict=False):
+        pivot = max(alpha - previous * previous / pivot, floor)
+    return pivot
 
 
 def _distribution_bounds(nodes: list[float], weights: list[float], x: float) -> tuple[float, float]:

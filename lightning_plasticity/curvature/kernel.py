@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_plasticity.curvature.estimates import Estimate, JacobiMatrix
+from lightning_plasticity.curvature.matrix_free.lanczos import LanczosProcess
 from lightning_plasticity.functional.ranks import entropy_rank
 
 
@@ -32,8 +36,21 @@ def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> flo
     return entropy_rank(eigenvalues, weights).item()
 
 
+_EXACT = 1e-12
+"""Width of the bracket at which the learnable fraction of a kernel matrix is called exact."""
+
+_KEPT_HORIZON = 1000
+"""Number of steps for which the learnable fraction is still exact after the kernel matrix was dropped."""
+
+_DIAGONALIZED_ROWS = 256
+"""Rows up to which a kernel matrix is diagonalised: Lanczos takes no less time there."""
+
+_PRODUCTS_PER_ROW = 0.15
+"""Products, as a fraction of the rows, that take as long as the eigenvectors of a kernel matrix."""
+
+
 class TangentKernel:
-    r"""The spectrum of the neural tangent kernel, and the share of the residual along each eigenvector.
+    r"""The spectrum of the neural tangent kernel, and the spectral measure of the residual.
 
     With the Jacobian :math:`J` of the :math:`m` outputs of all :math:`n` samples with respect to the parameters, the
     kernel is :math:`\Theta = \frac1n J J^\top`, with eigenpairs :math:`(\lambda_k, u_k)`. The share of the residual
@@ -49,50 +66,94 @@ class TangentKernel:
     """
 
     def __init__(self, eigenvalues: Tensor, residual_shares: Tensor) -> None:
-        # At any time exactly one of the two is set.
-        self._decomposition: tuple[Tensor, Tensor] | None = (eigenvalues, residual_shares)
-        self._matrix_and_residual: tuple[Tensor, Tensor] | None = None
+        self._eigenvalues: Tensor | None = eigenvalues
+        self._shares: Tensor | None = residual_shares
+        self._matrix: _KernelMatrix | None = None
+        self._jacobi: JacobiMatrix | None = None
+        self._lambda_max: Estimate | None = None
+
+    @classmethod
+    def _create(
+        cls,
+        *,
+        eigenvalues: Tensor | None = None,
+        matrix: _KernelMatrix | None = None,
+        jacobi: JacobiMatrix | None = None,
+        lambda_max: Estimate | None = None,
+    ) -> TangentKernel:
+        self = cls.__new__(cls)
+        self._eigenvalues, self._shares, self._matrix = eigenvalues, None, matrix
+        self._jacobi, self._lambda_max = jacobi, lambda_max
+        return self
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, residual: Tensor) -> TangentKernel:
         r"""Create the spectrum of a kernel matrix, which is decomposed on first access.
 
+        The learnable fraction needs no eigenvectors: it is computed by Lanczos to 1e-12 unless that takes longer.
+
         Args:
-            matrix: :math:`\Theta`, shape ``(m, m)``.
-            residual: :math:`r`, shape ``(m,)``.
+            matrix: :math:`\Theta`, shape ``(m, m)``, float64.
+            residual: :math:`r`, shape ``(m,)``, float64.
         """
-        self = cls.__new__(cls)
-        self._decomposition, self._matrix_and_residual = None, (matrix, residual)
-        return self
+        return cls._create(matrix=_KernelMatrix(matrix, residual))
+
+    @classmethod
+    def from_quadrature(cls, jacobi: JacobiMatrix, lambda_max: Estimate) -> TangentKernel:
+        r"""Create a kernel without a matrix, whose learnable fraction is a bracket.
+
+        Args:
+            jacobi: The Jacobi matrix of Lanczos steps with :math:`\Theta` from :math:`r`; without rows for a zero
+                residual.
+            lambda_max: The largest eigenvalue of :math:`\Theta`, with a bracket.
+
+        Example:
+            >>> jacobi = JacobiMatrix(torch.tensor([0.75]).double(), torch.tensor([0.2]).double())
+            >>> kernel = TangentKernel.from_quadrature(jacobi, Estimate(1.0))
+            >>> fraction = kernel.learnable_fraction(steps=1)
+            >>> round(fraction.lo, 3), round(fraction.hi, 3)
+            (0.732, 0.777)
+        """
+        return cls._create(jacobi=jacobi, lambda_max=lambda_max)
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues, descending, shape ``(m,)``."""
-        return self._decompose()[0]
+        """Eigenvalues, descending, shape ``(m,)``.
+
+        Raises:
+            ValueError: If the kernel was measured without a matrix.
+        """
+        if self._eigenvalues is None:
+            if self._matrix is None:
+                raise ValueError("the eigenvalues of a kernel that was measured without a matrix are not known")
+            self._eigenvalues = self._matrix.eigenvalues()
+        return self._eigenvalues
 
     @property
     def residual_shares(self) -> Tensor:
-        """Share of the squared residual along each eigenvector, shape ``(m,)``."""
-        return self._decompose()[1]
+        """Share of the squared residual along each eigenvector, shape ``(m,)``.
 
-    def _decompose(self) -> tuple[Tensor, Tensor]:
-        if self._decomposition is None:
-            assert self._matrix_and_residual is not None
-            matrix, residual = self._matrix_and_residual
-            values, vectors = torch.linalg.eigh(matrix)
-            power = (vectors.T @ residual).square()
-            total = power.sum()
-            shares = power / total if total > 0 else torch.zeros_like(power)
-            self._decomposition = values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu()
-            self._matrix_and_residual = None
-        return self._decomposition
+        Raises:
+            ValueError: If the kernel was measured without a matrix, or the matrix was dropped.
+        """
+        if self._shares is None:
+            if self._matrix is None:
+                raise ValueError("residual_shares needs the kernel matrix: read it before compact() drops the matrix")
+            self._eigenvalues, self._shares = self._matrix.decomposition()
+            self._matrix = None
+        return self._shares
+
+    @property
+    def lambda_max(self) -> Estimate:
+        """The largest eigenvalue, with a bracket for a kernel that was measured without a matrix."""
+        return Estimate(max(self.eigenvalues[0].item(), 0.0)) if self._lambda_max is None else self._lambda_max
 
     @property
     def effective_rank(self) -> float:
-        """Effective rank of the kernel (:func:`effective_rank_of`)."""
-        return effective_rank_of(self.eigenvalues)
+        """Effective rank of the kernel (:func:`effective_rank_of`); ``nan`` for one measured without a matrix."""
+        return effective_rank_of(self.eigenvalues) if self._lambda_max is None else math.nan
 
-    def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
+    def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> Estimate:
         r"""Return the share of the squared residual that gradient descent can remove.
 
         .. math:: \sum_k c_k \, (1 - e^{-2 \eta K \lambda_k})
@@ -105,7 +166,8 @@ class TangentKernel:
             steps: Number of steps :math:`K \ge 1`.
 
         Returns:
-            A number in [0, 1]; 0 for a zero kernel, 1 for a zero residual.
+            A number in [0, 1]; 0 for a zero kernel, 1 for a zero residual. For a kernel that was measured without a
+            matrix it comes with a bracket that holds the true number.
 
         Raises:
             ValueError: If ``lr`` or ``steps`` is not positive.
@@ -119,20 +181,132 @@ class TangentKernel:
             raise ValueError(f"lr={lr} must be positive, or None for 1/λmax of the kernel")
         if not steps > 0:
             raise ValueError(f"steps={steps} must be a positive number of optimizer steps")
-        if self.residual_shares.sum() == 0:
-            return 1.0
-        largest = self.eigenvalues.max().item()
+        if self._matrix is not None:
+            self._measure_matrix(lr, steps)
+        if self._has_zero_residual:
+            return Estimate(1.0)
+        largest = self.lambda_max
         if largest <= 0:
-            return 0.0
-        rates = self.eigenvalues * (lr if lr is not None else 1.0 / largest)
-        learned = (self.residual_shares * -torch.expm1(-2.0 * steps * rates)).sum().item()
-        return min(max(learned, 0.0), 1.0)
+            return Estimate(0.0, hi=0.0 if largest.hi <= 0 else 1.0)
+        if self._jacobi is None:
+            learned = _share_learned(2 * steps * (lr or 1 / largest))(self.eigenvalues)
+            return Estimate(min(max((self.residual_shares @ learned).item(), 0.0), 1.0))
+        # The fraction grows with the step size, so its lower end belongs to the largest possible eigenvalue.
+        slow, rate, fast = (lr, lr, lr) if lr is not None else (1 / largest.hi, 1 / largest, 1 / largest.lo)
+        lower, upper = _bracket(self._jacobi, 2 * steps * rate)
+        if self._lambda_max is None and upper - lower <= _EXACT:
+            return Estimate((lower + upper) / 2)
+        # An error E of the kernel changes the fraction by at most 2ηK‖E‖.
+        rounding = 2 * steps * rate * largest * self._jacobi.rounding
+        lo = max(_bracket(self._jacobi, 2 * steps * slow)[0] - rounding, 0.0)
+        hi = min(_bracket(self._jacobi, 2 * steps * fast)[1] + rounding, 1.0)
+        return Estimate(min(max((lower + upper) / 2, lo), hi), lo=lo, hi=hi)
+
+    @property
+    def _has_zero_residual(self) -> bool:
+        return len(self._jacobi.diagonal) == 0 if self._jacobi is not None else bool(self.residual_shares.sum() == 0)
+
+    def _measure_matrix(self, lr: float | None, steps: int) -> None:
+        """Compute the measure of the residual of a kernel matrix, exact for a horizon."""
+        assert self._matrix is not None
+        largest = self.lambda_max
+        time = 2 * steps * (lr or (1 / largest if largest > 0 else 1.0))
+        self._jacobi = self._matrix.measure(time)
+        if self._jacobi is None:
+            # Diagonalise the matrix, and drop it.
+            _ = self.residual_shares
+
+    def compact(self) -> TangentKernel:
+        """Drop the kernel matrix, if there is one, and return this kernel.
+
+        The learnable fraction stays exact to 1e-12 for up to 1000 steps of the default length, and is a bracket beyond.
+        """
+        if self._matrix is not None:
+            self._measure_matrix(None, _KEPT_HORIZON)
+            self._matrix = None
+        return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spectrum as plain Python objects and tensors."""
-        return {"eigenvalues": self.eigenvalues, "residual_shares": self.residual_shares}
+        """Return the kernel as plain Python objects and tensors, without the kernel matrix."""
+        if self._matrix is not None:
+            state_of = self._create(eigenvalues=self.eigenvalues, matrix=self._matrix).compact()
+            return state_of.to_dict()
+        if self._shares is not None:
+            return {"eigenvalues": self.eigenvalues, "residual_shares": self._shares}
+        assert self._jacobi is not None
+        largest = self._lambda_max
+        return {
+            "eigenvalues": self._eigenvalues,
+            "jacobi": dict(vars(self._jacobi)),
+            "lambda_max": None if largest is None else (float(largest), largest.lo, largest.hi),
+        }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TangentKernel:
-        """Create the spectrum from the result of :meth:`to_dict`."""
-        return cls(**state)
+        """Create the kernel from the result of :meth:`to_dict`."""
+        if "residual_shares" in state:
+            return cls(**state)
+        largest = state["lambda_max"]
+        return cls._create(
+            eigenvalues=state["eigenvalues"],
+            jacobi=JacobiMatrix(**state["jacobi"]),
+            lambda_max=None if largest is None else Estimate(largest[0], lo=largest[1], hi=largest[2]),
+        )
+
+
+def _share_learned(time: float) -> Callable[[Tensor], Tensor]:
+    r"""Return the function :math:`\lambda \mapsto 1 - e^{-t \lambda}`."""
+
+    def learned(eigenvalues: Tensor) -> Tensor:
+        return -torch.expm1(-time * eigenvalues)
+
+    return learned
+
+
+def _bracket(jacobi: JacobiMatrix, time: float) -> tuple[float, float]:
+    return jacobi.bracket(_share_learned(time))
+
+
+class _KernelMatrix:
+    """A kernel matrix and the residual, with a Lanczos process that is extended as needed.
+
+    Args:
+        matrix: The matrix, shape ``(m, m)``.
+        residual: The residual, shape ``(m,)``.
+    """
+
+    def __init__(self, matrix: Tensor, residual: Tensor) -> None:
+        self._matrix, self._residual = matrix, residual
+        self._process: LanczosProcess | None = None
+
+    def eigenvalues(self) -> Tensor:
+        values: Tensor = torch.linalg.eigvalsh(self._matrix)
+        return values.flip(0).clamp(min=0).cpu()
+
+    def decomposition(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues, descending, and the share of the residual along each eigenvector."""
+        values, vectors = torch.linalg.eigh(self._matrix)
+        power = (vectors.T @ self._residual).square()
+        total = power.sum()
+        shares = power / total if total > 0 else torch.zeros_like(power)
+        return values.flip(0).clamp(min=0).cpu(), shares.flip(0).cpu()
+
+    def measure(self, time: float) -> JacobiMatrix | None:
+        r"""Return a Jacobi matrix with the integral of :math:`1 - e^{-t \lambda}`, or ``None`` if it takes too long."""
+        if len(self._residual) <= _DIAGONALIZED_ROWS or not self._residual.any():
+            return None
+        max_steps = int(_PRODUCTS_PER_ROW * len(self._residual))
+        if self._process is None:
+            self._process = LanczosProcess(self._matrix.mv, self._residual, max_steps)
+        process = self._process
+        while True:
+            if process.num_products:
+                lower, upper = process.jacobi.bracket(_share_learned(time))
+                if upper - lower <= _EXACT:
+                    return process.jacobi
+            if process.finished:
+                return None
+            # The test takes time, too: the number of products grows by an eighth until the next one.
+            for _ in range(max(process.num_products // 8, 4)):
+                if not process.finished:
+                    process.step()

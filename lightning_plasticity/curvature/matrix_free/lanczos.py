@@ -15,8 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_plasticity.curvature.estimates import Quadrature
-from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator
+from lightning_plasticity.curvature.estimates import JacobiMatrix, Quadrature
 from lightning_plasticity.curvature.problem import NOT_FINITE
 
 Reorthogonalization: TypeAlias = Literal["full", "partial", "none"]
@@ -26,7 +25,7 @@ _BREAKDOWN = 50
 
 
 def lanczos(
-    operator: CurvatureLinearOperator,
+    operator: Callable[[Tensor], Tensor],
     start: Tensor,
     steps: int,
     report: Callable[[int], None] | None = None,
@@ -39,7 +38,7 @@ def lanczos(
     does not matter.
 
     Args:
-        operator: The matrix.
+        operator: Computes the product of the matrix with a vector.
         start: The start vector, shape ``(P,)``, of any length.
         steps: Number of products, at most :math:`P`.
         report: Called after every product with the number of products done.
@@ -79,53 +78,116 @@ class LanczosRun:
 
 
 def run_lanczos(
-    operator: CurvatureLinearOperator,
+    operator: Callable[[Tensor], Tensor],
     start: Tensor,
     steps: int,
     report: Callable[[int], None] | None,
     reorthogonalization: Reorthogonalization,
 ) -> LanczosRun:
     """Run :func:`lanczos` and keep the basis."""
-    eps = torch.finfo(start.dtype).eps
-    rows = min(steps, 2) if reorthogonalization == "none" else steps
-    basis = torch.empty(rows, len(start), dtype=start.dtype, device=start.device)
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    orthogonality = OrthogonalityEstimate(eps * math.sqrt(len(start)))
-    torch.div(start, start.norm(), out=basis[0])
-    complete, scale = False, 1.0
-    for step in range(steps):
+    process = LanczosProcess(operator, start, steps, reorthogonalization)
+    while not process.finished:
+        process.step()
+        if report is not None:
+            report(process.num_products)
+    jacobi = process.jacobi
+    nodes, vectors = jacobi.eigh()
+    weights = vectors[0].square()
+    # A bound cannot be sharper than the rounding error of the products.
+    residuals = jacobi.off_diagonal[-1] * vectors[-1].abs() + _BREAKDOWN * process.rounding * nodes.abs().max()
+    return LanczosRun(Quadrature(nodes, weights / weights.sum(), residuals, process.complete), process.basis, vectors)
+
+
+class LanczosProcess:
+    """A Lanczos process that advances by one product at a time.
+
+    Args:
+        multiply: Computes the product of the matrix with a vector.
+        start: The start vector, shape ``(P,)``, of any length but zero.
+        max_steps: Largest number of products, for which memory is allocated.
+        reorthogonalization: See :func:`lanczos`.
+        rounding: Relative rounding error of a product, if larger than that of the data type of ``start``.
+    """
+
+    def __init__(
+        self,
+        multiply: Callable[[Tensor], Tensor],
+        start: Tensor,
+        max_steps: int,
+        reorthogonalization: Reorthogonalization = "full",
+        *,
+        rounding: float | None = None,
+    ) -> None:
+        eps = torch.finfo(start.dtype).eps
+        self.rounding = eps if rounding is None else rounding
+        self.complete = False
+        self._multiply, self._reorthogonalization = multiply, reorthogonalization
+        rows = min(max_steps, 2) if reorthogonalization == "none" else max_steps
+        self._basis = torch.empty(rows, len(start), dtype=start.dtype, device=start.device)
+        self._max_steps, self._scale = max_steps, 1.0
+        self._diagonal: list[float] = []
+        self._off_diagonal: list[float] = []
+        self._orthogonality = OrthogonalityEstimate(eps * math.sqrt(len(start)))
+        torch.div(start, start.norm(), out=self._basis[0])
+
+    @property
+    def num_products(self) -> int:
+        """Number of products done."""
+        return len(self._diagonal)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the Krylov space is exhausted or all products are done."""
+        return self.complete or self.num_products == self._max_steps
+
+    @property
+    def basis(self) -> Tensor:
+        """The Lanczos vectors, shape ``(k, P)``; without reorthogonalization only the last two."""
+        return self._basis[: self.num_products]
+
+    @property
+    def jacobi(self) -> JacobiMatrix:
+        """The tridiagonal matrix so far."""
+        diagonal, off_diagonal = (
+            self._scale * torch.tensor(numbers, dtype=torch.float64, device="cpu")
+            for numbers in (self._diagonal, self._off_diagonal)
+        )
+        return JacobiMatrix(diagonal, off_diagonal, self.rounding)
+
+    def step(self) -> None:
+        """Multiply once.
+
+        Raises:
+            ValueError: If the product is not finite.
+        """
+        step, basis = self.num_products, self._basis
+        rows = len(basis)
         vector = basis[step % rows]
-        image = operator(vector).detach()
+        image = self._multiply(vector).detach()
         if not step:
-            scale = _scale_of(image)
-        if scale != 1:
-            image = image / scale
+            self._scale = _scale_of(image)
+        if self._scale != 1:
+            image = image / self._scale
         size = image.norm().item()
         if not math.isfinite(size):
             raise ValueError(NOT_FINITE)
         if step:
-            image = image.add(basis[(step - 1) % rows], alpha=-off_diagonal[-1])
-        diagonal.append(torch.dot(vector, image).item())
-        image = image.add(vector, alpha=-diagonal[-1])
-        if reorthogonalization == "full" or (
-            reorthogonalization == "partial"
-            and orthogonality.needs_reorthogonalization(diagonal, [*off_diagonal, image.norm().item()])
+            image = image.add(basis[(step - 1) % rows], alpha=-self._off_diagonal[-1])
+        self._diagonal.append(torch.dot(vector, image).item())
+        image = image.add(vector, alpha=-self._diagonal[-1])
+        if self._reorthogonalization == "full" or (
+            self._reorthogonalization == "partial"
+            and self._orthogonality.needs_reorthogonalization(
+                self._diagonal, [*self._off_diagonal, image.norm().item()]
+            )
         ):
             image = _orthogonalize(image, basis[: step + 1])
-        off_diagonal.append(image.norm().item())
-        if report is not None:
-            report(step + 1)
-        if off_diagonal[-1] <= _BREAKDOWN * eps * max(size, *map(abs, diagonal), *off_diagonal[:-1]):
-            complete = True
-            break
-        if step + 1 < steps:
-            torch.div(image, off_diagonal[-1], out=basis[(step + 1) % rows])
-    nodes, weights, residuals, vectors = _ritz(diagonal, off_diagonal)
-    # A bound cannot be sharper than the rounding error of the products.
-    residuals = residuals + _BREAKDOWN * eps * nodes.abs().max()
-    complete = complete or len(diagonal) == len(start)
-    return LanczosRun(Quadrature(scale * nodes, weights, scale * residuals, complete), basis[: len(diagonal)], vectors)
+        norm = image.norm().item()
+        exhausted = norm <= _BREAKDOWN * self.rounding * max(size, *map(abs, self._diagonal), *self._off_diagonal)
+        self._off_diagonal.append(norm)
+        self.complete = exhausted or step + 1 == len(vector)
+        if step + 1 < self._max_steps and not self.complete:
+            torch.div(image, norm, out=basis[(step + 1) % rows])
 
 
 def _scale_of(image: Tensor) -> float:
@@ -195,13 +257,3 @@ class OrthogonalityEstimate:
             following.fill_(self._noise)
         self._previous, self._current = self._current, following
         return needed
-
-
-def _ritz(diagonal: list[float], off_diagonal: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the eigenvalues of the tridiagonal matrix, their quadrature weights, residuals and eigenvectors."""
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
-    inner = torch.tensor(off_diagonal[:-1], dtype=torch.float64, device="cpu")
-    tridiagonal += torch.diag(inner, 1) + torch.diag(inner, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    weights = vectors[0].square()
-    return nodes, weights / weights.sum(), off_diagonal[-1] * vectors[-1].abs(), vectors

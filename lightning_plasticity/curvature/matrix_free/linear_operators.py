@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.curvature.autograd_graph import dense_vjp, gradient_edge, vjp
-from lightning_plasticity.curvature.double_backward import DoubleBackwardError
+from lightning_plasticity.curvature.autograd_graph import dense_vjp, vjp
 from lightning_plasticity.curvature.exact.loss_hessian import LossHessian
-from lightning_plasticity.curvature.problem import normal
+from lightning_plasticity.curvature.matrix_free.output_jacobian import OutputJacobian
 
 
 class CurvatureLinearOperator(ABC):
@@ -60,7 +59,7 @@ class CurvatureLinearOperator(ABC):
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.to_dense().reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class HessianLinearOperator(CurvatureLinearOperator):
@@ -85,9 +84,6 @@ class HessianLinearOperator(CurvatureLinearOperator):
 class GGNLinearOperator(CurvatureLinearOperator):
     r"""The generalized Gauss-Newton matrix :math:`J^\top \frac{\partial^2 L}{\partial f^2} J`.
 
-    :math:`J v` is computed by reverse mode alone, as the vector-Jacobian product of the linear map
-    :math:`w \mapsto J^\top w`. The graph of that map is built once and kept.
-
     Args:
         loss: The loss.
         hessian: The Hessian of the loss with respect to the network outputs.
@@ -101,44 +97,15 @@ class GGNLinearOperator(CurvatureLinearOperator):
 
     def __init__(self, loss: Tensor, hessian: LossHessian, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(parameters, loss.item())
-        self._edges = [gradient_edge(output.edge) for output in hessian.outputs]
         self._hessian = hessian
-        # The map is linear: its derivative is the same at any cotangents.
-        self._cotangents = [
-            torch.zeros(output.shape, dtype=self.dtype, device=self.device, requires_grad=True)
-            for output in hessian.outputs
-        ]
-        self._transposed = vjp(self._edges, self.parameters, self._cotangents, create_graph=True)
-        self._check_transpose()
+        self._jacobian = OutputJacobian(
+            [output.edge for output in hessian.outputs], [output.shape for output in hessian.outputs], parameters
+        )
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        tangents = self._jvp(vector)
+        tangents = self._jacobian.jvp(self._split(vector))
         images = self._hessian.matvec([tangent.double() for tangent in tangents])
-        return self._vjp([image.to(tangent.dtype) for image, tangent in zip(images, tangents, strict=True)])
-
-    def _jvp(self, vector: Tensor) -> Sequence[Tensor]:
-        r"""Compute :math:`J v`, one tensor for each output."""
-        return dense_vjp(self._transposed, self._cotangents, self._split(vector))
-
-    def _vjp(self, cotangents: Sequence[Tensor]) -> Tensor:
-        r"""Compute :math:`J^\top w`, shape ``(P,)``."""
-        return _flatten(vjp(self._edges, self.parameters, cotangents))
-
-    def _check_transpose(self) -> None:
-        r"""Check :math:`\lVert J v \rVert^2 = v^\top J^\top (J v)`, which fails if a backward pass hides derivatives.
-
-        Raises:
-            DoubleBackwardError: If the two numbers differ.
-        """
-        vector = normal((self.dimension,), like=self.parameters[0])
-        vector /= vector.norm()
-        tangents = self._jvp(vector)
-        square = sum(tangent.double().square().sum().item() for tangent in tangents)
-        by_transpose = torch.dot(vector.double(), self._vjp(tangents).double()).item()
-        if not abs(square - by_transpose) <= 1e-3 * max(square, by_transpose):
-            raise DoubleBackwardError(
-                "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "
-                "matrix with it. Likely cause: a custom autograd.Function, marked once_differentiable or working on "
-                "detached tensors. ggn_spectrum(method='gram') works without it"
-            )
+        return _flatten(
+            self._jacobian.vjp([image.to(tangent.dtype) for image, tangent in zip(images, tangents, strict=True)])
+        )
