@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_plasticity.curvature import Estimate, Spectrum
+from lightning_plasticity.curvature import Estimate, Spectrum, TangentKernel
 
 EPSILON = 1e-2
 """Threshold of the ε-rank, in units of the eigenvalues, as in the plots of arXiv 2509.22335."""
@@ -21,11 +21,12 @@ RELATIVE_EPSILON = 1e-3
 
 Matrix = Literal["ggn", "hessian"]
 
-Source = Literal["ggn", "hessian", "features"]
-"""The source of a diagnostic: the spectrum of a matrix, or the activations of the hidden layers."""
+Source = Literal["kernel", "ggn", "hessian", "features"]
+"""The source of a diagnostic: the tangent kernel, the spectrum of a matrix, or the activations of the hidden layers."""
 
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
+_BRACKET = ("lo", "hi", "resolved")
 _ERROR = ("standard_error",)
 _ERROR_AND_BRACKET = ("standard_error", "resolved")
 
@@ -38,9 +39,8 @@ class Diagnostic:
         name: The name it is logged under.
         title: The name in a sentence.
         meaning: Its definition in one line, for the table in the README.
-        compute: Computes it from the spectrum of the matrix; ``None`` if
-            :class:`~lightning_plasticity.PlasticityMonitor` measures it.
-        source: The spectrum or the activations that it is computed from.
+        compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` measures it.
+        source: What it is computed from.
         is_fraction: Whether it lies in [0, 1].
         can_be_negative: Whether it can be negative, so that a share of it cannot be a threshold.
         higher_is_better: Whether it falls, rather than rises, when a network collapses.
@@ -50,16 +50,12 @@ class Diagnostic:
     name: str
     title: str
     meaning: str
-    compute: Callable[[Spectrum], float] | None
+    compute: Callable[[Any], float] | None
     source: Source = "ggn"
     is_fraction: bool = False
     can_be_negative: bool = False
     higher_is_better: bool = True
     uncertainty: tuple[str, ...] = ()
-
-
-def _kernel_rank(spectrum: Spectrum) -> float:
-    return math.nan if spectrum.kernel is None else spectrum.kernel.effective_rank
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {
@@ -70,14 +66,17 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "learnable fraction",
             "share of the task's squared residual that 100 gradient steps at rate 1/λmax would remove if the tangent "
             "kernel stayed as it is; independent of the kernel's scale and of the optimizer",
-            lambda spectrum: spectrum.learnable_fraction(),
+            lambda kernel: kernel.learnable_fraction(),
+            source="kernel",
             is_fraction=True,
+            uncertainty=_BRACKET,
         ),
         Diagnostic(
             "ntk_effective_rank",
             "effective rank of the tangent kernel",
             "effective rank of the tangent kernel: exp of the entropy of its normalized eigenvalues",
-            _kernel_rank,
+            lambda kernel: kernel.effective_rank,
+            source="kernel",
         ),
         Diagnostic(
             "epsilon_rank",
@@ -240,18 +239,25 @@ def diagnostics_of(sources: Collection[Source]) -> list[Diagnostic]:
     return [diagnostic for diagnostic in DIAGNOSTICS.values() if diagnostic.source in sources]
 
 
-def measure(spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float]) -> dict[str, float]:
-    """Compute every diagnostic that the spectra and the monitor's values determine.
+def measure(
+    spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float], kernel: TangentKernel | None = None
+) -> dict[str, float]:
+    """Compute every diagnostic that the measurements determine.
 
     Args:
         spectra: The spectrum of each matrix that was measured.
         features: The values that a monitor has measured, by name.
+        kernel: The tangent kernel, if it was measured.
 
     Returns:
         The diagnostics by name. Values from an estimated spectrum are an
-        :class:`~lightning_plasticity.curvature.Estimate`.
+        :class:`~lightning_plasticity.curvature.Estimate`. What a kernel without a matrix does not
+        determine is left out.
     """
     values: dict[str, float] = {}
+    if kernel is not None:
+        values = {d.name: d.compute(kernel) for d in diagnostics_of(["kernel"]) if d.compute is not None}
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
     for matrix, spectrum in spectra.items():
         values |= {d.name: d.compute(spectrum) for d in diagnostics_of([matrix]) if d.compute is not None}
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
@@ -271,7 +277,8 @@ def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) ->
 
     Returns:
         Each value; ``<name>_vs_initial``, its ratio to the value of the initial weights, where both are known; and the
-        uncertainty of estimates, ``<name>_standard_error`` and ``<name>_resolved``, where it is finite.
+        uncertainty of estimates, ``<name>_standard_error``, ``<name>_lo``, ``<name>_hi`` and ``<name>_resolved``, where
+        it is finite.
     """
     result = {name: float(value) for name, value in values.items()}
     for name, value in values.items():
@@ -279,6 +286,8 @@ def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) ->
         if reference and is_resolved(name, value) and is_resolved(name, reference):
             result[f"{name}_vs_initial"] = value / reference
     for name, value in values.items():
+        if not isinstance(value, Estimate) or (DIAGNOSTICS[name].uncertainty == _BRACKET and value.lo == value.hi):
+            continue
         for attribute in DIAGNOSTICS[name].uncertainty:
             result[f"{name}_{attribute}"] = float(getattr(value, attribute))
     return {name: value for name, value in result.items() if name in values or math.isfinite(value)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,21 +13,25 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_positive_ints, check_seed
+from lightning_plasticity._validation import check_number, check_positive_ints, check_seed
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, hessian_spectrum
+from lightning_plasticity.curvature import Spectrum, TangentKernel, UnsupportedModelError, hessian_spectrum
+from lightning_plasticity.curvature.cost import Budget, TooCostlyError
 from lightning_plasticity.curvature.double_backward import (
     DoubleBackwardError,
     check_double_backward,
     composed_weight_norm,
 )
 from lightning_plasticity.curvature.double_backward_causes import REENTRANT
-from lightning_plasticity.curvature.exact.gram import gram
+from lightning_plasticity.curvature.ntk import KernelMeasurement, measure_within_budget
 from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
-from lightning_plasticity.diagnostics import Matrix
+from lightning_plasticity.diagnostics import Matrix, Source
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
+
+_FEWEST_SAMPLES = 16
+"""Number of samples that are taken even if they cost more than ``max_steps``."""
 
 _SAMPLES_TO_CHECK = 8
 """Number of samples whose second derivatives are checked: they are wrong for every sample or for none."""
@@ -38,12 +42,22 @@ class ProbeResult:
     """The result of a probe on one batch.
 
     Args:
-        spectra: The spectrum of each matrix that the probe measures.
+        spectra: The spectrum of each matrix that was measured.
         loss: The loss on the probe's samples.
+        samples: Number of samples that were measured; ``None`` if it is not known.
+        outputs: Number of outputs of the network for one sample; ``None`` if they were not counted.
+        remarks: What was left out or done otherwise than asked, a sentence each, for the report and the log.
+        coupled: Whether the loss of a sample depends on others of its batch, so that batches must not be joined.
+        kernel: The tangent kernel, if it was measured.
     """
 
     spectra: dict[Matrix, Spectrum]
     loss: float
+    samples: int | None = None
+    outputs: int | None = None
+    remarks: tuple[str, ...] = ()
+    coupled: bool = False
+    kernel: TangentKernel | None = None
 
 
 class Probe(ABC):
@@ -56,6 +70,11 @@ class Probe(ABC):
     @abstractmethod
     def matrices(self) -> tuple[Matrix, ...]:
         """The matrices that the probe measures, the one that it is named after first."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of the diagnostics that the probe measures."""
 
     def check(self, context: ProbeContext) -> str | None:
         """Check whether the probe would measure correctly, before the first measurement of a fit.
@@ -83,15 +102,24 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class GGNProbe(Probe):
-    """The exact spectra of the Gauss-Newton matrix and of the tangent kernel on the first samples of a batch.
+    """The tangent kernel on the first samples of a batch, with the Gauss-Newton matrix where that is affordable.
+
+    The cheapest way that is right is taken, the same one at every task: the exact spectra of both matrices, or products
+    with the tangent kernel, which give the learnable fraction as a bracket for any number of outputs. The report says
+    what was left out.
 
     Args:
-        samples: Number of samples, the first ones of the batch; a smaller batch is used whole.
-        max_rows: Bound on the rows of the Gram matrix (samples times outputs a sample). Time grows with its cube,
-            memory with its square. Where it is exceeded, fewer samples are taken.
+        samples: Number of samples, the first ones of the batch; a smaller batch is used whole. All samples of the batch
+            are taken for a loss that couples them, such as a contrastive loss, which would be another loss on fewer.
+        max_rows: Largest number of outputs of all samples together for the exact spectra. Memory grows with its square.
+        max_steps: Largest cost of a task, for the network and its initial weights together, in training steps, as
+            estimated from the operations of a forward pass. Where the samples are too many for it, fewer are taken.
+        positions: Largest number of output positions (tokens, pixels) of all samples together. Of more, a random subset
+            is taken, the same for the network and its initial weights.
+        seed: Seed of the subset of positions and of a start vector.
 
     Raises:
-        ValueError: If an argument is not a positive whole number.
+        ValueError: If an argument is not a positive number, a whole one other than for ``max_steps``.
 
     Example:
         >>> from lightning_plasticity import SpectralCollapseCallback
@@ -100,48 +128,109 @@ class GGNProbe(Probe):
 
     samples: int = 64
     max_rows: int = 2048
+    max_steps: float = 60
+    positions: int = 4096
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive_ints(type(self).__name__, samples=self.samples, max_rows=self.max_rows)
+        owner = type(self).__name__
+        check_positive_ints(owner, samples=self.samples, max_rows=self.max_rows, positions=self.positions)
+        check_number("(0, inf)", owner, max_steps=self.max_steps)
+        check_seed(self.seed, owner, minimum=0)
 
     @property
     @override
     def matrices(self) -> tuple[Matrix, ...]:
         return ("ggn",)
 
+    @property
+    @override
+    def sources(self) -> tuple[Source, ...]:
+        return ("kernel", "ggn")
+
     @override
     def measure(self, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
         """Measure the spectra of a model on the first samples of the batch.
 
         Raises:
-            MisconfigurationError: If one sample alone has more outputs than ``max_rows``.
             ValueError: If the batch holds no samples.
         """
         available = context.batch_size
         if available == 0:
             raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
-        advice = f"GGNProbe(samples={available})"
+        measurement, used = self._measure(context, samples, progress)
+        if measurement.couples_samples and available is not None and used < available:
+            measurement, used = self._measure(context, available, progress, whole=True)
+        known = None if available is None else used
+        return ProbeResult(
+            {} if measurement.spectrum is None else {"ggn": measurement.spectrum},
+            measurement.loss,
+            known,
+            measurement.num_outputs // (known or 1),
+            self._remarks(measurement, used, samples),
+            measurement.couples_samples,
+            measurement.kernel,
+        )
+
+    def _measure(
+        self, context: ProbeContext, samples: int, progress: Progress | None, *, whole: bool = False
+    ) -> tuple[KernelMeasurement, int]:
+        """Return the measurement and its number of samples, fewer than asked where the budget is too small.
+
+        Args:
+            context: The model, the batch and the loss.
+            samples: Number of samples to take.
+            progress: Called after each product.
+            whole: Whether to keep to the number of samples whatever the cost.
+        """
+        available = context.batch_size
         while True:
-            known = None if available is None else samples
             model = context.copy_to_measure()
-            try:
-                with (
-                    _advise_whole_batches(advice, context, samples),
-                    _in_full_precision(model, context.samples(samples)) as batch,
-                ):
-                    result = gram(model, batch, context.loss_on, samples=known, max_rows=self.max_rows)
-                return ProbeResult({"ggn": result.spectrum()}, result.loss)
-            except TooManyRowsError as error:
-                rows_per_sample = error.rows // samples
-                advice = f"GGNProbe(samples={available}, max_rows={rows_per_sample * (available or 1)})"
-                fewer = min(samples - 1, samples * self.max_rows // error.rows)
-                if available is None or fewer < 1:
-                    raise MisconfigurationError(
-                        f"one sample has {rows_per_sample} outputs, more than "
-                        f"GGNProbe(max_rows={self.max_rows}): raise max_rows, or pass a loss_fn on fewer outputs"
-                    ) from error
-                samples = fewer
+            budget = Budget(self.max_steps / 2, (available or samples) / samples)
+            with (
+                _advise_whole_batches(f"GGNProbe(samples={available})", context, samples),
+                _in_full_precision(model, context.samples(samples)) as batch,
+            ):
+                try:
+                    measurement = measure_within_budget(
+                        model,
+                        batch,
+                        context.loss_on,
+                        samples=None if available is None else samples,
+                        max_rows=self.max_rows,
+                        positions=self.positions,
+                        budget=budget,
+                        fewest_products=samples <= _FEWEST_SAMPLES or whole,
+                        seed=self.seed,
+                        progress=progress,
+                    )
+                    return measurement, samples
+                except TooCostlyError as error:
+                    samples = max(_FEWEST_SAMPLES, int(samples * budget.steps / error.steps))
+
+    def _remarks(self, measurement: KernelMeasurement, used: int, wanted: int) -> tuple[str, ...]:
+        remarks = []
+        if used < wanted:
+            remarks.append(
+                f"{used} samples were taken instead of {wanted}, for max_steps={self.max_steps:g}: more would take too "
+                "long"
+            )
+        if used > wanted:
+            remarks.append(f"all {used} samples were taken, because the loss of a sample depends on the others")
+        if measurement.no_gauss_newton is not None:
+            remarks.append(f"the numbers of the Gauss-Newton matrix are left out: {measurement.no_gauss_newton}")
+        if measurement.products:
+            remarks.append(
+                f"the learnable fraction is a bracket, from {measurement.products} products with the tangent kernel"
+            )
+        if measurement.positions is not None:
+            taken, total = measurement.positions
+            remarks.append(f"{taken} of the {total} output positions of a sample were drawn at random")
+        if measurement.held_constant:
+            names = ", ".join(measurement.held_constant)
+            remarks.append(f"terms and factors of the loss that depend on {names} alone are left out")
+        return tuple(remarks)
 
 
 @dataclass(frozen=True)
@@ -195,6 +284,11 @@ class HessianProbe(Probe):
     def matrices(self) -> tuple[Matrix, ...]:
         return ("hessian",) if self.ggn is None else ("hessian", "ggn")
 
+    @property
+    @override
+    def sources(self) -> tuple[Source, ...]:
+        return ("hessian",) if self.ggn is None else ("hessian", *self.ggn.sources)
+
     @override
     def check(self, context: ProbeContext) -> str | None:
         try:
@@ -220,7 +314,7 @@ class HessianProbe(Probe):
             MisconfigurationError: If the Gauss-Newton matrix cannot be measured beside the Hessian.
             ValueError: If the Hessian is not finite, or the loss does not depend on the model that ``loss_fn`` gets.
         """
-        ggn = {} if self.ggn is None else self._measure_ggn(self.ggn, context)
+        ggn = None if self.ggn is None else self._measure_ggn(self.ggn, context)
         model, loss = context.copy_to_measure(), float("nan")
 
         def recorded_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -245,7 +339,11 @@ class HessianProbe(Probe):
                 # All ranks have the same samples.
                 distributed=False,
             )
-        return ProbeResult({"hessian": spectrum, **ggn}, loss)
+        available = context.batch_size
+        samples = None if available is None else min(self.samples, available)
+        if ggn is None:
+            return ProbeResult({"hessian": spectrum}, loss, samples)
+        return replace(ggn, spectra={"hessian": spectrum, **ggn.spectra}, loss=loss, samples=samples)
 
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
@@ -265,9 +363,9 @@ class HessianProbe(Probe):
         advice = f"{type(self).__name__}(samples={context.batch_size})"
         return _advise_whole_batches(advice, context, self.samples)
 
-    def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> dict[Matrix, Spectrum]:
+    def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> ProbeResult:
         try:
-            return ggn.measure(context).spectra
+            return ggn.measure(context)
         except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
             raise MisconfigurationError(
@@ -318,7 +416,7 @@ def _advise_whole_batches(advice: str, context: ProbeContext, samples: int) -> I
     """
     try:
         yield
-    except TooManyRowsError:
+    except TooCostlyError:
         raise
     except Exception as error:
         if not _needs_whole_batch(context, samples):

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.curvature import Spectrum, TangentKernel
 from lightning_plasticity.diagnostics import Matrix
 from lightning_plasticity.interventions import RepairReport
 
@@ -20,7 +20,7 @@ class TaskReport:
         task: Number of the task, from 0.
         task_id: The name that the data module, the module or ``new_task`` gave the task.
         step: Optimizer steps taken before the task, over all fits.
-        spectrum: Spectrum, on the first batch, of the main matrix of the probe; ``None`` if the probe failed.
+        spectrum: Spectrum of the main matrix of the probe; ``None`` if it was left out or the probe failed.
         metrics: The diagnostics by name, each also relative to the initial weights on the same batch
             (``<name>_vs_initial``) and, for estimates, with their uncertainty (``<name>_standard_error``,
             ``<name>_resolved``), and the loss on the probe batch; empty if the probe failed.
@@ -31,6 +31,7 @@ class TaskReport:
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
             the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
+        kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
 
     Example:
         >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)
@@ -46,6 +47,7 @@ class TaskReport:
     repairs: list[RepairReport] = field(default_factory=list)
     matrix: Matrix = "ggn"
     errors: dict[str, str] = field(default_factory=dict)
+    kernel: TangentKernel | None = None
 
     @override
     def __repr__(self) -> str:
@@ -71,16 +73,18 @@ class TaskReport:
             "repairs": [repair.to_dict() for repair in self.repairs],
             "matrix": self.matrix,
             "errors": dict(self.errors),
+            "kernel": None if self.kernel is None else self.kernel.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TaskReport:
         """Restore a report from the result of :meth:`to_dict`."""
-        spectrum = state["spectrum"]
+        spectrum, kernel = state["spectrum"], state["kernel"]
         return cls(
             **{
                 **state,
                 "spectrum": None if spectrum is None else Spectrum.from_dict(spectrum),
+                "kernel": None if kernel is None else TangentKernel.from_dict(kernel),
                 "repairs": [RepairReport.from_dict(repair) for repair in state["repairs"]],
             }
         )

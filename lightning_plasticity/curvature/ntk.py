@@ -147,6 +147,8 @@ def measure_within_budget(
     max_rows: int,
     positions: int | None,
     budget: Budget,
+    fewest_products: bool = False,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> KernelMeasurement:
     """Measure the kernel in the cheapest way that is right: exact if that is affordable, else by products.
@@ -159,10 +161,12 @@ def measure_within_budget(
         max_rows: Largest number of rows of the exact matrix.
         positions: Largest number of output positions of all samples together.
         budget: Largest cost.
+        fewest_products: Whether to exceed the budget where it is too small for a bracket that says something.
+        seed: Seed of the positions and of a start vector.
         progress: Called after each product.
 
     Raises:
-        TooCostlyError: If the budget is too small for a bracket that says something.
+        TooCostlyError: If the budget is too small, unless ``fewest_products``.
     """
     try:
         exact = gram(model, batch, loss_fn, samples=samples, max_rows=max_rows, budget=budget)
@@ -181,7 +185,15 @@ def measure_within_budget(
             held_constant=exact.held_constant,
         )
     measurement = _by_products(
-        model, batch, loss_fn, samples=samples, positions=positions, budget=budget, progress=progress
+        model,
+        batch,
+        loss_fn,
+        samples=samples,
+        positions=positions,
+        budget=budget,
+        fewest_products=fewest_products,
+        seed=seed,
+        progress=progress,
     )
     return replace(measurement, no_gauss_newton=reason)
 
@@ -196,6 +208,7 @@ def _by_products(
     positions: int | None,
     max_products: int | None = None,
     budget: Budget | None = None,
+    fewest_products: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> KernelMeasurement:
@@ -212,7 +225,7 @@ def _by_products(
         outputs = derivatives.outputs
         if max_products is None:
             assert budget is not None
-            max_products = _affordable_products(cost_of(counter, selected), budget)
+            max_products = _affordable_products(cost_of(counter, selected), budget, fewest=fewest_products)
         taken = _Positions.draw(outputs, positions, seed)
         operator = TangentKernelOperator(
             [output.edge for output in outputs],
@@ -248,17 +261,17 @@ def _by_products(
         )
 
 
-def _affordable_products(cost: Cost, budget: Budget) -> int:
+def _affordable_products(cost: Cost, budget: Budget, *, fewest: bool) -> int:
     """Return the number of products that a budget allows, at most ``_MOST_PRODUCTS``.
 
     Raises:
-        TooCostlyError: If it does not allow ``_FEWEST_PRODUCTS``.
+        TooCostlyError: If it does not allow ``_FEWEST_PRODUCTS``, unless ``fewest`` asks for these.
     """
     steps = cost.in_steps(cost.kernel_product, budget)
     products = int(budget.steps / steps)
-    if products < _FEWEST_PRODUCTS:
+    if products < _FEWEST_PRODUCTS and not fewest:
         raise TooCostlyError(_FEWEST_PRODUCTS * steps, budget)
-    return min(products, _MOST_PRODUCTS)
+    return min(max(products, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class TaskStart:
         Raises:
             MisconfigurationError: If neither the probe nor the monitor measures it.
         """
-        sources: list[Source] = [*self.probe.matrices]
+        sources: list[Source] = [*self.probe.sources]
         measures = [] if self.monitor is None else self.monitor.measures
         available = [diagnostic.name for diagnostic in diagnostics_of(sources)] + measures
         if self.collapse.metric not in available:
@@ -163,14 +163,14 @@ class TaskStart:
                 self._errors.warn(warning)
             self._probe_is_checked = True
         now, features = self._measure_weights(context, "probing curvature")
-        values = references = measure(now.spectra, features)
+        values = references = measure(now.spectra, features, now.kernel)
         if not is_initial:
             initial, initial_features = self._measure_weights(
                 context.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
                 monitored=bool(features),
             )
-            references = measure(initial.spectra, initial_features)
+            references = measure(initial.spectra, initial_features, initial.kernel)
         metric = self.collapse.metric
         verdict = self.collapse.evaluate(
             values[metric],
@@ -178,7 +178,7 @@ class TaskStart:
             initial=references[metric],
         )
         report.matrix = self.probe.matrices[0]
-        report.spectrum = now.spectra[report.matrix]
+        report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
         by_layer = {name: value for name, value in features.items() if name not in values}
         report.metrics = {**to_log_dict(values, references), "probe_loss": now.loss, **by_layer}
         report.collapsed = verdict.collapsed
@@ -215,4 +215,4 @@ class TaskStart:
 
 
 def _has_probed(history: Sequence[TaskReport]) -> bool:
-    return any(report.spectrum is not None for report in history)
+    return any(report.metrics for report in history)
