@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
@@ -132,9 +131,3 @@ class Cost:
 
 def _rate(rates: dict[str, float], device: torch.device) -> float:
     return rates.get(device.type, rates["cuda"])
-
-
-def cost_of(counter: ForwardCounter, parameters: Sequence[Tensor]) -> Cost:
-    """Return the cost of a forward pass that was counted."""
-    num_parameters = sum(parameter.numel() for parameter in parameters)
-    return Cost(counter.flops, counter.calls, parameters[0].device, num_parameters)

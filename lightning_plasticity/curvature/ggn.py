@@ -14,7 +14,7 @@ from lightning_plasticity.curvature.double_backward import twice_differentiable_
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
 from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
-from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
+from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.matrix_free.lanczos import Reorthogonalization
 from lightning_plasticity.curvature.matrix_free.linear_operators import CurvatureLinearOperator, GGNLinearOperator
@@ -187,7 +187,7 @@ def _estimated_spectrum(
     def build(part: Batch) -> CurvatureLinearOperator:
         recording = Recording(model, {})
         with twice_differentiable_loss(model, part, loss_fn, recording) as loss:
-            hessian = loss_derivatives(loss, recording, names, batch_size(part)).require_hessian()
+            hessian = LossDerivatives(loss, recording, names, batch_size(part)).hessian
             return GGNLinearOperator(loss, hessian, selected)
 
     return estimate_spectrum(build, model, batch, loss_fn, selected, options)

@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_choice, check_positive_ints, check_seed
-from lightning_plasticity.curvature.cost import Budget, Cost, ForwardCounter, TooCostlyError, cost_of
-from lightning_plasticity.curvature.double_backward import second_derivative_mode
-from lightning_plasticity.curvature.exact.gram import TooManyRowsError, check_checkpoints, gram
+from lightning_plasticity.curvature.cost import Budget, Cost, TooCostlyError
+from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram_of
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
 from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
-from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
 from lightning_plasticity.curvature.exact.outputs import Outputs
-from lightning_plasticity.curvature.exact.recording import Recording
+from lightning_plasticity.curvature.exact.recorded_loss import RecordedLoss, differentiation_mode, recorded_loss
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.matrix_free.tangent_kernel import TangentKernelOperator, kernel_by_lanczos
-from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress, check_loss, trainable_parameters
+from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.isolation.batches import batch_size
 
 _FEWEST_PRODUCTS = 12
 """Products below which the bracket of the learnable fraction is often too wide for a verdict."""
@@ -115,27 +112,16 @@ def tangent_kernel(
     check_positive_ints(max_rows=max_rows, max_products=max_products)
     check_positive_ints(optional=True, samples=samples, positions=positions)
     check_seed(seed)
-    if method != "lanczos":
-        try:
-            kernel = gram(
-                model, batch, loss_fn, parameters=parameters, samples=samples, max_rows=max_rows, gauss_newton=False
-            ).kernel
-            assert kernel is not None
-            return kernel
-        except (TooManyRowsError, JacobianTooLargeError):
-            if method == "exact":
-                raise
-    return _by_products(
-        model,
-        batch,
-        loss_fn,
-        parameters=parameters,
-        samples=samples,
-        max_products=max_products,
-        positions=positions,
-        seed=seed,
-        progress=progress,
-    ).kernel
+    with recorded_loss(model, batch, loss_fn, parameters=parameters, samples=samples) as recorded:
+        if method != "lanczos":
+            try:
+                kernel = gram_of(recorded, max_rows=max_rows, gauss_newton=False).kernel
+                assert kernel is not None
+                return kernel
+            except (TooManyRowsError, JacobianTooLargeError):
+                if method == "exact":
+                    raise
+        return _by_products(recorded, max_products, positions=positions, seed=seed, progress=progress).kernel
 
 
 def measure_within_budget(
@@ -168,97 +154,59 @@ def measure_within_budget(
     Raises:
         TooCostlyError: If the budget is too small, unless ``fewest_products``.
     """
-    try:
-        exact = gram(model, batch, loss_fn, samples=samples, max_rows=max_rows, budget=budget)
-    except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
-        reason = f"it needs all eigenvalues of the kernel ({error})"
-    else:
-        kernel = exact.kernel
-        assert kernel is not None
-        return KernelMeasurement(
-            kernel,
-            exact.loss,
-            exact.num_outputs,
-            spectrum=None if exact.no_gauss_newton else exact.spectrum(),
-            no_gauss_newton=exact.no_gauss_newton,
-            couples_samples=exact.couples_samples,
-            held_constant=exact.held_constant,
-        )
-    measurement = _by_products(
-        model,
-        batch,
-        loss_fn,
-        samples=samples,
-        positions=positions,
-        budget=budget,
-        fewest_products=fewest_products,
-        seed=seed,
-        progress=progress,
-    )
-    return replace(measurement, no_gauss_newton=reason)
+    with recorded_loss(model, batch, loss_fn, samples=samples) as recorded:
+        try:
+            exact = gram_of(recorded, max_rows=max_rows, budget=budget)
+        except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
+            reason = f"they need a matrix with a row for each output ({error})"
+        else:
+            kernel = exact.kernel
+            assert kernel is not None
+            return KernelMeasurement(
+                kernel,
+                exact.loss,
+                exact.num_outputs,
+                spectrum=None if exact.no_gauss_newton else exact.spectrum(),
+                no_gauss_newton=exact.no_gauss_newton,
+                couples_samples=exact.couples_samples,
+                held_constant=exact.held_constant,
+            )
+        products = _affordable_products(recorded.cost, budget, fewest=fewest_products)
+        measurement = _by_products(recorded, products, positions=positions, seed=seed, progress=progress)
+        return replace(measurement, no_gauss_newton=reason)
 
 
 def _by_products(
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: LossFunction[Batch],
-    *,
-    parameters: str | None = None,
-    samples: int | None,
-    positions: int | None,
-    max_products: int | None = None,
-    budget: Budget | None = None,
-    fewest_products: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
+    recorded: RecordedLoss, max_products: int, *, positions: int | None, seed: int, progress: Progress | None
 ) -> KernelMeasurement:
-    """Measure the kernel by at most ``max_products`` products, or by those that a budget allows."""
-    selected = list(trainable_parameters(model, parameters).values())
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with second_derivative_mode(model):
-        recording, counter = Recording(model, {}), ForwardCounter()
-        with counter, recording:
-            loss = loss_fn(model, batch)
-        check_loss(loss)
-        check_checkpoints(loss)
-        derivatives = loss_derivatives(loss, recording, names, samples or batch_size(batch))
-        outputs = derivatives.outputs
-        if max_products is None:
-            assert budget is not None
-            max_products = _affordable_products(cost_of(counter, selected), budget, fewest=fewest_products)
-        taken = _Positions.draw(outputs, positions, seed)
-        operator = TangentKernelOperator(
+    """Measure the kernel by at most ``max_products`` products."""
+    outputs = recorded.derivatives.outputs
+    taken = _Positions.draw(outputs, positions, seed)
+    residual = torch.cat([output.residual.flatten() for output in outputs])
+    with differentiation_mode():
+        kernel_operator = TangentKernelOperator(
             [output.edge for output in outputs],
             [output.shape for output in outputs],
-            selected,
-            samples or outputs[0].num_samples,
+            list(recorded.parameters.values()),
+            recorded.num_samples,
         )
-        products = 0
-
-        def count(done: int, total: int) -> None:
-            nonlocal products
-            products = done
-            if progress is not None:
-                progress(done, total)
-
-        residual = torch.cat([output.residual.flatten() for output in outputs])
-        kernel = kernel_by_lanczos(
-            operator if taken is None else taken.restrict(operator),
-            residual if taken is None else residual[taken.entries],
-            max_products=max_products,
-            seed=seed,
-            progress=count,
-        )
-        hessian = derivatives.hessian
-        return KernelMeasurement(
-            kernel,
-            loss.item(),
-            len(residual) if taken is None else len(taken.entries),
-            positions=None if taken is None else (taken.count, taken.total),
-            couples_samples=hessian is not None and hessian.couples(outputs[0].num_samples),
-            held_constant=derivatives.held_constant,
-            products=products,
-        )
+    operator = _Operator(kernel_operator, None if taken is None else taken.entries)
+    kernel = kernel_by_lanczos(
+        operator,
+        residual if taken is None else residual[taken.entries],
+        max_products=max_products,
+        seed=seed,
+        progress=progress,
+    )
+    return KernelMeasurement(
+        kernel,
+        recorded.loss.item(),
+        operator.dimension,
+        positions=None if taken is None else (taken.count, taken.total),
+        couples_samples=recorded.derivatives.couples_samples,
+        held_constant=recorded.derivatives.held_constant,
+        products=operator.products,
+    )
 
 
 def _affordable_products(cost: Cost, budget: Budget, *, fewest: bool) -> int:
@@ -291,9 +239,11 @@ class _Positions:
     @classmethod
     def draw(cls, outputs: Sequence[Outputs], positions: int | None, seed: int) -> _Positions | None:
         """Draw positions, ``positions`` for all samples together; return ``None`` if there are no more."""
+        if positions is None:
+            return None
         counts = [_num_positions(output) for output in outputs]
-        allowed = [max(1, (positions or 0) // output.num_samples) for output in outputs]
-        if positions is None or all(count <= most for count, most in zip(counts, allowed, strict=True)):
+        allowed = [max(1, positions // output.num_samples) for output in outputs]
+        if all(count <= most for count, most in zip(counts, allowed, strict=True)):
             return None
         generator = torch.Generator().manual_seed(seed)
         entries, start = [], 0
@@ -305,30 +255,29 @@ class _Positions:
         taken = sum(min(count, most) for count, most in zip(counts, allowed, strict=True))
         return cls(taken, sum(counts), torch.cat(entries).to(outputs[0].residual.device))
 
-    def restrict(self, operator: TangentKernelOperator) -> _RestrictedOperator:
-        """Return the block of the kernel that belongs to the positions."""
-        return _RestrictedOperator(operator, self.entries)
 
+class _Operator:
+    """A kernel, or the block of it that belongs to some of the outputs, that counts its products.
 
-@dataclass(frozen=True, eq=False)
-class _RestrictedOperator:
-    """The block of a kernel that belongs to some of the outputs."""
+    Args:
+        kernel: The kernel.
+        entries: The indices of these outputs; ``None`` for all.
+    """
 
-    operator: TangentKernelOperator
-    entries: Tensor
-
-    @property
-    def dimension(self) -> int:
-        return len(self.entries)
-
-    @property
-    def rounding(self) -> float:
-        return self.operator.rounding
+    def __init__(self, kernel: TangentKernelOperator, entries: Tensor | None) -> None:
+        self._kernel, self._entries = kernel, entries
+        self.rounding = kernel.rounding
+        self.dimension = kernel.dimension if entries is None else len(entries)
+        self.products = 0
 
     def __call__(self, vector: Tensor) -> Tensor:
-        full = vector.new_zeros(self.operator.dimension)
-        full[self.entries] = vector
-        return self.operator(full)[self.entries]
+        self.products += 1
+        with differentiation_mode():
+            if self._entries is None:
+                return self._kernel(vector)
+            full = vector.new_zeros(self._kernel.dimension)
+            full[self._entries] = vector
+            return self._kernel(full)[self._entries]
 
 
 def _by_position(output: Outputs, values: Tensor) -> Tensor:

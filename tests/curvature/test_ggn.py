@@ -29,7 +29,7 @@ from lightning_plasticity.curvature.exact.hessian_factors import (
     HessianFactor,
     SoftmaxFactor,
 )
-from lightning_plasticity.curvature.exact.loss_derivatives import loss_derivatives
+from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
 from lightning_plasticity.curvature.exact.recording import Recording
 from tests.helpers.cases import CASES, Case, case_named, classes, dense
 
@@ -267,13 +267,13 @@ def test_output_hessian_product_equals_autograd(case: Case) -> None:
     recording = Recording(model, {})
     with recording:
         loss = case.loss_fn(model, batch)
-    derivatives = loss_derivatives(loss, recording, {}, None)
+    derivatives = LossDerivatives(loss, recording, {}, None)
     (outputs,) = derivatives.outputs
     logits = model(batch[0]).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(case.loss(logits, batch[1]), logits, create_graph=True)
     vector = torch.randn_like(logits)
     (expected,) = torch.autograd.grad(gradient, logits, vector, materialize_grads=True)
-    (actual,) = derivatives.require_hessian().matvec([vector.reshape(outputs.shape)])
+    (actual,) = derivatives.hessian.matvec([vector.reshape(outputs.shape)])
     actual = actual.reshape(expected.shape)
     assert (actual - expected).norm() <= 1e-9 * max(expected.norm().item(), vector.norm().item())
 

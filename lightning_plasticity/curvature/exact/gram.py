@@ -12,31 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
-from lightning_plasticity.curvature.autograd_graph import edge_of, leaves, reached
-from lightning_plasticity.curvature.cost import Budget, Cost, ForwardCounter, TooCostlyError, cost_of
+from lightning_plasticity.curvature.autograd_graph import leaves
+from lightning_plasticity.curvature.cost import Budget, Cost, TooCostlyError
 from lightning_plasticity.curvature.exact.jacobian import JacobianGram, jacobian_gram
 from lightning_plasticity.curvature.exact.layer_calls import LayerCall
-from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives, loss_derivatives
+from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
+from lightning_plasticity.curvature.exact.loss_hessian import LossHessian
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs, UnsupportedModelError
+from lightning_plasticity.curvature.exact.recorded_loss import RecordedLoss, recorded_loss
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.problem import (
     NOT_FINITE,
     Batch,
     LossFunction,
-    check_loss,
-    full_precision,
-    trainable_parameters,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.isolation.batches import batch_size
-from lightning_plasticity.isolation.state import probe_mode
 
 
 class TooManyRowsError(ValueError):
@@ -147,71 +144,88 @@ def gram(
         ValueError: If an argument, the loss or a gradient is invalid.
     """
     check_positive_ints(optional=True, samples=samples, max_rows=max_rows, sketch=sketch)
-    selected = trainable_parameters(model, parameters)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with probe_mode(model):
-        recording, counter = Recording(model, selected), ForwardCounter()
-        with full_precision(), counter, recording:
-            loss = loss_fn(model, batch)
-        check_loss(loss)
-        check_checkpoints(loss)
-        derivatives = loss_derivatives(loss, recording, names, samples or batch_size(batch))
-        outputs = derivatives.outputs
-        without_closed_form = _without_closed_form(outputs, recording, selected, names)
-        _check_rows(outputs, sketch, max_rows)
-        if budget is not None:
-            cost = cost_of(counter, list(selected.values()))
-            max_passes = min(max_passes, _affordable_passes(cost, budget, recording.layer_calls, outputs))
-        combinations = None
-        if sketch is not None:
-            generator = torch.Generator().manual_seed(seed)
-            hessian = derivatives.require_hessian()
-            blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
-            combinations = hessian.random_factor_columns(sketch, blocks, generator)
-        factors = _Factors(derivatives if gauss_newton else replace(derivatives, hessian=None))
-        jacobian = jacobian_gram(
-            recording.layer_calls,
-            outputs,
-            selected,
-            without_closed_form,
-            factors=factors,
-            combinations=combinations,
+    with recorded_loss(model, batch, loss_fn, parameters=parameters, samples=samples) as recorded:
+        return gram_of(
+            recorded,
+            max_rows=max_rows,
             max_passes=max_passes,
+            budget=budget,
+            sketch=sketch,
+            seed=seed,
+            gauss_newton=gauss_newton,
         )
-        if not torch.isfinite(jacobian.matrix).all():
-            raise ValueError(NOT_FINITE)
-        num_parameters = sum(parameter.numel() for parameter in selected.values())
-        if sketch is not None:
-            return Gram(
-                loss_weighted=jacobian.matrix / sketch,
-                loss=loss.item(),
-                num_parameters=num_parameters,
-                trace_standard_error=_trace_standard_error(jacobian, sketch),
-            )
+
+
+def gram_of(
+    recorded: RecordedLoss,
+    *,
+    max_rows: int | None = None,
+    max_passes: float = math.inf,
+    budget: Budget | None = None,
+    sketch: int | None = None,
+    seed: int = 0,
+    gauss_newton: bool = True,
+) -> Gram:
+    """Compute the Gram matrices of a recorded loss, as :func:`gram`."""
+    recording, outputs = recorded.recording, recorded.derivatives.outputs
+    _check_rows(outputs, sketch, max_rows)
+    if budget is not None:
+        max_passes = min(max_passes, _affordable_passes(recorded.cost, budget, recording.layer_calls, outputs))
+    without_closed_form = _without_closed_form(outputs, recording, recorded.parameters, recorded.names)
+    combinations = None
+    if sketch is not None:
+        generator = torch.Generator().manual_seed(seed)
+        hessian = recorded.derivatives.hessian
+        blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
+        combinations = hessian.random_factor_columns(sketch, blocks, generator)
+    factors = _Factors(recorded.derivatives if gauss_newton else None)
+    jacobian = jacobian_gram(
+        recording.layer_calls,
+        outputs,
+        recorded.parameters,
+        without_closed_form,
+        factors=factors,
+        combinations=combinations,
+        max_passes=max_passes,
+    )
+    if not torch.isfinite(jacobian.matrix).all():
+        raise ValueError(NOT_FINITE)
+    if sketch is not None:
         return Gram(
-            loss_weighted=factors.weight(jacobian) if gauss_newton else None,
-            loss=loss.item(),
-            num_parameters=num_parameters,
-            tangent_kernel=jacobian.matrix / (samples or outputs[0].num_samples),
-            residual=_residual(outputs, jacobian.num_blocks),
-            no_gauss_newton=factors.no_gauss_newton,
-            couples_samples=factors.couples_samples,
-            held_constant=derivatives.held_constant,
+            loss_weighted=jacobian.matrix / sketch,
+            loss=recorded.loss.item(),
+            num_parameters=recorded.num_parameters,
+            trace_standard_error=_trace_standard_error(jacobian, sketch),
         )
+    return Gram(
+        loss_weighted=factors.weight(jacobian),
+        loss=recorded.loss.item(),
+        num_parameters=recorded.num_parameters,
+        tangent_kernel=jacobian.matrix / recorded.num_samples,
+        residual=_residual(factors.outputs or outputs, jacobian.num_blocks),
+        no_gauss_newton=factors.no_gauss_newton,
+        couples_samples=recorded.derivatives.couples_samples,
+        held_constant=recorded.derivatives.held_constant,
+    )
 
 
 class _Factors:
     r"""The factors :math:`S` of the loss Hessian, as far as it is known and positive semi-definite.
 
     Args:
-        derivatives: The derivatives of the loss.
+        derivatives: The derivatives of the loss; ``None`` for none.
     """
 
-    def __init__(self, derivatives: LossDerivatives) -> None:
-        self.no_gauss_newton = derivatives.no_hessian
-        self._hessian = derivatives.hessian
-        self.couples_samples = self._hessian is not None and self._hessian.couples(derivatives.outputs[0].num_samples)
+    def __init__(self, derivatives: LossDerivatives | None) -> None:
+        self.no_gauss_newton: str | None = None
+        self._hessian: LossHessian | None = None
         self._factors: dict[int, Tensor] = {}
+        if derivatives is not None:
+            try:
+                self._hessian = derivatives.hessian
+            except NoGaussNewtonMatrixError as error:
+                self.no_gauss_newton = str(error)
+        self.outputs = None if self._hessian is None else self._hessian.outputs
 
     def __call__(self, num_blocks: int) -> Tensor | None:
         """Return one factor for each block, ``(num_blocks, q, q)``; ``None`` if the loss couples blocks."""
@@ -240,15 +254,6 @@ class _Factors:
             except NoGaussNewtonMatrixError as error:
                 self._hessian, self.no_gauss_newton = None, str(error)
         return self._factors.get(num_blocks)
-
-
-def check_checkpoints(loss: Tensor) -> None:
-    """Raise if the model uses reentrant checkpoints."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in reached([edge_of(loss)], {})):
-        raise UnsupportedModelError(
-            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
-            "everything but loss.backward(): pass use_reentrant=False"
-        )
 
 
 def _without_closed_form(
@@ -312,6 +317,6 @@ def _trace_standard_error(sketched: JacobianGram, num_combinations: int) -> floa
     return traces.std().item() / math.sqrt(num_combinations)
 
 
-def _residual(outputs: list[Outputs], num_blocks: int) -> Tensor:
+def _residual(outputs: Sequence[Outputs], num_blocks: int) -> Tensor:
     """Return the gradient of the loss with respect to all outputs in the order of the Jacobian's rows, ``(m,)``."""
     return torch.cat([output.by_block(output.residual, num_blocks) for output in outputs], dim=1).flatten()

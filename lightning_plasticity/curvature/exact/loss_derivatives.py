@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,81 +17,88 @@ from lightning_plasticity.curvature.exact.loss_hessian import (
     LossHessian,
     LossTerm,
 )
-from lightning_plasticity.curvature.exact.output_edges import NetworkEnd, find_network_end
+from lightning_plasticity.curvature.exact.output_edges import NetworkEnd, find_network_end, is_rearranged
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.problem import normal
 
 
-@dataclass(frozen=True, eq=False)
 class LossDerivatives:
-    """The network outputs that a loss is a function of, and its derivatives with respect to them.
-
-    Args:
-        outputs: The outputs with the gradient of the loss, in the order of computation.
-        hessian: The Hessian of the loss; ``None`` if it is not known.
-        no_hessian: Why it is not known.
-        held_constant: Names of the parameters that the loss depends on besides the outputs: its derivatives with
-            respect to them are left out.
-    """
-
-    outputs: list[Outputs]
-    hessian: LossHessian | None
-    no_hessian: str | None
-    held_constant: list[str]
-
-    def require_hessian(self) -> LossHessian:
-        """Return the Hessian.
-
-        Raises:
-            NoGaussNewtonMatrixError: If it is not known.
-        """
-        if self.hessian is None:
-            raise NoGaussNewtonMatrixError(self.no_hessian)
-        return self.hessian
-
-
-def loss_derivatives(
-    loss: Tensor, recording: Recording, names: Mapping[int, str], num_samples: int | None
-) -> LossDerivatives:
-    """Find the network outputs of a recorded forward pass, and differentiate its loss with respect to them.
+    """The network outputs that a recorded loss is a function of, and its derivatives with respect to them.
 
     Args:
         loss: The loss.
-        recording: The recording of the forward pass.
+        recording: The recording of its forward pass.
         names: Names of the parameters, by ``id``.
         num_samples: Number of samples in the batch, if known.
 
     Raises:
         ValueError: If the loss does not depend on any parameter.
     """
-    calls = _closed_form_calls(loss, recording)
-    received = list(dict.fromkeys(call.outputs_edge for call, _ in calls))
-    chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
-    end = find_network_end(loss, recording.operations, num_samples, chosen)
-    if not end.edges:
-        raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
-    if received and set(received) != set(end.edges) and _are_computed_by_sample(calls, end, num_samples):
-        # What follows the last operation with parameters is part of the network, such as a last activation.
-        end = find_network_end(loss, recording.operations, num_samples, received)
-    gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
-    unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
-    outputs = [
-        Outputs(edge, shape, gradient.double(), None if edge in unbatched else _sample_dim(shape, num_samples))
-        for edge, shape, gradient in zip(end.edges, end.shapes, gradients, strict=True)
-    ]
-    held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
-    try:
-        if set(received) == set(end.edges):
-            terms = [LossTerm(c, c.curvature(weight), end.edges.index(c.outputs_edge)) for c, weight in calls]
-            residuals = _closed_form_residuals(outputs, terms, gradients[0].dtype)
-            if residuals is not None:
-                # In single precision, the difference of large outputs and targets leaves few digits to the gradient.
-                outputs = [replace(output, residual=r) for output, r in zip(outputs, residuals, strict=True)]
-                return LossDerivatives(outputs, ClosedFormHessian(terms, outputs), None, held_constant)
-        return LossDerivatives(outputs, AutogradHessian(loss, outputs), None, held_constant)
-    except NoGaussNewtonMatrixError as error:
-        return LossDerivatives(outputs, None, str(error), held_constant)
+
+    outputs: list[Outputs]
+    """The outputs with the gradient of the loss, in the order of computation."""
+
+    held_constant: list[str]
+    """Names of the parameters that the loss depends on besides the outputs: derivatives with respect to them are left
+    out."""
+
+    def __init__(self, loss: Tensor, recording: Recording, names: Mapping[int, str], num_samples: int | None) -> None:
+        self._loss = loss
+        self._calls = _closed_form_calls(loss, recording)
+        received = list(dict.fromkeys(call.outputs_edge for call, _ in self._calls))
+        chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
+        end = find_network_end(loss, recording.operations, num_samples, chosen)
+        if not end.edges:
+            raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
+        if (
+            received
+            and set(received) != set(end.edges)
+            and (
+                all(is_rearranged(edge, end.edges, recording.operations) for edge in received)
+                or _are_computed_by_sample(self._calls, end, num_samples)
+            )
+        ):
+            # What follows the last operation with parameters is part of the network, such as a last activation.
+            end = find_network_end(loss, recording.operations, num_samples, received)
+        if set(received) != set(end.edges):
+            self._calls = []
+        unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
+        gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
+        self.outputs = [
+            Outputs(edge, shape, gradient.double(), None if edge in unbatched else _sample_dim(shape, num_samples))
+            for edge, shape, gradient in zip(end.edges, end.shapes, gradients, strict=True)
+        ]
+        self.held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
+        self._dtype = gradients[0].dtype
+
+    @cached_property
+    def hessian(self) -> LossHessian:
+        """The Hessian of the loss. Where it has a closed form, so have the residuals of its outputs.
+
+        Raises:
+            NoGaussNewtonMatrixError: If it is not known, or known to be not positive semi-definite.
+        """
+        terms = [
+            LossTerm(call, call.curvature(weight), [o.edge for o in self.outputs].index(call.outputs_edge))
+            for call, weight in self._calls
+        ]
+        residuals = _closed_form_residuals(self.outputs, terms, self._dtype) if terms else None
+        if residuals is None:
+            return AutogradHessian(self._loss, self.outputs)
+        # In single precision, the difference of large outputs and targets leaves few digits to the gradient.
+        outputs = [replace(output, residual=r) for output, r in zip(self.outputs, residuals, strict=True)]
+        return ClosedFormHessian(terms, outputs)
+
+    @cached_property
+    def couples_samples(self) -> bool:
+        """Whether the loss of a sample depends on the outputs of another, as far as second derivatives tell."""
+        if self._calls and not any(call.chooses_outputs for call, _ in self._calls):
+            return False
+        try:
+            return self.hessian.couples(self.outputs[0].num_samples)
+        except NoGaussNewtonMatrixError:
+            return False
 
 
 def _are_computed_by_sample(calls: Sequence[tuple[LossCall, Tensor]], end: NetworkEnd, num_samples: int | None) -> bool:

@@ -68,6 +68,16 @@ def find_network_end(
     return NetworkEnd(edges, [search.shape(edge) for edge in edges], held)
 
 
+def is_rearranged(edge: Edge, edges: Collection[Edge], operations: Mapping[Edge, Operation]) -> bool:
+    """Return whether a result is one of some others with its entries selected, averaged or rearranged, or the same."""
+    while edge not in edges:
+        operation = operations.get(edge)
+        if operation is None or _name(operation) not in _LINEAR or len(operation.inputs) != 1:
+            return False
+        edge = operation.inputs[0]
+    return True
+
+
 class _Search:
     """A walk from the loss towards the parameters: see :func:`find_network_end`."""
 
