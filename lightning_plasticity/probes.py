@@ -114,8 +114,9 @@ class GGNProbe(Probe):
         max_rows: Largest number of outputs of all samples together for the exact spectra. Memory grows with its square.
         max_steps: Largest cost of a task, for the network and its initial weights together, in training steps, as
             estimated from the operations of a forward pass. Where the samples are too many for it, fewer are taken.
-        positions: Largest number of output positions (tokens, pixels) of all samples together. Of more, a random subset
-            is taken, the same for the network and its initial weights.
+        positions: Largest number of output positions (tokens, pixels) of all samples together, for products. Of more, a
+            random subset is taken, the same for the network and its initial weights. By default 4096, or fewer if they
+            have more than half a million outputs together.
         seed: Seed of the subset of positions and of a start vector.
 
     Raises:
@@ -129,12 +130,13 @@ class GGNProbe(Probe):
     samples: int = 64
     max_rows: int = 2048
     max_steps: float = 60
-    positions: int = 4096
+    positions: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_positive_ints(owner, samples=self.samples, max_rows=self.max_rows, positions=self.positions)
+        check_positive_ints(owner, samples=self.samples, max_rows=self.max_rows)
+        check_positive_ints(owner, optional=True, positions=self.positions)
         check_number("(0, inf)", owner, max_steps=self.max_steps)
         check_seed(self.seed, owner, minimum=0)
 

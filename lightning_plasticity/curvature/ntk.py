@@ -24,6 +24,12 @@ from lightning_plasticity.curvature.spectrum import Spectrum
 _FEWEST_PRODUCTS = 12
 """Products below which the bracket of the learnable fraction is often too wide for a verdict."""
 
+_MOST_POSITIONS = 4096
+"""Output positions of all samples together that are taken by default: more hardly change the learnable fraction."""
+
+_MOST_OUTPUTS = 2**19
+"""Outputs at these positions: the basis of Lanczos takes 100 MiB for 25 products."""
+
 _MOST_PRODUCTS = 60
 """Products after which the bracket hardly narrows for the default horizon."""
 
@@ -86,7 +92,8 @@ def tangent_kernel(
         max_rows: Largest number of rows of the matrix.
         max_products: Largest number of products, each about two gradients of the batch.
         positions: Number of output positions (tokens, pixels) of all samples together to take, drawn at random and the
-            same for each sample; ``None`` takes all. Only for ``"lanczos"``.
+            same for each sample. By default 4096, or fewer if they have more than half a million outputs together. It
+            has no effect on the exact kernel.
         seed: Seed of the positions and of a start vector.
         progress: Called after each product with the number of products done and the total.
 
@@ -181,7 +188,7 @@ def _by_products(
 ) -> KernelMeasurement:
     """Measure the kernel by at most ``max_products`` products."""
     outputs = recorded.derivatives.outputs
-    taken = _Positions.draw(outputs, positions, seed)
+    taken = _Positions.draw(outputs, recorded.num_samples, positions, seed)
     residual = torch.cat([output.residual.flatten() for output in outputs])
     with differentiation_mode():
         kernel_operator = TangentKernelOperator(
@@ -237,23 +244,23 @@ class _Positions:
     entries: Tensor
 
     @classmethod
-    def draw(cls, outputs: Sequence[Outputs], positions: int | None, seed: int) -> _Positions | None:
+    def draw(cls, outputs: Sequence[Outputs], num_samples: int, positions: int | None, seed: int) -> _Positions | None:
         """Draw positions, ``positions`` for all samples together; return ``None`` if there are no more."""
-        if positions is None:
-            return None
-        counts = [_num_positions(output) for output in outputs]
-        allowed = [max(1, positions // output.num_samples) for output in outputs]
-        if all(count <= most for count, most in zip(counts, allowed, strict=True)):
+        counts = [_num_positions(output, num_samples) for output in outputs]
+        allowed = []
+        for output, count in zip(outputs, counts, strict=True):
+            most = positions or min(_MOST_POSITIONS, _MOST_OUTPUTS * count * num_samples // output.shape.numel())
+            allowed.append(min(count, max(1, most // num_samples)))
+        if allowed == counts:
             return None
         generator = torch.Generator().manual_seed(seed)
         entries, start = [], 0
         for output, count, most in zip(outputs, counts, allowed, strict=True):
             chosen = torch.randperm(count, generator=generator, device="cpu")[:most].sort().values
             indices = start + torch.arange(output.shape.numel(), device="cpu").reshape(output.shape)
-            entries.append(_by_position(output, indices)[:, chosen].flatten())
+            entries.append(_by_position(output, indices, num_samples)[:, chosen].flatten())
             start += output.shape.numel()
-        taken = sum(min(count, most) for count, most in zip(counts, allowed, strict=True))
-        return cls(taken, sum(counts), torch.cat(entries).to(outputs[0].residual.device))
+        return cls(sum(allowed), sum(counts), torch.cat(entries).to(outputs[0].residual.device))
 
 
 class _Operator:
@@ -280,17 +287,18 @@ class _Operator:
             return self._kernel(full)[self._entries]
 
 
-def _by_position(output: Outputs, values: Tensor) -> Tensor:
+def _by_position(output: Outputs, values: Tensor, num_samples: int) -> Tensor:
     """Reshape values in the shape of the outputs to ``(samples, positions, channels)``.
 
-    Channels are the last dimension of sequences, and the one after the samples of images.
+    Channels are the last dimension of sequences, and the one after the samples of images. Positions may be numbered
+    along with the samples, ``(samples * positions, channels)``.
     """
-    if output.sample_dim is None or len(output.shape) < 3:
-        return values.reshape(output.num_samples, 1, -1)
+    if output.sample_dim is None or len(output.shape) < 2 or output.num_samples % num_samples:
+        return values.reshape(1, 1, -1)
     samples_first = values.movedim(output.sample_dim, 0)
     channels_last = samples_first.movedim(1, -1) if len(output.shape) > 3 else samples_first
-    return channels_last.flatten(1, -2)
+    return channels_last.reshape(num_samples, -1, channels_last.shape[-1])
 
 
-def _num_positions(output: Outputs) -> int:
-    return _by_position(output, torch.empty(output.shape, device="meta")).shape[1]
+def _num_positions(output: Outputs, num_samples: int) -> int:
+    return _by_position(output, torch.empty(output.shape, device="meta"), num_samples).shape[1]
