@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateFinder,
     ModelCheckpoint,
-    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -936,25 +935,29 @@ def test_fit_of_a_checkpoint_saved_in_its_first_probe_starts_its_task_again(tmp_
     assert_same_reports(resumed, saving)
 
 
-@pytest.mark.filterwarnings(r"ignore:`.fit\(ckpt_path=None\)` was called without a model")
 @pytest.mark.parametrize("kind", [Announced, Named])
 def test_task_of_a_checkpoint_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier]) -> None:
-    loss_fn = Failing()
+    loss_fn, path = Failing(), tmp_path / "saved.ckpt"
 
-    class Interrupt(Callback):
+    class Interruption(Callback):
         def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
             loss_fn.error = KeyboardInterrupt() if trainer.current_epoch == 1 else None
 
-    uninterrupted, interrupted, resumed = (SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn) for _ in range(3))
-    saving = OnExceptionCheckpoint(tmp_path, "saved")
-    for callback, others in ((uninterrupted, []), (interrupted, [Interrupt(), saving]), (resumed, [])):
+        def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+            loss_fn.error = None
+            trainer.save_checkpoint(path)
+
+    def fit(*callbacks: Callback, resumed_from: Path | None = None) -> None:
+        torch.manual_seed(0)
         module = kind()
-        fitted = trainer(callback, *others, max_epochs=3, enable_checkpointing=bool(others))
-        path = tmp_path / "saved.ckpt" if callback is resumed else None
-        with pytest.raises((KeyboardInterrupt, SystemExit)) if others else contextlib.nullcontext():
-            fitted.fit(module, Epochs().loader_for(module), ckpt_path=path)
-        loss_fn.error = None
+        trainer(*callbacks, max_epochs=3).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+
+    uninterrupted, interrupted, resumed = (SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn) for _ in range(3))
+    fit(uninterrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(interrupted, Interruption())
     assert len(interrupted.history) == 1
+    fit(resumed, resumed_from=path)
     assert_same_reports(resumed, uninterrupted)
 
 
