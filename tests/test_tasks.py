@@ -223,7 +223,7 @@ def one_sample(sample: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["max_size_cycle", "min_size", "max_size"])
-def test_data_set_among_others_announces_the_batch_of_its_next_sample(mode: Any) -> None:
+def test_one_of_several_data_sets_announces_its_next_sample(mode: Any) -> None:
     class OfTwoLoaders(Recording):
         def samples_of(self, batch: Any) -> Any:
             return batch["stream"]
@@ -237,7 +237,7 @@ def test_data_set_among_others_announces_the_batch_of_its_next_sample(mode: Any)
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_train_batch_start", "on_train_batch_end"])
-def test_hooks_announce_the_next_batch_although_one_is_fetched_ahead(hook: str) -> None:
+def test_hooks_announce_the_next_batch_not_the_one_fetched_ahead(hook: str) -> None:
     """The callback sees a batch before the module's ``on_train_batch_start``, and after the transfer to the device."""
     callback, module, calls = callback_with(), Recording(), itertools.count()
 
@@ -815,7 +815,7 @@ class RecordingDetector:
         ({"task_key": lambda trainer, module: trainer.current_epoch}, [0, 3, 6]),
         ({"batch_label": 2}, [0, 3, 6]),
     ],
-    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+    ids=["fit", "every_n_epochs", "task_key", "batch_label"],
 )
 def test_pass_for_batch_norm_after_averaging_is_no_task(
     options: dict[str, Any], steps: list[int], statistic: Any
@@ -907,7 +907,7 @@ def drift() -> dict[str, Any]:
     ],
     ids=["every_n_epochs", "every_n_steps", "batch_label", "drift", "new_task", "task_id"],
 )
-def test_task_of_a_checkpoint_saved_in_its_probe_starts_again(
+def test_task_saved_in_its_probe_starts_again(
     tmp_path: Path, kind: type[Classifier], options: Callable[[], dict[str, Any]], task: int
 ) -> None:
     """Each of three epochs is a task."""
@@ -924,7 +924,7 @@ def test_task_of_a_checkpoint_saved_in_its_probe_starts_again(
 
 
 @pytest.mark.parametrize("task", [0, 1, 2])
-def test_fit_of_a_checkpoint_saved_in_its_first_probe_starts_its_task_again(tmp_path: Path, task: int) -> None:
+def test_fit_saved_in_its_first_probe_starts_its_task_again(tmp_path: Path, task: int) -> None:
     path = tmp_path / "saved.ckpt"
     saving, resumed = (SpectralCollapseCallback(SavingProbe(path, task), collapse=NEVER) for _ in range(2))
     for callback, fits in ((saving, [None] * 3), (resumed, [path, None, None][: 3 - task])):
@@ -936,7 +936,7 @@ def test_fit_of_a_checkpoint_saved_in_its_first_probe_starts_its_task_again(tmp_
 
 
 @pytest.mark.parametrize("kind", [Announced, Named])
-def test_task_of_a_checkpoint_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier]) -> None:
+def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier]) -> None:
     loss_fn, path = Failing(), tmp_path / "saved.ckpt"
 
     class Interruption(Callback):

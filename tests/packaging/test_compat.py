@@ -182,7 +182,7 @@ def test_takes_dataloader_iter_matches_trainer() -> None:
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize("is_sized", [False, True])
-def test_batch_after_the_next_is_fetched_ahead_without_a_length(*, is_sized: bool) -> None:
+def test_batches_of_unknown_number_are_fetched_ahead(*, is_sized: bool) -> None:
     """Otherwise, a task that a data set announces starts one batch too early or too late."""
 
     class Stream(IterableDataset[Any]):
@@ -219,7 +219,7 @@ def test_batch_after_the_next_is_fetched_ahead_without_a_length(*, is_sized: boo
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_epoch_of_weight_averaging_that_does_not_train_is_recognised(*, manual: bool) -> None:
+def test_epoch_that_does_not_train_is_recognised(*, manual: bool) -> None:
     """Otherwise, the epoch that updates the statistics of BatchNorm starts a task."""
 
     class Normalized(Classifier):
