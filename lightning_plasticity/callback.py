@@ -240,9 +240,10 @@ class SpectralCollapseCallback(Callback):
     def new_task(self, task_id: TaskId = None) -> None:
         """Let the next training batch start a new task. Call it on every rank.
 
-        A data set may call it too, before it returns the first sample of the task: the batch that holds this sample
-        starts it, although Lightning may fetch batches ahead. In a worker process (``num_workers``) it has no effect
-        and warns; use ``TaskDetector(batch_label=...)`` there.
+        A data set may call it too, right before it returns the first sample of the task: the batch that holds this
+        sample starts it, although Lightning may fetch batches ahead. (After the last sample of an epoch would be too
+        early, if the last batch is not full.) In a worker process (``num_workers``) it has no effect and warns; use
+        ``TaskDetector(batch_label=...)`` there.
 
         Args:
             task_id: The name of the task, for the report.
