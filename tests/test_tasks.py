@@ -869,7 +869,7 @@ class SavingProbe(GGNProbe):
 class Increasing:
     """A drift detector that detects a drift at a number above the last one."""
 
-    last, drift_detected = 0.0, False
+    last, drift_detected = math.inf, False
 
     def update(self, x: float) -> None:
         self.last, self.drift_detected = x, x > self.last
