@@ -29,6 +29,7 @@ __all__ = [
     "fit_datamodule",
     "gradient_scale",
     "has_full_weights",
+    "is_fetching_ahead",
     "is_lightning",
     "is_logging_step",
     "is_model_parallel",
@@ -38,6 +39,7 @@ __all__ = [
     "takes_batch_index",
     "takes_dataloader_iter",
     "training_description",
+    "trains",
     "weight_averages",
 ]
 
@@ -92,6 +94,27 @@ def fit_datamodule(trainer: Trainer) -> LightningDataModule | None:
     """
     source: Any = trainer.fit_loop._data_source.instance
     return source if is_lightning(source, LightningDataModule) else None
+
+
+def is_fetching_ahead(trainer: Trainer) -> bool:
+    """Return whether the Trainer is fetching the training batch that follows the next one.
+
+    Without the length of the data, it fetches one batch ahead, to know which one is the last. The batch in ``batches``
+    is then taken out, and trained on after the next one is fetched.
+    """
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    if fetcher is None or fetcher.length is not None:
+        return False
+    return fetcher.fetched > 0 and not (fetcher.batches or fetcher.done)
+
+
+def trains(trainer: Trainer) -> bool:
+    """Return whether the running epoch of a fit trains on its batches.
+
+    ``StochasticWeightAveraging`` appends one that only runs the module forward, for the statistics of BatchNorm.
+    """
+    skips_backward: bool = trainer.fit_loop._skip_backward
+    return not (skips_backward and trainer.lightning_module.automatic_optimization)
 
 
 def is_logging_step(trainer: Trainer) -> bool:

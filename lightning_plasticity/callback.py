@@ -14,7 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity._compat import gradient_scale, is_logging_step, is_model_parallel, is_restoring_for_finder
+from lightning_plasticity._compat import (
+    gradient_scale,
+    is_logging_step,
+    is_model_parallel,
+    is_restoring_for_finder,
+    trains,
+)
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
@@ -234,6 +240,11 @@ class SpectralCollapseCallback(Callback):
     def new_task(self, task_id: TaskId = None) -> None:
         """Let the next training batch start a new task. Call it on every rank.
 
+        A data set may call it too, right before it returns the first sample of the task: the batch that holds this
+        sample starts it, although Lightning may fetch batches ahead. (After the last sample of an epoch would be too
+        early, if the last batch is not full.) In a worker process (``num_workers``) it has no effect and warns; use
+        ``TaskDetector(batch_label=...)`` there.
+
         Args:
             task_id: The name of the task, for the report.
 
@@ -260,7 +271,7 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tasks.on_fit(resumed=self._resumed and bool(self.history), first=not self.history)
+        self._tasks.begin_fit(trainer, resumed=self._resumed and bool(self.history), first=not self.history)
         self._resumed = False
         # Without a history, the run may have begun before the callback was added.
         if not self.history:
@@ -273,12 +284,16 @@ class SpectralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not trains(trainer):
+            return
         self._fit.in_batch = True
         # If the last batch was skipped, its monitor is still attached. It must not record the copy of the probe.
         self._step_monitor.cancel()
         self._runner.track(trainer.optimizers)
         starts_task = self._call_detector(lambda: self._tasks.new_task(trainer, pl_module, batch))
-        starts_task = starts_task or self._tasks.consume_announcement() or not self.history
+        if starts_task is None:
+            starts_task = self._tasks.start_announced()
+        starts_task = starts_task or not self.history
         if starts_task:
             self._share_errors()
         with _lightning_errors():
@@ -292,10 +307,14 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._fit.in_batch = False
-        log_step(trainer.loggers, self._step_monitor.end(), self._steps, self._errors, self._groups)
-        self._call_detector(lambda: self._tasks.on_batch_end(outputs))
         step_before, self._steps = self._steps, self._fit.steps_before + trainer.global_step
-        if self.interventions:
+        if trains(trainer):
+            log_step(trainer.loggers, self._step_monitor.end(), step_before, self._errors, self._groups)
+            self._call_detector(lambda: self._tasks.on_batch_end(outputs))
+        else:
+            # Lightning ends the pass with an optimizer step, which step interventions follow, but no repair.
+            step_before = self._steps
+        if self.interventions and self.history:
             context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
             with self._tasks.paused():
                 repairs, numbers = self._runner.after_batch(context, step_before, self._steps)
@@ -330,12 +349,14 @@ class SpectralCollapseCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fit.in_batch = False
         self._step_monitor.cancel()
+        self._tasks.end_fit()
         self._runner.end_fit()
         self._flush_errors()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_monitor.cancel()
+        self._tasks.end_fit()
         self._runner.end_fit()
         if len(self.history) > self._fit.tasks_before:
             log_summary(trainer.loggers, self.history, self._errors, self._groups)
@@ -410,14 +431,13 @@ class SpectralCollapseCallback(Callback):
                 repair_context = self._task_start.measure_and_start(context, self.history, report)
             self._step_monitor.begin(context.model, self._steps)
         except BaseException:
-            if starts_task:
-                self._tasks.postpone()
             if not self.history:
                 self._task_start.initial_weights.clear()
             raise
         if report is None:
             return
         self.history.append(report)
+        self._tasks.commit()
         if repair_context is not None:
             if self.interventions:
                 # Forward passes of repairs must not be monitored.
@@ -428,15 +448,15 @@ class SpectralCollapseCallback(Callback):
                 )
         log_task(context.trainer.loggers, report, self._errors, self._groups)
 
-    def _call_detector(self, call: Callable[[], bool | None]) -> bool:
-        """Return the result of a call of the task detector; ``False`` if it fails after the first task."""
+    def _call_detector(self, call: Callable[[], bool | None]) -> bool | None:
+        """Return the result of a call of the task detector; ``None`` if it fails after the first task."""
         try:
-            return bool(call())
+            return call()
         except Exception as error:
             if not self.history or isinstance(local_error(error), UnusableDetectorError):
                 raise_local_error(error)
             self._errors.record("task_detector", "new tasks could not be detected", error)
-            return False
+            return None
 
     def _flush_errors(self) -> None:
         if self.history:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from lightning_plasticity._compat import fit_datamodule
+from lightning_plasticity._compat import fit_datamodule, is_fetching_ahead
 from lightning_plasticity._validation import check_positive_ints, is_int
 from lightning_plasticity.distributed.agreement import all_gather_object, all_or_none, all_reduce_sum, format_error
-from lightning_plasticity.messages import constructor_call
+from lightning_plasticity.messages import constructor_call, rank_zero_warn
 
 # Not a string: older jsonargparse leaves out arguments whose type is given by one.
 TaskId: TypeAlias = int | str | None
@@ -46,15 +47,15 @@ class UnusableDetectorError(MisconfigurationException):
     """A drift detector that cannot take losses, whatever their values."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
     """The state of a :class:`TaskDetector` that checkpoints hold."""
 
-    announced: bool = False
-    """The next training batch starts a task."""
+    announced: dict[int, TaskId] = field(default_factory=dict)
+    """Names of the announced tasks, by the number of training batches that come before them."""
 
-    announced_id: TaskId = None
-    """Name of the last announced task. Kept while its first batch is in flight, since the task may be postponed."""
+    fit_began: bool = False
+    """The next training batch is the first of a fit that does not resume."""
 
     key: TaskId = None
     """Task key at the last training batch; with ``batch_label``, the last new label."""
@@ -62,14 +63,15 @@ class _State:
     period: int = 0
     """Index of the period of ``every_n_epochs`` or ``every_n_steps`` at the last training batch."""
 
-    labels: set[int | str] = field(default_factory=set)
+    labels: frozenset[int | str] = frozenset()
     """All labels in training batches so far."""
 
 
 class TaskDetector:
     """A rule that recognises new tasks, by the first of these that applies.
 
-    1. :meth:`announce` was called: the next training batch starts a task.
+    1. :meth:`announce` was called: the next training batch starts a task; if the data set called it, the batch that
+       holds the next sample.
     2. ``batch_label`` is given: a task starts with the first batch that holds a label not seen before.
     3. ``task_key`` is given, or the data module of the fit, or else the module, has an attribute ``task_id`` or
        ``current_task`` that is not ``None``: a task starts when that value changes.
@@ -78,7 +80,11 @@ class TaskDetector:
        Trainer, which goes on counting over its fits: with two fits of 3 epochs by one Trainer, ``every_n_epochs=2``
        starts tasks at epochs 0, 2, 3 and 4.
 
-    The first training batch that a callback sees starts a task in any case.
+    The first training batch that a callback sees starts a task in any case. Batches of the epoch that
+    ``StochasticWeightAveraging`` appends to update the statistics of BatchNorm train nothing, and start none.
+
+    Lightning fetches the batches of a data set without length one ahead. If such a data set sets ``task_id`` itself,
+    the change is noticed one batch too early: let it call ``new_task()``, or use ``batch_label``.
 
     With ``drift_detector``, a task also starts after each batch whose loss reveals a drift, or, with
     ``drift_statistic``, at each batch whose statistic does.
@@ -137,7 +143,9 @@ class TaskDetector:
         self._drift_detector: Any = drift_detector
         self._drift_statistic = drift_statistic
         self._state = _State()
-        self._fit_began = False
+        # The state after the last training batch, until its task, if it started one, is committed.
+        self._state_after_batch = _State()
+        self._trainer: Trainer | None = None
         self._is_paused = False
         self._drift_detector_has_run = False
         self.task_id: TaskId = None
@@ -154,15 +162,26 @@ class TaskDetector:
         }
         return constructor_call(self, arguments)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer belongs to the fit.
+        return {**vars(self), "_trainer": None}
+
     def announce(self, task_id: TaskId = None) -> None:
-        """Start a new task with the next training batch, named ``task_id``.
+        """Start a new task, named ``task_id``, with the next training batch; for a data set, that of its next sample.
 
         Raises:
             TypeError: If the name is neither an int nor a string.
         """
         task_id = _plain_task_id(task_id, "new_task(task_id)")
+        if get_worker_info() is not None:
+            rank_zero_warn(
+                f"new_task({'' if task_id is None else repr(task_id)}) was called in a worker process of a DataLoader "
+                "and starts no task in the process that trains: pass TaskDetector(batch_label=...) and let batches "
+                "hold the label of their task, or use DataLoader(num_workers=0)"
+            )
         if not self._is_paused:
-            self._state.announced, self._state.announced_id = True, task_id
+            batches_before = int(self._trainer is not None and is_fetching_ahead(self._trainer))
+            self._state = replace(self._state, announced={**self._state.announced, batches_before: task_id})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -173,32 +192,33 @@ class TaskDetector:
         finally:
             self._is_paused = before
 
-    def consume_announcement(self) -> bool:
-        """Start the announced task if it is still pending, because :meth:`new_task` failed; return whether it was."""
-        if not self._state.announced:
-            return False
-        self.task_id, self._state.announced = self._state.announced_id, False
-        return True
-
-    def postpone(self) -> None:
-        """Postpone the task that has just started: it starts with the next training batch instead."""
-        self._state.announced = True
-
-    def on_fit(self, *, resumed: bool, first: bool) -> None:
+    def begin_fit(self, trainer: Trainer, *, resumed: bool, first: bool) -> None:
         """Prepare for the training of a fit.
 
         Args:
+            trainer: The Trainer.
             resumed: The fit goes on from a checkpoint.
             first: No task has started yet.
         """
-        self._fit_began = not resumed
+        self._trainer = trainer
+        if not resumed:
+            self._state = replace(self._state, fit_began=True)
         if first:
-            # Another callback, or a fit that failed before its first task, may have used this detector.
-            self._state.key, self._state.labels = None, set()
+            # Another callback may have used this detector.
+            self._state = replace(self._state, key=None, labels=frozenset())
             self._dry_run_drift_detector()
+
+    def end_fit(self) -> None:
+        """Let tasks that were announced for later batches start with the next fit."""
+        self._trainer = None
+        announced = self._state.announced
+        if announced:
+            self._state = replace(self._state, announced={0: announced[max(announced)]})
 
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
         """Return whether the training batch is the first of a new task. Call it once per batch.
+
+        The new task is forgotten, and the next call may return it again, unless :meth:`commit` is called.
 
         Raises:
             TypeError: If the name of the task is neither an int nor a string.
@@ -207,22 +227,33 @@ class TaskDetector:
         if self._drift_statistic is not None:
             with all_or_none():
                 self._detect_drift(_as_number(self._drift_statistic(batch)))
-        state, period = self._state, self._period(trainer)
+        state, period, labels = self._state, self._period(trainer), self._state.labels
         if self._batch_label is not None:
             new_labels = self._new_labels(batch, self._batch_label)
             key, is_new = (new_labels[0], True) if new_labels else (state.key, False)
+            labels = labels.union(new_labels)
         else:
             key = self._current_key(trainer, pl_module)
-            is_new = (self._fit_began or period != state.period) if key is None else key != state.key
-        announced = state.announced
-        if announced or is_new:
-            self.task_id = state.announced_id if announced and state.announced_id is not None else key
-        if not announced:
-            # The last announced task started at an earlier batch and can no longer be postponed.
-            state.announced_id = None
-        state.announced = self._fit_began = False
-        state.key, state.period = key, period
-        return announced or is_new
+            is_new = (state.fit_began or period != state.period) if key is None else key != state.key
+        name = state.announced.get(0)
+        return self._end_decision(
+            starts=0 in state.announced or is_new,
+            name=key if name is None else name,
+            state=replace(state, fit_began=False, key=key, period=period, labels=labels),
+        )
+
+    def start_announced(self) -> bool:
+        """Return whether a task was announced for this training batch. Call it if :meth:`new_task` failed."""
+        announced = self._state.announced
+        return self._end_decision(starts=0 in announced, name=announced.get(0), state=self._state)
+
+    def commit(self) -> None:
+        """Take the task that :meth:`new_task` has returned as started.
+
+        Call it as soon as checkpoints hold the task elsewhere: a run that resumes from one saved before detects it
+        again, and one saved afterwards does not.
+        """
+        self._state = self._state_after_batch
 
     def on_batch_end(self, outputs: Any) -> None:
         """Pass the loss of a training batch to the drift detector; ``outputs`` as in ``on_train_batch_end``."""
@@ -234,20 +265,28 @@ class TaskDetector:
                 self._detect_drift(loss.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+        """Return the state for a checkpoint, without a task that is not committed."""
         return {**vars(self._state), "labels": sorted(self._state.labels, key=str)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`."""
-        self._state = _State(**{**state, "labels": set(state["labels"])})
+        self._state = _State(**{**state, "labels": frozenset(state["labels"])})
+
+    def _end_decision(self, *, starts: bool, name: TaskId, state: _State) -> bool:
+        """Return ``starts``, and set the name of the task and the state after this batch."""
+        announced = {batches - 1: name for batches, name in state.announced.items() if batches > 0}
+        self._state_after_batch = replace(state, announced=announced)
+        if starts:
+            self.task_id = name
+        else:
+            self.commit()
+        return starts
 
     def _new_labels(self, batch: Any, where: int | str) -> list[int | str]:
-        """Return the labels in the batches of all ranks that no earlier batch held, in order, and remember them."""
+        """Return the labels in the batches of all ranks that no earlier batch held, in order."""
         with all_or_none():
             labels: list[set[int | str]] = all_gather_object(_labels(batch, where))
-        new_labels = sorted(set().union(*labels) - self._state.labels, key=str)
-        self._state.labels.update(new_labels)
-        return new_labels
+        return sorted(set().union(*labels) - self._state.labels, key=str)
 
     def _current_key(self, trainer: Trainer, pl_module: LightningModule) -> TaskId:
         if self._task_key is None:
@@ -297,7 +336,7 @@ class TaskDetector:
         # After a failure on one rank, its detector has seen fewer numbers than the others: a drift on any rank counts.
         detected = bool(all_reduce_sum(torch.tensor(float(self._drift_detector.drift_detected)), "drifts"))
         # An announced task keeps its name.
-        if detected and not self._state.announced:
+        if detected and 0 not in self._state.announced:
             self.announce()
 
 

@@ -4,7 +4,7 @@ import contextlib
 import enum
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,23 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_plasticity import Collapse, SpectralCollapseCallback, TaskDetector
+from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
-from tests.helpers.modules import Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
+from tests.helpers.modules import NEVER, Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
 
 def callback_with(**options: Any) -> SpectralCollapseCallback:
@@ -120,6 +129,175 @@ def test_training_step_announces_tasks_but_not_in_probes(is_due: Any, steps: lis
     callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ReDo(when=1)])
     trainer(callback, max_epochs=2).fit(Announcing(is_due=is_due), loader())
     assert tasks_seen(callback) == [(task, "next" if task else None, step) for task, step in enumerate(steps)]
+
+
+class Stream(IterableDataset[Any]):
+    """Yields samples with the numbers 0, 1, 2, … over all epochs, and announces each task before its first sample."""
+
+    def __init__(self, callback: SpectralCollapseCallback, first_samples: list[int], samples: int = 12) -> None:
+        self.callback = callback
+        self.first_samples = first_samples
+        self.samples = samples
+        self.numbers = itertools.count()
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator()
+        for number in itertools.islice(self.numbers, self.samples):
+            if number in self.first_samples:
+                self.callback.new_task(f"from {number}")
+            generator.manual_seed(number)
+            yield torch.randn(4, generator=generator), number % 3, number
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return self.samples
+
+
+class Recording(Classifier):
+    """Records the batches that it trains on, by optimizer step. Its weights stay the same."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        self.batches: dict[int, list[torch.Tensor]] = {}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.batches[self.global_step] = self.samples_of(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(self.samples_of(batch), batch_idx)
+
+    def samples_of(self, batch: Any) -> Any:
+        return batch
+
+    def loss_at(self, step: int) -> torch.Tensor:
+        return super().training_step(self.batches[step], 0)
+
+    def step_of(self, number: int) -> int:
+        """Return the step whose batch holds the sample of this number."""
+        (step,) = (step for step, batch in self.batches.items() if number in batch[2])
+        return step
+
+
+def assert_tasks_start_with_samples(callback: SpectralCollapseCallback, module: Recording, numbers: list[int]) -> None:
+    """Assert that tasks start at the batches of these samples, have their names and were measured on them."""
+    assert tasks_seen(callback) == [(i, f"from {n}", module.step_of(n)) for i, n in enumerate(numbers)]
+    for report in callback.history:
+        assert report.metrics["probe_loss"] == pytest.approx(module.loss_at(report.step).item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("kind", [Stream, SizedStream])
+@pytest.mark.parametrize(
+    ("batch_size", "first_samples"),
+    [
+        # Between two batches of 3, the first of epochs 1 and 2, and the last batch of epoch 1.
+        (3, [0, 6, 12, 21, 24]),
+        # In the middle of a batch.
+        (4, [0, 5, 15, 26]),
+        # Each batch is a task.
+        (6, [0, 6, 12, 18, 24, 30]),
+        # Epochs that end in a smaller batch.
+        (5, [0, 10, 12, 17, 27]),
+        (1, [0, 1, 2, 11, 12, 13, 35]),
+        (None, [0, 3, 12, 23, 24]),
+    ],
+)
+def test_data_set_announces_the_batch_of_its_next_sample(
+    kind: type[Stream], batch_size: int | None, first_samples: list[int]
+) -> None:
+    """Lightning fetches the batches of a data set without length one ahead."""
+    callback, module = callback_with(), Recording()
+    data: Any = DataLoader(kind(callback, first_samples), batch_size=batch_size)
+    if batch_size is None:
+        data = DataLoader(kind(callback, first_samples), batch_size=None, collate_fn=one_sample)
+    fitted = trainer(callback, max_epochs=3, val_check_interval=1.0)
+    fitted.fit(module, data)
+    assert fitted.global_step == len(module.batches)
+    assert_tasks_start_with_samples(callback, module, first_samples)
+
+
+def one_sample(sample: Any) -> list[torch.Tensor]:
+    """Return a batch of one sample."""
+    return [torch.as_tensor(value)[None] for value in sample]
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size", "max_size"])
+def test_one_of_several_data_sets_announces_its_next_sample(mode: Any) -> None:
+    class OfTwoLoaders(Recording):
+        def samples_of(self, batch: Any) -> Any:
+            return batch["stream"]
+
+    callback, module = callback_with(), OfTwoLoaders()
+    stream = DataLoader(Stream(callback, first_samples := [0, 6, 12, 17]), batch_size=3)
+    # It is longer in the modes that then stop or go on without it.
+    others = loader(batches=8 if mode == "min_size" else 3)
+    trainer(callback, max_epochs=2).fit(module, CombinedLoader({"stream": stream, "others": others}, mode))
+    assert_tasks_start_with_samples(callback, module, first_samples)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_train_batch_start", "on_train_batch_end"])
+def test_hooks_announce_the_next_batch_not_the_one_fetched_ahead(hook: str) -> None:
+    """The callback sees a batch before the module's ``on_train_batch_start``, and after the transfer to the device."""
+    callback, module, calls = callback_with(), Recording(), itertools.count()
+
+    def announce(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            callback.new_task("from a hook")
+        return original(*arguments)
+
+    original = getattr(module, hook)
+    setattr(module, hook, announce)
+    trainer(callback, max_epochs=2).fit(module, DataLoader(Stream(callback, [0, 9], samples=9), batch_size=3))
+    step = 1 if hook == "on_before_batch_transfer" else 2
+    assert tasks_seen(callback) == [(0, "from 0", 0), (1, "from a hook", step), (2, "from 9", 3)]
+
+
+def test_last_fetch_of_an_epoch_is_not_ahead() -> None:
+    """A batch is then in flight, none is fetched, and the next one is this batch."""
+    callback, module = callback_with(), Recording()
+
+    def announce(batch: Any, dataloader_idx: int) -> Any:
+        if 8 in batch[2]:
+            callback.new_task("last batch")
+        return batch
+
+    module.on_before_batch_transfer = announce  # type: ignore[method-assign]
+    trainer(callback).fit(module, DataLoader(Stream(callback, [0], samples=9), batch_size=3))
+    assert tasks_seen(callback) == [(0, "from 0", 0), (1, "last batch", 2)]
+
+
+def test_data_set_announces_the_next_fit_where_a_fetch_fails() -> None:
+    class Interrupted(Stream):
+        def __iter__(self) -> Iterator[Any]:
+            yield from super().__iter__()
+            self.callback.new_task("next")
+            raise OSError("no connection")
+
+    callback, module = callback_with(task_key=lambda trainer, module: "same"), Recording()
+    with pytest.raises(OSError, match="no connection"):
+        trainer(callback).fit(module, DataLoader(Interrupted(callback, [], samples=6), batch_size=3))
+    trainer(callback).fit(module, loader())
+    assert tasks_seen(callback) == [(0, "same", 0), (1, "next", 1)]
+
+
+class WarnedStream(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        expected = r"^new_task\('next'\) was called in a worker process .* pass TaskDetector\(batch_label=...\)"
+        with pytest.warns(PlasticityWarning, match=expected):
+            self.callback.new_task("next")
+        yield from super().__iter__()
+
+
+@pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers=True`")
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_new_task_in_a_worker_process_warns(start_method: Any) -> None:
+    callback, module = callback_with(), Recording()
+    stream = WarnedStream(callback, [])
+    data = DataLoader(stream, batch_size=3, num_workers=1, multiprocessing_context=start_method)
+    trainer(callback, max_epochs=2).fit(module, data)
+    assert len(module.batches) == 8
+    assert tasks_seen(callback) == [(0, None, 0)]
 
 
 def test_new_task_before_a_fit_names_its_first_task() -> None:
@@ -593,3 +771,212 @@ def test_task_ids_are_plain_in_reports_and_checkpoints(
 def test_announced_name_of_wrong_type_is_refused(name: Any) -> None:
     with pytest.raises(TypeError, match=r"new_task\(task_id\) is .*; the name of a task must be an int or a str"):
         callback_with().new_task(name)
+
+
+class Epochs(Dataset[Any]):
+    """Three batches of 4 samples with the epoch as their label."""
+
+    def __init__(self) -> None:
+        self.samples = loader().dataset
+        self.module = Classifier()
+
+    def __getitem__(self, index: int) -> Any:
+        return (*self.samples[index], self.module.current_epoch)
+
+    def __len__(self) -> int:
+        return 12
+
+    def loader_for(self, module: LightningModule) -> DataLoader[Any]:
+        self.module = module
+        return DataLoader(self, batch_size=4)
+
+
+class RecordingDetector:
+    """A drift detector that records the numbers after those of the dry run."""
+
+    drift_detected = False
+
+    def __init__(self) -> None:
+        self.numbers: list[float] = []
+
+    def __deepcopy__(self, memo: Any) -> "RecordingDetector":
+        return RecordingDetector()
+
+    def update(self, x: float) -> None:
+        self.numbers.append(x)
+
+
+@pytest.mark.parametrize("statistic", [None, lambda batch: batch[2].float().mean()], ids=["loss", "statistic"])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [0]),
+        ({"every_n_epochs": 1}, [0, 3, 6]),
+        ({"task_key": lambda trainer, module: trainer.current_epoch}, [0, 3, 6]),
+        ({"batch_label": 2}, [0, 3, 6]),
+    ],
+    ids=["fit", "every_n_epochs", "task_key", "batch_label"],
+)
+def test_pass_for_batch_norm_after_averaging_is_no_task(
+    options: dict[str, Any], steps: list[int], statistic: Any
+) -> None:
+    """With 3 epochs of training, the pass is a fourth; Lightning takes an optimizer step at its end."""
+
+    class Passes(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            epochs.append(trainer.current_epoch)
+
+    class Normalized(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.append(nn.BatchNorm1d(3))
+
+    epochs: list[int] = []
+    module, logger, drift = Normalized(), MemoryLogger(), RecordingDetector()
+    callback = SpectralCollapseCallback(
+        collapse=Collapse(below=1e-9),
+        task_detector=TaskDetector(**options, drift_detector=drift, drift_statistic=statistic),
+        monitor_every_n_steps=1,
+        interventions=[ReDo(when=1)],
+    )
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    fitted = trainer(callback, Passes(), averaging, max_epochs=3, logger=logger)
+    with pytest.warns(PlasticityWarning, match="averages weights over training steps"):
+        fitted.fit(module, Epochs().loader_for(module))
+    assert epochs == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert [step for _, _, step in tasks_seen(callback)] == steps
+    assert [repair.step for report in callback.history for repair in report.repairs] == [*range(1, 10)]
+    assert [*logger.values("plasticity_training/dormant_fraction")] == [*range(9)]
+    assert len(drift.numbers) == 9
+    assert statistic is None or drift.numbers == [0.0] * 3 + [1.0] * 3 + [2.0] * 3
+
+
+class SavingProbe(GGNProbe):
+    """Saves a checkpoint in the middle of a task's measurement, as a handler of SLURM's signal does."""
+
+    def __init__(self, path: Path, task: int) -> None:
+        super().__init__()
+        self.path, self.task = path, task
+
+    def measure(self, context: Any, progress: Any) -> Any:
+        result = super().measure(context, progress)
+        (callback,) = (c for c in context.trainer.callbacks if isinstance(c, SpectralCollapseCallback))
+        if len(callback.history) == self.task and not self.path.exists():
+            context.trainer.save_checkpoint(self.path)
+        return result
+
+
+class Increasing:
+    """A drift detector that detects a drift at a number above the last one."""
+
+    last, drift_detected = math.inf, False
+
+    def update(self, x: float) -> None:
+        self.last, self.drift_detected = x, x > self.last
+
+
+class Announced(Classifier):
+    """Announces a task at the start of each epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, SpectralCollapseCallback):
+                callback.new_task(f"epoch {self.current_epoch}")
+
+
+class Named(Classifier):
+    @property
+    def task_id(self) -> int:
+        return self.current_epoch
+
+
+def drift() -> dict[str, Any]:
+    return {"drift_detector": Increasing(), "drift_statistic": lambda batch: float(batch[2][0])}
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Classifier, lambda: {"every_n_epochs": 1}),
+        (Classifier, lambda: {"every_n_steps": 3}),
+        (Classifier, lambda: {"batch_label": 2}),
+        (Classifier, drift),
+        (Announced, dict),
+        (Named, dict),
+    ],
+    ids=["every_n_epochs", "every_n_steps", "batch_label", "drift", "new_task", "task_id"],
+)
+def test_task_saved_in_its_probe_starts_again(
+    tmp_path: Path, kind: type[Classifier], options: Callable[[], dict[str, Any]], task: int
+) -> None:
+    """Each of three epochs is a task."""
+    path = tmp_path / "saved.ckpt"
+    saving, resumed = (
+        SpectralCollapseCallback(SavingProbe(path, task), collapse=NEVER, task_detector=TaskDetector(**options()))
+        for _ in range(2)
+    )
+    for callback, resumed_from in ((saving, None), (resumed, path)):
+        module = kind()
+        trainer(callback, max_epochs=3).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+    assert [step for _, _, step in tasks_seen(saving)] == [0, 3, 6]
+    assert_same_reports(resumed, saving)
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_fit_saved_in_its_first_probe_starts_its_task_again(tmp_path: Path, task: int) -> None:
+    path = tmp_path / "saved.ckpt"
+    saving, resumed = (SpectralCollapseCallback(SavingProbe(path, task), collapse=NEVER) for _ in range(2))
+    for callback, fits in ((saving, [None] * 3), (resumed, [path, None, None][: 3 - task])):
+        module = Classifier()
+        for resumed_from in fits:
+            trainer(callback).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+    assert tasks_seen(saving) == [(0, None, 0), (1, None, 3), (2, None, 6)]
+    assert_same_reports(resumed, saving)
+
+
+@pytest.mark.parametrize("kind", [Announced, Named])
+def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier]) -> None:
+    loss_fn, path = Failing(), tmp_path / "saved.ckpt"
+
+    class Interruption(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+            loss_fn.error = KeyboardInterrupt() if trainer.current_epoch == 1 else None
+
+        def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+            loss_fn.error = None
+            trainer.save_checkpoint(path)
+
+    def fit(*callbacks: Callback, resumed_from: Path | None = None) -> None:
+        torch.manual_seed(0)
+        module = kind()
+        trainer(*callbacks, max_epochs=3).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+
+    uninterrupted, interrupted, resumed = (SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn) for _ in range(3))
+    fit(uninterrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(interrupted, Interruption())
+    assert len(interrupted.history) == 1
+    fit(resumed, resumed_from=path)
+    assert_same_reports(resumed, uninterrupted)
+
+
+def assert_same_reports(actual: SpectralCollapseCallback, expected: SpectralCollapseCallback) -> None:
+    assert tasks_seen(actual) == tasks_seen(expected)
+    for report, other in zip(actual.history, expected.history, strict=True):
+        assert report.metrics == other.metrics
+        assert torch.equal(report.spectrum.eigenvalues, other.spectrum.eigenvalues)
+
+
+def test_announcement_after_an_interrupted_start_is_kept() -> None:
+    """The interrupted task and the announced one start together."""
+    loss_fn = Failing()
+    callback = SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn)
+    trainer(callback).fit(Classifier(), loader())
+    loss_fn.error = KeyboardInterrupt()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(callback).fit(Classifier(), loader())
+    loss_fn.error = None
+    callback.new_task("announced")
+    trainer(callback).fit(Classifier(), loader())
+    assert tasks_seen(callback) == [(0, None, 0), (1, "announced", 3)]

@@ -115,7 +115,8 @@ class ManualRepair(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         previous, self.step = self.step, self.steps_before_fit + trainer.global_step
-        if self.step // 2 == previous // 2:
+        # The pass for BatchNorm after StochasticWeightAveraging does not train.
+        if self.step // 2 == previous // 2 or trainer.fit_loop._skip_backward:
             return
         self.repairs += 1
         self.repair.repair(

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, _compat
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer
@@ -177,6 +178,76 @@ def test_takes_dataloader_iter_matches_trainer() -> None:
     assert iter(received[0]) is received[0]
     assert _compat.takes_dataloader_iter(module.training_step)
     assert not _compat.takes_dataloader_iter(Classifier().training_step)
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("is_sized", [False, True])
+def test_batches_of_unknown_number_are_fetched_ahead(*, is_sized: bool) -> None:
+    """Otherwise, a task that a data set announces starts one batch too early or too late."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            for sample in loader().dataset:
+                record()
+                yield sample
+            record()
+
+    class SizedStream(Stream):
+        def __len__(self) -> int:
+            return 12
+
+    class Hooks(Classifier):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            record()
+            return batch
+
+        on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_epoch_start = lambda *_: record()
+
+    def record() -> None:
+        # The first batch of an epoch is fetched before the loop over batches advances.
+        stack = {(Path(frame.filename).name, frame.function) for frame in inspect.stack(0)}
+        is_in_fetch = {("training_epoch_loop.py", "advance"), ("fetchers.py", "__next__")} <= stack
+        results.append((_compat.is_fetching_ahead(fitted), is_in_fetch and not is_sized))
+
+    results: list[tuple[bool, bool]] = []
+    fitted = trainer(max_epochs=2)
+    data = (SizedStream if is_sized else Stream)()
+    fitted.fit(Hooks(), DataLoader(data, batch_size=4))
+    assert len(results) > 2 * (12 + 3 * 3)
+    assert {ahead for ahead, _ in results} == {not is_sized, False}
+    assert all(ahead == expected for ahead, expected in results)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_epoch_that_does_not_train_is_recognised(*, manual: bool) -> None:
+    """Otherwise, the epoch that updates the statistics of BatchNorm starts a task."""
+
+    class Normalized(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.append(nn.BatchNorm1d(3))
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+        def on_after_backward(self) -> None:
+            trained.append(self.global_step)
+
+    def steps_and_trains(trainer: Trainer, _: LightningModule) -> tuple[int, bool]:
+        return trainer.global_step, _compat.trains(trainer)
+
+    trained: list[int] = []
+    recorder = Recorder(steps_and_trains)
+    averaging = callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    trainer(recorder, averaging, max_epochs=2).fit(Normalized(), loader())
+    assert len(recorder.results) == 9
+    assert [step for step, trains in recorder.results if trains] == trained
 
 
 def test_schedulers_are_those_of_the_fit() -> None:
