@@ -48,7 +48,7 @@ class ForwardCounter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls += 1
-        count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result

@@ -39,11 +39,12 @@ ALLOWED = {
     "_ConvTransposeNd",
     "_NormBase",
     "_weight_norm",
-    # torch: the base of a view, the number of in-place changes, and what the graph of a tensor has saved
+    # torch: the base of a view, the number of in-place changes, and what a node of the graph has saved and takes
     "_base",
     "_is_view",
     "_version",
     "_saved_dim",
+    "_input_metadata",
     # torch: the lists of weights in recurrent layers
     "_flat_weights",
     "_flat_weight_refs",
