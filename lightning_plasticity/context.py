@@ -85,6 +85,10 @@ class ProbeContext:
         """
         return replace(self, weights=weights)
 
+    def with_batch(self, batch: Any) -> Self:
+        """Return the same context with another batch."""
+        return replace(self, batch=batch, _slices={})
+
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""
         return self.loss_on(model, self.batch)
@@ -133,7 +137,7 @@ class ProbeContext:
             # If batches cannot be joined, such as sequences of different lengths, all ranks use that of rank 0.
             with all_or_none():
                 batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
-        return replace(self, batch=batch, _slices={})
+        return self.with_batch(batch)
 
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""

@@ -40,10 +40,18 @@ class ProbeResult:
     Args:
         spectra: The spectrum of each matrix that the probe measures.
         loss: The loss on the probe's samples.
+        samples: Number of samples that were measured; ``None`` if it is not known.
+        outputs: Number of outputs of the network for one sample; ``None`` if they were not counted.
+        remarks: What was left out or done otherwise than asked, a sentence each, for the report and the log.
+        coupled: Whether the loss of a sample depends on others of its batch, so that batches must not be joined.
     """
 
     spectra: dict[Matrix, Spectrum]
     loss: float
+    samples: int | None = None
+    outputs: int | None = None
+    remarks: tuple[str, ...] = ()
+    coupled: bool = False
 
 
 class Probe(ABC):
@@ -131,7 +139,8 @@ class GGNProbe(Probe):
                     _in_full_precision(model, context.samples(samples)) as batch,
                 ):
                     result = gram(model, batch, context.loss_on, samples=known, max_rows=self.max_rows)
-                return ProbeResult({"ggn": result.spectrum()}, result.loss)
+                outputs = None if result.residual is None else len(result.residual) // (known or 1)
+                return ProbeResult({"ggn": result.spectrum()}, result.loss, known, outputs)
             except TooManyRowsError as error:
                 rows_per_sample = error.rows // samples
                 advice = f"GGNProbe(samples={available}, max_rows={rows_per_sample * (available or 1)})"
@@ -220,7 +229,7 @@ class HessianProbe(Probe):
             MisconfigurationError: If the Gauss-Newton matrix cannot be measured beside the Hessian.
             ValueError: If the Hessian is not finite, or the loss does not depend on the model that ``loss_fn`` gets.
         """
-        ggn = {} if self.ggn is None else self._measure_ggn(self.ggn, context)
+        ggn = None if self.ggn is None else self._measure_ggn(self.ggn, context)
         model, loss = context.copy_to_measure(), float("nan")
 
         def recorded_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -245,7 +254,11 @@ class HessianProbe(Probe):
                 # All ranks have the same samples.
                 distributed=False,
             )
-        return ProbeResult({"hessian": spectrum, **ggn}, loss)
+        available = context.batch_size
+        samples = None if available is None else min(self.samples, available)
+        if ggn is None:
+            return ProbeResult({"hessian": spectrum}, loss, samples)
+        return ProbeResult({"hessian": spectrum, **ggn.spectra}, loss, samples, ggn.outputs, ggn.remarks, ggn.coupled)
 
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
@@ -265,9 +278,9 @@ class HessianProbe(Probe):
         advice = f"{type(self).__name__}(samples={context.batch_size})"
         return _advise_whole_batches(advice, context, self.samples)
 
-    def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> dict[Matrix, Spectrum]:
+    def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> ProbeResult:
         try:
-            return ggn.measure(context).spectra
+            return ggn.measure(context)
         except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
             raise MisconfigurationError(
