@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
 from lightning_plasticity.context import ProbeContext
+from lightning_plasticity.curvature import UnsupportedModelError
 from lightning_plasticity.diagnostics import DIAGNOSTICS, Source, diagnostics_of, measure, resolved_value, to_log_dict
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
@@ -377,11 +378,22 @@ class TaskStart:
             size = context.batch_size
             result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
         else:
-            with context.show_progress(description) as progress:
+            with self._advise_no_probe(), context.show_progress(description) as progress:
                 result = self.probe.measure(context, progress)
         if self.monitor is None or not monitored:
             return result, {}
         return result, self._measure_activations(self.monitor, context)
+
+    @contextlib.contextmanager
+    def _advise_no_probe(self) -> Iterator[None]:
+        """Name the way out where the curvature cannot be measured and is not needed."""
+        try:
+            yield
+        except (UnsupportedModelError, MisconfigurationError) as error:
+            metric = self.collapse.metric
+            if self.monitor is None or metric not in self.monitor.measures:
+                raise
+            raise type(error)(f"{error}. {metric!r} needs no curvature: probe=None leaves it out") from error
 
     def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext) -> dict[str, float]:
         metric_is_monitored = self.collapse.metric in monitor.measures

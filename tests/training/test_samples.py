@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
-from lightning_plasticity.curvature import ggn_spectrum
+from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from tests.helpers.modules import NEVER, Classifier, MemoryLogger, cross_entropy, loader, trainer, weights
 
@@ -112,7 +112,7 @@ def test_repairs_run_when_the_samples_are_measured() -> None:
     assert [(r.name, r.step) for r in callback.history[1].repairs] == [("ShrinkPerturb", 4)]
     trainer(callback).fit(module, batches(32))
     assert callback.history[2].repairs == []
-    assert callback.history[2].remarks == ["the repairs that were due are left out, since the fit has ended"]
+    assert callback.history[2].remarks[-1] == "the repairs that were due are left out, since the fit has ended"
 
 
 def test_misconfiguration_is_an_error_before_any_weight_has_changed() -> None:
@@ -352,6 +352,8 @@ def test_no_probe_measures_hidden_layers_alone() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return torch.fft.fft(self.net(batch[0])).abs().sqrt().mean()
 
+    with pytest.raises(UnsupportedModelError, match="'effective_rank' needs no curvature: probe=None leaves it out"):
+        trainer(SpectralCollapseCallback(collapse=Collapse("effective_rank"))).fit(Unknown(), batches(64))
     callback, module = SpectralCollapseCallback(None, collapse=Collapse("effective_rank")), Unknown()
     for _ in range(2):
         trainer(callback).fit(module, batches(32, 32))
