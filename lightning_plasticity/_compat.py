@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import (
@@ -40,6 +40,7 @@ __all__ = [
     "takes_dataloader_iter",
     "training_description",
     "trains",
+    "transfer_batch",
     "weight_averages",
 ]
 
@@ -135,6 +136,13 @@ def takes_batch_index(training_step: Callable[..., Any]) -> bool:
 def takes_dataloader_iter(training_step: Callable[..., Any]) -> bool:
     """Return whether the Trainer passes the iterator over batches to ``training_step``, rather than a batch."""
     return is_param_in_hook_signature(training_step, "dataloader_iter", explicit=True)
+
+
+def transfer_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Return a batch on the device of the module, as the training loop passes it on, after the hooks for transfers."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def schedulers(trainer: Trainer) -> list[Any]:

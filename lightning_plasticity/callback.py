@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,8 +24,10 @@ from lightning_plasticity._compat import (
 )
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.collapse import Collapse
+from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.distributed.agreement import local_error, raise_local_error
 from lightning_plasticity.engine.error_log import ErrorLog, gather_errors
+from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
@@ -42,6 +45,7 @@ from lightning_plasticity.training.checks import (
     warn_of_lost_state,
     warn_of_weight_averages,
 )
+from lightning_plasticity.training.probe_batch import check_probe_batch, fixed_batch
 from lightning_plasticity.training.sandbox import TrainerContext
 
 _STATE_VERSION = 1
@@ -75,6 +79,14 @@ class SpectralCollapseCallback(Callback):
     :class:`~lightning_plasticity.PlasticityWarning` and runs the interventions. As long as nothing is repaired,
     training is bit-identical to training without the callback.
 
+    A probe takes 64 samples, and the Hessian's 256. Where the first batch of a task holds fewer, the first samples of
+    the task are gathered over its first batches and then measured on the weights that the task began with; the report
+    is filled in and repairs run at that moment, or with fewer samples when the task ends. Batches that cannot be
+    joined, such as sequences of different lengths, are an exception: the first one is measured alone, which the
+    ``remarks`` of the report say. ``probe_samples`` of each report is the number of samples. Below 16 a warning says
+    so, below 8 there is no verdict, and a task is compared only with tasks of as many samples and outputs of which the
+    same parameters were trained. ``probe_batch`` gives a fixed set of samples instead.
+
     A task starts, by the first rule that applies: after :meth:`new_task`; when ``task_id`` or ``current_task`` changes
     on the data module or the module; otherwise at every ``trainer.fit`` that does not resume from a checkpoint. Keep
     one instance for all tasks, also if each task has a new Trainer.
@@ -85,7 +97,9 @@ class SpectralCollapseCallback(Callback):
 
     Args:
         probe: The measurement of curvature; by default :class:`~lightning_plasticity.GGNProbe`, which is exact.
-            :class:`~lightning_plasticity.HessianProbe` sees negative curvature too.
+            :class:`~lightning_plasticity.HessianProbe` sees negative curvature too. ``None`` leaves curvature out:
+            only the monitor measures, and ``collapse`` must watch one of its numbers, such as
+            ``Collapse("effective_rank")``.
         collapse: The rule for an alarm.
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
@@ -96,6 +110,9 @@ class SpectralCollapseCallback(Callback):
         task_detector: The rules by which tasks start.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of the data with a graph; by default the loss that
             ``training_step`` returns. Needed with manual optimization, and where ``training_step`` adds other terms.
+        probe_batch: ``probe_batch(trainer, module)`` returns the batch to measure on, or a ``DataLoader`` or list gives
+            its first batches, at every task, instead of the batches of the task. It is transferred to the device as
+            training batches are, and has no effect on random numbers. With several devices, that of rank 0 counts.
         name: A name that distinguishes several callbacks of one Trainer, such as those of an actor and a critic, each
             with its own ``loss_fn``. It is a part of the checkpoint's key and of logged names:
             ``plasticity_<name>/<metric>``.
@@ -139,8 +156,8 @@ class SpectralCollapseCallback(Callback):
 
     def __init__(
         self,
-        # None, since jsonargparse would pass the arguments of a default probe to a probe of another class.
-        probe: Probe | None = None,
+        # A string, since jsonargparse would pass the arguments of a default probe to a probe of another class.
+        probe: Probe | Literal["ggn"] | None = "ggn",
         *,
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
@@ -149,12 +166,17 @@ class SpectralCollapseCallback(Callback):
         task_detector: TaskDetector | None = None,
         # No alias with a return type: jsonargparse would refuse functions without annotations.
         loss_fn: Callable[[LightningModule, Any], Any] | None = None,
+        probe_batch: Callable[[Trainer, LightningModule], Any] | Iterable[Any] | None = None,
         name: str | None = None,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function loss_fn(module, batch) -> mean loss")
+        if isinstance(probe, str) and probe == "ggn":
+            probe = GGNProbe()
         if probe is not None and not isinstance(probe, Probe):
-            raise TypeError(f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe()")
+            raise TypeError(
+                f"probe={probe!r} must be an instance of Probe, such as GGNProbe() or HessianProbe(), or None"
+            )
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
         if not isinstance(collapse, Collapse):
@@ -164,19 +186,24 @@ class SpectralCollapseCallback(Callback):
         check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
         if name is not None and not (isinstance(name, str) and name and "/" not in name):
             raise ValueError(f"name={name!r} must be a string without '/', such as 'actor', or None")
+        if probe_batch is not None:
+            check_probe_batch(probe_batch)
+        if probe is None and monitor is False:
+            raise ValueError("probe=None with monitor=False: nothing would be measured")
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.history = History()
         self.name = name
         self._groups = LogGroups(name)
         self._loss_fn = loss_fn
+        self._probe_batch = probe_batch
         self._errors = ErrorLog(name)
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         chosen_monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._step_monitor = StepMonitor(chosen_monitor, monitor_every_n_steps, self._errors)
         self._runner = InterventionRunner(interventions, self._errors)
         self._task_start = TaskStart(
-            probe if probe is not None else GGNProbe(),
+            probe,
             collapse,
             chosen_monitor,
             # Errors of the default monitor are warnings, since the user did not pass a monitor.
@@ -203,6 +230,7 @@ class SpectralCollapseCallback(Callback):
             "monitor_every_n_steps": self._step_monitor.every_n_steps,
             "task_detector": None if repr(self._tasks) == repr(TaskDetector()) else self._tasks,
             "loss_fn": self._loss_fn,
+            "probe_batch": self._probe_batch,
             "name": self.name,
         }
         return constructor_call(self, arguments)
@@ -214,12 +242,12 @@ class SpectralCollapseCallback(Callback):
         return kind if self.name is None else f"{kind}[{self.name}]"
 
     @property
-    def probe(self) -> Probe:
-        """The measurement of curvature."""
+    def probe(self) -> Probe | None:
+        """The measurement of curvature; ``None`` if there is none."""
         return self._task_start.probe
 
     @probe.setter
-    def probe(self, probe: Probe) -> None:
+    def probe(self, probe: Probe | None) -> None:
         self._task_start.probe = probe
 
     @property
@@ -297,6 +325,8 @@ class SpectralCollapseCallback(Callback):
         if starts_task:
             self._share_errors()
         with _lightning_errors():
+            if self._task_start.gathering is not None and not starts_task:
+                self._gather(TrainerContext.of(trainer, pl_module, batch, 0, self._loss_fn))
             if starts_task or self._task_start.needs_start(trainer.optimizers):
                 context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
                 self._start(context, starts_task=starts_task)
@@ -358,6 +388,10 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.cancel()
         self._tasks.end_fit()
         self._runner.end_fit()
+        if self._task_start.gathering is not None:
+            with _lightning_errors():
+                context = TrainerContext.of(trainer, pl_module, None, 0, self._loss_fn)
+                self._measure_gathered(context, may_repair=False)
         if len(self.history) > self._fit.tasks_before:
             log_summary(trainer.loggers, self.history, self._errors, self._groups)
         self._share_errors()
@@ -396,6 +430,7 @@ class SpectralCollapseCallback(Callback):
             "version": _STATE_VERSION,
             "history": [report.to_dict() for report in self.history],
             "initial": self._task_start.initial_weights.state_dict(),
+            "gathering": None if self._task_start.gathering is None else self._task_start.gathering.state_dict(),
             "steps": self._steps,
             "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
@@ -415,6 +450,8 @@ class SpectralCollapseCallback(Callback):
             )
         self.history = History(TaskReport.from_dict(report) for report in state_dict["history"])
         self._task_start.initial_weights.load_state_dict(state_dict["initial"])
+        gathering = state_dict["gathering"]
+        self._task_start.gathering = None if gathering is None else Gathering.from_state(gathering)
         self._steps = state_dict["steps"]
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
@@ -425,12 +462,18 @@ class SpectralCollapseCallback(Callback):
 
         After an error in the first probe, or an interruption, the task starts at the next batch, maybe of another fit.
         """
+        if starts_task and self._task_start.gathering is not None:
+            self._measure_gathered(context)
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps) if starts_task else None
         try:
             with self._tasks.paused():
-                repair_context = self._task_start.measure_and_start(context, self.history, report)
+                repair_context = self._task_start.measure_and_start(
+                    context, self.history, report, self._fixed_batch_of(context)
+                )
             self._step_monitor.begin(context.model, self._steps)
         except BaseException:
+            if starts_task:
+                self._task_start.gathering = None
             if not self.history:
                 self._task_start.initial_weights.clear()
             raise
@@ -438,15 +481,47 @@ class SpectralCollapseCallback(Callback):
             return
         self.history.append(report)
         self._tasks.commit()
-        if repair_context is not None:
+        if self._task_start.gathering is None:
+            self._repair_and_log(context.trainer, report, repair_context)
+
+    def _fixed_batch_of(self, context: TrainerContext) -> Callable[[int], Any] | None:
+        """Return a function from a number of samples to the batch to measure on; ``None`` for that of the task."""
+        if self._probe_batch is None:
+            return None
+        return partial(fixed_batch, self._probe_batch, context.trainer, context.model)
+
+    def _gather(self, context: TrainerContext) -> None:
+        """Add the batch to the samples of the task, and measure them if there are enough."""
+        if self._task_start.gather(context):
+            self._measure_gathered(context)
+
+    def _measure_gathered(self, context: TrainerContext, *, may_repair: bool = True) -> None:
+        """Measure the gathered samples on the weights that the task began with, run the repairs that are due and log.
+
+        Args:
+            context: The module and any batch.
+            may_repair: Whether there is training to come, without which a repair would only do harm.
+        """
+        report = self.history[-1]
+        self._share_errors()
+        with self._tasks.paused():
+            repair_context = self._task_start.measure_gathered(context, self.history[:-1], report)
+        if not may_repair and self._runner.due_at_task_start(report.task, collapsed=report.collapsed):
+            report.remarks.append("the repairs that were due are left out, since the fit has ended")
+            repair_context = None
+        self._repair_and_log(context.trainer, report, repair_context)
+
+    def _repair_and_log(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None) -> None:
+        """Run the repairs that are due at the start of a task, if there is a context for them, and log the report."""
+        if context is not None:
             if self.interventions:
                 # Forward passes of repairs must not be monitored.
                 self._step_monitor.postpone()
             with self._tasks.paused():
-                report.repairs = self._runner.at_task_start(
-                    repair_context, report.task, report.step, collapsed=report.collapsed
+                report.repairs += self._runner.at_task_start(
+                    context, report.task, self._steps, collapsed=report.collapsed
                 )
-        log_task(context.trainer.loggers, report, self._errors, self._groups)
+        log_task(trainer.loggers, report, self._errors, self._groups)
 
     def _call_detector(self, call: Callable[[], bool | None]) -> bool | None:
         """Return the result of a call of the task detector; ``None`` if it fails after the first task."""

@@ -13,6 +13,9 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved
 
 Reference = Literal["best", "initial", "first"]
 
+MIN_SAMPLES = 8
+"""Number of samples that a verdict needs: on fewer, most values depend on which samples were drawn."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -21,7 +24,8 @@ class Verdict:
     Args:
         collapsed: Whether the value is below the threshold.
         message: One sentence with the numbers.
-        inconclusive: Whether there is no decision, because a number that it depends on is not resolved.
+        inconclusive: Whether there is no decision, because a number that it depends on is not resolved, or was measured
+            on too few samples.
     """
 
     collapsed: bool
@@ -33,7 +37,8 @@ class Verdict:
 class Collapse:
     """The rule for an alarm: a diagnostic at the start of a task is below a fraction of a reference.
 
-    If the diagnostic is the rank of an estimated spectrum and is not resolved, the verdict is inconclusive.
+    The verdict is inconclusive if the diagnostic is the rank of an estimated spectrum and is not resolved, or if fewer
+    than 8 samples were measured.
 
     Args:
         metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe or
@@ -41,7 +46,9 @@ class Collapse:
         below: The fraction of the reference, in (0, 1]. Without a reference, the value itself.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value of the network's initial weights on the same batch; ``"first"``, the value at the
-            first task; ``None``, no reference, the only choice for diagnostics that can be negative.
+            first task; ``None``, no reference, the only choice for diagnostics that can be negative. Of earlier tasks
+            only those count that were measured on as many samples, with as many outputs, and while the same parameters
+            were trained.
 
     Raises:
         ValueError: If an argument has any other value.
@@ -88,17 +95,27 @@ class Collapse:
             allowed = "in (0, 1]: a share, 0.8 for 80 %" if bounded else "a positive number"
             raise ValueError(f"Collapse(below={self.below!r}) must be {allowed}")
 
-    def evaluate(self, value: float, *, earlier: Sequence[float | None], initial: float) -> Verdict:
+    def evaluate(
+        self,
+        value: float,
+        *,
+        earlier: Sequence[float | None],
+        initial: float,
+        samples: int | None = None,
+        differences: str = "",
+    ) -> Verdict:
         """Decide whether the value of the metric at the start of a task is a collapse.
 
         Args:
             value: The value at the start of this task.
-            earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed or
-                the value was not resolved.
+            earlier: The values at the start of all earlier tasks, first task first; ``None`` where the probe failed,
+                the value was not resolved, or it cannot be compared.
             initial: The value of the initial weights on the batch of this task.
+            samples: Number of samples that were measured; ``None`` if it is not known.
+            differences: What no earlier task has in common with this one, if none can be compared.
         """
         task, diagnostic = len(earlier), DIAGNOSTICS[self.metric]
-        reason = self._reason_inconclusive(value, initial)
+        reason = self._reason_inconclusive(value, initial, samples)
         if reason is not None:
             return Verdict(False, f"task {task}: {diagnostic.title} {reason}", inconclusive=True)
         values = enumerate([*earlier, value])
@@ -118,12 +135,19 @@ class Collapse:
             comparisons.append(_percentage(value, initial, "of what the initial weights would have on this batch"))
         shown = f"{value:.2f}" if diagnostic.is_fraction else f"{value:.3g}"
         message = f"task {task}: {diagnostic.title} {shown}, " + " and ".join(comparisons)
+        if differences:
+            message += f" (not comparable with any earlier task, for {differences}: it counts as a new first task)"
         if collapsed:
             message += ": the network is losing its plasticity"
         return Verdict(collapsed, message)
 
-    def _reason_inconclusive(self, value: float, initial: float) -> str | None:
+    def _reason_inconclusive(self, value: float, initial: float, samples: int | None) -> str | None:
         """Return why there is no verdict on a value, or ``None`` if there is one."""
+        if samples is not None and samples < MIN_SAMPLES:
+            return (
+                f"was measured on {samples} samples, fewer than the {MIN_SAMPLES} that a verdict needs, so it is "
+                "unknown whether this is a collapse"
+            )
         if math.isnan(value):
             return "is not a number, so it is unknown whether this is a collapse"
         if not is_resolved(self.metric, value):

@@ -42,6 +42,7 @@ class ProbeContext:
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph.
         optimizers: The optimizers that hold the parameters of the model.
         weights: The parameters and buffers of copies to measure, by name; ``None``: those of the model.
+        samples_per_step: Number of samples of a training step; ``None``: those of the batch.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -55,6 +56,7 @@ class ProbeContext:
     loss_fn: Callable[[Any, Any], Tensor]
     optimizers: Sequence[torch.optim.Optimizer] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    samples_per_step: int | None = field(default=None, kw_only=True)
     _slices: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
     _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 
@@ -84,6 +86,10 @@ class ProbeContext:
             weights: The parameters and buffers by name.
         """
         return replace(self, weights=weights)
+
+    def with_batch(self, batch: Any) -> Self:
+        """Return the same context with another batch, on which the model is not trained."""
+        return replace(self, batch=batch, samples_per_step=self.samples_per_step or self.batch_size, _slices={})
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""
@@ -133,7 +139,7 @@ class ProbeContext:
             # If batches cannot be joined, such as sequences of different lengths, all ranks use that of rank 0.
             with all_or_none():
                 batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
-        return replace(self, batch=batch, _slices={})
+        return self.with_batch(batch)
 
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 
 import torch
+
+_log = logging.getLogger("lightning_plasticity")
 
 
 class PlasticityWarning(UserWarning):
@@ -26,9 +29,14 @@ def rank_zero_warn(message: str, *, stacklevel: int = 3) -> None:
         message: The text of the warning.
         stacklevel: The frame that the warning is attributed to; by default the caller of the calling function.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
+    if _is_rank_zero():
         warnings.warn(message, PlasticityWarning, stacklevel=stacklevel)
+
+
+def rank_zero_info(message: str) -> None:
+    """Log a message of the logger ``lightning_plasticity`` at level INFO on the first rank of a distributed run."""
+    if _is_rank_zero():
+        _log.info(message)
 
 
 def constructor_call(instance: object, arguments: Mapping[str, object]) -> str:
@@ -48,3 +56,8 @@ def constructor_call(instance: object, arguments: Mapping[str, object]) -> str:
         if value is not None
     }
     return f"{type(instance).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def _is_rank_zero() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0

@@ -189,7 +189,7 @@ class GGNProbe(Probe):
         available = context.batch_size
         while True:
             model = context.copy_to_measure()
-            budget = Budget(self.max_steps / 2, (available or samples) / samples)
+            budget = Budget(self.max_steps / 2, (context.samples_per_step or available or samples) / samples)
             with (
                 _advise_whole_batches(f"GGNProbe(samples={available})", context, samples),
                 _in_full_precision(model, context.samples(samples)) as batch,

@@ -16,6 +16,8 @@ from lightning_plasticity.interventions import RepairReport
 class TaskReport:
     """The measurements at the start of one task, and the repairs and errors until the next one.
 
+    As long as the samples of the task are being gathered, because its first batch holds too few, ``metrics`` is empty.
+
     Args:
         task: Number of the task, from 0.
         task_id: The name that the data module, the module or ``new_task`` gave the task.
@@ -23,11 +25,15 @@ class TaskReport:
         spectrum: Spectrum of the main matrix of the probe; ``None`` if it was left out or the probe failed.
         metrics: The diagnostics by name, each also relative to the initial weights on the same batch
             (``<name>_vs_initial``) and, for estimates, with their uncertainty (``<name>_standard_error``,
-            ``<name>_resolved``), and the loss on the probe batch; empty if the probe failed.
+            ``<name>_resolved``), the loss on the probe batch and its number of samples, ``probe_samples``; empty if the
+            probe failed.
         collapsed: Whether the verdict was a collapse.
         repairs: The reports of the repairs from the start of this task to that of the next. Step interventions and
             regularizers are logged instead.
         matrix: The matrix of the spectrum: ``"ggn"`` or ``"hessian"``.
+        outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
+        trained_parameters: A hash of the names and shapes of the parameters that were trained.
+        remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
             the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
@@ -46,6 +52,9 @@ class TaskReport:
     collapsed: bool = False
     repairs: list[RepairReport] = field(default_factory=list)
     matrix: Matrix = "ggn"
+    outputs: int | None = None
+    trained_parameters: str = ""
+    remarks: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     kernel: TangentKernel | None = None
 
@@ -61,6 +70,27 @@ class TaskReport:
         parts += [f"errors={sorted(self.errors)}"] if self.errors else []
         return f"TaskReport({', '.join(parts)})"
 
+    def differences(self, other: TaskReport) -> list[str]:
+        """Return why the numbers of an earlier task cannot be compared with those of this one; empty if they can.
+
+        Args:
+            other: The report of the earlier task.
+
+        Example:
+            >>> first = TaskReport(0, None, 0, metrics={"probe_samples": 64.0}, outputs=3)
+            >>> TaskReport(1, None, 200, metrics={"probe_samples": 64.0}, outputs=5).differences(first)
+            ['5 outputs of a sample instead of 3']
+        """
+        reasons = []
+        samples, before = self.metrics.get("probe_samples"), other.metrics.get("probe_samples")
+        if samples != before:
+            reasons.append(f"{_count(samples)} samples instead of {_count(before)}")
+        if self.outputs != other.outputs:
+            reasons.append(f"{_count(self.outputs)} outputs of a sample instead of {_count(other.outputs)}")
+        if self.trained_parameters != other.trained_parameters:
+            reasons.append("other parameters that are trained")
+        return reasons
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python objects and tensors, for checkpoints."""
         return {
@@ -72,6 +102,9 @@ class TaskReport:
             "collapsed": self.collapsed,
             "repairs": [repair.to_dict() for repair in self.repairs],
             "matrix": self.matrix,
+            "outputs": self.outputs,
+            "trained_parameters": self.trained_parameters,
+            "remarks": list(self.remarks),
             "errors": dict(self.errors),
             "kernel": None if self.kernel is None else self.kernel.to_dict(),
         }
@@ -102,6 +135,10 @@ class History(list[TaskReport]):
     @override
     def __repr__(self) -> str:
         return "\n".join(map(repr, self)) or "no task yet"
+
+
+def _count(number: float | None) -> str:
+    return "an unknown number of" if number is None else f"{number:g}"
 
 
 def _summary(repair: RepairReport) -> str:

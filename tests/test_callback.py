@@ -17,6 +17,7 @@ from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from tests.helpers.modules import (
+    NEVER,
     Classifier,
     FirstBatchRecorder,
     cross_entropy,
@@ -54,9 +55,9 @@ def test_report_holds_ggn_spectrum_on_first_batch_of_task() -> None:
 
 
 def test_samples_and_max_rows_limit_the_probe_batch() -> None:
-    for probe, samples in ((GGNProbe(), 16), (GGNProbe(samples=5), 5), (GGNProbe(max_rows=10), 3)):
+    for probe, samples in ((GGNProbe(), 64), (GGNProbe(samples=20), 20), (GGNProbe(max_rows=50), 16)):
         callback, module = SpectralCollapseCallback(probe), FirstBatchRecorder()
-        trainer(callback).fit(module, loader(size=16))
+        trainer(callback).fit(module, loader())
         copy = Classifier()
         copy.load_state_dict(module.first_state)
         expected = ggn_spectrum(copy, [tensor[:samples] for tensor in module.first_batch], cross_entropy)
@@ -70,7 +71,7 @@ def test_initial_weights_are_probed_from_the_second_task_on() -> None:
             return super().measure(*arguments)
 
     probed: list[GGNProbe] = []
-    callback, module, counts = SpectralCollapseCallback(Counting()), Classifier(), []
+    callback, module, counts = SpectralCollapseCallback(Counting(), collapse=NEVER), Classifier(), []
     for _ in range(3):
         trainer(callback).fit(module, loader())
         counts.append(len(probed))
@@ -187,7 +188,7 @@ def test_evaluating_a_checkpoint_keeps_the_history(tmp_path: Path) -> None:
     class Tested(Classifier):
         def test_step(self, batch: Any, batch_idx: int) -> None: ...
 
-    callback, module = SpectralCollapseCallback(), Tested()
+    callback, module = SpectralCollapseCallback(collapse=NEVER), Tested()
     pl_trainer = trainer(callback)
     pl_trainer.fit(module, loader())
     pl_trainer.save_checkpoint(tmp_path / "first.ckpt")

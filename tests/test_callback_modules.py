@@ -15,17 +15,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import ReDo, Reset
+from lightning_plasticity.probes import Probe
 from tests.helpers.modules import NEVER, Classifier, DirectLogging, cross_entropy, loader, trainer, weights
 
 
 def test_probe_works_on_one_sample() -> None:
-    callback = SpectralCollapseCallback()
-    trainer(callback).fit(Classifier(), loader(size=1))
+    callback = SpectralCollapseCallback(GGNProbe(samples=1))
+    with pytest.warns(PlasticityWarning, match="on 1 samples, fewer than the 8 that a verdict needs"):
+        trainer(callback).fit(Classifier(), loader(size=1))
     assert 1 <= callback.history[0].spectrum.epsilon_rank(1e-6) <= 2, "one sample of three classes has rank 2 at most"
 
 
 def test_half_precision_matches_full_precision() -> None:
-    full, half = SpectralCollapseCallback(), SpectralCollapseCallback()
+    full, half = (SpectralCollapseCallback(GGNProbe(samples=16)) for _ in range(2))
     for callback, precision in ((full, "32-true"), (half, "bf16-true")):
         torch.manual_seed(0)
         module = Classifier()
@@ -33,7 +35,7 @@ def test_half_precision_matches_full_precision() -> None:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(parameter.bfloat16())
-        data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        data = DataLoader(TensorDataset(torch.eye(4).repeat(4, 1), torch.arange(16) % 3), batch_size=16)
         trainer(callback, precision=precision).fit(module, data)
         assert next(module.parameters()).dtype == (torch.bfloat16 if callback is half else torch.float32)
     assert half.history[0].metrics["ggn_trace"] == pytest.approx(full.history[0].metrics["ggn_trace"], rel=1e-5)
@@ -46,10 +48,12 @@ class MatrixMultiplication(Classifier):
         return super().training_step((batch[0] @ torch.eye(4), batch[1]), batch_idx)
 
 
-@pytest.mark.parametrize("probe", [None, HessianProbe(num_probes=2, num_steps=10)], ids=["ggn", "hessian"])
+@pytest.mark.parametrize(
+    "probe", [GGNProbe(samples=16), HessianProbe(samples=16, num_probes=2, num_steps=10)], ids=["ggn", "hessian"]
+)
 @pytest.mark.parametrize(("precision", "input_dtype"), [("64-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
 def test_probe_casts_new_tensors_and_inputs_to_weight_dtype(
-    precision: Any, input_dtype: torch.dtype, probe: HessianProbe | None
+    precision: Any, input_dtype: torch.dtype, probe: Probe
 ) -> None:
     full, other = (SpectralCollapseCallback(probe, interventions=[ReDo()]) for _ in range(2))
     for callback, trainer_precision, dtype in (
@@ -57,7 +61,8 @@ def test_probe_casts_new_tensors_and_inputs_to_weight_dtype(
         (other, precision, input_dtype),
     ):
         torch.manual_seed(0)
-        data = DataLoader(TensorDataset(torch.eye(4, dtype=dtype), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        x = torch.eye(4, dtype=dtype).repeat(4, 1)
+        data = DataLoader(TensorDataset(x, torch.arange(16) % 3), batch_size=16)
         module = Classifier() if trainer_precision == "bf16-mixed" else MatrixMultiplication()
         trainer(callback, precision=trainer_precision).fit(module, data)
         assert torch.get_default_dtype() == torch.float32
@@ -103,7 +108,7 @@ def test_unusable_loss_fails_before_any_weight_changes(output: Any, message: str
 
 def test_later_probe_failure_only_warns() -> None:
     module = Step(lambda loss: loss)
-    callback = SpectralCollapseCallback(interventions=[Reset()])
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Reset()])
     trainer(callback).fit(module, loader())
     # The probe runs in evaluation mode.
     module.output = lambda loss: loss if module.training else loss * torch.nan
@@ -175,17 +180,17 @@ def test_lazy_layers_are_refused_by_name() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
-def test_empty_first_batch_only_warns() -> None:
+def test_task_without_samples_only_warns() -> None:
     class Skipping(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
             return cross_entropy(self, batch) if len(batch[0]) else None
 
-    empty, full = ((torch.randn(size, 4), torch.randint(3, (size,))) for size in (0, 4))
+    empty, full = ((torch.randn(size, 4), torch.randint(3, (size,))) for size in (0, 64))
     callback, module = SpectralCollapseCallback(collapse=NEVER), Skipping()
     trainer(callback).fit(module, DataLoader([full], batch_size=None))
     with pytest.warns(PlasticityWarning, match="task 1: plasticity could not be measured.*the batch holds no samples"):
-        trainer(callback).fit(module, DataLoader([empty, full], batch_size=None))
-    trainer(callback).fit(module, DataLoader([full], batch_size=None))
+        trainer(callback).fit(module, DataLoader([empty], batch_size=None))
+    trainer(callback).fit(module, DataLoader([empty, full], batch_size=None))
     assert [report.spectrum is None for report in callback.history] == [False, True, False]
 
 
@@ -264,10 +269,10 @@ def test_flattened_tokens_count_towards_max_rows() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[0].flatten())
 
-    data = DataLoader(TensorDataset(torch.randint(9, (8, 5))), batch_size=8)
-    callback = SpectralCollapseCallback(GGNProbe(max_rows=100))
+    data = DataLoader(TensorDataset(torch.randint(9, (32, 5))), batch_size=32)
+    callback = SpectralCollapseCallback(GGNProbe(samples=32, max_rows=16 * 45 + 9))
     trainer(callback).fit(Tokens(), data)
-    assert len(callback.history[0].spectrum.kernel.eigenvalues) == 2 * 5 * 9, "two sequences of 45 rows"
+    assert len(callback.history[0].spectrum.kernel.eigenvalues) == 16 * 5 * 9, "sixteen sequences of 45 rows"
 
 
 def test_probe_does_not_step_schedulers_in_training_step() -> None:

@@ -50,32 +50,32 @@ HESSIAN_ONLY: dict[str, Any] = {"probe": HessianProbe(ggn=None, **FEW), "collaps
 @pytest.mark.parametrize(("probe_class", "backend"), [(HessianProbe, "native"), (PyHessianProbe, "pyhessian")])
 def test_report_holds_hessian_spectrum_on_first_samples(probe_class: type[HessianProbe], backend: Any) -> None:
     callback, module = (
-        SpectralCollapseCallback(probe_class(samples=5, seed=3, ggn=GGNProbe(samples=4), **FEW)),
+        SpectralCollapseCallback(probe_class(samples=20, seed=3, ggn=GGNProbe(samples=18), **FEW)),
         FirstBatchRecorder(),
     )
     for seed in range(2):
-        trainer(callback).fit(module, loader(size=6, seed=seed))
+        trainer(callback).fit(module, loader(size=21, seed=seed))
     copy = Classifier()
     copy.load_state_dict(module.first_state)
-    five, four = ([tensor[:n] for tensor in module.first_batch] for n in (5, 4))
+    twenty, eighteen = ([tensor[:n] for tensor in module.first_batch] for n in (20, 18))
     report = callback.history[1]
-    expected = hessian_spectrum(copy, five, cross_entropy, seed=3, backend=backend, **FEW)
+    expected = hessian_spectrum(copy, twenty, cross_entropy, seed=3, backend=backend, **FEW)
     assert report.matrix == "hessian"
     assert torch.equal(report.spectrum.eigenvalues, expected.eigenvalues)
     assert torch.equal(report.spectrum.weights, expected.weights)
     assert report.metrics["hessian_trace"] == expected.trace
     assert report.metrics["hessian_trace_standard_error"] == expected.trace.standard_error
-    assert report.metrics["learnable_fraction"] == ggn_spectrum(copy, four, cross_entropy).learnable_fraction()
-    assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(copy, five).item())
+    assert report.metrics["learnable_fraction"] == ggn_spectrum(copy, eighteen, cross_entropy).learnable_fraction()
+    assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(copy, twenty).item())
 
 
 def test_complete_spectrum_equals_dense_hessian() -> None:
     callback, module = (
-        SpectralCollapseCallback(HessianProbe(num_probes=16, num_steps=67)),
+        SpectralCollapseCallback(HessianProbe(samples=16, num_probes=16, num_steps=67)),
         FirstBatchRecorder().double(),
     )
-    data = TensorDataset(torch.randn(6, 4).double(), torch.arange(6) % 3)
-    trainer(callback).fit(module, DataLoader(data, batch_size=6))
+    data = TensorDataset(torch.randn(16, 4).double(), torch.arange(16) % 3)
+    trainer(callback).fit(module, DataLoader(data, batch_size=16))
     copy = Classifier().double()
     copy.load_state_dict(module.first_state)
     loss = cross_entropy(copy, module.first_batch)
@@ -96,14 +96,20 @@ def test_complete_spectrum_equals_dense_hessian() -> None:
 
 
 def test_metrics_cover_both_matrices_and_uncertainties() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(**ALL), monitor=False)
+    callback = SpectralCollapseCallback(HessianProbe(samples=64, **ALL), monitor=False)
     trainer(callback).fit(Classifier(), loader())
     metrics = callback.history[0].metrics
     assert all(type(value) is float for value in metrics.values())
     uncertainty = {f"{d.name}_{suffix}" for d in DIAGNOSTICS.values() for suffix in d.uncertainty}
     assert {"hessian_trace_standard_error", "hessian_epsilon_rank_resolved"} <= uncertainty
     names = [d.name for d in diagnostics_of(["ggn", "hessian"])]
-    assert metrics.keys() == {*names, *(f"{name}_vs_initial" for name in names), *uncertainty, "probe_loss"}
+    assert metrics.keys() == {
+        *names,
+        *(f"{name}_vs_initial" for name in names),
+        *uncertainty,
+        "probe_loss",
+        "probe_samples",
+    }
 
 
 def test_one_start_vector_has_no_standard_errors() -> None:
@@ -117,8 +123,8 @@ def test_start_vectors_are_equal_at_every_task() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), ZeroLearningRate()
-    data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
+    callback, module = SpectralCollapseCallback(HessianProbe(samples=16, **FEW)), ZeroLearningRate()
+    data = DataLoader(TensorDataset(torch.eye(4).repeat(4, 1), torch.arange(16) % 3), batch_size=16)
     for _ in range(2):
         trainer(callback).fit(module, data)
         torch.rand(7)
@@ -234,7 +240,7 @@ def test_weight_norm_is_supported() -> None:
         module.net[0] = weight_norm(module.net[0])
         return module
 
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW)), make_module()
+    callback, module = SpectralCollapseCallback(HessianProbe(samples=64, **FEW)), make_module()
     trainer(callback).fit(module, loader())
     copy = make_module()
     copy.load_state_dict(module.first_state)
@@ -406,7 +412,7 @@ def test_direct_loggers_are_silent_in_check_and_probe(tmp_path: Path) -> None:
 
 
 def test_half_precision_matches_full_precision() -> None:
-    full, half = (SpectralCollapseCallback(HessianProbe(**ALL)) for _ in range(2))
+    full, half = (SpectralCollapseCallback(HessianProbe(samples=16, **ALL)) for _ in range(2))
     for callback, precision in ((full, "32-true"), (half, "bf16-true")):
         torch.manual_seed(0)
         module = Classifier()
@@ -414,7 +420,7 @@ def test_half_precision_matches_full_precision() -> None:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(parameter.bfloat16())
-        data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0])), batch_size=4)
+        data = DataLoader(TensorDataset(torch.eye(4).repeat(4, 1), torch.arange(16) % 3), batch_size=16)
         trainer(callback, precision=precision).fit(module, data)
     for name in ("hessian_trace", "hessian_lambda_min"):
         assert half.history[0].metrics[name] == pytest.approx(full.history[0].metrics[name], rel=1e-4)
@@ -422,7 +428,10 @@ def test_half_precision_matches_full_precision() -> None:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_checkpoint_restores_hessian_spectra(tmp_path: Path) -> None:
-    callback, module = SpectralCollapseCallback(HessianProbe(**FEW), interventions=[ShrinkPerturb()]), Classifier()
+    callback, module = (
+        SpectralCollapseCallback(HessianProbe(samples=64, **FEW), interventions=[ShrinkPerturb()]),
+        Classifier(),
+    )
     checkpointing = ModelCheckpoint(tmp_path)
     trainer(callback, checkpointing, enable_checkpointing=True).fit(module, loader())
     path = checkpointing.best_model_path

@@ -30,11 +30,15 @@ from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, Spectral
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
 from tests.helpers.modules import NEVER, Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples, fewer than the 8 that a verdict needs")
+
 
 def callback_with(**options: Any) -> SpectralCollapseCallback:
     """Return a callback that only records tasks, with a threshold that no collapse reaches."""
     detector = TaskDetector(**options) if options else None
-    return SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
+    return SpectralCollapseCallback(
+        GGNProbe(samples=2), collapse=Collapse(below=1e-9), task_detector=detector, monitor=False
+    )
 
 
 class Data(LightningDataModule):
@@ -343,7 +347,7 @@ class Resizable(Data):
     batch_size = 2
 
     def train_dataloader(self) -> Any:
-        return DataLoader(loader(batches=8).dataset, batch_size=self.batch_size)
+        return DataLoader(loader(batches=8, size=4).dataset, batch_size=self.batch_size)
 
 
 def test_batch_size_finder_starts_no_task(tmp_path: Path) -> None:
@@ -490,7 +494,7 @@ def test_labels_may_be_strings_under_a_key() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step((batch["x"], batch["y"]), batch_idx)
 
-    data = [{"x": x, "y": y, "task": "cats" if i < 8 else "dogs"} for i, (x, y) in enumerate(loader().dataset)]
+    data = [{"x": x, "y": y, "task": "cats" if i < 8 else "dogs"} for i, (x, y) in enumerate(loader(size=4).dataset)]
     callback = callback_with(batch_label="task")
     trainer(callback).fit(Dicts(), DataLoader(data, batch_size=4))
     assert tasks_seen(callback) == [(0, "cats", 0), (1, "dogs", 2)]
@@ -570,7 +574,7 @@ def test_drift_of_the_loss_starts_a_task() -> None:
 
 def test_drift_of_the_inputs_starts_a_task() -> None:
     drift = pytest.importorskip("river.drift", reason="river needs Python 3.11")
-    x, y = loader(batches=120).dataset.tensors
+    x, y = loader(batches=120, size=4).dataset.tensors
     x[240:] += 3
     callback = callback_with(
         drift_detector=drift.PageHinkley(threshold=5), drift_statistic=lambda batch: batch[0].mean()
@@ -703,21 +707,21 @@ def test_interrupted_task_starts_with_the_next_fit() -> None:
 def test_second_callback_with_a_detector_starts_anew() -> None:
     detector = TaskDetector(batch_label=2)
     for _ in range(2):
-        callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, monitor=False)
+        callback = SpectralCollapseCallback(GGNProbe(samples=2), task_detector=detector, monitor=False)
         trainer(callback).fit(Classifier(), labelled([[0, 0], [1, 1]]))
         assert tasks_seen(callback) == [(0, 0, 0), (1, 1, 1)]
 
 
 def test_first_batch_starts_a_task_without_a_label() -> None:
     callback = SpectralCollapseCallback(
-        collapse=Collapse(below=1e-9), task_detector=TaskDetector(batch_label="t"), interventions=[ShrinkPerturb()]
+        GGNProbe(samples=4), task_detector=TaskDetector(batch_label="t"), interventions=[ShrinkPerturb()]
     )
 
     class Dicts(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step((batch["x"], batch["y"]), batch_idx)
 
-    x, y = loader().dataset.tensors
+    x, y = loader(size=4).dataset.tensors
     stream = [{"x": x[i : i + 4], "y": y[i : i + 4], "t": ["cats"] * (i == 4)} for i in (0, 4, 8)]
     trainer(callback).fit(Dicts(), DataLoader(stream, batch_size=None))
     assert tasks_seen(callback) == [(0, None, 0), (1, "cats", 1)]

@@ -142,12 +142,16 @@ class InterventionRunner:
 
     def at_task_start(self, context: ProbeContext, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
         """Run the repairs that are due at the start of a task and return their reports."""
-        due = [
+        due = self.due_at_task_start(task, collapsed=collapsed)
+        return self._repair(context, due, step, seed=1000 * task)
+
+    def due_at_task_start(self, task: int, *, collapsed: bool) -> list[int]:
+        """Return the indices of the repairs that are due at the start of a task."""
+        return [
             number
             for number, repair in enumerate(self.repairs)
             if (repair.when == "collapse" and collapsed) or (repair.when == "task" and task > 0)
         ]
-        return self._repair(context, due, step, seed=1000 * task)
 
     def before_backward(self) -> None:
         """Record the start of a backward pass."""

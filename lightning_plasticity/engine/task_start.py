@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from lightning_plasticity.collapse import Collapse
+from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.diagnostics import Source, diagnostics_of, measure, resolved_value, to_log_dict
+from lightning_plasticity.curvature import UnsupportedModelError
+from lightning_plasticity.diagnostics import DIAGNOSTICS, Source, diagnostics_of, measure, resolved_value, to_log_dict
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
     format_error,
+    is_distributed,
+    local_error,
     raise_local_error,
 )
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
+from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
-from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.isolation.batches import to_device
+from lightning_plasticity.messages import MisconfigurationError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.probes import Probe, ProbeResult
+from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.reports import TaskReport
+
+_FEW_SAMPLES = 16
+"""Number of samples below which a warning says that they are few."""
+
+_ADVICE_ON_SAMPLES = "take larger batches, or pass SpectralCollapseCallback(probe_batch=...)"
 
 
 class TaskStart:
     """The steps at the start of a task: probe, monitor, verdict, and the start of interventions.
 
+    Where the first batch of a task holds fewer samples than the probe takes, those of the next batches are gathered,
+    too, and then measured on the weights that the task began with.
+
     The first measurement must succeed. After that, an error is a warning and an entry in the report, and training goes
     on.
 
     Args:
-        probe: Measures the curvature.
+        probe: Measures the curvature; ``None`` measures none.
         collapse: Gives the verdict.
         monitor: Measures hidden activations; ``None`` measures none.
         monitor_is_required: Whether an error of the monitor counts as an error of the measurement.
@@ -44,7 +62,7 @@ class TaskStart:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Probe | None,
         collapse: Collapse,
         monitor: PlasticityMonitor | None,
         *,
@@ -56,11 +74,20 @@ class TaskStart:
         self.collapse = collapse
         self.monitor = monitor
         self.initial_weights = InitialWeights()
+        self.gathering: Gathering | None = None
+        """The samples of the last task, as long as they are too few to be measured."""
         self._monitor_is_required = monitor_is_required
         self._runner = runner
         self._errors = errors
         self._probe_is_checked = False
+        self._warned_of_few_samples = False
+        self._logged_remarks: set[str] = set()
         self._interventions_have_started = False
+
+    @property
+    def samples(self) -> int:
+        """Number of samples to measure on."""
+        return GGNProbe.samples if self.probe is None else self.probe.samples
 
     def check_metric(self) -> None:
         """Check that the metric of ``collapse`` is measured.
@@ -68,14 +95,22 @@ class TaskStart:
         Raises:
             MisconfigurationError: If neither the probe nor the monitor measures it.
         """
-        sources: list[Source] = [*self.probe.sources]
+        sources: list[Source] = [] if self.probe is None else [*self.probe.sources]
         measures = [] if self.monitor is None else self.monitor.measures
         available = [diagnostic.name for diagnostic in diagnostics_of(sources)] + measures
-        if self.collapse.metric not in available:
+        if self.collapse.metric in available:
+            return
+        metric = f"Collapse(metric={self.collapse.metric!r})"
+        if self.probe is None:
+            falling = [name for name in available if DIAGNOSTICS[name].higher_is_better]
             raise MisconfigurationError(
-                f"Collapse(metric={self.collapse.metric!r}) watches what neither {self.probe} nor the monitor "
-                f"measures: choose one of {available}, or another probe"
+                f"{metric} watches what probe=None leaves out, and the monitor does not measure: write "
+                f"collapse=Collapse(metric) with one of {falling}"
             )
+        raise MisconfigurationError(
+            f"{metric} watches what neither {self.probe} nor the monitor measures: choose one of {available}, or "
+            "another probe"
+        )
 
     def begin_fit(self) -> None:
         """Let the probe be checked and the interventions start at the first batch of a fit."""
@@ -87,7 +122,11 @@ class TaskStart:
         return not self._interventions_have_started or self._runner.needs_restart(optimizers)
 
     def measure_and_start(
-        self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport | None
+        self,
+        context: ProbeContext,
+        history: Sequence[TaskReport],
+        report: TaskReport | None,
+        probe_batch: Callable[[int], Any] | None = None,
     ) -> ProbeContext | None:
         """Measure the model, if a task starts, and start step interventions and regularizers.
 
@@ -96,15 +135,20 @@ class TaskStart:
         Args:
             context: The model and the first batch.
             history: The reports of all earlier tasks.
-            report: The report of the new task, to be filled in; ``None`` in the middle of a task.
+            report: The report of the new task, to be filled in now or, if :attr:`gathering` is set, by
+                :meth:`measure_gathered`; ``None`` in the middle of a task.
+            probe_batch: Returns a batch of so many samples to measure on, instead of those of the task.
 
         Returns:
-            The context for the repairs of the task; ``None`` if no task starts, or nothing could be measured and run.
+            The context for the repairs of the task; ``None`` if no task starts, if it is measured later, or if nothing
+            could be measured and run.
         """
         self._interventions_have_started = not self._runner.interventions
+        gathering = None
         with contextlib.ExitStack() as stack:
             try:
-                context = context.gather(self.probe.samples)
+                context = context.gather(self.samples)
+                measured = context if probe_batch is None or report is None else self._fixed(context, probe_batch)
                 stack.enter_context(gather_full_parameters(context.model))
             except Exception as error:
                 if report is not None:
@@ -116,21 +160,111 @@ class TaskStart:
                 # The interventions start at the next batch.
                 return None
             if report is not None:
-                self._measure(report, context, history)
+                size = context.batch_size
+                if measured is context and size is not None and size < self.samples:
+                    gathering = self._begin_gathering(report, context, history)
+                else:
+                    self._measure(report, measured, history)
             self._runner.start(context)
         self._interventions_have_started = True
-        return None if report is None else context
+        if report is None:
+            return None
+        self.gathering = gathering
+        return context if gathering is None else None
 
-    def _measure(self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport]) -> None:
-        """Fill in a report on all ranks alike."""
+    def gather(self, context: ProbeContext) -> bool:
+        """Add the samples of another batch to those of the task.
+
+        Returns:
+            Whether they can be measured: there are enough, or there will be no more.
+        """
+        assert self.gathering is not None
+        try:
+            missing = self.samples - self.gathering.samples
+            batch = context.gather(missing).samples(missing)
+            with all_or_none():
+                self.gathering.add(batch)
+        except Exception as error:
+            self.gathering.fall_back(f"batches could not be joined: {local_error(error)}")
+            return True
+        return self.gathering.samples >= self.samples
+
+    def measure_gathered(
+        self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport
+    ) -> ProbeContext | None:
+        """Measure the samples of a task on the weights that it began with. Errors do not end training.
+
+        Args:
+            context: The model, with any batch.
+            history: The reports of all earlier tasks.
+            report: The report of the task, to be filled in.
+
+        Returns:
+            The context for the repairs of the task; ``None`` if nothing could be measured.
+        """
+        gathering = self.gathering
+        assert gathering is not None
+        try:
+            with gather_full_parameters(context.model):
+                with all_or_none():
+                    measured = gathering.context(context)
+                measured = self._measure(report, measured, history)
+        except Exception as error:
+            self._errors.warn(self._record_failure(report, history, error))
+            self.gathering = None
+            return None
+        self.gathering = None
+        return replace(measured, weights=None)
+
+    def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
+        """Return a context on the batch that the user gives, the one of rank 0."""
+        with all_or_none():
+            batch = probe_batch(self.samples)
+            if is_distributed():
+                batch = to_device(broadcast_object(batch), like=context.batch)
+        return context.with_batch(batch)
+
+    def _begin_gathering(
+        self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport]
+    ) -> Gathering | None:
+        """Keep the weights and the samples of the first batch; ``None`` if that fails.
+
+        Before the first task, the probe and the repairs are tried on that batch: a misconfiguration must be an error
+        before any weight has changed.
+        """
         try:
             with all_or_none():
                 is_initial = self.initial_weights.store(context.model)
+                if not history:
+                    with context.preserve_training_state():
+                        self._check_probe(context)
+                        self._measure_weights(context, "trying the probe")
+                    self._runner.dry_run(context)
+                gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
+                gathering.add(context.samples(self.samples))
+                return gathering
+        except Exception as error:
+            self._errors.warn(self._record_failure(report, history, error))
+            return None
+        finally:
+            context.discard_copy()
+
+    def _measure(self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport]) -> ProbeContext:
+        """Fill in a report on all ranks alike, and return the context that was measured."""
+        gathering = self.gathering
+        try:
+            with all_or_none():
+                is_initial = self.initial_weights.store(context.model)
+                if gathering is not None:
+                    is_initial = gathering.is_initial
                 with context.preserve_training_state():
                     message = self._probe_and_evaluate(report, context, history, is_initial=is_initial)
-                if not _has_probed(history):
+                if not self._is_known_to_work(history):
                     self._runner.dry_run(context)
         except Exception as error:
+            if gathering is not None and gathering.is_joined:
+                gathering.fall_back(f"the samples of several batches could not be measured together: {error}")
+                return self._measure(report, gathering.context(context), history)
             message = self._record_failure(report, history, error)
         finally:
             # Repairs make copies of their own.
@@ -140,6 +274,11 @@ class TaskStart:
         if message is not None:
             self._errors.warn(message)
         vars(report).update(vars(TaskReport.from_dict(state)))
+        return context
+
+    def _is_known_to_work(self, history: Sequence[TaskReport]) -> bool:
+        """Return whether the probe has been measured or tried before: the first error of all is raised."""
+        return bool(history) or self.gathering is not None
 
     def _record_failure(self, report: TaskReport, history: Sequence[TaskReport], error: Exception) -> str:
         """Record in a report that nothing could be measured, and return the text of a warning.
@@ -147,9 +286,10 @@ class TaskStart:
         Raises:
             Exception: The error, if nothing has ever been measured.
         """
-        if not _has_probed(history):
+        if not self._is_known_to_work(history):
             raise_local_error(error)
-        vars(report).update(vars(TaskReport(report.task, report.task_id, report.step)))
+        empty = TaskReport(report.task, report.task_id, report.step, repairs=report.repairs, errors=report.errors)
+        vars(report).update(vars(empty))
         report.errors["probe"] = format_error(error)
         return f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
 
@@ -157,12 +297,10 @@ class TaskStart:
         self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport], *, is_initial: bool
     ) -> str | None:
         """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
-        if not self._probe_is_checked:
-            warning = self.probe.check(context)
-            if warning is not None:
-                self._errors.warn(warning)
-            self._probe_is_checked = True
+        self._check_probe(context)
         now, features = self._measure_weights(context, "probing curvature")
+        if now.coupled and self.gathering is not None and self.gathering.is_joined:
+            raise ValueError("the loss of a sample depends on the other samples of its batch")
         values = references = measure(now.spectra, features, now.kernel)
         if not is_initial:
             initial, initial_features = self._measure_weights(
@@ -171,34 +309,105 @@ class TaskStart:
                 monitored=bool(features),
             )
             references = measure(initial.spectra, initial_features, initial.kernel)
-        metric = self.collapse.metric
-        verdict = self.collapse.evaluate(
-            values[metric],
-            earlier=[resolved_value(earlier.metrics, metric) for earlier in history],
-            initial=references[metric],
-        )
-        report.matrix = self.probe.matrices[0]
-        report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
+        if self.probe is not None:
+            report.matrix = self.probe.matrices[0]
+            report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
+        report.outputs, report.trained_parameters = now.outputs, _fingerprint_trained(context.model)
         by_layer = {name: value for name, value in features.items() if name not in values}
-        report.metrics = {**to_log_dict(values, references), "probe_loss": now.loss, **by_layer}
+        about_batch = {} if self.probe is None else {"probe_loss": now.loss}
+        if now.samples is not None:
+            about_batch["probe_samples"] = float(now.samples)
+        report.metrics = {**to_log_dict(values, references), **about_batch, **by_layer}
+        self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
+        return self._judge(report, values, references, history, now.samples)
+
+    def _judge(
+        self,
+        report: TaskReport,
+        values: Mapping[str, float],
+        references: Mapping[str, float],
+        history: Sequence[TaskReport],
+        samples: int | None,
+    ) -> str | None:
+        """Enter the verdict in a report that holds all numbers, and return the text of a warning, if any."""
+        metric = self.collapse.metric
+        measured = [earlier for earlier in history if earlier.metrics]
+        if metric not in values and not measured:
+            raise MisconfigurationError(
+                f"Collapse(metric={metric!r}) watches what could not be measured ({'; '.join(report.remarks)}): choose "
+                f"one of {[name for name in values if DIAGNOSTICS[name].higher_is_better]}"
+            )
+        differences = [report.differences(earlier) for earlier in measured]
+        verdict = self.collapse.evaluate(
+            values.get(metric, math.nan),
+            earlier=[
+                None if report.differences(earlier) else resolved_value(earlier.metrics, metric) for earlier in history
+            ],
+            initial=references.get(metric, math.nan),
+            samples=samples,
+            differences=" and ".join(differences[-1]) if differences and all(differences) else "",
+        )
         report.collapsed = verdict.collapsed
-        return verdict.message if verdict.collapsed or verdict.inconclusive else None
+        is_first_of_few = samples is not None and samples < _FEW_SAMPLES and not self._warned_of_few_samples
+        self._warned_of_few_samples |= is_first_of_few
+        if verdict.inconclusive or (differences and all(differences)):
+            self._remark(report, verdict.message)
+        if samples is not None and samples < MIN_SAMPLES:
+            return f"{verdict.message}: {_ADVICE_ON_SAMPLES}" if is_first_of_few else None
+        messages = [verdict.message] if verdict.collapsed or verdict.inconclusive else []
+        if is_first_of_few:
+            messages.append(
+                f"task {report.task} was measured on {samples} samples: below {_FEW_SAMPLES}, the numbers depend on "
+                f"which samples were drawn, and an alarm may be false: {_ADVICE_ON_SAMPLES}"
+            )
+        return "; ".join(messages) or None
+
+    def _remark(self, report: TaskReport, *remarks: str) -> None:
+        """Add remarks to the report, and to the log on rank 0 if they are new."""
+        for remark in remarks:
+            report.remarks.append(remark)
+            if remark not in self._logged_remarks:
+                self._logged_remarks.add(remark)
+                rank_zero_info(remark if remark.startswith("task ") else f"task {report.task}: {remark}")
+
+    def _check_probe(self, context: ProbeContext) -> None:
+        if self._probe_is_checked or self.probe is None:
+            return
+        warning = self.probe.check(context)
+        if warning is not None:
+            self._errors.warn(warning)
+        self._probe_is_checked = True
 
     def _measure_weights(
         self, context: ProbeContext, description: str, *, monitored: bool = True
     ) -> tuple[ProbeResult, dict[str, float]]:
         """Return the results of the probe and of the monitor on copies of the model."""
-        with context.show_progress(description) as progress:
-            result = self.probe.measure(context, progress)
+        if self.probe is None:
+            size = context.batch_size
+            result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
+        else:
+            with self._advise_no_probe(), context.show_progress(description) as progress:
+                result = self.probe.measure(context, progress)
         if self.monitor is None or not monitored:
             return result, {}
         return result, self._measure_activations(self.monitor, context)
+
+    @contextlib.contextmanager
+    def _advise_no_probe(self) -> Iterator[None]:
+        """Name the way out where the curvature cannot be measured and is not needed."""
+        try:
+            yield
+        except (UnsupportedModelError, MisconfigurationError) as error:
+            metric = self.collapse.metric
+            if self.monitor is None or metric not in self.monitor.measures:
+                raise
+            raise type(error)(f"{error}. {metric!r} needs no curvature: probe=None leaves it out") from error
 
     def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext) -> dict[str, float]:
         metric_is_monitored = self.collapse.metric in monitor.measures
         try:
             features = measure_activations(
-                monitor, context.copy_to_measure(), context.samples(self.probe.samples), context.loss_on
+                monitor, context.copy_to_measure(), context.samples(self.samples), context.loss_on
             )
             if not features and metric_is_monitored:
                 raise MisconfigurationError(
@@ -214,5 +423,7 @@ class TaskStart:
             return {}
 
 
-def _has_probed(history: Sequence[TaskReport]) -> bool:
-    return any(report.metrics for report in history)
+def _fingerprint_trained(model: nn.Module) -> str:
+    """Return a hash of the names and shapes of the parameters that require a gradient."""
+    names = sorted(f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -114,6 +114,65 @@ def concat_batches(batches: Sequence[Any], like: Any = None) -> Any:
     return _map_leaves(batches[0] if like is None else like, concat_leaf)
 
 
+def join_batches(batches: Sequence[Any], like: Any = None) -> Any:
+    """Concatenate the samples of several batches that consist of samples only.
+
+    Args:
+        batches: The batches.
+        like: The batch that determines the device; by default the first one.
+
+    Raises:
+        ValueError: If a batch holds more than samples, such as the edges of a graph, or if the batches differ in their
+            structure, in the shape of their samples, or in what is no tensor.
+
+    Example:
+        >>> join_batches([(torch.zeros(2, 3), 0.5), (torch.ones(1, 3), 0.5)])[0].shape
+        torch.Size([3, 3])
+        >>> join_batches([torch.zeros(2, 3), torch.zeros(2, 4)])
+        Traceback (most recent call last):
+        ...
+        ValueError: samples of shapes (3,) and (4,) cannot be joined
+    """
+    first, *others = map(_describe, batches)
+    for other in others:
+        try:
+            is_equal = bool(first[0] == other[0])
+        except (ValueError, RuntimeError):
+            # Arrays have no single truth value.
+            is_equal = False
+        if not is_equal:
+            raise ValueError("batches that differ in more than their samples cannot be joined")
+        for one, another in zip(first[1], other[1], strict=True):
+            if one != another:
+                raise ValueError(f"samples of shapes {one} and {another} cannot be joined")
+    return concat_batches(batches, like)
+
+
+_SAMPLES = object()
+"""Stands for the samples in the description of a batch."""
+
+
+def _describe(batch: Any) -> tuple[Any, list[tuple[int, ...] | None]]:
+    """Return what a batch holds beside its samples, and the shapes of single samples; ``None`` for a list of them.
+
+    Raises:
+        ValueError: If it holds something with dimensions, or a list, that does not consist of samples.
+    """
+    size, shapes = batch_size(batch), []
+
+    def describe_leaf(leaf: Leaf) -> Any:
+        if isinstance(leaf, Tensor) and not leaf.dim():
+            return leaf.item()
+        if isinstance(leaf, Tensor) and not _has_sample_dim(leaf, size):
+            raise ValueError(
+                f"batches of {size} samples that hold a tensor of shape {tuple(leaf.shape)} as well cannot be joined"
+            )
+        shapes.append(tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else None)
+        return _SAMPLES
+
+    return _map_leaves(batch, describe_leaf), shapes
+
+
 def to_device(batch: Any, like: Any) -> Any:
     """Return the batch on the device of another one."""
     device = next((tensor.device for tensor in _tensors(like)), torch.device("cpu"))

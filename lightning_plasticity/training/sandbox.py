@@ -88,7 +88,7 @@ class TrainerContext(ProbeContext):
 
     @override
     def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
-        with _preserve_generators(self._loaders):
+        with preserve_generators(self._loaders):
             return super().loss_on(model, batch)
 
     @override
@@ -199,7 +199,7 @@ def _do_nothing(*_: object, **__: object) -> None:
 
 
 @contextlib.contextmanager
-def _preserve_generators(loaders: Sequence[DataLoader[Any]]) -> Iterator[None]:
+def preserve_generators(loaders: Sequence[DataLoader[Any]]) -> Iterator[None]:
     """Restore the random number generators of data loaders on exit."""
     states = [(generator, generator.get_state()) for loader in loaders for generator in _generators(loader)]
     try:

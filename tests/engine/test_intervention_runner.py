@@ -65,7 +65,7 @@ def test_failing_step_intervention_only_warns() -> None:
 
 def compiled_before(module: Classifier) -> None:
     module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
-    module.net(torch.randn(4, 4))
+    module.net(torch.randn(64, 4))
 
 
 def in_evaluation_mode(module: Classifier) -> None:
@@ -150,7 +150,7 @@ def test_unit_reset_at_collapse_equals_one_by_hand(intervention: ReDo | ReGraMa,
         generator=torch.Generator().manual_seed(0),
     )
     with pytest.warns(PlasticityWarning):
-        trainer(callback, max_steps=1, logger=logger).fit(module, DataLoader(TensorDataset(*first), batch_size=4))
+        trainer(callback, max_steps=1, logger=logger).fit(module, DataLoader(TensorDataset(*first), batch_size=64))
     report = callback.history[0].repairs[0]
     assert report.units.keys() == {"net.0"}
     assert torch.equal(report.units["net.0"], expected.units["net.0"])

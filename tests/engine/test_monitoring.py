@@ -43,9 +43,9 @@ def test_features_are_measured_in_eval_mode_on_probe_samples() -> None:
     module = BatchKeeping()
     module.net.insert(2, nn.Dropout(0.5))
     start = copy.deepcopy(module.net).eval()
-    callback = SpectralCollapseCallback(probe=GGNProbe(samples=5))
-    trainer(callback, max_steps=1).fit(module, loader(batches=1, size=8))
-    x = module.batch[0][:5]
+    callback = SpectralCollapseCallback(probe=GGNProbe(samples=20))
+    trainer(callback, max_steps=1).fit(module, loader(batches=1, size=24))
+    x = module.batch[0][:20]
     features = start[1](start[0](x)).detach().double()
     values = torch.linalg.svdvals(features)
     share = values / values.sum()

@@ -26,7 +26,7 @@ from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, HessianProbe, Probe
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.training import sandbox
-from tests.helpers.modules import Classifier, loader, trainer
+from tests.helpers.modules import NEVER, Classifier, loader, trainer
 
 
 def mlp() -> nn.Sequential:
@@ -42,11 +42,19 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 4, generator=generator), torch.randint(3, (16,), generator=generator)
 
 
+PROBES = [GGNProbe(samples=16), HessianProbe(samples=16, num_probes=2, num_steps=3)]
+
+
 def task_start(probe: Probe | None = None, interventions: tuple[Intervention, ...] = ()) -> TaskStart:
     errors = ErrorLog()
     runner = InterventionRunner(interventions, errors)
     return TaskStart(
-        probe or GGNProbe(), Collapse(), PlasticityMonitor(), monitor_is_required=True, runner=runner, errors=errors
+        probe or GGNProbe(samples=16),
+        Collapse(),
+        PlasticityMonitor(),
+        monitor_is_required=True,
+        runner=runner,
+        errors=errors,
     )
 
 
@@ -69,7 +77,7 @@ def test_plain_module_is_measured_as_by_ggn_spectrum() -> None:
     assert report.metrics["probe_loss"] == pytest.approx(loss_fn(model, batch()).item())
 
 
-@pytest.mark.parametrize("probe", [GGNProbe(), HessianProbe(num_probes=2, num_steps=3)])
+@pytest.mark.parametrize("probe", PROBES)
 def test_initial_weights_are_measured_on_the_same_batch(probe: Probe) -> None:
     model, start = mlp(), task_start(probe)
     first = TaskReport(0, None, 0)
@@ -107,7 +115,7 @@ def test_module_is_copied_once_for_each_repair(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sandbox, "copy_module", lambda *a, **k: copies.append(1) or copy_module(*a, **k))
     counts = []
     for interventions in ([], [ShrinkPerturb(when="task")]):
-        module, callback = Classifier(), SpectralCollapseCallback(interventions=interventions)
+        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
         for _ in range(2):
             copies.clear()
             trainer(callback).fit(module, loader())
@@ -149,7 +157,9 @@ STATES: dict[str, Callable[[], tuple[Any, Callable[[Any], float]]]] = {
 }
 
 
-@pytest.mark.parametrize("probe", [GGNProbe(), HessianProbe(num_probes=2, num_steps=3)], ids=["ggn", "hessian"])
+@pytest.mark.parametrize(
+    "probe", [GGNProbe(samples=16), HessianProbe(samples=16, num_probes=2, num_steps=3)], ids=["ggn", "hessian"]
+)
 @pytest.mark.parametrize("state", STATES)
 def test_all_measurements_start_from_the_same_state(state: str, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are still the initial ones differ in no number from those."""
@@ -165,6 +175,7 @@ def test_all_measurements_start_from_the_same_state(state: str, probe: Probe, mo
     assert first.metrics["ggn_trace"] == second.metrics["ggn_trace"]
 
 
+@pytest.mark.filterwarnings("ignore:task 0 was measured on 8 samples")
 def test_fewer_samples_are_measured_on_unchanged_weights() -> None:
     """A Gram matrix that is too large is computed again: the loss that was computed before left no trace."""
     model = nn.Sequential(mlp(), nn.Linear(3, 3).requires_grad_(False))
@@ -175,7 +186,9 @@ def test_fewer_samples_are_measured_on_unchanged_weights() -> None:
         return loss_fn(model, batch)
 
     limited, whole = TaskReport(0, None, 0), TaskReport(0, None, 0)
-    task_start(GGNProbe(max_rows=24)).measure_and_start(ProbeContext(model, batch(), averaging_loss), [], limited)
+    task_start(GGNProbe(samples=16, max_rows=24)).measure_and_start(
+        ProbeContext(model, batch(), averaging_loss), [], limited
+    )
     task_start(GGNProbe(samples=8)).measure_and_start(ProbeContext(model, batch(), averaging_loss), [], whole)
     assert limited.metrics["probe_loss"] == whole.metrics["probe_loss"]
 

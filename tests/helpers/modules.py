@@ -78,8 +78,11 @@ def cross_entropy(module: LightningModule, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
 
-def loader(batches: int = 3, size: int = 4, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
-    """Return shuffled batches of random inputs of shape ``(size, 4)`` with labels of three classes."""
+def loader(batches: int = 3, size: int = 64, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    """Return shuffled batches of random inputs of shape ``(size, 4)`` with labels of three classes.
+
+    The default size is the number of samples that the default probe takes.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batches * size, 4, generator=generator)
     y = torch.randint(3, (batches * size,), generator=generator)

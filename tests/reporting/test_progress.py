@@ -13,16 +13,16 @@ from lightning_plasticity import HessianProbe, SpectralCollapseCallback
 from lightning_plasticity._compat import training_description
 from lightning_plasticity.reporting import progress
 from lightning_plasticity.reporting.progress import shown_progress
-from tests.helpers.modules import Classifier, loader, trainer
+from tests.helpers.modules import NEVER, Classifier, loader, trainer
 
-PROBE = HessianProbe(num_probes=2, num_steps=4)
+PROBE = HessianProbe(samples=64, num_probes=2, num_steps=4)
 
 
 class DescriptionRecorder(SpectralCollapseCallback):
     """A callback that records the description of the progress bar before and after a probe."""
 
     def __init__(self, read: Callable[[Trainer], str]) -> None:
-        super().__init__(PROBE)
+        super().__init__(PROBE, collapse=NEVER)
         self.read = read
         self.around: list[str] = []
 
