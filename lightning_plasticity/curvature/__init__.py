@@ -3,6 +3,7 @@
 The folder:
 
 * :mod:`.ggn`, :mod:`.hessian`: the two front functions, :func:`ggn_spectrum` and :func:`hessian_spectrum`.
+* :mod:`.eigenvectors`: :func:`top_eigenvectors`, the eigenvectors that belong to the largest eigenvalues.
 * :mod:`.pyhessian`: the same Hessian by PyHessian, on :mod:`.pyhessian_adapter`.
 * :mod:`.spectrum`, :mod:`.estimates`, :mod:`.kernel`: the results, :class:`Spectrum`, :class:`Estimate` and
   :class:`TangentKernel`.
@@ -13,6 +14,7 @@ The folder:
 * :mod:`.matrix_free`: estimated spectra from matrix-vector products.
 """
 
+from lightning_plasticity.curvature.eigenvectors import Eigenpairs, top_eigenvectors
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.exact.custom_losses import custom_loss
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError
@@ -23,6 +25,7 @@ from lightning_plasticity.curvature.kernel import TangentKernel
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 __all__ = [
+    "Eigenpairs",
     "Estimate",
     "Quadrature",
     "Spectrum",
@@ -32,4 +35,5 @@ __all__ = [
     "custom_loss",
     "ggn_spectrum",
     "hessian_spectrum",
+    "top_eigenvectors",
 ]

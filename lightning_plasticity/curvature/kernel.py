@@ -112,7 +112,7 @@ class TangentKernel:
             >>> kernel = TangentKernel.from_quadrature(jacobi, Estimate(1.0))
             >>> fraction = kernel.learnable_fraction(steps=1)
             >>> round(fraction.lo, 3), round(fraction.hi, 3)
-            (0.732, 0.777)
+            (0.746, 0.777)
         """
         return cls._create(jacobi=jacobi, lambda_max=lambda_max)
 

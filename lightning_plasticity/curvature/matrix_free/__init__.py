@@ -5,5 +5,6 @@
 * :mod:`.tangent_kernel`: the tangent kernel as a linear operator, and its measurement.
 * :mod:`.micro_batches`: operators of a batch in micro-batches or over several processes.
 * :mod:`.lanczos`: one Lanczos run.
+* :mod:`.eigenpairs`: the largest eigenvalues with their eigenvectors, by Lanczos with restarts.
 * :mod:`.stochastic_lanczos`: the spectrum from the runs of several start vectors.
 """

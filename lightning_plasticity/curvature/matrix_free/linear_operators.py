@@ -50,7 +50,7 @@ class CurvatureLinearOperator(ABC):
     def __call__(self, vector: Tensor) -> Tensor:
         """Compute the product :math:`A v`, shape ``(P,)``, with a vector of shape ``(P,)``."""
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
+    def split(self, vector: Tensor) -> list[Tensor]:
         """Split a vector into one tensor for each parameter, of its shape."""
         return [
             piece.reshape(parameter.shape)
@@ -78,7 +78,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        return _flatten(dense_vjp(self._gradients, self.parameters, self._split(vector)))
+        return _flatten(dense_vjp(self._gradients, self.parameters, self.split(vector)))
 
 
 class GGNLinearOperator(CurvatureLinearOperator):
@@ -104,7 +104,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:
-        tangents = self._jacobian.jvp(self._split(vector))
+        tangents = self._jacobian.jvp(self.split(vector))
         images = self._hessian.matvec([tangent.double() for tangent in tangents])
         return _flatten(
             self._jacobian.vjp([image.to(tangent.dtype) for image, tangent in zip(images, tangents, strict=True)])
