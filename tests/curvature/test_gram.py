@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, custom_loss, ggn_spectrum
 from lightning_plasticity.curvature.exact.gram import gram
-from tests.helpers.cases import CASES, ROW_BY_ROW_CASES, Case, Positions, classes, dense
+from tests.helpers.cases import CASES, ROW_BY_ROW_CASES, Case, Positions, case_named, classes, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -221,17 +221,13 @@ def regress(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("bare parameter", r"'scale' \(used by mul\)"),
+        ("computed from a parameter and the data", r"'bare.0' \(used by .*add_"),
         (
             "batch norm with statistics of the batch",
             r"'1.weight' \(used by batch_norm\), '1.bias' \(used by batch_norm",
         ),
         ("gru", r"'rnn.weight_ih_l0' \(used by gru\)"),
-        ("prelu", r"'1.weight' \(used by prelu\)"),
-        ("weight norm", r"original0' \(used by _weight_norm\)"),
-        ("weight of a view", r"'weight' \(used by t\)"),
         ("a function of the user's own", r"'w' \(used by an unknown function\)"),
-        ("positions as many as samples", r"'place.weight' \(its layer mixes samples\)$"),
     ],
 )
 def test_row_by_row_parameters_are_logged_with_reason(
@@ -248,6 +244,26 @@ def test_only_missing_closed_forms_go_row_by_row(case: Case, caplog: pytest.LogC
     with caplog.at_level("INFO", "lightning_plasticity"):
         ggn_spectrum(*case.build(), case.loss_fn)
     assert len(caplog.messages) == (case in ROW_BY_ROW_CASES)
+
+
+def test_computed_parameters_without_batched_backward() -> None:
+    """The backward pass of a sparse embedding cannot be batched, so positions take one each."""
+    case = case_named("language model, 4 sequences, flattened")
+    model, batch = case.build()
+    model.wpe.sparse = True
+    kernel = gram(model, batch, case.loss_fn, max_passes=0).tangent_kernel
+    assert relative_error(kernel, dense(case).tangent_kernel) <= 1e-10
+
+
+def test_large_jacobian_through_computation_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed anew for each group of rows of the parameter."""
+    for name in ("parameter_uses._HELD_ELEMENTS", "parameter_uses._CHUNK_ELEMENTS"):
+        monkeypatch.setattr(f"lightning_plasticity.curvature.exact.{name}", 1)
+    monkeypatch.setattr("lightning_plasticity.curvature.exact.jacobian_closed_form._CHUNK_ELEMENTS", 1)
+    for name in ("weight norm", "language model, 4 sequences"):
+        case = case_named(name)
+        kernel = gram(*case.build(), case.loss_fn, max_passes=0).tangent_kernel
+        assert relative_error(kernel, dense(case).tangent_kernel) <= 1e-10
 
 
 def test_parameter_with_tiny_influence_is_found() -> None:

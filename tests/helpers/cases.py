@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from lightning_plasticity.curvature import custom_loss
+from tests.helpers.bare_parameters import FUNCTIONS, GPT, Bare, ViT, Windows, shifted_by_data
 
 Batch = tuple[Tensor, Tensor]
 
@@ -182,7 +183,7 @@ class HandAttention(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A bare parameter, used by an operation without a layer rule."""
+    """A bare parameter, used outside of any layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -537,10 +538,6 @@ CLOSED_FORM_CASES = [
         "rms norm",
         lambda: (nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 3)), *mlp()[1:]),
     ),
-]
-"""Cases with a closed form for every parameter."""
-
-ROW_BY_ROW_CASES = [
     Case("bare parameter", lambda: (Scaled(), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss),
     Case("bare matrices", lambda: (BareMatrix(), *mlp()[1:])),
     Case("weight of a view", lambda: (Transposed(5, 3), *mlp()[1:])),
@@ -554,13 +551,6 @@ ROW_BY_ROW_CASES = [
     Case(
         "spectral norm",
         lambda: (nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 3)), *mlp()[1:]),
-    ),
-    Case(
-        "batch norm with statistics of the batch",
-        lambda: (
-            nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
-            *mlp()[1:],
-        ),
     ),
     Case("positions as many as samples", lambda: (Positions(5), torch.randn(5, 3), torch.zeros(5, 2)), F.mse_loss),
     Case("positions as many as half of the samples", lambda: (Positions(3), torch.randn(6, 3), classes(6, 2))),
@@ -583,6 +573,46 @@ ROW_BY_ROW_CASES = [
             torch.randn(4, 6, 4),
             classes(4),
         ),
+    ),
+    *[
+        Case(name, lambda function=function, shapes=shapes: (Bare(function, *shapes), torch.randn(5, 3, 4), classes(5)))
+        for name, (function, shapes) in FUNCTIONS.items()
+    ],
+    *[
+        Case(
+            f"as many samples as tokens, {name}",
+            lambda name=name: (Bare(FUNCTIONS[name][0], *FUNCTIONS[name][1]), torch.randn(3, 3, 4), classes(3)),
+        )
+        for name in ("added to slices", "added, time first", "class token expanded", "attention bias")
+    ],
+    *[
+        Case(
+            f"language model, {n} sequences{flat * ', flattened'}",
+            lambda n=n, flat=flat: (
+                GPT(words=5, width=4, layers=1, positions=6, flat=flat),
+                torch.randint(5, (n, 4)),
+                classes(3 * n if flat else n, 5),
+            ),
+        )
+        for n in (3, 4)
+        for flat in (False, True)
+    ],
+    Case("vision transformer", lambda: (ViT(), torch.randn(4, 1, 4, 6), classes(4))),
+    Case("windows", lambda: (Windows(), torch.randn(4, 6, 3), classes(4))),
+]
+"""Cases with a closed form for every parameter."""
+
+ROW_BY_ROW_CASES = [
+    Case(
+        "batch norm with statistics of the batch",
+        lambda: (
+            nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+            *mlp()[1:],
+        ),
+    ),
+    Case(
+        "computed from a parameter and the data",
+        lambda: (Bare(shifted_by_data, (4,)), torch.randn(5, 3, 4), classes(5)),
     ),
     Case("gru", lambda: (Recurrent(nn.GRU(4, 5, batch_first=True)), torch.randn(4, 6, 4), classes(4))),
     Case("lstm", lambda: (Recurrent(nn.LSTM(4, 5, 2, batch_first=True)), torch.randn(4, 6, 4), classes(4))),

@@ -7,7 +7,8 @@ A batch passes the files in this order:
    Hessian of the loss with respect to the network outputs. ``custom_losses`` does the same for any convex loss, and
    ``hessian_factors`` represents the Hessian as ``S Sᵀ``.
 3. ``layer_rules`` turns each call of a layer function into a ``layer_calls.LayerCall``, whose ``parameter_uses`` have
-   the closed-form Jacobian with respect to each parameter.
+   the closed-form Jacobian with respect to each parameter. ``layer_recorder`` keeps these records, expands broadcast
+   parameters in a call of their own, and follows what is computed from parameters alone: slices, normalised weights.
 4. ``outputs`` collects the network outputs from the loss calls and checks that the loss depends on nothing else. Its
    ``OutputRows`` multiply by ``Jᵀ``.
 5. ``sample_blocks`` divides the batch into blocks of samples that do not interact.

@@ -300,7 +300,8 @@ def _affordable_passes(cost: Cost, budget: Budget, calls: Sequence[LayerCall], o
         id(use.parameter): use.parameter.numel()
         for call in calls
         for use in call.uses
-        if not use.sums_positions and call.output_shape.numel() > call.channels * num_samples
+        if call.output_shape.numel() > call.channels * num_samples
+        and use.condensed_elements(call.output_shape.numel() // num_samples) != use.parameter.numel()
     }
     seconds = cost.exact(rows, rows // num_samples, sum(shared.values()))
     steps = cost.in_steps(seconds, budget)

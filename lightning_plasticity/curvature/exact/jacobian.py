@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.exact.jacobian_closed_form import closed_form_gram
 from lightning_plasticity.curvature.exact.jacobian_rows import fit_at_once, groups_that_fit, row_by_row_gram
-from lightning_plasticity.curvature.exact.layer_calls import LayerCall
+from lightning_plasticity.curvature.exact.layer_calls import ActiveCalls, LayerCall
 from lightning_plasticity.curvature.exact.outputs import OutputRows, Outputs
 from lightning_plasticity.curvature.exact.sample_blocks import divide_into_blocks
 
@@ -74,7 +74,8 @@ def jacobian_gram(
         TooManyPassesError: If ``max_passes`` is exceeded.
     """
     like = next(iter(parameters.values()))
-    num_blocks, mixing = divide_into_blocks(calls, outputs, parameters)
+    num_blocks, active = divide_into_blocks(calls, outputs, parameters)
+    mixing = [name for name, parameter in parameters.items() if id(parameter) in active.mixing]
     reasons = {**dict.fromkeys(mixing, _MIXES_SAMPLES), **without_closed_form}
     # Every further turn merges the blocks into one or gives up closed forms, so the loop ends.
     while True:
@@ -83,9 +84,7 @@ def jacobian_gram(
         one_block_fits = len(rows) * sum(call.output_shape.numel() for call in calls) <= _DENSE_ELEMENTS
         # In a single block no layer mixes blocks: all layer calls have closed forms again, at the price of memory.
         if num_blocks > 1 and combinations is None and one_block_fits and not fit_at_once(len(rows), row_by_row):
-            num_blocks, reasons = 1, dict(without_closed_form)
-            for call in calls:
-                call.set_leading_positions(1)
+            num_blocks, reasons, active = 1, dict(without_closed_form), ActiveCalls.among(calls, lambda _: 1)
             continue
         groups = groups_that_fit(len(rows), row_by_row, reasons)
         num_passes = len(rows) * len(groups)
@@ -95,7 +94,7 @@ def jacobian_gram(
         checked = factors(num_blocks) if combinations is None else None
         closed_form = {name: parameter for name, parameter in parameters.items() if name not in reasons}
         total, wrong = closed_form_gram(
-            calls, rows, closed_form, _identities(rows, like) if checked is None else checked
+            active.calls, rows, closed_form, _identities(rows, like) if checked is None else checked
         )
         if not wrong:
             break

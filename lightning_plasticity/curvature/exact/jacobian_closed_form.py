@@ -110,8 +110,8 @@ class _UseInCall:
 
     def cotangent_elements(self, rows: OutputRows) -> int:
         """Return the number of entries of the condensed cotangents."""
-        size = self.call.channels * rows.num_blocks if self.use.sums_positions else self.call.output_shape.numel()
-        return size * rows.rows_per_block
+        per_block = self.use.condensed_elements(self.call.output_shape.numel() // rows.num_blocks)
+        return per_block * len(rows)
 
     def is_single_product(self, num_blocks: int) -> bool:
         """Return whether this is one matrix-vector product per block."""
@@ -143,7 +143,7 @@ class _ParameterTerm:
             columns = self.parameter[0].numel() if self.parameter.dim() else 1
             vjp_rows = vjps.reshape(len(directions), -1, columns)
             jacobians = [use.jacobian(condensed[id(use)]) for use in uses]
-            for chunk in _row_chunks(uses, len(self.parameter), max(1, _CHUNK_ELEMENTS // (num_rows * columns))):
+            for chunk in _row_chunks(uses, len(vjp_rows[0]), max(1, _CHUNK_ELEMENTS // (num_rows * columns))):
                 jacobian = reduce(torch.add, [jacobian_rows(chunk) for jacobian_rows in jacobians])
                 jacobian = jacobian.reshape(num_rows, -1)
                 _add_lower_gram(total, jacobian)

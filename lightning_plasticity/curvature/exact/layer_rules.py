@@ -20,12 +20,34 @@ from lightning_plasticity.curvature.exact.parameter_uses import (
     EmbeddingTable,
     NormWeight,
     ParameterUse,
+    Product,
     TransposedConvolutionWeight,
     Weight,
 )
 
 LayerRule = Callable[..., "LayerCall | None"]
 """Maps a layer function's output, followed by its arguments, to a record; ``None`` if this call has no closed form."""
+
+
+def _functions(*names: str) -> list[Callable[..., Tensor]]:
+    """Return the functions and the methods of tensors with these names."""
+    return [getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)]
+
+
+IN_PLACE_FUNCTIONS = frozenset(
+    _functions("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+)
+"""The broadcasting functions that change their first argument."""
+
+BROADCASTING_FUNCTIONS = IN_PLACE_FUNCTIONS.union(
+    _functions("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "__pow__"),
+    _functions("where", "lerp", "addcmul", "addcdiv", "maximum", "minimum", "logaddexp"),
+)
+"""Functions of single entries, which broadcast their arguments to a common shape.
+
+Their parameters are expanded to this shape in a call of its own, whose closed form is a sum over the copies, whatever
+the function is.
+"""
 
 
 def _layer_call(
@@ -253,6 +275,120 @@ def _embedding(
     return _layer_call(output, weight.shape[1], [EmbeddingTable(weight, input, padding_idx)])
 
 
+def _products(output: Tensor, uses: Sequence[ParameterUse | None]) -> LayerCall:
+    return _layer_call(output, 1, uses)
+
+
+def broadcast(output: Tensor, parameter: Tensor, *_: object, **__: object) -> LayerCall:
+    """Build the record of an expansion of a parameter to the shape of the output."""
+    return _products(output, [Product(parameter, _last_labels(output, parameter), [], output.shape)])
+
+
+def _last_labels(output: Tensor, operand: Tensor) -> range:
+    """Return the dimensions of the output that those of an operand are broadcast to."""
+    return range(output.dim() - operand.dim(), output.dim())
+
+
+def _repeat(output: Tensor, parameter: Tensor, *_: object, **__: object) -> LayerCall | None:
+    padded = (1,) * (output.dim() - parameter.dim()) + parameter.shape
+    if any(size not in (1, total) for size, total in zip(padded, output.shape, strict=True)):
+        return None
+    return broadcast(output, parameter)
+
+
+def _stack(output: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> LayerCall | None:
+    if any(tensor is not tensors[0] for tensor in tensors):
+        return None
+    labels = [label for label in range(output.dim()) if label != dim % output.dim()]
+    return _products(output, [Product(tensors[0], labels, [], output.shape)])
+
+
+def _index(output: Tensor, parameter: Tensor, index: object) -> LayerCall | None:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
+        return None
+    return _layer_call(output, parameter[0].numel(), [EmbeddingTable(parameter, index % len(parameter), None)])
+
+
+def _index_select(output: Tensor, input: Tensor, dim: int, index: Tensor) -> LayerCall | None:
+    return _index(output, input, index) if dim == 0 else None
+
+
+def _sum_of_products(output: Tensor, operands: Sequence[tuple[Tensor, Sequence[int]]]) -> LayerCall:
+    """Build the record of an einsum, given every operand with its labels: see :class:`Product`."""
+    uses = [
+        Product(operand, labels, [*operands[:position], *operands[position + 1 :]], output.shape)
+        for position, (operand, labels) in enumerate(operands)
+        if operand.requires_grad
+    ]
+    return _products(output, uses)
+
+
+def _factors_of_matmul(output: Tensor, input: Tensor, other: Tensor) -> list[tuple[Tensor, Sequence[int]]]:
+    """Return the operands of :func:`torch.matmul` with their labels in an einsum."""
+    rows, columns = min(input.dim() - 1, 1), min(other.dim() - 1, 1)
+    summed, batch = output.dim(), range(output.dim() - rows - columns)
+    input_batch, other_batch = (batch[len(batch) - max(operand.dim() - 2, 0) :] for operand in (input, other))
+    return [
+        (input, [*input_batch, *[len(batch)] * rows, summed]),
+        (other, [*other_batch, summed, *[summed - 1] * columns]),
+    ]
+
+
+def _matmul(output: Tensor, input: Tensor, other: Tensor) -> LayerCall:
+    return _sum_of_products(output, _factors_of_matmul(output, input, other))
+
+
+def _addmm(
+    output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> LayerCall:
+    product = _sum_of_products(output, [*_factors_of_matmul(output, mat1, mat2), *_scale(mat1, alpha)])
+    summand = _sum_of_products(output, [(input, _last_labels(output, input)), *_scale(input, beta)])
+    return _products(output, [*product.uses, *summand.uses])
+
+
+def _scale(like: Tensor, scale: float) -> list[tuple[Tensor, Sequence[int]]]:
+    """Return a constant factor of an einsum."""
+    return [] if scale == 1 else [(like.new_tensor(scale), [])]
+
+
+def _einsum(output: Tensor, equation: object, *operands: object) -> LayerCall | None:
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    if not isinstance(equation, str) or len(tensors) != len(operands):
+        return None
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        result = "..." * ("..." in inputs) + "".join(sorted(c for c in inputs if c.isalpha() and inputs.count(c) == 1))
+    labels = {symbol: dim for dim, symbol in enumerate(_symbols(result, output.dim()))}
+    terms = [_symbols(term, tensor.dim()) for term, tensor in zip(inputs.split(","), tensors, strict=True)]
+    # A diagonal.
+    if any(len(set(term)) < len(term) for term in terms):
+        return None
+    numbered = [[labels.setdefault(symbol, len(labels)) for symbol in term] for term in terms]
+    return _sum_of_products(output, list(zip(tensors, numbered, strict=True)))
+
+
+def _symbols(term: str, dims: int) -> list[str | int]:
+    """Return a symbol for each dimension of an operand: its letter, or its place in the ellipsis from the right."""
+    left, _, right = term.partition("...")
+    return [*left, *range(len(left) + len(right) - dims, 0), *right]
+
+
+def _prelu(output: Tensor, input: Tensor, weight: Tensor) -> LayerCall:
+    negative = (input.detach().clamp(max=0), range(input.dim()))
+    labels = [1] if input.dim() > 1 else [0]
+    return _products(output, [Product(weight, labels, [negative], output.shape)])
+
+
+def _bilinear(output: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
+    last = output.dim() - 1
+    positions = range(last)
+    factors = [(input1, [*positions, last + 1]), (input2, [*positions, last + 2])]
+    uses = [Product(weight, [last, last + 1, last + 2], factors, output.shape)]
+    if bias is not None:
+        uses.append(Product(bias, [last], [], output.shape))
+    return _products(output, uses)
+
+
 LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
     F.linear: _linear,
     F.conv1d: _convolution,
@@ -267,5 +403,22 @@ LAYER_RULES: dict[Callable[..., Tensor], LayerRule] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.embedding: _embedding,
+    F.prelu: _prelu,
+    F.bilinear: _bilinear,
+    torch.einsum: _einsum,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.stack: _stack,
+    torch.index_select: _index_select,
+    Tensor.index_select: _index_select,
+    Tensor.__getitem__: _index,
+    Tensor.expand: broadcast,
+    Tensor.expand_as: broadcast,
+    torch.broadcast_to: broadcast,
+    Tensor.broadcast_to: broadcast,
+    Tensor.repeat: _repeat,
+    torch.tile: _repeat,
+    Tensor.tile: _repeat,
+    **dict.fromkeys(_functions("matmul", "__matmul__", "mm", "bmm", "mv"), _matmul),
 }
 """Every layer function with a closed form, and its rule."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity.curvature.autograd_graph import Edge, edge_of
 from lightning_plasticity.curvature.exact.layer_calls import LayerCall
-from lightning_plasticity.curvature.exact.layer_rules import LAYER_RULES
+from lightning_plasticity.curvature.exact.layer_recorder import LayerRecorder
 from lightning_plasticity.curvature.exact.loss_calls import LossCall
 from lightning_plasticity.curvature.exact.loss_rules import LOSS_RULES
 from lightning_plasticity.curvature.exact.operations import Operation, OperationRecorder
@@ -38,11 +38,9 @@ class Recording(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.layer_calls: list[LayerCall] = []
         self.loss_calls: list[LossCall] = []
-        self.other_uses: dict[str, set[str]] = {}
         self._recorder = OperationRecorder(model)
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._layers = LayerRecorder(parameters, self._recorder)
 
     def __torch_function__(
         self,
@@ -56,13 +54,23 @@ class Recording(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
+        args, kwargs = self._layers.expand_parameters(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        inputs = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
         # The function may change its arguments in place.
-        input_edges = [edge_of(tensor) for tensor in inputs]
+        edges = {key: edge_of(tensor) for key, tensor in inputs.items()}
         weights_only = self._recorder.is_weights_only(func, args, tensors)
-        result = self._record_call(func, args, kwargs, inputs)
-        self._recorder.record(func, input_edges, result, weights_only=weights_only)
+        tracked = self._layers.tracked(inputs.values())
+        result = func(*args, **kwargs)
+        if any(tensor.requires_grad for tensor in tensors_in(result)):
+            if func in LOSS_RULES:
+                # Weights or targets that depend on parameters add curvature that the rules do not include.
+                loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None
+                if loss_call is not None:
+                    self.loss_calls.append(loss_call)
+            elif tracked:
+                result = self._layers.record(func, args, kwargs, result, tracked, edges, weights_only=weights_only)
+        self._recorder.record(func, list(edges.values()), result, weights_only=weights_only)
         return result
 
     @property
@@ -70,35 +78,12 @@ class Recording(TorchFunctionMode):
         """All operations whose result requires gradients, by the edge of the result."""
         return self._recorder.operations
 
-    def _record_call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
-    ) -> Any:
-        """Call a function, record the call if it is one of a layer or loss, and return its result."""
-        result = func(*args, **kwargs)
-        if not any(tensor.requires_grad for tensor in tensors_in(result)):
-            return result
-        if func in LOSS_RULES:
-            # Weights or targets that depend on parameters add curvature that the rules do not include.
-            loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None
-            if loss_call is not None:
-                self.loss_calls.append(loss_call)
-            return result
-        used = {name for tensor in inputs if (name := self._names.get(id(tensor))) is not None}
-        if used and func in LAYER_RULES:
-            # An in-place change of a view would rewrite the graph around the recorded edge.
-            if result._is_view():
-                result = result.clone()
-            layer_call = LAYER_RULES[func](result, *args, **kwargs)
-            if layer_call is not None:
-                used -= self._record_layer(layer_call, inputs)
-        for name in used:
-            self.other_uses.setdefault(name, set()).add(getattr(func, "__name__", repr(func)))
-        return result
+    @property
+    def layer_calls(self) -> list[LayerCall]:
+        """All calls of layer functions with a closed form."""
+        return self._layers.calls
 
-    def _record_layer(self, call: LayerCall, inputs: Sequence[Tensor]) -> set[str]:
-        """Record the call and return the names of the tracked parameters whose use has a closed form."""
-        call.uses = [use for use in call.uses if id(use.parameter) in self._names]
-        covered = {id(use.parameter) for use in call.uses}
-        call.inputs = [edge_of(tensor) for tensor in inputs if id(tensor) not in covered]
-        self.layer_calls.append(call)
-        return {self._names[key] for key in covered}
+    @property
+    def other_uses(self) -> Mapping[str, set[str]]:
+        """Names of the functions that used a parameter without a closed form, by name of the parameter."""
+        return self._layers.other_uses

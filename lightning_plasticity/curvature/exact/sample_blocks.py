@@ -8,65 +8,65 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.autograd_graph import gradient_edge
-from lightning_plasticity.curvature.exact.layer_calls import LayerCall
+from lightning_plasticity.curvature.exact.layer_calls import ActiveCalls, LayerCall
 from lightning_plasticity.curvature.exact.outputs import OutputRows, Outputs
 from lightning_plasticity.curvature.problem import normal
 
 
 def divide_into_blocks(
     calls: Sequence[LayerCall], outputs: list[Outputs], parameters: Mapping[str, nn.Parameter]
-) -> tuple[int, list[str]]:
-    """Return the number of independent blocks, and the names of the parameters in layers that mix blocks.
+) -> tuple[int, ActiveCalls]:
+    """Return the number of independent blocks, and the calls with a closed form for each block.
 
-    Tries every number of blocks that the shapes of the layers suggest and takes the one with the fewest parameter
-    entries in mixing layers. Sets ``leading_positions`` of the layer calls accordingly.
+    Tries every number of blocks that divides the samples, those that the shapes of the layers suggest and higher ones
+    first, and takes the one with the fewest parameter entries in layers that mix blocks.
     """
     like = next(iter(parameters.values()))
     most = math.gcd(*[output.num_samples for output in outputs])
-    candidates = {most, *(math.gcd(most, size) for call in calls for size in call.output_shape)}
-    lowest_cost, num_blocks, leading_positions, mixing = math.inf, 1, [], []
-    for candidate in sorted(candidates - {1} or {1}, reverse=True):
-        candidate_positions = _leading_positions(calls, OutputRows(outputs, candidate), like)
-        names = _mixing_parameters(calls, candidate_positions, parameters)
-        cost = sum(parameters[name].numel() for name in names)
+    lowest_cost, num_blocks, best = math.inf, 1, ActiveCalls([], set())
+    suggested = {most, *(math.gcd(most, size) for call in calls for size in call.output_shape)}
+    divisors = [number for number in range(most, 1, -1) if most % number == 0] or [1]
+    for candidate in sorted(divisors, key=lambda number: number not in suggested):
+        active = _active_calls(calls, OutputRows(outputs, candidate), like)
+        cost = sum(parameter.numel() for parameter in parameters.values() if id(parameter) in active.mixing)
         if cost < lowest_cost:
-            lowest_cost, num_blocks, leading_positions, mixing = cost, candidate, candidate_positions, names
+            lowest_cost, num_blocks, best = cost, candidate, active
         if cost == 0:
             break
-    for call, leading in zip(calls, leading_positions, strict=True):
-        call.set_leading_positions(leading or 1)
-    return num_blocks, mixing
+    return num_blocks, best
 
 
-def _leading_positions(calls: Sequence[LayerCall], rows: OutputRows, like: Tensor) -> list[int | None]:
-    """Find where the blocks are in each layer's output (``LayerCall.leading_positions``); ``None`` if it mixes them.
+def _active_calls(calls: Sequence[LayerCall], rows: OutputRows, like: Tensor) -> ActiveCalls:
+    """Find where the blocks are in each layer's output, and the calls with a closed form for each block.
 
     The gradient of the outputs of every other block is zero at the remaining blocks of a layer that keeps blocks apart.
     The opposite direction needs no test here, because the closed forms are checked against autograd.
     """
     num_blocks = rows.num_blocks
     if num_blocks == 1 or not calls:
-        return [1] * len(calls)
+        return ActiveCalls.among(calls, lambda _: 1)
     vector = normal(rows.shape, like)
     vector[1::2] = 0
-    gradients = rows.vjp([gradient_edge(call.output) for call in calls], vector)
-    return [
-        next(
-            (
-                leading
-                for leading in call.possible_leading_positions(num_blocks)
-                if gradient is None or not call.per_sample(gradient, num_blocks, leading)[1::2].any()
-            ),
-            None,
+    gradients = dict(
+        zip(
+            [call.output for call in calls],
+            rows.vjp([gradient_edge(call.output) for call in calls], vector),
+            strict=True,
         )
-        for call, gradient in zip(calls, gradients, strict=True)
-    ]
+    )
 
+    def leading_positions(call: LayerCall) -> int | None:
+        gradient = gradients[call.output]
+        possible = [
+            leading
+            for leading in call.possible_leading_positions(num_blocks)
+            if all(use.separates(num_blocks, leading) for use in call.uses)
+        ]
+        if gradient is None:
+            return next(iter(possible), None)
+        reached = {leading: call.per_sample(gradient, num_blocks, leading).flatten(1).any(1) for leading in possible}
+        apart = [leading for leading in possible if not reached[leading][1::2].any()]
+        # Where the outputs depend on the first token alone, tokens look like blocks, but like few.
+        return max(apart, key=lambda leading: int(reached[leading].sum()), default=None)
 
-def _mixing_parameters(
-    calls: Sequence[LayerCall], leading_positions: Sequence[int | None], parameters: Mapping[str, nn.Parameter]
-) -> list[str]:
-    """Return the names of the parameters used in a call without known ``leading_positions``."""
-    mixing_calls = [call for call, leading in zip(calls, leading_positions, strict=True) if leading is None]
-    used = {id(use.parameter) for call in mixing_calls for use in call.uses}
-    return [name for name, parameter in parameters.items() if id(parameter) in used]
+    return ActiveCalls.among(calls, leading_positions)
