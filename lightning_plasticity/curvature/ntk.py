@@ -191,15 +191,15 @@ def _by_products(
     taken = _Positions.draw(outputs, recorded.num_samples, positions, seed)
     residual = torch.cat([output.residual.flatten() for output in outputs])
     with differentiation_mode():
-        kernel_operator = TangentKernelOperator(
+        operator = TangentKernelOperator(
             [output.edge for output in outputs],
             [output.shape for output in outputs],
             list(recorded.parameters.values()),
             recorded.num_samples,
+            None if taken is None else taken.entries,
         )
-    operator = _Operator(kernel_operator, None if taken is None else taken.entries)
     kernel = kernel_by_lanczos(
-        operator,
+        _InMode(operator),
         residual if taken is None else residual[taken.entries],
         max_products=max_products,
         seed=seed,
@@ -263,28 +263,23 @@ class _Positions:
         return cls(sum(allowed), sum(counts), torch.cat(entries).to(outputs[0].residual.device))
 
 
-class _Operator:
-    """A kernel, or the block of it that belongs to some of the outputs, that counts its products.
+@dataclass(frozen=True, eq=False)
+class _InMode:
+    """A kernel operator whose products, and nothing else, run in the modes of differentiation."""
 
-    Args:
-        kernel: The kernel.
-        entries: The indices of these outputs; ``None`` for all.
-    """
+    operator: TangentKernelOperator
 
-    def __init__(self, kernel: TangentKernelOperator, entries: Tensor | None) -> None:
-        self._kernel, self._entries = kernel, entries
-        self.rounding = kernel.rounding
-        self.dimension = kernel.dimension if entries is None else len(entries)
-        self.products = 0
+    @property
+    def dimension(self) -> int:
+        return self.operator.dimension
+
+    @property
+    def rounding(self) -> float:
+        return self.operator.rounding
 
     def __call__(self, vector: Tensor) -> Tensor:
-        self.products += 1
         with differentiation_mode():
-            if self._entries is None:
-                return self._kernel(vector)
-            full = vector.new_zeros(self._kernel.dimension)
-            full[self._entries] = vector
-            return self._kernel(full)[self._entries]
+            return self.operator(vector)
 
 
 def _by_position(output: Outputs, values: Tensor, num_samples: int) -> Tensor:

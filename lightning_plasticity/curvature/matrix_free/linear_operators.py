@@ -101,6 +101,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
         self._jacobian = OutputJacobian(
             [output.edge for output in hessian.outputs], [output.shape for output in hessian.outputs], parameters
         )
+        self._jacobian.check()
 
     @override
     def __call__(self, vector: Tensor) -> Tensor:

@@ -23,9 +23,6 @@ class OutputJacobian:
         edges: The edge of the graph at each tensor of outputs.
         shapes: The shape of each tensor of outputs.
         parameters: The parameters.
-
-    Raises:
-        DoubleBackwardError: If the derivative of the backward pass is wrong.
     """
 
     def __init__(
@@ -42,7 +39,6 @@ class OutputJacobian:
             for shape in shapes
         ]
         self._transposed = vjp(self._edges, self._parameters, self._cotangents, create_graph=True)
-        self._check_transpose()
 
     def jvp(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         r"""Compute :math:`J v`, one tensor for each tensor of outputs, from one tensor for each parameter."""
@@ -52,24 +48,34 @@ class OutputJacobian:
         r"""Compute :math:`J^\top w`, one tensor for each parameter, from one tensor for each tensor of outputs."""
         return [product.to_dense() for product in vjp(self._edges, self._parameters, cotangents)]
 
-    def _check_transpose(self) -> None:
+    def check(self) -> None:
+        """Check the two products against each other on a random vector.
+
+        Raises:
+            DoubleBackwardError: If the derivative of the backward pass is wrong.
+        """
+        cotangents = [normal(cotangent.shape, like=cotangent) for cotangent in self._cotangents]
+        gradients = self.vjp(cotangents)
+        self.check_transpose(cotangents, gradients, self.jvp(gradients))
+
+    @staticmethod
+    def check_transpose(cotangents: Sequence[Tensor], gradients: Sequence[Tensor], products: Sequence[Tensor]) -> None:
         r"""Check :math:`w^\top J (J^\top w) = \lVert J^\top w \rVert^2`, which hidden derivatives violate.
+
+        Args:
+            cotangents: :math:`w`.
+            gradients: :math:`J^\top w`.
+            products: :math:`J J^\top w`.
 
         Raises:
             DoubleBackwardError: If the two numbers differ.
         """
-        size = sum(cotangent.numel() for cotangent in self._cotangents)
-        vector = normal((size,), like=self._parameters[0]) / size**0.5
-        pieces = vector.split([cotangent.numel() for cotangent in self._cotangents])
-        cotangents = [piece.reshape(like.shape) for piece, like in zip(pieces, self._cotangents, strict=True)]
-        gradients = self.vjp(cotangents)
-        square = _dot(gradients, gradients)
-        by_transpose = _dot(cotangents, self.jvp(gradients))
+        square, by_transpose = _dot(gradients, gradients), _dot(cotangents, products)
         if not abs(square - by_transpose) <= 1e-3 * max(square, by_transpose):
             raise DoubleBackwardError(
-                "torch's derivative of the backward pass of this model is wrong, and products with its Gauss-Newton "
-                "matrix with it. Likely cause: a custom autograd.Function, marked once_differentiable or working on "
-                "detached tensors. ggn_spectrum(method='gram') works without it"
+                "torch's derivative of the backward pass of this model is wrong, and products with its Jacobian with "
+                "it. Likely cause: a custom autograd.Function, marked once_differentiable or working on detached "
+                "tensors. An exact measurement works without it: take fewer samples"
             )
 
 

@@ -48,17 +48,15 @@ class KernelOperator(Protocol):
 class TangentKernelOperator:
     r"""The neural tangent kernel :math:`\Theta = \frac1n J J^\top`, :math:`m \times m`, defined by its products.
 
-    A product is one vector-Jacobian and one Jacobian-vector product, about three gradients of the batch. Rows and
-    columns are the outputs, flattened one tensor after the other. Vectors are float64, whatever the parameters are.
+    A product is one vector-Jacobian and one Jacobian-vector product, about two gradients of the batch. Rows and columns
+    are the outputs, flattened one tensor after the other. Vectors are float64, whatever the parameters are.
 
     Args:
         edges: The edge of the graph at each tensor of outputs.
         shapes: The shape of each tensor of outputs.
         parameters: The parameters.
         num_samples: Number of samples :math:`n`.
-
-    Raises:
-        DoubleBackwardError: If the derivative of the backward pass is wrong.
+        entries: The rows and columns to take, ascending; ``None`` for all.
 
     Example:
         >>> from torch.autograd.graph import get_gradient_edge
@@ -75,15 +73,19 @@ class TangentKernelOperator:
         shapes: Sequence[torch.Size],
         parameters: Sequence[nn.Parameter],
         num_samples: int,
+        entries: Tensor | None = None,
     ) -> None:
         check_positive_ints(num_samples=num_samples)
         self._jacobian = OutputJacobian(edges, shapes, parameters)
-        self._shapes, self._num_samples, self._dtype = list(shapes), num_samples, parameters[0].dtype
+        self._shapes, self._num_samples, self._entries = list(shapes), num_samples, entries
+        self._dtype = parameters[0].dtype
+        self.products = 0
+        """Number of products so far."""
 
     @property
     def dimension(self) -> int:
-        """Number of outputs :math:`m`."""
-        return sum(shape.numel() for shape in self._shapes)
+        """Number of rows."""
+        return self._num_outputs if self._entries is None else len(self._entries)
 
     @property
     def rounding(self) -> float:
@@ -91,11 +93,29 @@ class TangentKernelOperator:
         return torch.finfo(self._dtype).eps
 
     def __call__(self, vector: Tensor) -> Tensor:
-        r"""Compute :math:`\Theta v`, shape ``(m,)``, float64."""
-        pieces = vector.to(self._dtype).split([shape.numel() for shape in self._shapes])
+        r"""Compute :math:`\Theta v`, float64.
+
+        Raises:
+            DoubleBackwardError: If the derivative of the backward pass is wrong, at the first product.
+        """
+        flat = vector.to(self._dtype)
+        if self._entries is not None:
+            flat = flat.new_zeros(self._num_outputs).index_copy_(0, self._entries, flat)
+        pieces = flat.split([shape.numel() for shape in self._shapes])
         cotangents = [piece.reshape(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-        products = self._jacobian.jvp(self._jacobian.vjp(cotangents))
-        return torch.cat([product.reshape(-1) for product in products]).to(vector.dtype) / self._num_samples
+        gradients = self._jacobian.vjp(cotangents)
+        products = self._jacobian.jvp(gradients)
+        if not self.products:
+            self._jacobian.check_transpose(cotangents, gradients, products)
+        self.products += 1
+        result = torch.cat([product.reshape(-1) for product in products])
+        if self._entries is not None:
+            result = result[self._entries]
+        return result.to(vector.dtype).div_(self._num_samples)
+
+    @property
+    def _num_outputs(self) -> int:
+        return sum(shape.numel() for shape in self._shapes)
 
 
 def kernel_by_lanczos(
@@ -103,7 +123,7 @@ def kernel_by_lanczos(
     residual: Tensor,
     *,
     max_products: int,
-    tolerance: float = 0.005,
+    tolerance: float = 0.01,
     steps: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
@@ -117,7 +137,8 @@ def kernel_by_lanczos(
         operator: The kernel :math:`\Theta`, whose products must be finite.
         residual: :math:`r = \partial L / \partial f`, shape ``(m,)``, on the device of the operator.
         max_products: Largest number of products.
-        tolerance: Width of the bracket at which to stop, for the step size :math:`1 / \lambda_{\max}`.
+        tolerance: Width of the bracket at which to stop, as a share of its upper end, for the step size
+            :math:`1 / \lambda_{\max}`.
         steps: Number of steps :math:`K` of that bracket.
         seed: Seed of the random start vector.
         progress: Called after each product with the number of products done and ``max_products``.
@@ -143,7 +164,7 @@ def kernel_by_lanczos(
         if progress is not None:
             progress(done, max_products)
         fraction = measurement.kernel().learnable_fraction(steps=steps)
-        if fraction.hi - fraction.lo <= tolerance or measurement.finished:
+        if fraction.hi - fraction.lo <= tolerance * fraction.hi or measurement.finished:
             break
     return measurement.kernel()
 
