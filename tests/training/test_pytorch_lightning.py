@@ -26,6 +26,8 @@ from tests.helpers.modules import NEVER, loader
 from tests.helpers.training_runs import ManualRepair, callback_with, check_usage, trained_state
 from tests.helpers.usages import Quartic
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
+
 standalone = pytest.importorskip("pytorch_lightning")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
