@@ -26,10 +26,9 @@ from tests.helpers.modules import NEVER, loader
 from tests.helpers.training_runs import ManualRepair, callback_with, check_usage, trained_state
 from tests.helpers.usages import Quartic
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
-
 standalone = pytest.importorskip("pytorch_lightning")
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was measured on . samples"),
     pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
     # torch.compile reads .grad of tensors that are not leaves.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),

@@ -96,7 +96,7 @@ def slow(*values: Any) -> Any:
         ("on_before_optimizer_step 21", None, 16),
         # While the samples of task 1 are gathered.
         ("on_before_optimizer_step 19", 6, 18),
-        # After the trial and the probe of task 0, between the probes of the current and of the initial weights at task 1.
+        # Between the probes of the current and of the initial weights at task 1; task 0 has a trial and a probe.
         ("probe 3", None, 16),
         # In the middle of a task.
         ("repair 24", None, 24),
