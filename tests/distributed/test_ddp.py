@@ -59,6 +59,7 @@ def fit(
     module: type[RecordingBatches] = RecordingBatches,
     collapse: Collapse = Collapse(below=1e-9),  # noqa: B008  (immutable)
     detector: Callable[[], TaskDetector] = TaskDetector,
+    samples: int = 8,
     with_callback: bool = True,
 ) -> dict[str, Any]:
     """Run two fits on one of two ranks; each rank trains on every other sample."""
@@ -69,7 +70,7 @@ def fit(
         # Every third unit is dead.
         net.net[0].bias[::3] = -100
     callback = SpectralCollapseCallback(
-        GGNProbe(samples=6),
+        GGNProbe(samples=samples),
         collapse=collapse,
         interventions=interventions,
         task_detector=detector(),
@@ -116,8 +117,12 @@ def labelled(rank: int) -> dict[str, Any]:
     return fit(rank, detector=lambda: TaskDetector(batch_label=2))
 
 
+def gathered(rank: int) -> dict[str, Any]:
+    return fit(rank, samples=20)
+
+
 def everything(rank: int) -> dict[str, dict[str, Any]]:
-    jobs = (without_callback, with_callback, regularized, regularized_in_loss, repaired, labelled)
+    jobs = (without_callback, with_callback, regularized, regularized_in_loss, repaired, labelled, gathered)
     return {job.__name__: job(rank) for job in jobs}
 
 
@@ -145,13 +150,28 @@ def test_probe_uses_samples_of_both_ranks(runs: dict[str, list[dict[str, Any]]])
     net = Classifier()
     with torch.no_grad():
         net.net[0].bias[::3] = -100
-    x, y = (torch.cat([run["batches"][0][part][:3] for run in runs["with_callback"]]) for part in (0, 1))
+    x, y = (torch.cat([run["batches"][0][part] for run in runs["with_callback"]]) for part in (0, 1))
     expected = ggn_spectrum(net, (x, y), lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1]))
     report = runs["with_callback"][0]["history"][0]
     assert report["metrics"]["epsilon_rank"] == expected.epsilon_rank(1e-2)
     assert report["metrics"]["ggn_trace"] == pytest.approx(float(expected.trace), rel=1e-6)
     dead = (net.net[0](x) <= 0).all(0)
     assert report["metrics"]["dead_fraction"] == dead.double().mean() >= 3 / 8
+
+
+def test_samples_of_both_ranks_are_gathered(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The batches of the ranks have 8 samples together, so that the third one gives the last 4: two of each rank."""
+    torch.manual_seed(0)
+    net = Classifier()
+    with torch.no_grad():
+        net.net[0].bias[::3] = -100
+    shares = [(step, run, 2 if step == 2 else 4) for step in range(3) for run in runs["gathered"]]
+    x, y = (torch.cat([run["batches"][step][part][:size] for step, run, size in shares]) for part in (0, 1))
+    expected = ggn_spectrum(net, (x, y), lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1]))
+    report = runs["gathered"][0]["history"][0]
+    assert report["metrics"]["probe_samples"] == len(x) == 20
+    assert report["metrics"]["ggn_trace"] == pytest.approx(float(expected.trace), rel=1e-6)
+    assert torch.equal(runs["gathered"][0]["weights"], runs["without_callback"][0]["weights"])
 
 
 def test_regularizer_equals_its_term_in_training_step(runs: dict[str, list[dict[str, Any]]]) -> None:

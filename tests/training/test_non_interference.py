@@ -16,6 +16,8 @@ from tests.helpers.modules import NEVER, Classifier, loader, trainer
 from tests.helpers.training_runs import NewTaskAtSecondBatch, check_identical, check_usage, train
 from tests.helpers.usages import NETS, USAGES, Usage, convolutional, gru, mlp, transformer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
+
 
 @pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*")
 # torch.compile reads .grad of tensors that are not leaves.

@@ -14,6 +14,8 @@ from tests.helpers.modules import NEVER
 from tests.helpers.training_runs import NewTaskAtSecondBatch, check_identical, train
 from tests.helpers.usages import StatefulClassifier, Usage, mlp
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
+
 
 class WarmUp(torch.optim.lr_scheduler.LRScheduler):
     """A linear warm-up before another scheduler.

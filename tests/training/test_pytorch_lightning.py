@@ -28,6 +28,7 @@ from tests.helpers.usages import Quartic
 
 standalone = pytest.importorskip("pytorch_lightning")
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was measured on . samples"),
     pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
     # torch.compile reads .grad of tensors that are not leaves.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),

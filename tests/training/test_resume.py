@@ -94,8 +94,10 @@ def slow(*values: Any) -> Any:
     ("moment", "every_n_train_steps", "saved_at"),
     [
         ("on_before_optimizer_step 21", None, 16),
-        # Between the probes of the current and of the initial weights at task 1.
-        ("probe 2", None, 16),
+        # While the samples of task 1 are gathered.
+        ("on_before_optimizer_step 19", 6, 18),
+        # Between the probes of the current and of the initial weights at task 1; task 0 has a trial and a probe.
+        ("probe 3", None, 16),
         # In the middle of a task.
         ("repair 24", None, 24),
         # Before the first checkpoint.
@@ -104,14 +106,14 @@ def slow(*values: Any) -> Any:
         slow("on_train_batch_end 40", None, 32),
         slow("on_after_backward 48", None, 40),
         # After both probes of task 1.
-        slow("probe 3", None, 16),
-        slow("probe 5", None, 32),
+        slow("probe 4", None, 16),
+        slow("probe 6", None, 32),
         slow("repair 40", None, 40),
         slow("checkpoint 7", None, 24),
         slow("on_train_batch_end 18", 5, 15),
         # The checkpoint is saved after the last batch of an epoch, but before the epoch ends.
         slow("on_after_backward 28", 8, 24),
-        slow("probe 5", 3, 30),
+        slow("probe 6", 3, 39),
         slow("repair 30", 7, 28),
     ],
 )

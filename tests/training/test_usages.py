@@ -46,6 +46,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
+
 
 def slow(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
