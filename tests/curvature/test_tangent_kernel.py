@@ -169,8 +169,9 @@ def test_wrong_second_derivative_is_refused() -> None:
 
     weight = nn.Parameter(torch.ones(3))
     outputs = Detached.apply(2 * weight)
+    operator = TangentKernelOperator([edge_of(outputs)], [outputs.shape], [weight], 1)
     with pytest.raises(DoubleBackwardError, match="once_differentiable"):
-        TangentKernelOperator([edge_of(outputs)], [outputs.shape], [weight], 1)
+        operator(torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("steps", [30, 300])
@@ -222,11 +223,13 @@ def test_products_stop_when_the_bracket_is_narrow() -> None:
         operator, problem.residual, max_products=100, progress=lambda *numbers: calls.append(numbers)
     )
     fraction = kernel.learnable_fraction()
-    assert fraction.hi - fraction.lo <= 0.005
+    assert fraction.hi - fraction.lo <= 0.01 * fraction.hi
     assert operator.products < 25
     assert calls == [(done, 100) for done in range(1, operator.products + 1)]
-    shorter = kernel_by_lanczos(Matrix(problem.kernel), problem.residual, max_products=operator.products - 1)
-    assert shorter.learnable_fraction().hi - shorter.learnable_fraction().lo > 0.005
+    # The bracket is computed after every third product.
+    shorter = kernel_by_lanczos(Matrix(problem.kernel), problem.residual, max_products=operator.products - 3)
+    fraction = shorter.learnable_fraction()
+    assert fraction.hi - fraction.lo > 0.01 * fraction.hi
 
 
 @pytest.mark.parametrize("products", [4, 8, 16, 32])

@@ -26,6 +26,9 @@ from lightning_plasticity.curvature.problem import NOT_FINITE, Progress, normal
 _MARGIN = 10
 """Error of a Ritz value by rounding, in units of the relative rounding error of a product."""
 
+_PRODUCTS_BETWEEN_BRACKETS = 3
+"""Products after which the bracket is computed again."""
+
 _FAILURE_PROBABILITY = 0.01
 """Probability, over the random start vector, that the largest eigenvalue exceeds its bound."""
 
@@ -160,12 +163,17 @@ def kernel_by_lanczos(
     residual = residual.double()
     measurement = _Measurement(operator, residual.double(), max_products, seed)
     for done in range(1, max_products + 1):
-        measurement.advance(steps)
+        measurement.advance()
         if progress is not None:
             progress(done, max_products)
-        fraction = measurement.kernel().learnable_fraction(steps=steps)
-        if fraction.hi - fraction.lo <= tolerance * fraction.hi or measurement.finished:
+        if measurement.finished:
             break
+        # A bracket takes as long as a product with a small network.
+        if done % _PRODUCTS_BETWEEN_BRACKETS == 0:
+            fraction = measurement.kernel().learnable_fraction(steps=steps)
+            if fraction.hi - fraction.lo <= tolerance * fraction.hi:
+                break
+            measurement.choose(steps)
     return measurement.kernel()
 
 
@@ -188,6 +196,7 @@ class _Measurement:
             LanczosProcess(operator, residual, max_products, rounding=rounding) if residual.any() else None
         )
         self._from_random = LanczosProcess(operator, start, most, rounding=rounding)
+        self._chosen: LanczosProcess | None = None
         # The overlap with a fixed unit vector is normally distributed before start is normalised.
         self._overlap = _FAILURE_PROBABILITY * math.sqrt(math.pi / 2) / start.norm().item()
 
@@ -201,16 +210,20 @@ class _Measurement:
         processes = [self._from_residual, self._from_random]
         return [process for process in processes if process is not None and not process.finished]
 
-    def advance(self, steps: int) -> None:
-        """Multiply once, in the process that widens the bracket of a horizon most."""
+    def advance(self) -> None:
+        """Multiply once, in the process that was chosen last; before, in each of them in turn."""
         unfinished = self._unfinished
-        fresh = [process for process in unfinished if process.num_products == 0]
-        if fresh or len(unfinished) == 1:
-            (fresh or unfinished)[0].step()
-            return
+        if self._chosen in unfinished:
+            self._chosen.step()
+        else:
+            min(unfinished, key=lambda process: process.num_products).step()
+
+    def choose(self, steps: int) -> None:
+        """Choose the process that widens the bracket of a horizon most."""
         kernel, largest = self.kernel(), self._lambda_max()
         fast, slow = kernel.learnable_fraction(1 / largest.lo, steps), kernel.learnable_fraction(1 / largest.hi, steps)
-        unfinished[fast.hi - slow.hi > slow.hi - slow.lo].step()
+        is_lambda_max = fast.hi - slow.hi > slow.hi - slow.lo
+        self._chosen = self._from_random if is_lambda_max else self._from_residual
 
     def kernel(self) -> TangentKernel:
         """Return the kernel as known so far."""
