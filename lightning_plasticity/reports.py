@@ -91,6 +91,10 @@ class TaskReport:
             reasons.append("other parameters that are trained")
         return reasons
 
+    @property
+    def _kernel_of_spectrum(self) -> TangentKernel | None:
+        return None if self.spectrum is None else self.spectrum.kernel
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python objects and tensors, for checkpoints."""
         return {
@@ -106,18 +110,20 @@ class TaskReport:
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
             "errors": dict(self.errors),
-            "kernel": None if self.kernel is None else self.kernel.to_dict(),
+            # The kernel of an exact spectrum is saved with it.
+            "kernel": None if self.kernel is None or self._kernel_of_spectrum is not None else self.kernel.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TaskReport:
         """Restore a report from the result of :meth:`to_dict`."""
-        spectrum, kernel = state["spectrum"], state["kernel"]
+        spectrum = None if state["spectrum"] is None else Spectrum.from_dict(state["spectrum"])
+        kernel = None if state["kernel"] is None else TangentKernel.from_dict(state["kernel"])
         return cls(
             **{
                 **state,
-                "spectrum": None if spectrum is None else Spectrum.from_dict(spectrum),
-                "kernel": None if kernel is None else TangentKernel.from_dict(kernel),
+                "spectrum": spectrum,
+                "kernel": spectrum.kernel if kernel is None and spectrum is not None else kernel,
                 "repairs": [RepairReport.from_dict(repair) for repair in state["repairs"]],
             }
         )

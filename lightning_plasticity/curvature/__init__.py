@@ -3,6 +3,7 @@
 The folder:
 
 * :mod:`.ggn`, :mod:`.hessian`: the two front functions, :func:`ggn_spectrum` and :func:`hessian_spectrum`.
+* :mod:`.ntk`: :func:`tangent_kernel`, for any loss and any number of outputs, within a budget by :mod:`.cost`.
 * :mod:`.eigenvectors`: :func:`top_eigenvectors`, the eigenvectors that belong to the largest eigenvalues.
 * :mod:`.pyhessian`: the same Hessian by PyHessian, on :mod:`.pyhessian_adapter`.
 * :mod:`.spectrum`, :mod:`.estimates`, :mod:`.kernel`: the results, :class:`Spectrum`, :class:`Estimate` and
@@ -22,6 +23,7 @@ from lightning_plasticity.curvature.exact.outputs import UnsupportedModelError
 from lightning_plasticity.curvature.ggn import ggn_spectrum
 from lightning_plasticity.curvature.hessian import hessian_spectrum
 from lightning_plasticity.curvature.kernel import TangentKernel
+from lightning_plasticity.curvature.ntk import tangent_kernel
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 __all__ = [
@@ -35,5 +37,6 @@ __all__ = [
     "custom_loss",
     "ggn_spectrum",
     "hessian_spectrum",
+    "tangent_kernel",
     "top_eigenvectors",
 ]

@@ -167,13 +167,14 @@ def measure_within_budget(
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
             reason = f"they need a matrix with a row for each output ({error})"
         else:
-            kernel = exact.kernel
+            spectrum = None if exact.no_gauss_newton else exact.spectrum()
+            kernel = exact.kernel if spectrum is None else spectrum.kernel
             assert kernel is not None
             return KernelMeasurement(
                 kernel,
                 exact.loss,
                 exact.num_outputs,
-                spectrum=None if exact.no_gauss_newton else exact.spectrum(),
+                spectrum=spectrum,
                 no_gauss_newton=exact.no_gauss_newton,
                 couples_samples=exact.couples_samples,
                 held_constant=exact.held_constant,
