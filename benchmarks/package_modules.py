@@ -304,7 +304,7 @@ def _views() -> list[DataLoader[Any]]:
     """Return two noisy views of each random image, for each task."""
 
     def draw() -> tuple[Tensor, Tensor]:
-        image = torch.randn(SAMPLES, 3, 32, 32)
+        image = torch.randn(SAMPLES, 3, 16, 16)
         return image + 0.1 * torch.randn_like(image), image + 0.1 * torch.randn_like(image)
 
     return two(draw)
@@ -313,7 +313,7 @@ def _views() -> list[DataLoader[Any]]:
 def _lightly_backbone() -> nn.Module:
     from lightly.models import ResNetGenerator
 
-    backbone = ResNetGenerator("resnet-9", width=0.25)
+    backbone = ResNetGenerator("resnet-9", width=0.125)
     return nn.Sequential(*list(backbone.children())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -330,7 +330,7 @@ def sim_clr(callbacks: list[Callback]) -> nn.Module:
             return self.criterion(self.net(batch[0]), self.net(batch[1]))
 
     backbone = _lightly_backbone()
-    width = backbone(torch.zeros(2, 3, 32, 32)).shape[1]
+    width = backbone(torch.zeros(2, 3, 16, 16)).shape[1]
     return fit(SimCLR(nn.Sequential(backbone, SimCLRProjectionHead(width, 64, 32))), _views(), callbacks)
 
 
@@ -358,7 +358,7 @@ def byol(callbacks: list[Callback]) -> nn.Module:
             return 0.5 * (self.criterion(one, target_other) + self.criterion(other, target_one))
 
     backbone = _lightly_backbone()
-    width = backbone(torch.zeros(2, 3, 32, 32)).shape[1]
+    width = backbone(torch.zeros(2, 3, 16, 16)).shape[1]
     return fit(BYOL(nn.Sequential(backbone, BYOLProjectionHead(width, 64, 32))), _views(), callbacks)
 
 
@@ -373,7 +373,7 @@ class Classifier(Module):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
-@CASES.add("timm", "ViT", "timm")
+@CASES.add("timm", "ViT")
 def timm_vit(callbacks: list[Callback]) -> nn.Module:
     """Train a Vision Transformer of 2 layers."""
     import timm
@@ -383,12 +383,12 @@ def timm_vit(callbacks: list[Callback]) -> nn.Module:
     return fit(Classifier(net), two(images), callbacks)
 
 
-@CASES.add("timm", "ResNet-10")
+@CASES.add("timm", "ResNet")
 def timm_resnet(callbacks: list[Callback]) -> nn.Module:
     """Train a network with batch norm."""
     import timm
 
-    return fit(Classifier(timm.create_model("resnet10t", num_classes=10)), two(images), callbacks)
+    return fit(Classifier(timm.create_model("test_resnet", num_classes=10)), two(images), callbacks)
 
 
 @CASES.add("timm", "ConvNeXt")
