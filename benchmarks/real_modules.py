@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What lightning_plasticity depends on, without the package itself: it is imported from this checkout.
-DEPENDENCIES = (
-    *("torch", "lightning", "pytorch-lightning", "lightning-utilities", "numpy", "typing-extensions", "torchmetrics"),
-    *("pyhessian", "tensorboard", "torch-pruning", "matplotlib"),
-)
+# The key of what lightning_plasticity depends on. The package itself is not installed but imported from this checkout.
+DEPENDENCIES = "dependencies of lightning-plasticity"
 
-# What pip installs for each package. torchvision and the packages that depend on it are installed without their
-# dependencies, since torchvision would pull in a torch with CUDA; what they need is listed.
+# What pip installs for each package.
 PACKAGES: dict[str, tuple[str, ...]] = {
+    DEPENDENCIES: (
+        *("torch", "lightning", "pytorch-lightning", "lightning-utilities", "numpy", "typing-extensions"),
+        *("torchmetrics", "pyhessian", "tensorboard", "torch-pruning", "matplotlib"),
+    ),
     "own": (),
     "lightning": (),
     "pytorch-forecasting": ("pytorch-forecasting",),
@@ -62,10 +62,17 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch-geometric": ("torch-geometric",),
     "chemprop": ("chemprop",),
     "scvi-tools": ("scvi-tools",),
-    # The release of torchvision that belongs to the torch of constraints.txt.
-    "timm": ("--no-deps", "timm", "torchvision==0.28.*"),
-    "lightly": ("--no-deps", "lightly", "lightly-utils", "torchvision==0.28.*"),
-    "segmentation-models-pytorch": ("--no-deps", "segmentation-models-pytorch", "timm", "torchvision==0.28.*"),
+    "timm": ("huggingface-hub", "safetensors", "pyyaml", "pillow"),
+    "lightly": ("aenum", "lightly-utils", "pydantic", "python-dateutil", "requests", "tqdm", "urllib3", "pillow"),
+    "segmentation-models-pytorch": ("huggingface-hub", "safetensors", "pyyaml", "pillow", "tqdm"),
+}
+
+# What is installed without its dependencies: they include torchvision, which would pull in a torch with CUDA. Release
+# 0.28 belongs to the torch of constraints.txt.
+WITHOUT_DEPENDENCIES: dict[str, tuple[str, ...]] = {
+    "timm": ("timm", "torchvision==0.28.*"),
+    "lightly": ("lightly", "torchvision==0.28.*"),
+    "segmentation-models-pytorch": ("segmentation-models-pytorch", "timm", "torchvision==0.28.*"),
 }
 
 # No module may take the memory of the whole machine.
@@ -185,7 +192,7 @@ def measure(case: Case) -> Row:
         row.steps = [1e3 * seconds / row.milliseconds_per_step for seconds in clock.in_hooks]
     row.samples = [report.metrics.get("probe_samples") for report in reports]
     row.metrics = [report.metrics for report in reports]
-    row.remarks += list(dict.fromkeys([*messages, *left_out(reports)]))
+    row.remarks += list(dict.fromkeys([*left_out(reports), *messages]))
     return row
 
 
@@ -221,7 +228,7 @@ def recorded_messages() -> Iterator[list[str]]:
             yield messages
         finally:
             logger.removeHandler(handler)
-            messages[:0] = [str(each.message) for each in caught if each.category.__name__ == "PlasticityWarning"]
+            messages += [str(each.message) for each in caught if each.category.__name__ == "PlasticityWarning"]
 
 
 def left_out(reports: list[TaskReport]) -> list[str]:
@@ -247,34 +254,30 @@ def install(env: Path, packages: list[str]) -> dict[str, str]:
     """Install packages into an environment, which is created if there is none.
 
     Returns:
-        The reason by package, for those that could not be installed. What was tried once is not tried again.
+        The reason by package, for those that could not be installed. What was tried once is not tried again, until the
+        environment is removed.
     """
     record = env / "packages.json"
     reasons: dict[str, str | None] = json.loads(record.read_text()) if record.exists() else {}
     if not python_of(env).exists():
         print(f"Installing into {env}; the first time takes minutes ...", flush=True)
         venv.create(env, with_pip=True)
-    wanted = {"dependencies": DEPENDENCIES, **{package: PACKAGES[package] for package in packages}}
-    for package, arguments in wanted.items():
+    for package in [DEPENDENCIES, *packages]:
         if package not in reasons:
-            reasons[package] = pip_install(env, arguments) if arguments else None
+            reason = pip_install(env, PACKAGES[package])
+            bare = WITHOUT_DEPENDENCIES.get(package, ())
+            reasons[package] = reason or pip_install(env, ("--no-deps", *bare) if bare else ())
             record.write_text(json.dumps(reasons, indent=1))
     return {package: reason for package, reason in reasons.items() if reason is not None}
 
 
 def pip_install(env: Path, arguments: tuple[str, ...]) -> str | None:
     """Install with the releases of constraints.txt, and return the reason if that is not possible."""
-    command = [
-        str(python_of(env)),
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "-c",
-        "constraints.txt",
-    ]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if not arguments:
+        return None
+    command = [str(python_of(env)), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    constrained = ["-c", "constraints.txt", *arguments]
+    done = subprocess.run([*command, *constrained], cwd=ROOT, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     return None if done.returncode == 0 else (errors or ["pip failed"])[0]
 
@@ -330,8 +333,11 @@ def compare(env: Path, names: list[str], limit: float, output: Path | None) -> N
         print(row, flush=True)
         if output is not None:
             output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    own = [row for row in rows if row.package == "own"]
-    print(f"\nof the packages: {summary([row for row in rows if row.package != 'own'])}\nour own: {summary(own)}")
+    print()
+    for title, is_own in (("modules of packages", False), ("our own modules", True)):
+        group = [row for row in rows if (row.package == "own") is is_own]
+        if group:
+            print(f"{title}: {summary(group)}")
 
 
 if __name__ == "__main__":

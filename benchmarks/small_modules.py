@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.models import mlp
-from benchmarks.training import BATCH, SAMPLES, Cases, Module, fit, images, two
+from benchmarks.training import BATCH, SAMPLES, TASKS, Cases, Module, fit, images, two
 
 CASES = Cases()
 
@@ -278,7 +279,9 @@ def small_first_batch(callbacks: list[Callback]) -> nn.Module:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    def batches() -> list[tuple[Tensor, Tensor]]:
-        return [(torch.randn(size, 16), torch.randint(4, (size,))) for size in (4, *[BATCH] * 7)]
+    def loader() -> DataLoader[Any]:
+        first, *others = torch.arange(SAMPLES + 4).split([4, *[BATCH] * (SAMPLES // BATCH)])
+        data = TensorDataset(torch.randn(SAMPLES + 4, 16), torch.randint(4, (SAMPLES + 4,)))
+        return DataLoader(data, batch_sampler=[first.tolist(), *(each.tolist() for each in others)])
 
-    return fit(Classifier(mlp(16, 64, 64, 4)), [batches(), batches()], callbacks)
+    return fit(Classifier(mlp(16, 64, 64, 4)), [loader() for _ in TASKS], callbacks)
