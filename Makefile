@@ -12,6 +12,7 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 VENV_BENCH := .venv-bench
+VENV_REAL := .venv-real
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
 comma := ,
@@ -20,10 +21,10 @@ PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo lint test test-all test-oldest test-newest bench clean
+.PHONY: help .venv demo lint test test-all test-oldest test-newest bench real-modules clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(VENV)/.installed ## create the environment (the other targets do so when needed)
 
@@ -80,6 +81,11 @@ $(VENV_BENCH)/.installed: constraints.txt
 bench: $(VENV_BENCH)/.installed ## curvature side by side with PyHessian and curvlinops (many minutes)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.curvature
 
+# The script installs the other packages into their own environment, which another checkout may share:
+# make real-modules VENV_REAL=/path.
+real-modules: $(VENV)/.installed ## train modules of other packages without and with the callback (downloads gigabytes)
+	$(BIN)/python -m benchmarks.real_modules --env $(VENV_REAL)
+
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) $(VENV_REAL) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ PUBLIC = {
     "lightning.pytorch",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.cli",
+    "lightning.pytorch.demos",
     "lightning.pytorch.demos.boring_classes",
     "lightning.pytorch.loggers",
     "lightning.pytorch.plugins.precision",
