@@ -142,7 +142,7 @@ class SpectralCollapseCallback(Callback):
         >>> callback = SpectralCollapseCallback()
         >>> trainer = Trainer(
         ...     callbacks=[callback],
-        ...     max_steps=2,
+        ...     max_steps=64,
         ...     accelerator="cpu",
         ...     logger=False,
         ...     enable_checkpointing=False,
@@ -150,8 +150,9 @@ class SpectralCollapseCallback(Callback):
         ...     enable_model_summary=False,
         ... )
         >>> trainer.fit(Model())
-        >>> [(report.task, report.spectrum.num_parameters, report.collapsed) for report in callback.history]
-        [(0, 66, False)]
+        >>> report = callback.history[0]
+        >>> report.spectrum.num_parameters, report.metrics["probe_samples"], report.collapsed
+        (66, 64.0, False)
     """
 
     def __init__(
