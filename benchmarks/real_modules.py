@@ -192,7 +192,7 @@ def measure(case: Case) -> Row:
         row.steps = [1e3 * seconds / row.milliseconds_per_step for seconds in clock.in_hooks]
     row.samples = [report.metrics.get("probe_samples") for report in reports]
     row.metrics = [report.metrics for report in reports]
-    row.remarks += list(dict.fromkeys([*left_out(reports), *messages]))
+    row.remarks += list(dict.fromkeys([*messages, *left_out(reports)]))
     return row
 
 
