@@ -30,7 +30,7 @@ from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 
-_FEWEST_SAMPLES = 16
+_FEWEST_SAMPLES = 8
 """Number of samples that are taken even if they cost more than ``max_steps``."""
 
 _SAMPLES_TO_CHECK = 8

@@ -23,6 +23,15 @@ _SECONDS_PER_FLOP_OF_EIGENVALUES = {"cpu": 1e-10, "cuda": 1e-12}
 _SECONDS_PER_CALL = 8e-6
 """Time to call an operation, whatever its size."""
 
+_SECONDS_PER_LANCZOS_STEP = 1.5e-3
+"""Time of a step of Lanczos outside of the product, whatever the size."""
+
+_SECONDS_PER_LANCZOS_ROW = 3e-8
+"""Time of a step of Lanczos for each entry of its vectors."""
+
+_SECONDS_PER_HESSIAN_PRODUCT = 5e-4
+"""Time of a product with the Hessian of the loss, whose graph is short."""
+
 _SECONDS_PER_STEP = 1e-3
 """Time of a training step outside of forward and backward passes."""
 
@@ -101,10 +110,17 @@ class Cost:
         """Seconds of a backward pass from the outputs: two products for each of the forward pass."""
         return self._matrix_products(2 * self.flops) + 2 * self.calls * _SECONDS_PER_CALL
 
-    @property
-    def kernel_product(self) -> float:
-        """Seconds of a product with the tangent kernel: a backward pass, and one through its graph."""
-        return 2.5 * self.backward_pass
+    def kernel_product(self, rows: int) -> float:
+        """Return the seconds of a product with the tangent kernel: a backward pass, one through its graph, and Lanczos.
+
+        Args:
+            rows: Number of outputs of the batch.
+        """
+        return 2.5 * self.backward_pass + _SECONDS_PER_LANCZOS_STEP + rows * _SECONDS_PER_LANCZOS_ROW
+
+    def hessian_products(self, count: int) -> float:
+        """Return the seconds of products with the Hessian of the loss with respect to the outputs."""
+        return count * _SECONDS_PER_HESSIAN_PRODUCT
 
     def in_steps(self, seconds: float, budget: Budget) -> float:
         """Convert seconds to training steps."""

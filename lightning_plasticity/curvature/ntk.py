@@ -179,7 +179,7 @@ def measure_within_budget(
                 couples_samples=exact.couples_samples,
                 held_constant=exact.held_constant,
             )
-        products = _affordable_products(recorded.cost, budget, fewest=fewest_products)
+        products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
         measurement = _by_products(recorded, products, positions=positions, seed=seed, progress=progress)
         return replace(measurement, no_gauss_newton=reason)
 
@@ -217,16 +217,17 @@ def _by_products(
     )
 
 
-def _affordable_products(cost: Cost, budget: Budget, *, fewest: bool) -> int:
+def _affordable_products(cost: Cost, rows: int, budget: Budget, *, fewest: bool) -> int:
     """Return the number of products that a budget allows, at most ``_MOST_PRODUCTS``.
 
     Raises:
         TooCostlyError: If it does not allow ``_FEWEST_PRODUCTS``, unless ``fewest`` asks for these.
     """
-    steps = cost.in_steps(cost.kernel_product, budget)
-    products = int(budget.steps / steps)
+    steps = cost.in_steps(cost.kernel_product(rows), budget)
+    # The first forward pass and the graph of the products take as long as two of them.
+    products = int(budget.steps / steps) - 2
     if products < _FEWEST_PRODUCTS and not fewest:
-        raise TooCostlyError(_FEWEST_PRODUCTS * steps, budget)
+        raise TooCostlyError((_FEWEST_PRODUCTS + 2) * steps, budget)
     return min(max(products, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
 
 

@@ -82,6 +82,7 @@ class TaskStart:
         self._probe_is_checked = False
         self._warned_of_few_samples = False
         self._logged_remarks: set[str] = set()
+        self._couples_samples = False
         self._interventions_have_started = False
 
     @property
@@ -161,9 +162,12 @@ class TaskStart:
                 return None
             if report is not None:
                 size = context.batch_size
-                if measured is context and size is not None and size < self.samples:
+                is_small = measured is context and size is not None and size < self.samples
+                if is_small and not self._couples_samples:
                     gathering = self._begin_gathering(report, context, history)
-                else:
+                # The first attempt may have shown that batches must not be joined.
+                if not is_small or (self._couples_samples and not report.errors):
+                    gathering = None
                     self._measure(report, measured, history)
             self._runner.start(context)
         self._interventions_have_started = True
@@ -388,6 +392,7 @@ class TaskStart:
         else:
             with self._advise_no_probe(), context.show_progress(description) as progress:
                 result = self.probe.measure(context, progress)
+        self._couples_samples |= result.coupled
         if self.monitor is None or not monitored:
             return result, {}
         return result, self._measure_activations(self.monitor, context)

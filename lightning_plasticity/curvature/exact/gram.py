@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.curvature.autograd_graph import leaves
-from lightning_plasticity.curvature.cost import Budget, Cost, TooCostlyError
+from lightning_plasticity.curvature.cost import Budget, TooCostlyError
 from lightning_plasticity.curvature.exact.jacobian import JacobianGram, jacobian_gram
-from lightning_plasticity.curvature.exact.layer_calls import LayerCall
 from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
 from lightning_plasticity.curvature.exact.loss_hessian import LossHessian
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs, UnsupportedModelError
@@ -170,7 +169,8 @@ def gram_of(
     recording, outputs = recorded.recording, recorded.derivatives.outputs
     _check_rows(outputs, sketch, max_rows)
     if budget is not None:
-        max_passes = min(max_passes, _affordable_passes(recorded.cost, budget, recording.layer_calls, outputs))
+        remaining = _remaining_steps(recorded, budget)
+        max_passes = min(max_passes, remaining / recorded.cost.in_steps(recorded.cost.backward_pass, budget))
     without_closed_form = _without_closed_form(outputs, recording, recorded.parameters, recorded.names)
     combinations = None
     if sketch is not None:
@@ -179,6 +179,13 @@ def gram_of(
         blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
         combinations = hessian.random_factor_columns(sketch, blocks, generator)
     factors = _Factors(recorded.derivatives if gauss_newton else None)
+    if budget is not None and gauss_newton and not recorded.derivatives.has_closed_form:
+        count = recorded.num_outputs // (1 if recorded.derivatives.couples_samples else outputs[0].num_samples)
+        steps = recorded.cost.in_steps(recorded.cost.hessian_products(count), budget)
+        if steps > remaining:
+            factors.leave_out(
+                f"the Hessian of the loss takes {count} products with it, which would take {steps:.0f} training steps"
+            )
     jacobian = jacobian_gram(
         recording.layer_calls,
         outputs,
@@ -226,6 +233,10 @@ class _Factors:
             except NoGaussNewtonMatrixError as error:
                 self.no_gauss_newton = str(error)
         self.outputs = None if self._hessian is None else self._hessian.outputs
+
+    def leave_out(self, reason: str) -> None:
+        """Leave the Gauss-Newton matrix out, for a reason."""
+        self._hessian, self.no_gauss_newton = None, reason
 
     def __call__(self, num_blocks: int) -> Tensor | None:
         """Return one factor for each block, ``(num_blocks, q, q)``; ``None`` if the loss couples blocks."""
@@ -289,25 +300,25 @@ def _check_rows(outputs: list[Outputs], sketch: int | None, max_rows: int | None
         raise TooManyRowsError(num_rows, max_rows)
 
 
-def _affordable_passes(cost: Cost, budget: Budget, calls: Sequence[LayerCall], outputs: Sequence[Outputs]) -> float:
-    """Return the backward passes that a budget leaves for row-by-row Jacobians.
+def _remaining_steps(recorded: RecordedLoss, budget: Budget) -> float:
+    """Return the training steps that are left of a budget after the parts of the matrix that have closed forms.
 
     Raises:
-        TooCostlyError: If the matrix would cost more than the budget without any.
+        TooCostlyError: If these cost more.
     """
-    rows, num_samples = sum(output.shape.numel() for output in outputs), outputs[0].num_samples
+    num_samples = recorded.derivatives.outputs[0].num_samples
     shared = {
         id(use.parameter): use.parameter.numel()
-        for call in calls
+        for call in recorded.recording.layer_calls
         for use in call.uses
         if call.output_shape.numel() > call.channels * num_samples
         and use.condensed_elements(call.output_shape.numel() // num_samples) != use.parameter.numel()
     }
-    seconds = cost.exact(rows, rows // num_samples, sum(shared.values()))
-    steps = cost.in_steps(seconds, budget)
+    seconds = recorded.cost.exact(recorded.num_outputs, recorded.num_outputs // num_samples, sum(shared.values()))
+    steps = recorded.cost.in_steps(seconds, budget)
     if steps > budget.steps:
         raise TooCostlyError(steps, budget)
-    return (budget.steps - steps) / cost.in_steps(cost.backward_pass, budget)
+    return budget.steps - steps
 
 
 def _trace_standard_error(sketched: JacobianGram, num_combinations: int) -> float:

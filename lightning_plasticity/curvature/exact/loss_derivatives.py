@@ -72,6 +72,11 @@ class LossDerivatives:
         self.held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
         self._dtype = gradients[0].dtype
 
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the Hessian follows from closed forms, which take no products."""
+        return bool(self._calls)
+
     @cached_property
     def hessian(self) -> LossHessian:
         """The Hessian of the loss. Where it has a closed form, so have the residuals of its outputs.

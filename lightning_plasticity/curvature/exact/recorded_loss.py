@@ -48,6 +48,11 @@ class RecordedLoss:
     cost: Cost
 
     @property
+    def num_outputs(self) -> int:
+        """Number of network outputs :math:`m` on the batch."""
+        return sum(output.shape.numel() for output in self.derivatives.outputs)
+
+    @property
     def num_parameters(self) -> int:
         """Number of parameters :math:`P`."""
         return self.cost.num_parameters
