@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,7 @@ class ProbeContext:
         optimizers: The optimizers that hold the parameters of the model.
         weights: The parameters and buffers of copies to measure, by name; ``None``: those of the model.
         samples_per_step: Number of samples of a training step; ``None``: those of the batch.
+        trained: Names of the parameters that are trained; ``None``: those that the optimizers hold.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -57,6 +58,7 @@ class ProbeContext:
     optimizers: Sequence[torch.optim.Optimizer] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     samples_per_step: int | None = field(default=None, kw_only=True)
+    trained: Collection[str] | None = field(default=None, kw_only=True)
     _slices: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
     _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 
@@ -90,6 +92,30 @@ class ProbeContext:
     def with_batch(self, batch: Any) -> Self:
         """Return the same context with another batch, on which the model is not trained."""
         return replace(self, batch=batch, samples_per_step=self.samples_per_step or self.batch_size, _slices={})
+
+    def with_full_parameters(self, full_parameters: Mapping[Tensor, nn.Parameter]) -> Self:
+        """Return the same context while the model has full parameters in place of those that the optimizers hold.
+
+        Args:
+            full_parameters: The full parameter for each sharded one.
+        """
+        return replace(self, trained=self._find_trained(full_parameters))
+
+    @property
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: they require a gradient, and an optimizer holds them.
+
+        A target network is not trained, although its parameters may require gradients. Where no optimizer holds any
+        parameter of the model, all that require a gradient count.
+        """
+        trained = self._find_trained({}) if self.trained is None else self.trained
+        return {n: p for n, p in self.model.named_parameters() if n in trained and p.requires_grad}
+
+    def _find_trained(self, full_parameters: Mapping[Tensor, nn.Parameter]) -> set[str]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}
+        names = {name: id(parameter) in held for name, parameter in self.model.named_parameters()}
+        return {name for name in names if names[name] or not any(names.values())}
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""

@@ -263,6 +263,16 @@ def measure(
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
 
 
+def of_part(values: Mapping[str, float], part: str) -> dict[str, float]:
+    """Return values under the names that they have for a part of the network: ``<name>/<part>``.
+
+    Example:
+        >>> of_part({"learnable_fraction": 0.5}, "actor")
+        {'learnable_fraction/actor': 0.5}
+    """
+    return {f"{name}/{part}": value for name, value in values.items()}
+
+
 def is_resolved(name: str, value: float) -> bool:
     """Return whether a value is exact or its estimate is resolved: the bracket of a rank is narrow."""
     return "resolved" not in DIAGNOSTICS[name].uncertainty or not isinstance(value, Estimate) or value.resolved

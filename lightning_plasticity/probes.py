@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_number, check_positive_ints, check_seed
+from lightning_plasticity._validation import check_number, check_positive_ints, check_seed, is_str_list
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import Spectrum, TangentKernel, UnsupportedModelError, hessian_spectrum
 from lightning_plasticity.curvature.cost import Budget, TooCostlyError
@@ -24,7 +24,7 @@ from lightning_plasticity.curvature.double_backward import (
 )
 from lightning_plasticity.curvature.double_backward_causes import REENTRANT
 from lightning_plasticity.curvature.ntk import KernelMeasurement, measure_within_budget
-from lightning_plasticity.curvature.problem import HALF, Progress, full_precision
+from lightning_plasticity.curvature.problem import HALF, Progress, full_precision, parameters_named
 from lightning_plasticity.diagnostics import Matrix, Source
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.isolation.state import probe_mode
@@ -35,6 +35,19 @@ _FEWEST_SAMPLES = 8
 
 _SAMPLES_TO_CHECK = 8
 """Number of samples whose second derivatives are checked: they are wrong for every sample or for none."""
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """The block of each matrix that belongs to a part of the parameters.
+
+    Args:
+        spectra: The spectrum of the block of each matrix that was measured.
+        kernel: The term of the tangent kernel that comes from these parameters.
+    """
+
+    spectra: dict[Matrix, Spectrum]
+    kernel: TangentKernel
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class ProbeResult:
         remarks: What was left out or done otherwise than asked, a sentence each, for the report and the log.
         coupled: Whether the loss of a sample depends on others of its batch, so that batches must not be joined.
         kernel: The tangent kernel, if it was measured.
+        parts: What was measured for parts of the network, by name.
     """
 
     spectra: dict[Matrix, Spectrum]
@@ -58,6 +72,7 @@ class ProbeResult:
     remarks: tuple[str, ...] = ()
     coupled: bool = False
     kernel: TangentKernel | None = None
+    parts: dict[str, PartResult] = field(default_factory=dict)
 
 
 class Probe(ABC):
@@ -106,7 +121,7 @@ class GGNProbe(Probe):
 
     The cheapest way that is right is taken, the same one at every task: the exact spectra of both matrices, or products
     with the tangent kernel, which give the learnable fraction as a bracket for any number of outputs. The report says
-    what was left out.
+    what was left out. Only parameters that an optimizer holds count, so those of a target network do not.
 
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole. All samples of the batch
@@ -118,13 +133,20 @@ class GGNProbe(Probe):
             random subset is taken, the same for the network and its initial weights. By default 4096, or fewer if they
             have more than half a million outputs together.
         seed: Seed of the subset of positions and of a start vector.
+        parts: Parts of the network to measure beside the whole, each with a pattern of parameter names (``*`` and ``?``
+            are wildcards) or a list of patterns. The numbers of the block of the Gauss-Newton matrix and of the term of
+            the tangent kernel that belong to its parameters are logged as ``<name>/<part>``. ``"modules"`` takes each
+            child of the module that has trained parameters; if there is one alone, its children, and so on. Each part
+            costs about as much again as the whole, which ``max_steps`` does not count.
 
     Raises:
-        ValueError: If an argument is not a positive number, a whole one other than for ``max_steps``.
+        ValueError: If an argument is not a positive number, a whole one other than for ``max_steps``, or ``parts`` are
+            not given by patterns.
 
     Example:
         >>> from lightning_plasticity import SpectralCollapseCallback
         >>> callback = SpectralCollapseCallback(probe=GGNProbe(samples=32))
+        >>> callback = SpectralCollapseCallback(probe=GGNProbe(parts={"actor": "actor.*", "critic": "critic.*"}))
     """
 
     samples: int = 64
@@ -132,6 +154,8 @@ class GGNProbe(Probe):
     max_steps: float = 60
     positions: int | None = None
     seed: int = 0
+    # Probes can be hashed, dictionaries cannot.
+    parts: dict[str, str | list[str]] | Literal["modules"] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -139,6 +163,11 @@ class GGNProbe(Probe):
         check_positive_ints(owner, optional=True, positions=self.positions)
         check_number("(0, inf)", owner, max_steps=self.max_steps)
         check_seed(self.seed, owner, minimum=0)
+        if self.parts not in (None, "modules") and not _are_patterns(self.parts):
+            raise ValueError(
+                f"{owner}(parts={self.parts!r}) must be 'modules', None, or patterns of parameter names by part, such "
+                "as {'actor': 'actor.*'}"
+            )
 
     @property
     @override
@@ -149,6 +178,19 @@ class GGNProbe(Probe):
     @override
     def sources(self) -> tuple[Source, ...]:
         return ("kernel", "ggn")
+
+    @override
+    def check(self, context: ProbeContext) -> str | None:
+        trained = context.trained_parameters
+        for part, patterns in self.parts.items() if isinstance(self.parts, dict) else ():
+            matching = parameters_named(context.model, patterns)
+            # Frozen parameters may be trained later, as by Lightning's BackboneFinetuning.
+            if not any(name in trained or not parameter.requires_grad for name, parameter in matching.items()):
+                raise MisconfigurationError(
+                    f"{type(self).__name__}(parts={{{part!r}: {patterns!r}}}) matches no parameter that is trained: "
+                    f"the modules with trained parameters are {list(_by_module(trained))}"
+                )
+        return None
 
     @override
     def measure(self, context: ProbeContext, progress: Progress | None = None) -> ProbeResult:
@@ -170,9 +212,13 @@ class GGNProbe(Probe):
             measurement.loss,
             known,
             measurement.num_outputs // (known or 1),
-            self._remarks(measurement, used, samples),
+            self._remarks(context, measurement, used, samples),
             measurement.couples_samples,
             measurement.kernel,
+            {
+                part: PartResult({} if block.spectrum is None else {"ggn": block.spectrum}, block.kernel)
+                for part, block in measurement.parts.items()
+            },
         )
 
     def _measure(
@@ -192,6 +238,7 @@ class GGNProbe(Probe):
             budget = Budget(self.max_steps / 2, (context.samples_per_step or available or samples) / samples)
             with (
                 _advise_whole_batches(f"GGNProbe(samples={available})", context, samples),
+                _only_trained(model, context),
                 _in_full_precision(model, context.samples(samples)) as batch,
             ):
                 try:
@@ -204,6 +251,7 @@ class GGNProbe(Probe):
                         positions=self.positions,
                         budget=budget,
                         fewest_products=samples <= _FEWEST_SAMPLES or whole,
+                        parts=self._parts(context),
                         seed=self.seed,
                         progress=progress,
                     )
@@ -211,7 +259,17 @@ class GGNProbe(Probe):
                 except TooCostlyError as error:
                     samples = max(_FEWEST_SAMPLES, int(samples * budget.steps / error.steps))
 
-    def _remarks(self, measurement: KernelMeasurement, used: int, wanted: int) -> tuple[str, ...]:
+    def _parts(self, context: ProbeContext) -> dict[str, list[str]]:
+        """Return the names of the trained parameters of each part."""
+        trained = context.trained_parameters
+        if self.parts == "modules":
+            return _by_module(trained)
+        selected = {part: parameters_named(context.model, patterns) for part, patterns in (self.parts or {}).items()}
+        return {part: [name for name in names if name in trained] for part, names in selected.items()}
+
+    def _remarks(
+        self, context: ProbeContext, measurement: KernelMeasurement, used: int, wanted: int
+    ) -> tuple[str, ...]:
         remarks = []
         if used < wanted:
             remarks.append(
@@ -232,6 +290,10 @@ class GGNProbe(Probe):
         if measurement.held_constant:
             names = ", ".join(measurement.held_constant)
             remarks.append(f"terms and factors of the loss that depend on {names} alone are left out")
+        for part, parameters in self._parts(context).items():
+            if part not in measurement.parts:
+                reason = "the loss does not depend on them" if parameters else "no optimizer trains them"
+                remarks.append(f"the numbers of the parameters of {part!r} are left out: {reason}")
         return tuple(remarks)
 
 
@@ -293,6 +355,8 @@ class HessianProbe(Probe):
 
     @override
     def check(self, context: ProbeContext) -> str | None:
+        if self.ggn is not None:
+            self.ggn.check(context)
         try:
             self._check_second_derivatives(context)
         except DoubleBackwardError as error:
@@ -327,6 +391,7 @@ class HessianProbe(Probe):
 
         with (
             self._advise_whole_batches(context),
+            _only_trained(model, context),
             _in_full_precision(model, context.samples(self.samples)) as batch,
         ):
             spectrum = hessian_spectrum(
@@ -350,8 +415,9 @@ class HessianProbe(Probe):
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
             # hessian_spectrum composes weight_norm, too.
-            with composed_weight_norm():
-                check_double_backward(context.copy(), context.samples(samples), context.loss_on, copy=False)
+            model = context.copy()
+            with composed_weight_norm(), _only_trained(model, context):
+                check_double_backward(model, context.samples(samples), context.loss_on, copy=False)
 
         try:
             check(_SAMPLES_TO_CHECK)
@@ -442,6 +508,49 @@ def _needs_whole_batch(context: ProbeContext, samples: int) -> bool:
         return True
 
     return samples < (context.batch_size or 0) and not works(context.samples(samples)) and works(context.batch)
+
+
+def _are_patterns(parts: object) -> bool:
+    """Return whether parts of a network are given by patterns, a string or several strings for each name."""
+    return (
+        isinstance(parts, dict)
+        and is_str_list(parts)
+        and all(isinstance(patterns, str) or is_str_list(patterns) for patterns in parts.values())
+    )
+
+
+def _by_module(names: Collection[str]) -> dict[str, list[str]]:
+    """Divide parameters by the first modules of which there are several, and return their names by module.
+
+    Example:
+        >>> _by_module(["net.0.weight", "net.0.bias", "net.2.weight"])
+        {'net.0': ['net.0.weight', 'net.0.bias'], 'net.2': ['net.2.weight']}
+    """
+    depth = 0
+    parts: dict[str, list[str]] = {}
+    while names and len(parts) < 2 and not set(parts) & set(names):
+        depth += 1
+        parts = {}
+        for name in names:
+            parts.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+    return parts
+
+
+@contextlib.contextmanager
+def _only_trained(model: nn.Module, context: ProbeContext) -> Iterator[None]:
+    """Let no parameter of a copy require a gradient but those that are trained, and restore the others on exit.
+
+    The outputs of a target network would count as network outputs otherwise.
+    """
+    trained = context.trained_parameters
+    others = [p for name, p in model.named_parameters() if name not in trained and p.requires_grad]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,7 @@ def top_eigenvectors(
     k: int,
     *,
     matrix: Literal["hessian", "ggn"] = "hessian",
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     tolerance: float = 1e-3,
     max_products: int = 1000,
     seed: int = 0,
@@ -69,8 +70,8 @@ def top_eigenvectors(
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the samples, a scalar with a graph.
         k: Number of eigenpairs.
         matrix: ``"hessian"`` or ``"ggn"`` (Gauss-Newton).
-        parameters: Pattern of parameter names (``*`` and ``?`` are wildcards), to select the block of the matrix that
-            belongs to them. By default all parameters that require gradients.
+        parameters: A name or pattern of parameters (``*`` and ``?`` are wildcards), or several, to select the block of
+            the matrix that belongs to them. By default all parameters that require gradients.
         tolerance: Largest residual of a pair, relative to the largest absolute eigenvalue.
         max_products: Number of products after which to stop, whether the pairs have converged or not. ``k`` more give
             the residuals.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from torch import nn
@@ -39,7 +39,7 @@ def ggn_spectrum(
     loss_fn: LossFunction[Batch],
     *,
     method: Literal["auto", "gram", "lanczos"] = "auto",
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     samples: int | None = None,
     max_rows: int | None = None,
     sketch: int | None = None,
@@ -68,8 +68,8 @@ def ggn_spectrum(
             batch. ``"lanczos"``: an estimate by ``num_probes * num_steps`` products, each about two gradients.
             ``"auto"``: exact, unless that is more work, too large, or needs more samples at a time than
             ``micro_batch_size``, which is logged.
-        parameters: Pattern of parameter names (``*`` and ``?`` are wildcards), to select the block of the matrix that
-            belongs to them. By default all parameters that require gradients.
+        parameters: A name or pattern of parameters (``*`` and ``?`` are wildcards), or several, to select the block of
+            the matrix that belongs to them. By default all parameters that require gradients.
         samples: Number of samples :math:`n` that the loss averages over, for the tangent kernel; the Gauss-Newton
             matrix does not depend on it. By default the first dimension of the input of the first loss function.
         max_rows: Maximum number of rows of the exact matrix (samples times outputs of each). By default the number up
@@ -178,7 +178,11 @@ def _exact_unless_too_costly(
 
 
 def _estimated_spectrum(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction[Batch], parameters: str | None, options: LanczosOptions
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFunction[Batch],
+    parameters: str | Collection[str] | None,
+    options: LanczosOptions,
 ) -> Spectrum:
     """Estimate the spectrum by products with the Gauss-Newton matrix."""
     selected = list(trainable_parameters(model, parameters).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from torch import nn
@@ -24,7 +25,7 @@ def hessian_spectrum(
     num_probes: int = 8,
     num_steps: int = 64,
     seed: int = 0,
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     reorthogonalization: Reorthogonalization = "partial",
     deflate: bool = True,
     micro_batch_size: int | None = None,
@@ -44,8 +45,8 @@ def hessian_spectrum(
         num_probes: Number of start vectors: with more than one, the estimates have standard errors.
         num_steps: Number of Lanczos steps for each start vector. More steps resolve smaller eigenvalues.
         seed: Seed of the start vectors.
-        parameters: Pattern of parameter names (``*`` and ``?`` are wildcards), to select the block of the Hessian that
-            belongs to them.
+        parameters: A name or pattern of parameters (``*`` and ``?`` are wildcards), or several, to select the block of
+            the Hessian that belongs to them.
         reorthogonalization: How to keep the Lanczos vectors orthogonal: ``"partial"`` (as accurate as ``"full"``, and
             cheaper), ``"full"``, or ``"none"`` (see
             :func:`~lightning_plasticity.curvature.matrix_free.lanczos.lanczos`).
@@ -109,7 +110,9 @@ def hessian_spectrum(
     return estimate_spectrum(build, model, batch, loss_fn, selected, options)
 
 
-def _check_pyhessian_supports(parameters: str | None, micro_batch_size: int | None, *, distributed: bool) -> None:
+def _check_pyhessian_supports(
+    parameters: str | Collection[str] | None, micro_batch_size: int | None, *, distributed: bool
+) -> None:
     unsupported = [
         f"parameters={parameters!r}" if parameters is not None else "",
         f"micro_batch_size={micro_batch_size}" if micro_batch_size is not None else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,6 +48,7 @@ class KernelMeasurement:
         couples_samples: Whether the loss of a sample depends on the outputs of another.
         held_constant: Names of the parameters that the loss depends on besides the outputs.
         products: Number of products with the kernel, 0 if it is exact.
+        parts: The same for parts of the parameters, by name, without the parts that the outputs do not depend on.
     """
 
     kernel: TangentKernel
@@ -59,6 +60,7 @@ class KernelMeasurement:
     couples_samples: bool = False
     held_constant: list[str] = field(default_factory=list)
     products: int = 0
+    parts: dict[str, KernelMeasurement] = field(default_factory=dict)
 
 
 def tangent_kernel(
@@ -67,7 +69,7 @@ def tangent_kernel(
     loss_fn: LossFunction[Batch],
     *,
     method: Literal["auto", "exact", "lanczos"] = "auto",
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     samples: int | None = None,
     max_rows: int = 2048,
     max_products: int = 30,
@@ -87,7 +89,7 @@ def tangent_kernel(
         method: ``"exact"``: from a matrix with a row for each output number of the batch. ``"lanczos"``: by at most
             ``max_products`` products, for any number of outputs; the learnable fraction is then a bracket, and other
             eigenvalues than the largest are unknown. ``"auto"``: exact up to ``max_rows``.
-        parameters: Pattern of parameter names, as for :func:`ggn_spectrum`.
+        parameters: A name or pattern of parameters, or several, as for :func:`ggn_spectrum`.
         samples: Number of samples :math:`n`; by default the first dimension of the outputs.
         max_rows: Largest number of rows of the matrix.
         max_products: Largest number of products, each about two gradients of the batch.
@@ -141,10 +143,13 @@ def measure_within_budget(
     positions: int | None,
     budget: Budget,
     fewest_products: bool = False,
+    parts: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> KernelMeasurement:
     """Measure the kernel in the cheapest way that is right: exact if that is affordable, else by products.
+
+    Parts are measured in the same way, whatever they cost.
 
     Args:
         model: The model.
@@ -155,33 +160,59 @@ def measure_within_budget(
         positions: Largest number of output positions of all samples together.
         budget: Largest cost.
         fewest_products: Whether to exceed the budget where it is too small for a bracket that says something.
+        parts: Names of the parameters of each part to measure beside the whole.
         seed: Seed of the positions and of a start vector.
-        progress: Called after each product.
+        progress: Called after each product, and after each exact part.
 
     Raises:
         TooCostlyError: If the budget is too small, unless ``fewest_products``.
     """
     with recorded_loss(model, batch, loss_fn, samples=samples) as recorded:
+        selections = {part: recorded.select(names) for part, names in (parts or {}).items()}
+        selections = {part: selected for part, selected in selections.items() if selected.depends_on_parameters}
+        count = 1 + len(selections)
+
+        def measure_exactly(selected: RecordedLoss, place: int) -> KernelMeasurement:
+            measurement = _exact(selected)
+            # One kernel matrix is held at a time.
+            measurement.kernel.compact()
+            if progress is not None:
+                progress(place + 1, count)
+            return measurement
+
+        def multiply(selected: RecordedLoss, place: int) -> KernelMeasurement:
+            def advance(done: int, total: int) -> None:
+                if progress is not None:
+                    progress(place * total + done, count * total)
+
+            return _by_products(selected, products, positions=positions, seed=seed, progress=advance)
+
+        reason = None
         try:
-            exact = gram_of(recorded, max_rows=max_rows, budget=budget)
+            whole, measure_part = _exact(recorded, max_rows=max_rows, budget=budget), measure_exactly
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
             reason = f"they need a matrix with a row for each output ({error})"
-        else:
-            spectrum = None if exact.no_gauss_newton else exact.spectrum()
-            kernel = exact.kernel if spectrum is None else spectrum.kernel
-            assert kernel is not None
-            return KernelMeasurement(
-                kernel,
-                exact.loss,
-                exact.num_outputs,
-                spectrum=spectrum,
-                no_gauss_newton=exact.no_gauss_newton,
-                couples_samples=exact.couples_samples,
-                held_constant=exact.held_constant,
-            )
-        products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
-        measurement = _by_products(recorded, products, positions=positions, seed=seed, progress=progress)
-        return replace(measurement, no_gauss_newton=reason)
+        if reason is not None:
+            products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
+            whole, measure_part = replace(multiply(recorded, 0), no_gauss_newton=reason), multiply
+        measured = {part: measure_part(selected, place) for place, (part, selected) in enumerate(selections.items(), 1)}
+        return replace(whole, parts=measured)
+
+
+def _exact(recorded: RecordedLoss, *, max_rows: int | None = None, budget: Budget | None = None) -> KernelMeasurement:
+    """Measure the kernel and the Gauss-Newton matrix by their Gram matrices."""
+    exact = gram_of(recorded, max_rows=max_rows, budget=budget)
+    kernel = exact.kernel
+    assert kernel is not None
+    return KernelMeasurement(
+        kernel,
+        exact.loss,
+        exact.num_outputs,
+        spectrum=None if exact.no_gauss_newton else exact.spectrum(),
+        no_gauss_newton=exact.no_gauss_newton,
+        couples_samples=exact.couples_samples,
+        held_constant=exact.held_constant,
+    )
 
 
 def _by_products(

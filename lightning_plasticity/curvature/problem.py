@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from lightning_plasticity._validation import is_str_list
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -21,17 +23,16 @@ HALF = (torch.float16, torch.bfloat16)
 """Data types whose rounding errors are larger than most eigenvalues."""
 
 
-def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module, selection: str | Collection[str] | None = None) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients, by name.
 
     Args:
         model: The model.
-        pattern: Select the parameters with a matching name; ``*`` and ``?`` are wildcards. A tied parameter is selected
-            by any of its names.
+        selection: Select the parameters that :func:`parameters_named` finds by this name or pattern, or any of several.
 
     Raises:
         ValueError: If no parameter is selected, the parameters are not all float32 or all float64, one of them is not
-            initialised, or the pattern is not a string.
+            initialised, or the selection is neither a string nor strings.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -44,16 +45,40 @@ def trainable_parameters(model: nn.Module, pattern: str | None = None) -> dict[s
         raise ValueError(
             f"the parameters are {names}; curvature needs all of them in float32 or all in float64: probe model.float()"
         )
-    if pattern is None:
+    if selection is None:
         return parameters
-    if not isinstance(pattern, str):
-        raise ValueError(f"parameters={pattern!r} must be a pattern of names, such as 'encoder.*', or None")
-    every_name = model.named_parameters(remove_duplicate=False)
-    selected = {id(parameter) for name, parameter in every_name if fnmatchcase(name, pattern)}
-    matching = {name: parameter for name, parameter in parameters.items() if id(parameter) in selected}
+    if not isinstance(selection, str) and not is_str_list(selection):
+        raise ValueError(
+            f"parameters={selection!r} must be a pattern of names, such as 'encoder.*', several of them, or None"
+        )
+    matching = {name: parameters[name] for name in parameters_named(model, selection) if name in parameters}
     if not matching:
-        raise ValueError(f"parameters={pattern!r} matches none of the trainable parameters {list(parameters)}")
+        raise ValueError(f"parameters={selection!r} matches none of the trainable parameters {list(parameters)}")
     return matching
+
+
+def parameters_named(model: nn.Module, selection: str | Collection[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters with certain names, in the order of the model.
+
+    Args:
+        model: The model.
+        selection: A name or a pattern, in which ``*`` and ``?`` are wildcards, or several. A tied parameter is selected
+            by any of its names.
+
+    Example:
+        >>> list(parameters_named(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), ["0.*", "1.bias"]))
+        ['0.weight', '0.bias', '1.bias']
+    """
+    wanted = {selection} if isinstance(selection, str) else set(selection)
+    every_name = list(model.named_parameters(remove_duplicate=False))
+    # The names of all parameters of a large model are compared quickly, and patterns slowly.
+    patterns = wanted - {name for name, _ in every_name}
+    selected = {
+        id(parameter)
+        for name, parameter in every_name
+        if name in wanted or any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in selected}
 
 
 def check_loss(loss: Tensor) -> None:
@@ -66,7 +91,10 @@ def check_loss(loss: Tensor) -> None:
         returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn(model, batch) returned {returned}; it must return the mean loss, a scalar tensor")
     if not loss.requires_grad:
-        raise ValueError("the loss does not depend on any trainable parameter (was it detached, or under no_grad?)")
+        raise ValueError(
+            "the loss does not depend on any trainable parameter (was it detached, under no_grad, or computed by "
+            "a network that no optimizer trains?)"
+        )
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss on the probe batch is {loss.item()}: there is no curvature to measure. Look for NaN or infinite "

@@ -15,7 +15,15 @@ from torch import nn
 from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import UnsupportedModelError
-from lightning_plasticity.diagnostics import DIAGNOSTICS, Source, diagnostics_of, measure, resolved_value, to_log_dict
+from lightning_plasticity.diagnostics import (
+    DIAGNOSTICS,
+    Source,
+    diagnostics_of,
+    measure,
+    of_part,
+    resolved_value,
+    to_log_dict,
+)
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
@@ -149,8 +157,9 @@ class TaskStart:
         with contextlib.ExitStack() as stack:
             try:
                 context = context.gather(self.samples)
-                measured = context if probe_batch is None or report is None else self._fixed(context, probe_batch)
-                stack.enter_context(gather_full_parameters(context.model))
+                fixed = None if probe_batch is None or report is None else self._fixed(context, probe_batch)
+                full_parameters = stack.enter_context(gather_full_parameters(context.model))
+                context = context.with_full_parameters(full_parameters)
             except Exception as error:
                 if report is not None:
                     self._errors.warn(self._record_failure(report, history, error))
@@ -162,12 +171,13 @@ class TaskStart:
                 return None
             if report is not None:
                 size = context.batch_size
-                is_small = measured is context and size is not None and size < self.samples
+                is_small = fixed is None and size is not None and size < self.samples
                 if is_small and not self._couples_samples:
                     gathering = self._begin_gathering(report, context, history)
                 # The first attempt may have shown that batches must not be joined.
                 if not is_small or (self._couples_samples and not report.errors):
                     gathering = None
+                    measured = context if fixed is None else fixed.with_full_parameters(full_parameters)
                     self._measure(report, measured, history)
             self._runner.start(context)
         self._interventions_have_started = True
@@ -209,9 +219,9 @@ class TaskStart:
         gathering = self.gathering
         assert gathering is not None
         try:
-            with gather_full_parameters(context.model):
+            with gather_full_parameters(context.model) as full_parameters:
                 with all_or_none():
-                    measured = gathering.context(context)
+                    measured = gathering.context(context.with_full_parameters(full_parameters))
                 measured = self._measure(report, measured, history)
         except Exception as error:
             self._errors.warn(self._record_failure(report, history, error))
@@ -305,6 +315,7 @@ class TaskStart:
         now, features = self._measure_weights(context, "probing curvature")
         if now.coupled and self.gathering is not None and self.gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
+        initial = now
         values = references = measure(now.spectra, features, now.kernel)
         if not is_initial:
             initial, initial_features = self._measure_weights(
@@ -316,12 +327,17 @@ class TaskStart:
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
-        report.outputs, report.trained_parameters = now.outputs, _fingerprint_trained(context.model)
+        report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
         by_layer = {name: value for name, value in features.items() if name not in values}
         about_batch = {} if self.probe is None else {"probe_loss": now.loss}
         if now.samples is not None:
             about_batch["probe_samples"] = float(now.samples)
-        report.metrics = {**to_log_dict(values, references), **about_batch, **by_layer}
+        report.metrics = {
+            **to_log_dict(values, references),
+            **_metrics_of_parts(now, initial),
+            **about_batch,
+            **by_layer,
+        }
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
         return self._judge(report, values, references, history, now.samples)
 
@@ -428,7 +444,17 @@ class TaskStart:
             return {}
 
 
-def _fingerprint_trained(model: nn.Module) -> str:
-    """Return a hash of the names and shapes of the parameters that require a gradient."""
-    names = sorted(f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.requires_grad)
+def _metrics_of_parts(now: ProbeResult, initial: ProbeResult) -> dict[str, float]:
+    """Return the numbers of the parts of a network for its report."""
+    result: dict[str, float] = {}
+    for name, part in now.parts.items():
+        reference = initial.parts.get(name)
+        references = {} if reference is None else measure(reference.spectra, {}, reference.kernel)
+        result |= of_part(to_log_dict(measure(part.spectra, {}, part.kernel), references), name)
+    return result
+
+
+def _fingerprint(parameters: Mapping[str, nn.Parameter]) -> str:
+    """Return a hash of the names and shapes of parameters."""
+    names = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -11,8 +11,9 @@ sample and does not form :math:`J`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class Gram:
         matrix = self.loss_weighted if self.tangent_kernel is None else self.tangent_kernel
         return 0 if matrix is None else len(matrix)
 
-    @property
+    @cached_property
     def kernel(self) -> TangentKernel | None:
         """The tangent kernel; ``None`` for a sketch."""
         if self.tangent_kernel is None or self.residual is None:
@@ -123,7 +124,7 @@ def gram(
     batch: Batch,
     loss_fn: LossFunction[Batch],
     *,
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     samples: int | None = None,
     max_rows: int | None = None,
     max_passes: float = math.inf,

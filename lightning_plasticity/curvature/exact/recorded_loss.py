@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.autograd_graph import edge_of, reached
+from lightning_plasticity.curvature.autograd_graph import edge_of, leaves, reached
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.double_backward import composed_weight_norm, double_backward_ready
 from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
@@ -55,7 +55,21 @@ class RecordedLoss:
     @property
     def num_parameters(self) -> int:
         """Number of parameters :math:`P`."""
-        return self.cost.num_parameters
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def select(self, names: Collection[str]) -> RecordedLoss:
+        """Return the same loss, to be differentiated with respect to some of its parameters only.
+
+        Args:
+            names: The names of these parameters.
+        """
+        return replace(self, parameters={name: self.parameters[name] for name in self.parameters if name in names})
+
+    @property
+    def depends_on_parameters(self) -> bool:
+        """Whether the network outputs are computed from any of the parameters."""
+        used = {id(leaf) for leaf in leaves([output.edge for output in self.derivatives.outputs], {})}
+        return any(id(parameter) in used for parameter in self.parameters.values())
 
 
 @contextlib.contextmanager
@@ -64,7 +78,7 @@ def recorded_loss(
     batch: Batch,
     loss_fn: LossFunction[Batch],
     *,
-    parameters: str | None = None,
+    parameters: str | Collection[str] | None = None,
     samples: int | None = None,
 ) -> Iterator[RecordedLoss]:
     """Compute a loss with a graph that can be differentiated twice within this context.
@@ -73,7 +87,7 @@ def recorded_loss(
         model: The model. Its mode and buffers are restored on exit.
         batch: The batch.
         loss_fn: Computes the mean loss.
-        parameters: Pattern of parameter names.
+        parameters: A name or pattern of parameters, or several.
         samples: Number of samples; by default the first dimension of the outputs.
 
     Raises:
