@@ -58,7 +58,7 @@ class ProbeContext:
     optimizers: Sequence[torch.optim.Optimizer] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     samples_per_step: int | None = field(default=None, kw_only=True)
-    trained: Collection[str] | None = field(default=None, kw_only=True)
+    trained: Collection[str] | None = field(default=None, kw_only=True, repr=False)
     _slices: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
     _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 
