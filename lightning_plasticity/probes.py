@@ -125,7 +125,8 @@ class GGNProbe(Probe):
 
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole. All samples of the batch
-            are taken for a loss that couples them, such as a contrastive loss, which would be another loss on fewer.
+            are taken for a loss that couples them, such as a contrastive loss, which would be another loss on fewer, and
+            for a loss that cannot be computed on fewer, such as that of a graph.
         max_rows: Largest number of outputs of all samples together for the exact spectra. Memory grows with its square.
         max_steps: Largest cost of a task, for the network and its initial weights together, in training steps, as
             estimated from the operations of a forward pass. Where the samples are too many for it, fewer are taken.
@@ -203,8 +204,16 @@ class GGNProbe(Probe):
         if available == 0:
             raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
-        measurement, used = self._measure(context, samples, progress)
-        if measurement.couples_samples and available is not None and used < available:
+        needs_all = False
+        try:
+            measurement, used = self._measure(context, samples, progress)
+        except Exception:
+            if not _needs_whole_batch(context, samples):
+                raise
+            needs_all = True
+        else:
+            needs_all = measurement.couples_samples and used < (available or 0)
+        if needs_all and available is not None:
             measurement, used = self._measure(context, available, progress, whole=True)
         known = None if available is None else used
         return ProbeResult(
@@ -213,7 +222,7 @@ class GGNProbe(Probe):
             known,
             measurement.num_outputs // (known or 1),
             self._remarks(context, measurement, used, samples),
-            measurement.couples_samples,
+            measurement.couples_samples or needs_all,
             measurement.kernel,
             {
                 part: PartResult({} if block.spectrum is None else {"ggn": block.spectrum}, block.kernel)
@@ -237,7 +246,6 @@ class GGNProbe(Probe):
             model = context.copy_to_measure()
             budget = Budget(self.max_steps / 2, (context.samples_per_step or available or samples) / samples)
             with (
-                _advise_whole_batches(f"GGNProbe(samples={available})", context, samples),
                 _only_trained(model, context),
                 _in_full_precision(model, context.samples(samples)) as batch,
             ):
@@ -277,7 +285,8 @@ class GGNProbe(Probe):
                 "long"
             )
         if used > wanted:
-            remarks.append(f"all {used} samples were taken, because the loss of a sample depends on the others")
+            why = "depends on the others" if measurement.couples_samples else "cannot be computed without the others"
+            remarks.append(f"all {used} samples were taken, because the loss of a sample {why}")
         if measurement.no_gauss_newton is not None:
             remarks.append(f"the numbers of the Gauss-Newton matrix are left out: {measurement.no_gauss_newton}")
         if measurement.products:
@@ -484,8 +493,6 @@ def _advise_whole_batches(advice: str, context: ProbeContext, samples: int) -> I
     """
     try:
         yield
-    except TooCostlyError:
-        raise
     except Exception as error:
         if not _needs_whole_batch(context, samples):
             raise

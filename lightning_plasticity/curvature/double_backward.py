@@ -144,7 +144,8 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        explanation = explanation_of(str(error))
+        is_of_torch = type(error) in (RuntimeError, NotImplementedError)
+        explanation = explanation_of(str(error)) if is_of_torch else None
         if explanation is None:
             raise
         raise DoubleBackwardError(explanation) from error
