@@ -54,8 +54,8 @@ def test_report_holds_ggn_spectrum_on_first_batch_of_task() -> None:
         assert callback.history[0].metrics[f"{diagnostic.name}_vs_initial"] == 1
 
 
-def test_samples_and_max_rows_limit_the_probe_batch() -> None:
-    for probe, samples in ((GGNProbe(), 64), (GGNProbe(samples=20), 20), (GGNProbe(max_rows=50), 16)):
+def test_samples_limit_the_probe_batch() -> None:
+    for probe, samples in ((GGNProbe(), 64), (GGNProbe(samples=20), 20)):
         callback, module = SpectralCollapseCallback(probe), FirstBatchRecorder()
         trainer(callback).fit(module, loader())
         copy = Classifier()
@@ -288,7 +288,7 @@ def test_repr_shows_arguments_that_differ_from_the_defaults() -> None:
         name="actor",
     )
     assert repr(callback) == (
-        "SpectralCollapseCallback(probe=GGNProbe(samples=32, max_rows=2048), "
+        f"SpectralCollapseCallback(probe={GGNProbe(samples=32)!r}, "
         "interventions=[ShrinkPerturb(s=0.8, when='task')], monitor_every_n_steps=50, "
         "task_detector=TaskDetector(every_n_epochs=2), name='actor')"
     )

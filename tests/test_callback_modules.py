@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.interventions import ReDo, Reset
 from lightning_plasticity.probes import Probe
-from tests.helpers.modules import NEVER, Classifier, DirectLogging, cross_entropy, loader, trainer, weights
+from tests.helpers.modules import (
+    NEVER,
+    Classifier,
+    DirectLogging,
+    FirstBatchRecorder,
+    cross_entropy,
+    loader,
+    trainer,
+    weights,
+)
 
 
 def test_probe_works_on_one_sample() -> None:
@@ -255,12 +265,26 @@ def test_manual_optimization_needs_a_loss_fn() -> None:
     assert len(callback.history) == 1
 
 
-def test_sample_with_more_outputs_than_max_rows_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"one sample has 3 outputs, more than GGNProbe\(max_rows=2\)"):
-        trainer(SpectralCollapseCallback(GGNProbe(max_rows=2))).fit(Classifier(), loader())
+@pytest.mark.parametrize("max_rows", [2, 64 * 3 - 1])
+def test_more_outputs_than_max_rows_are_measured_by_products(max_rows: int) -> None:
+    module = FirstBatchRecorder()
+    callback = SpectralCollapseCallback(GGNProbe(max_rows=max_rows))
+    trainer(callback).fit(module, loader())
+    copy = Classifier()
+    copy.load_state_dict(module.first_state)
+    exact = ggn_spectrum(copy, module.first_batch, cross_entropy).learnable_fraction()
+    (report,) = callback.history
+    assert report.spectrum is None
+    assert "epsilon_rank" not in report.metrics
+    assert report.metrics["learnable_fraction_lo"] <= exact <= report.metrics["learnable_fraction_hi"]
+    assert report.metrics["learnable_fraction"] == pytest.approx(exact, rel=0.02)
+    assert "more than max_rows" in report.remarks[0]
+    assert "a bracket, from" in report.remarks[1]
 
 
-def test_flattened_tokens_count_towards_max_rows() -> None:
+def test_outputs_that_couple_no_samples_are_not_a_reason_to_take_fewer() -> None:
+    """Of flattened tokens, all samples are measured although the rows exceed max_rows."""
+
     class Tokens(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -270,9 +294,12 @@ def test_flattened_tokens_count_towards_max_rows() -> None:
             return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[0].flatten())
 
     data = DataLoader(TensorDataset(torch.randint(9, (32, 5))), batch_size=32)
-    callback = SpectralCollapseCallback(GGNProbe(samples=32, max_rows=16 * 45 + 9))
+    callback = SpectralCollapseCallback(GGNProbe(samples=32, max_rows=16 * 45 + 9, positions=64))
     trainer(callback).fit(Tokens(), data)
-    assert len(callback.history[0].spectrum.kernel.eigenvalues) == 16 * 5 * 9, "sixteen sequences of 45 rows"
+    (report,) = callback.history
+    assert report.metrics["probe_samples"] == 32
+    assert report.outputs == 2 * 9
+    assert "2 of the 5 output positions of a sample were drawn at random" in report.remarks
 
 
 def test_probe_does_not_step_schedulers_in_training_step() -> None:

@@ -1,6 +1,5 @@
 """Test the probes of the Hessian: the spectra they report, the models they refuse, and the errors of estimates."""
 
-import re
 import sys
 import threading
 from pathlib import Path
@@ -27,7 +26,7 @@ from lightning_plasticity import (
     SpectralCollapseCallback,
 )
 from lightning_plasticity.curvature import UnsupportedModelError, ggn_spectrum, hessian_spectrum
-from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, diagnostics_of
+from lightning_plasticity.diagnostics import EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
 from tests.helpers.modules import (
     NEVER,
@@ -100,9 +99,10 @@ def test_metrics_cover_both_matrices_and_uncertainties() -> None:
     trainer(callback).fit(Classifier(), loader())
     metrics = callback.history[0].metrics
     assert all(type(value) is float for value in metrics.values())
-    uncertainty = {f"{d.name}_{suffix}" for d in DIAGNOSTICS.values() for suffix in d.uncertainty}
+    # That of the exact learnable fraction is zero.
+    uncertainty = {f"{d.name}_{suffix}" for d in diagnostics_of(["hessian"]) for suffix in d.uncertainty}
     assert {"hessian_trace_standard_error", "hessian_epsilon_rank_resolved"} <= uncertainty
-    names = [d.name for d in diagnostics_of(["ggn", "hessian"])]
+    names = [d.name for d in diagnostics_of(["kernel", "ggn", "hessian"])]
     assert metrics.keys() == {
         *names,
         *(f"{name}_vs_initial" for name in names),
@@ -319,52 +319,60 @@ class Recurrent(GraphConvolution):
 SIZE = 100
 
 
-@pytest.mark.parametrize("module_class", [GraphConvolution, Recurrent])
-@pytest.mark.parametrize(
-    ("probe", "full_batch_probe", "advice"),
-    [
-        (GGNProbe(), GGNProbe(samples=SIZE), "the first 64 alone: write GGNProbe(samples=100)"),
-        (
-            GGNProbe(samples=SIZE, max_rows=60),
-            GGNProbe(samples=SIZE, max_rows=300),
-            "the first 20 alone: write GGNProbe(samples=100, max_rows=300)",
-        ),
-        (
-            HessianProbe(64, ggn=None, **FEW),
-            HessianProbe(SIZE, ggn=None, **FEW),
-            "the first 64 alone: write HessianProbe(samples=100)",
-        ),
-    ],
-    ids=["ggn", "rows", "hessian"],
-)
-def test_step_that_needs_full_batches_is_refused_with_advice(
-    module_class: type[Classifier], probe: Any, full_batch_probe: Any, advice: str
-) -> None:
+def whole_graph() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     graph = (torch.randn(SIZE, 4, generator=generator), torch.arange(2 * SIZE).reshape(2, -1) % SIZE)
-    data = DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
-    collapse = Collapse("hessian_effective_rank") if isinstance(probe, HessianProbe) else Collapse()
-    with pytest.raises(MisconfigurationException, match=f"on all 100 samples .*{re.escape(advice)}$") as caught:
-        trainer(SpectralCollapseCallback(probe, collapse=collapse)).fit(module_class(), data)
+    return DataLoader([(*graph, torch.arange(SIZE) % 3)], batch_size=None)
+
+
+@pytest.mark.parametrize("module_class", [GraphConvolution, Recurrent])
+def test_step_that_needs_full_batches_is_refused_with_advice(module_class: type[Classifier]) -> None:
+    collapse = Collapse("hessian_effective_rank")
+    with pytest.raises(
+        MisconfigurationException, match=r"on all 100 samples .*the first 64 alone: write HessianProbe\(samples=100\)$"
+    ) as caught:
+        trainer(SpectralCollapseCallback(HessianProbe(64, ggn=None, **FEW), collapse=collapse)).fit(
+            module_class(), whole_graph()
+        )
     assert ("out of bounds" if module_class is GraphConvolution else "doesn't match hidden0 batch size") in str(
         caught.value.__cause__
     )
-    callback = SpectralCollapseCallback(full_batch_probe, collapse=collapse)
-    trainer(callback).fit(module_class(), data)
+    callback = SpectralCollapseCallback(HessianProbe(SIZE, ggn=None, **FEW), collapse=collapse)
+    trainer(callback).fit(module_class(), whole_graph())
     assert callback.history[0].errors == {}
 
 
-def test_loss_without_ggn_needs_hessian_only() -> None:
+@pytest.mark.parametrize("module_class", [GraphConvolution, Recurrent])
+def test_kernel_of_step_that_needs_full_batches_is_measured_on_them(module_class: type[Classifier]) -> None:
+    results = []
+    for probe in (GGNProbe(), GGNProbe(samples=SIZE)):
+        torch.manual_seed(0)
+        callback = SpectralCollapseCallback(probe, monitor=False)
+        trainer(callback).fit(module_class(), whole_graph())
+        results.append(callback.history[0])
+    assert results[0].metrics == results[1].metrics
+    assert results[0].metrics["probe_samples"] == SIZE
+    assert results[0].remarks[0] == (
+        "all 100 samples were taken, because the loss of a sample cannot be computed without the others"
+    )
+
+
+def test_loss_that_is_not_convex_has_a_kernel_and_a_hessian() -> None:
     class Sine(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.net(batch[0]).sin().mean()
 
-    with pytest.raises(MisconfigurationException, match=r"too, which failed: .*write HessianProbe\(ggn=None\) and let"):
-        trainer(SpectralCollapseCallback(HessianProbe(**FEW))).fit(Sine(), loader())
-    callback = SpectralCollapseCallback(**HESSIAN_ONLY)
+    callback = SpectralCollapseCallback(HessianProbe(**FEW))
     trainer(callback).fit(Sine(), loader())
-    assert callback.history[0].metrics["hessian_negative_mass"] > 0
-    assert "learnable_fraction" not in callback.history[0].metrics
+    (report,) = callback.history
+    assert report.metrics["hessian_negative_mass"] > 0
+    assert "learnable_fraction" in report.metrics
+    assert "epsilon_rank" not in report.metrics
+    assert "not convex in the network's outputs" in report.remarks[0]
+    with pytest.raises(
+        MisconfigurationException, match=r"'epsilon_rank'\) watches what could not be measured .*not convex"
+    ):
+        trainer(SpectralCollapseCallback(collapse=Collapse("epsilon_rank"))).fit(Sine(), loader())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), None], ids=["out of memory", "nan"])

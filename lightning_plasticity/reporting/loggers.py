@@ -113,7 +113,7 @@ def log_summary(
 
     Args:
         loggers: The loggers of the Trainer.
-        history: The reports of all tasks; without a spectrum in any of them, nothing is logged.
+        history: The reports of all tasks; if none was measured, nothing is logged.
         errors: Records the errors of loggers that fail.
         groups: The prefixes of the names.
     """
@@ -123,7 +123,7 @@ def log_summary(
             image = _render(plot_history(history))
             logger.experiment.add_image(groups.by_task + "history", image, history[-1].task, dataformats="HWC")
 
-    if any(report.spectrum is not None for report in history):
+    if any(report.metrics for report in history):
         _for_each(loggers, log, errors)
 
 

@@ -49,6 +49,7 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
 
     The height of a ridge is the number of eigenvalues in a bin, or its logarithm if the spectrum is an estimate, since
     nearly all eigenvalues are in the bulk. In a long history only every n-th task has a ridge, the last one included.
+    Without any spectrum, there are no ridges.
 
     Args:
         history: The reports of a run, one per task.
@@ -59,12 +60,13 @@ def plot_history(history: Sequence[TaskReport]) -> Figure:
     figure = Figure(figsize=(9, 4.5))
     # An automatic layout would draw the figure twice.
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)
-    ridge_axes, curve_axes = figure.subplots(1, 2)
-    probed = [report for report in history if report.spectrum is not None]
-    stride = math.ceil(len(probed) / _MAX_RIDGES) or 1
-    # The slice starts from the end, so that the last task has a ridge.
-    _draw_ridges(ridge_axes, probed[::-stride][::-1])
-    _draw_curve(curve_axes, probed)
+    with_spectrum = [report for report in history if report.spectrum is not None]
+    axes = figure.subplots(1, 2 if with_spectrum else 1, squeeze=False)[0]
+    if with_spectrum:
+        stride = math.ceil(len(with_spectrum) / _MAX_RIDGES)
+        # The slice starts from the end, so that the last task has a ridge.
+        _draw_ridges(axes[0], with_spectrum[::-stride][::-1])
+    _draw_curve(axes[-1], [report for report in history if report.metrics])
     return figure
 
 
@@ -108,19 +110,19 @@ def _heights(report: TaskReport, *, negative: bool) -> np.ndarray[tuple[int, ...
     return heights if report.spectrum.exact else np.log10(1 + heights)
 
 
-def _draw_curve(axes: Axes, probed: Sequence[TaskReport]) -> None:
+def _draw_curve(axes: Axes, measured: Sequence[TaskReport]) -> None:
     """Draw the first diagnostic, in the order of ``DIAGNOSTICS``, that was measured for any task."""
-    name = next((name for name in DIAGNOSTICS if any(name in report.metrics for report in probed)), None)
+    name = next((name for name in DIAGNOSTICS if any(name in report.metrics for report in measured)), None)
     if name is None:
         return
-    tasks = [report.task for report in probed]
-    values = {report.task: report.metrics.get(name, float("nan")) for report in probed}
-    relative = [report.metrics.get(f"{name}_vs_initial", float("nan")) for report in probed]
+    tasks = [report.task for report in measured]
+    values = {report.task: report.metrics.get(name, float("nan")) for report in measured}
+    relative = [report.metrics.get(f"{name}_vs_initial", float("nan")) for report in measured]
     axes.plot(tasks, list(values.values()), "o-", markersize=3, label="the network")
     if DIAGNOSTICS[name].is_fraction:
         # A fraction and the ratio of two fractions are of the same order of magnitude.
         axes.plot(tasks, relative, "--", color="gray", label="relative to its initial weights")
-    collapsed = [report.task for report in probed if report.collapsed]
+    collapsed = [report.task for report in measured if report.collapsed]
     axes.plot(collapsed, [values[task] for task in collapsed], "rv", label="collapse")
     axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, ylim=(0, None))
     axes.set_title("can it still learn?", y=1.0)
