@@ -32,8 +32,8 @@ _SECONDS_PER_LANCZOS_ROW = 3e-8
 _SECONDS_PER_HESSIAN_PRODUCT = 5e-4
 """Time of a product with the Hessian of the loss, whose graph is short."""
 
-_SECONDS_PER_STEP = 1e-3
-"""Time of a training step outside of forward and backward passes."""
+_SECONDS_PER_STEP = 1.5e-3
+"""Time of a training step of a Trainer outside of forward and backward passes."""
 
 
 class ForwardCounter(TorchDispatchMode):
@@ -137,7 +137,7 @@ class Cost:
             rows_per_sample: Number of outputs of a sample, each of which takes a backward pass.
             shared_parameters: Number of parameters that are used at many positions of a sample, and so need a Jacobian.
         """
-        eigenvalues = 3 * rows**3 * _rate(_SECONDS_PER_FLOP_OF_EIGENVALUES, self.device)
+        eigenvalues = 2 * rows**3 * _rate(_SECONDS_PER_FLOP_OF_EIGENVALUES, self.device)
         # The lower half of J Jᵀ alone is computed.
         return rows_per_sample * self.backward_pass + self._matrix_products(rows**2 * shared_parameters) + eigenvalues
 
