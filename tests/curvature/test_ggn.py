@@ -31,7 +31,7 @@ from lightning_plasticity.curvature.exact.hessian_factors import (
 )
 from lightning_plasticity.curvature.exact.loss_derivatives import LossDerivatives
 from lightning_plasticity.curvature.exact.recording import Recording
-from tests.helpers.cases import CASES, Case, case_named, classes, dense
+from tests.helpers.cases import CASES, Case, SquareTimes, case_named, classes, dense
 
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -97,7 +97,7 @@ def test_auto_falls_back_to_lanczos_and_logs_the_reason(
             self.scale = nn.Parameter(torch.rand(6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.scale
+            return SquareTimes.apply(super().forward(x), self.scale)
 
     model, batch = (nn.Linear(4, 3), (torch.randn(6, 4), classes(6)))
     if "num_steps" in options:

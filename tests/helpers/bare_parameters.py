@@ -74,7 +74,8 @@ def shifted_by_data(x: Tensor, p: Tensor) -> Tensor:
     """Add a tensor that is computed from a parameter, then changed in place by the data, and add it again."""
     shift = p + 1
     y = x + shift
-    shift.add_(x[0, 0].detach())
+    # Signs have no derivative, with detach or without.
+    shift.add_(x[0, 0].detach().sign())
     return torch.cat([y, x + shift], 1)
 
 
