@@ -15,9 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.curvature import Spectrum, TooManyRowsError, UnsupportedModelError, custom_loss, ggn_spectrum
 from lightning_plasticity.curvature.exact.gram import gram
-from tests.helpers.cases import CASES, ROW_BY_ROW_CASES, Case, Positions, case_named, classes, dense
+from tests.helpers.cases import (
+    BARE_PARAMETER_CASES,
+    CASES,
+    ROW_BY_ROW_CASES,
+    Case,
+    Positions,
+    case_named,
+    classes,
+    dense,
+)
 
-each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+ALL_CASES = [*CASES, *BARE_PARAMETER_CASES]
+each_case = pytest.mark.parametrize("case", ALL_CASES, ids=[case.name for case in ALL_CASES])
 
 
 def padded(spectrum: Spectrum) -> Tensor:

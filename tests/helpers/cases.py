@@ -575,17 +575,6 @@ CLOSED_FORM_CASES = [
         ),
     ),
     *[
-        Case(name, lambda function=function, shapes=shapes: (Bare(function, *shapes), torch.randn(5, 3, 4), classes(5)))
-        for name, (function, shapes) in FUNCTIONS.items()
-    ],
-    *[
-        Case(
-            f"as many samples as tokens, {name}",
-            lambda name=name: (Bare(FUNCTIONS[name][0], *FUNCTIONS[name][1]), torch.randn(3, 3, 4), classes(3)),
-        )
-        for name in ("added to slices", "added, time first", "class token expanded", "attention bias")
-    ],
-    *[
         Case(
             f"language model, {n} sequences{flat * ', flattened'}",
             lambda n=n, flat=flat: (
@@ -621,3 +610,18 @@ ROW_BY_ROW_CASES = [
 """Cases with parameters without a closed form, whose Jacobian is computed row by row."""
 
 CASES = [*CLOSED_FORM_CASES, *ROW_BY_ROW_CASES]
+
+BARE_PARAMETER_CASES = [
+    *[
+        Case(name, lambda function=function, shapes=shapes: (Bare(function, *shapes), torch.randn(5, 3, 4), classes(5)))
+        for name, (function, shapes) in FUNCTIONS.items()
+    ],
+    *[
+        Case(
+            f"as many samples as tokens, {name}",
+            lambda name=name: (Bare(FUNCTIONS[name][0], *FUNCTIONS[name][1]), torch.randn(3, 3, 4), classes(3)),
+        )
+        for name in ("added to slices", "added, time first", "class token expanded", "attention bias")
+    ],
+]
+"""Cases with closed forms for bare parameters, each used by one function."""
