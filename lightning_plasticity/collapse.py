@@ -37,8 +37,8 @@ class Verdict:
 class Collapse:
     """The rule for an alarm: a diagnostic at the start of a task is below a fraction of a reference.
 
-    The verdict is inconclusive if the diagnostic is the rank of an estimated spectrum and is not resolved, or if fewer
-    than 8 samples were measured.
+    The verdict is inconclusive if the diagnostic is the rank of an estimated spectrum and is not resolved, if the
+    threshold lies within the bracket of a learnable fraction, or if fewer than 8 samples were measured.
 
     Args:
         metric: Name of the diagnostic: a key of :data:`lightning_plasticity.diagnostics.DIAGNOSTICS` that the probe or
@@ -118,11 +118,19 @@ class Collapse:
         reason = self._reason_inconclusive(value, initial, samples)
         if reason is not None:
             return Verdict(False, f"task {task}: {diagnostic.title} {reason}", inconclusive=True)
-        values = enumerate([*earlier, value])
+        # A bracket may tell on which side of the threshold a value is although it is too wide to be a reference.
+        is_wide = not is_resolved(self.metric, value) and any(number is not None for number in earlier)
+        values = enumerate([*earlier, None if is_wide else value])
         known = [(known, number) for number, known in values if known is not None and not math.isnan(known)]
         first, best = known[0], max(known, key=lambda pair: pair[0])
         references = {"best": best[0], "first": first[0], "initial": initial, None: 1.0}
-        collapsed = value < self.below * references[self.relative_to]
+        threshold = self.below * references[self.relative_to]
+        collapsed = value < threshold
+        if is_wide and isinstance(value, Estimate):
+            collapsed = value.hi < threshold
+            if value.lo < threshold <= value.hi:
+                message = f"task {task}: {diagnostic.title} {_explain_unresolved(value, self.metric)}"
+                return Verdict(False, message, inconclusive=True)
 
         comparisons = []
         if diagnostic.can_be_negative:
@@ -150,14 +158,14 @@ class Collapse:
             )
         if math.isnan(value):
             return "is not a number, so it is unknown whether this is a collapse"
-        if not is_resolved(self.metric, value):
-            return _explain_unresolved(value)
+        if not is_resolved(self.metric, value) and DIAGNOSTICS[self.metric].source != "kernel":
+            return _explain_unresolved(value, self.metric)
         if self.relative_to == "initial" and not is_resolved(self.metric, initial):
-            return f"of the initial weights on this batch {_explain_unresolved(initial)}"
+            return f"of the initial weights on this batch {_explain_unresolved(initial, self.metric)}"
         return None
 
 
-def _explain_unresolved(value: float) -> str:
+def _explain_unresolved(value: float, metric: str) -> str:
     interval, advice = "", "raise num_steps of the probe"
     if isinstance(value, Estimate):
         low, high = max(value.lo - value.half_width, 0.0), value.hi + value.half_width
@@ -166,6 +174,8 @@ def _explain_unresolved(value: float) -> str:
         # More start vectors help only if the standard error, not the bracket, is wide.
         if not value.half_width <= (value.hi - value.lo) / 2:
             advice = "raise num_probes of the probe"
+    if DIAGNOSTICS[metric].source == "kernel":
+        return f"is not resolved{interval}, so it is unknown whether this is a collapse: raise max_steps of the probe"
     return (
         f"is not resolved{interval}, so it is unknown whether this is a collapse: {advice}, or let Collapse watch a "
         "number that needs less of either, such as 'learnable_fraction' or 'hessian_effective_rank'"

@@ -72,6 +72,19 @@ def test_unresolved_rank_is_inconclusive() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("best", "collapsed", "inconclusive"), [(1.0, True, False), (0.6, False, True), (0.3, False, False)]
+)
+def test_wide_bracket_of_a_fraction_is_compared_as_a_whole(best: float, collapsed: bool, inconclusive: bool) -> None:
+    wide = Estimate(0.4, lo=0.3, hi=0.5)
+    verdict = Collapse().evaluate(wide, earlier=[best], initial=1.0)
+    assert (verdict.collapsed, verdict.inconclusive) == (collapsed, inconclusive)
+    assert ("between 0.3 and 0.5), so it is unknown" in verdict.message) == inconclusive
+    first = Collapse().evaluate(wide, earlier=[None], initial=1.0)
+    assert not first.collapsed
+    assert not first.inconclusive
+
+
 def test_unresolved_rank_is_no_reference() -> None:
     by_initial = Collapse("hessian_epsilon_rank", relative_to="initial")
     verdict = by_initial.evaluate(RESOLVED, earlier=[40.0], initial=UNRESOLVED)
