@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class Gathering:
         if self._is_restored:
             device = device_of(context.model)
             self.batch = apply_to_collection(self.batch, Tensor, lambda tensor: tensor.to(device))
-        return context.with_batch(self.batch).with_weights(self.weights.values)
+        measured = context.with_batch(self.batch).with_weights(self.weights.values)
+        return replace(measured, samples_per_step=self._first_size or None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for checkpoints, which torch loads with ``weights_only=True``.
@@ -122,13 +124,22 @@ class Gathering:
         weights = InitialWeights()
         weights.load_state_dict(state["weights"])
         gathering = cls(weights, is_initial=state["is_initial"])
-        gathering.batch, gathering._first_size = state["batch"], state["first_size"]
-        gathering._is_restored, gathering.remarks = True, list(state["remarks"])
-        if gathering.batch is None:
-            gathering.remarks.append(
+        gathering.restore(state["batch"], state["first_size"], state["remarks"])
+        return gathering
+
+    def restore(self, batch: Any, first_size: int, remarks: list[str]) -> None:
+        """Restore the samples from a checkpoint.
+
+        Args:
+            batch: All samples, as one batch; ``None`` if they could not be saved.
+            first_size: The number of samples in the first batch.
+            remarks: What went otherwise than asked.
+        """
+        self.batch, self._first_size, self._is_restored, self.remarks = batch, first_size, True, list(remarks)
+        if batch is None:
+            self.remarks.append(
                 "the samples before the checkpoint could not be saved in it: others were gathered after the resume"
             )
-        return gathering
 
 
 def _is_plain(value: Any) -> bool:

@@ -46,6 +46,8 @@ ALLOWED = {
     "_version",
     "_saved_dim",
     "_input_metadata",
+    # torch: the workers that a data loader keeps for the next epoch
+    "_iterator",
     # torch: the lists of weights in recurrent layers
     "_flat_weights",
     "_flat_weight_refs",

@@ -145,12 +145,20 @@ def test_failing_logger_only_warns() -> None:
 
 def test_figure_with_failed_probe() -> None:
     callback = fit_three_tasks()
-    callback.history[1].spectrum = None
+    callback.history[1].spectrum, callback.history[1].metrics = None, {}
     figure = plot_history(callback.history)
     ridges, curve = figure.axes
     assert ridges.get_ylabel() == curve.get_xlabel() == "task"
     assert list(curve.lines[0].get_xdata()) == [0, 2]
     assert torch.isfinite(torch.tensor(curve.lines[0].get_ydata())).all()
+
+
+def test_figure_without_spectra_has_no_ridges() -> None:
+    callback = fit_three_tasks()
+    for report in callback.history:
+        report.spectrum = None
+    (curve,) = plot_history(callback.history).axes
+    assert list(curve.lines[0].get_xdata()) == [0, 1, 2]
 
 
 def test_figure_of_one_task_has_integer_ticks() -> None:

@@ -282,8 +282,7 @@ class Product(ParameterUse):
         if sorted(strides) != sorted(base_strides):
             return None
         result = copy.copy(self)
-        result.parameter = base
-        result._labels = [label_of_stride[stride] for stride in base_strides]
+        vars(result).update(parameter=base, _labels=[label_of_stride[stride] for stride in base_strides])
         return result
 
     @override
