@@ -31,6 +31,8 @@ class Gathering:
         self.is_initial = is_initial
         self.batch: Any = None
         """All samples so far, as one batch; ``None`` if there is none yet."""
+        self.is_complete = False
+        """Whether no more samples are to be added, since batches cannot be measured together."""
         self._first_size = 0
         # The samples are on the CPU after a checkpoint was loaded.
         self._is_restored = False
@@ -77,12 +79,12 @@ class Gathering:
         self._is_restored = False
 
     def fall_back(self, reason: str) -> None:
-        """Keep the samples of the first batch only, and note the reason.
+        """Keep the samples of the first batch only, for good, and note the reason.
 
         Args:
             reason: A part of a sentence.
         """
-        self.batch = slice_batch(self.batch, self._first_size)
+        self.batch, self.is_complete = slice_batch(self.batch, self._first_size), True
         self.remarks.append(f"{reason}; the first batch was measured alone")
 
     def context(self, context: ProbeContext) -> ProbeContext:
@@ -113,6 +115,7 @@ class Gathering:
             "is_initial": self.is_initial,
             "batch": self.batch if is_plain else None,
             "first_size": self._first_size if is_plain else 0,
+            "is_complete": self.is_complete and is_plain,
             "remarks": list(self.remarks),
         }
 
@@ -123,6 +126,7 @@ class Gathering:
         weights.load_state_dict(state["weights"])
         gathering = cls(weights, is_initial=state["is_initial"])
         gathering.batch, gathering._first_size = state["batch"], state["first_size"]
+        gathering.is_complete = state["is_complete"]
         gathering._is_restored, gathering.remarks = True, list(state["remarks"])
         if gathering.batch is None:
             gathering.remarks.append(
