@@ -389,18 +389,16 @@ class SpectralCollapseCallback(Callback):
         self._step_monitor.cancel()
         self._tasks.end_fit()
         self._runner.end_fit()
-        if self._task_start.gathering is not None:
-            with _lightning_errors():
-                context = TrainerContext.of(trainer, pl_module, None, 0, self._loss_fn)
-                self._measure_gathered(context, may_repair=False)
+        self._measure_remaining(trainer, pl_module)
         if len(self.history) > self._fit.tasks_before:
             log_summary(trainer.loggers, self.history, self._errors, self._groups)
         self._share_errors()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed fit may have had nothing left to train.
+        # A resumed fit may have had nothing left to train, but samples to measure.
         self._resumed = False
+        self._measure_remaining(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -511,6 +509,13 @@ class SpectralCollapseCallback(Callback):
             report.remarks.append("the repairs that were due are left out, since the fit has ended")
             repair_context = None
         self._repair_and_log(context.trainer, report, repair_context)
+
+    def _measure_remaining(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the samples of a task that ends with the fit before there are enough."""
+        if self._task_start.gathering is not None:
+            with _lightning_errors():
+                context = TrainerContext.of(trainer, pl_module, None, 0, self._loss_fn)
+                self._measure_gathered(context, may_repair=False)
 
     def _repair_and_log(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None) -> None:
         """Run the repairs that are due at the start of a task, if there is a context for them, and log the report."""

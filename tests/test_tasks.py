@@ -30,14 +30,17 @@ from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, Spectral
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
 from tests.helpers.modules import NEVER, Classifier, MemoryLogger, loader, tasks_seen, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples, fewer than the 8 that a verdict needs")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was measured on . samples, fewer than the 8 that a verdict needs"),
+    pytest.mark.filterwarnings("ignore:.*was measured on .* samples. below 16, the numbers depend on which samples"),
+]
 
 
-def callback_with(**options: Any) -> SpectralCollapseCallback:
+def callback_with(samples: int = 2, **options: Any) -> SpectralCollapseCallback:
     """Return a callback that only records tasks, with a threshold that no collapse reaches."""
     detector = TaskDetector(**options) if options else None
     return SpectralCollapseCallback(
-        GGNProbe(samples=2), collapse=Collapse(below=1e-9), task_detector=detector, monitor=False
+        GGNProbe(samples=samples), collapse=Collapse(below=1e-9), task_detector=detector, monitor=False
     )
 
 
@@ -174,8 +177,11 @@ class Recording(Classifier):
     def samples_of(self, batch: Any) -> Any:
         return batch
 
-    def loss_at(self, step: int) -> torch.Tensor:
-        return super().training_step(self.batches[step], 0)
+    def loss_on(self, steps: range, samples: int) -> float:
+        """Return the mean loss of the first samples of the batches of these steps."""
+        x, y, _ = (torch.cat(tensors)[:samples] for tensors in zip(*map(self.batches.get, steps), strict=True))
+        loss: float = super().training_step((x, y), 0).item()
+        return loss
 
     def step_of(self, number: int) -> int:
         """Return the step whose batch holds the sample of this number."""
@@ -183,14 +189,24 @@ class Recording(Classifier):
         return step
 
 
-def assert_tasks_start_with_samples(callback: SpectralCollapseCallback, module: Recording, numbers: list[int]) -> None:
-    """Assert that tasks start at the batches of these samples, have their names and were measured on them."""
+def assert_tasks_start_with_samples(
+    callback: SpectralCollapseCallback, module: Recording, numbers: list[int], samples: int
+) -> None:
+    """Assert that tasks start at the batches of these samples, have their names and were measured on them.
+
+    They are measured on so many samples from this batch on, or on those that come before the next task.
+    """
     assert tasks_seen(callback) == [(i, f"from {n}", module.step_of(n)) for i, n in enumerate(numbers)]
-    for report in callback.history:
-        assert report.metrics["probe_loss"] == pytest.approx(module.loss_at(report.step).item(), rel=1e-5)
+    starts = [*(report.step for report in callback.history), len(module.batches)]
+    for report, (start, end) in zip(callback.history, itertools.pairwise(starts), strict=True):
+        steps = range(start, end)
+        available = sum(len(module.batches[step][1]) for step in steps)
+        assert report.metrics["probe_samples"] == min(samples, available)
+        assert report.metrics["probe_loss"] == pytest.approx(module.loss_on(steps, samples), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("samples", [1, 8], ids=["measured at once", "gathered"])
 @pytest.mark.parametrize("kind", [Stream, SizedStream])
 @pytest.mark.parametrize(
     ("batch_size", "first_samples"),
@@ -208,17 +224,20 @@ def assert_tasks_start_with_samples(callback: SpectralCollapseCallback, module: 
     ],
 )
 def test_data_set_announces_the_batch_of_its_next_sample(
-    kind: type[Stream], batch_size: int | None, first_samples: list[int]
+    kind: type[Stream], batch_size: int | None, first_samples: list[int], samples: int
 ) -> None:
-    """Lightning fetches the batches of a data set without length one ahead."""
-    callback, module = callback_with(), Recording()
+    """Lightning fetches the batches of a data set without length one ahead.
+
+    Some tasks are announced while the samples of the earlier one are still being gathered.
+    """
+    callback, module = callback_with(samples), Recording()
     data: Any = DataLoader(kind(callback, first_samples), batch_size=batch_size)
     if batch_size is None:
         data = DataLoader(kind(callback, first_samples), batch_size=None, collate_fn=one_sample)
     fitted = trainer(callback, max_epochs=3, val_check_interval=1.0)
     fitted.fit(module, data)
     assert fitted.global_step == len(module.batches)
-    assert_tasks_start_with_samples(callback, module, first_samples)
+    assert_tasks_start_with_samples(callback, module, first_samples, samples)
 
 
 def one_sample(sample: Any) -> list[torch.Tensor]:
@@ -232,12 +251,12 @@ def test_one_of_several_data_sets_announces_its_next_sample(mode: Any) -> None:
         def samples_of(self, batch: Any) -> Any:
             return batch["stream"]
 
-    callback, module = callback_with(), OfTwoLoaders()
+    callback, module = callback_with(samples=3), OfTwoLoaders()
     stream = DataLoader(Stream(callback, first_samples := [0, 6, 12, 17]), batch_size=3)
     # It is longer in the modes that then stop or go on without it.
-    others = loader(batches=8 if mode == "min_size" else 3)
+    others = loader(batches=8 if mode == "min_size" else 3, size=3)
     trainer(callback, max_epochs=2).fit(module, CombinedLoader({"stream": stream, "others": others}, mode))
-    assert_tasks_start_with_samples(callback, module, first_samples)
+    assert_tasks_start_with_samples(callback, module, first_samples, samples=3)
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_train_batch_start", "on_train_batch_end"])
@@ -810,6 +829,7 @@ class RecordingDetector:
         self.numbers.append(x)
 
 
+@pytest.mark.parametrize("samples", [4, 48], ids=["measured at once", "gathered"])
 @pytest.mark.parametrize("statistic", [None, lambda batch: batch[2].float().mean()], ids=["loss", "statistic"])
 @pytest.mark.parametrize(
     ("options", "steps"),
@@ -822,9 +842,12 @@ class RecordingDetector:
     ids=["fit", "every_n_epochs", "task_key", "batch_label"],
 )
 def test_pass_for_batch_norm_after_averaging_is_no_task(
-    options: dict[str, Any], steps: list[int], statistic: Any
+    options: dict[str, Any], steps: list[int], statistic: Any, samples: int
 ) -> None:
-    """With 3 epochs of training, the pass is a fourth; Lightning takes an optimizer step at its end."""
+    """With 3 epochs of training, the pass is a fourth; Lightning takes an optimizer step at its end.
+
+    All epochs of training together have 36 samples, and the pass gives none to the last task.
+    """
 
     class Passes(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -838,6 +861,7 @@ def test_pass_for_batch_norm_after_averaging_is_no_task(
     epochs: list[int] = []
     module, logger, drift = Normalized(), MemoryLogger(), RecordingDetector()
     callback = SpectralCollapseCallback(
+        GGNProbe(samples=samples),
         collapse=Collapse(below=1e-9),
         task_detector=TaskDetector(**options, drift_detector=drift, drift_statistic=statistic),
         monitor_every_n_steps=1,
@@ -849,6 +873,7 @@ def test_pass_for_batch_norm_after_averaging_is_no_task(
         fitted.fit(module, Epochs().loader_for(module))
     assert epochs == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert [step for _, _, step in tasks_seen(callback)] == steps
+    assert {report.metrics["probe_samples"] for report in callback.history} == {min(samples, 36 // len(steps))}
     assert [repair.step for report in callback.history for repair in report.repairs] == [*range(1, 10)]
     assert [*logger.values("plasticity_training/dormant_fraction")] == [*range(9)]
     assert len(drift.numbers) == 9
@@ -858,8 +883,8 @@ def test_pass_for_batch_norm_after_averaging_is_no_task(
 class SavingProbe(GGNProbe):
     """Saves a checkpoint in the middle of a task's measurement, as a handler of SLURM's signal does."""
 
-    def __init__(self, path: Path, task: int) -> None:
-        super().__init__()
+    def __init__(self, path: Path, task: int, samples: int = 4) -> None:
+        super().__init__(samples=samples)
         self.path, self.task = path, task
 
     def measure(self, context: Any, progress: Any) -> Any:
@@ -898,6 +923,7 @@ def drift() -> dict[str, Any]:
     return {"drift_detector": Increasing(), "drift_statistic": lambda batch: float(batch[2][0])}
 
 
+@pytest.mark.parametrize("samples", [4, 16], ids=["measured at once", "gathered"])
 @pytest.mark.parametrize("task", [0, 1, 2])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -912,12 +938,17 @@ def drift() -> dict[str, Any]:
     ids=["every_n_epochs", "every_n_steps", "batch_label", "drift", "new_task", "task_id"],
 )
 def test_task_saved_in_its_probe_starts_again(
-    tmp_path: Path, kind: type[Classifier], options: Callable[[], dict[str, Any]], task: int
+    tmp_path: Path, kind: type[Classifier], options: Callable[[], dict[str, Any]], task: int, samples: int
 ) -> None:
-    """Each of three epochs is a task."""
+    """Each of three epochs is a task. It ends before 16 samples are gathered, and is measured when the next one starts.
+
+    The probe is tried before the first task.
+    """
     path = tmp_path / "saved.ckpt"
     saving, resumed = (
-        SpectralCollapseCallback(SavingProbe(path, task), collapse=NEVER, task_detector=TaskDetector(**options()))
+        SpectralCollapseCallback(
+            SavingProbe(path, task, samples), collapse=NEVER, task_detector=TaskDetector(**options())
+        )
         for _ in range(2)
     )
     for callback, resumed_from in ((saving, None), (resumed, path)):
@@ -939,8 +970,9 @@ def test_fit_saved_in_its_first_probe_starts_its_task_again(tmp_path: Path, task
     assert_same_reports(resumed, saving)
 
 
+@pytest.mark.parametrize("samples", [4, 16], ids=["measured at once", "gathered"])
 @pytest.mark.parametrize("kind", [Announced, Named])
-def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier]) -> None:
+def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Classifier], samples: int) -> None:
     loss_fn, path = Failing(), tmp_path / "saved.ckpt"
 
     class Interruption(Callback):
@@ -956,7 +988,9 @@ def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Cla
         module = kind()
         trainer(*callbacks, max_epochs=3).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
 
-    uninterrupted, interrupted, resumed = (SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn) for _ in range(3))
+    uninterrupted, interrupted, resumed = (
+        SpectralCollapseCallback(GGNProbe(samples=samples), collapse=NEVER, loss_fn=loss_fn) for _ in range(3)
+    )
     fit(uninterrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(interrupted, Interruption())
@@ -965,10 +999,54 @@ def test_task_saved_at_its_exception_starts_again(tmp_path: Path, kind: type[Cla
     assert_same_reports(resumed, uninterrupted)
 
 
+@pytest.mark.parametrize("task", [1, 2, 3])
+def test_fit_saved_in_the_measurement_at_its_end_is_measured_once(tmp_path: Path, task: int) -> None:
+    """A fit that resumes from it has nothing left to train."""
+    path = tmp_path / "saved.ckpt"
+    saving, resumed = (SpectralCollapseCallback(SavingProbe(path, task, 16), collapse=NEVER) for _ in range(2))
+    for callback, fits in ((saving, [None] * 3), (resumed, [path, None, None, None][: 4 - task])):
+        module = Classifier()
+        for resumed_from in fits:
+            trainer(callback).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+    assert tasks_seen(saving) == [(0, None, 0), (1, None, 3), (2, None, 6)]
+    assert_same_reports(resumed, saving)
+
+
+def loss_of_single_batches(module: LightningModule, batch: Any) -> torch.Tensor:
+    if len(batch[0]) > 4:
+        raise ValueError("too many samples")
+    return torch.nn.functional.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("loss_fn", "measured"), [(None, 16), (loss_of_single_batches, 4)], ids=["joined", "alone"])
+@pytest.mark.parametrize("task", [1, 2])
+def test_task_saved_when_its_samples_are_gathered_is_measured_once(
+    tmp_path: Path, task: int, loss_fn: Any, measured: int
+) -> None:
+    """Each of two tasks lasts two epochs, and the first batch of its second epoch completes the samples."""
+    path = tmp_path / "saved.ckpt"
+    saving, resumed = (
+        SpectralCollapseCallback(
+            SavingProbe(path, task, 16),
+            collapse=NEVER,
+            loss_fn=loss_fn,
+            task_detector=TaskDetector(every_n_epochs=2),
+        )
+        for _ in range(2)
+    )
+    for callback, resumed_from in ((saving, None), (resumed, path)):
+        module = Classifier()
+        trainer(callback, max_epochs=4).fit(module, Epochs().loader_for(module), ckpt_path=resumed_from)
+    assert tasks_seen(saving) == [(0, None, 0), (1, None, 6)]
+    assert [report.metrics["probe_samples"] for report in saving.history] == [measured, measured]
+    assert_same_reports(resumed, saving)
+
+
 def assert_same_reports(actual: SpectralCollapseCallback, expected: SpectralCollapseCallback) -> None:
     assert tasks_seen(actual) == tasks_seen(expected)
     for report, other in zip(actual.history, expected.history, strict=True):
         assert report.metrics == other.metrics
+        assert report.remarks == other.remarks
         assert torch.equal(report.spectrum.eigenvalues, other.spectrum.eigenvalues)
 
 

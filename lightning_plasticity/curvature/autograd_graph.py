@@ -22,6 +22,11 @@ def edge_of(tensor: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
+def has_edge(tensor: Tensor) -> bool:
+    """Return whether a tensor is part of a graph: not inside of a custom autograd.Function, where views seem to be."""
+    return tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
+
+
 def gradient_edge(edge: Edge) -> GradientEdge:
     """Convert an edge into the form that :func:`torch.autograd.grad` takes."""
     return GradientEdge(*edge)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_choice, check_positive_ints, check_seed
 from lightning_plasticity.curvature.cost import Budget, Cost, TooCostlyError
+from lightning_plasticity.curvature.double_backward import DoubleBackwardError, explained_errors
 from lightning_plasticity.curvature.exact.gram import TooManyRowsError, gram_of
 from lightning_plasticity.curvature.exact.jacobian import TooManyPassesError
 from lightning_plasticity.curvature.exact.jacobian_rows import JacobianTooLargeError
@@ -194,7 +195,15 @@ def measure_within_budget(
             reason = f"they need a matrix with a row for each output ({error})"
         if reason is not None:
             products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
-            whole, measure_part = replace(multiply(recorded, 0), no_gauss_newton=reason), multiply
+            try:
+                with explained_errors():
+                    whole, measure_part = replace(multiply(recorded, 0), no_gauss_newton=reason), multiply
+            except DoubleBackwardError as error:
+                # The exact matrix needs no second derivatives of the network, whatever it costs.
+                try:
+                    whole, measure_part = _exact(recorded, max_rows=max_rows), measure_exactly
+                except (TooManyRowsError, JacobianTooLargeError):
+                    raise error from None
         measured = {part: measure_part(selected, place) for place, (part, selected) in enumerate(selections.items(), 1)}
         return replace(whole, parts=measured)
 

@@ -32,6 +32,8 @@ class Gathering:
         self.is_initial = is_initial
         self.batch: Any = None
         """All samples so far, as one batch; ``None`` if there is none yet."""
+        self.is_complete = False
+        """Whether no more samples are to be added, since batches cannot be measured together."""
         self._first_size = 0
         # The samples are on the CPU after a checkpoint was loaded.
         self._is_restored = False
@@ -78,12 +80,12 @@ class Gathering:
         self._is_restored = False
 
     def fall_back(self, reason: str) -> None:
-        """Keep the samples of the first batch only, and note the reason.
+        """Keep the samples of the first batch only, for good, and note the reason.
 
         Args:
             reason: A part of a sentence.
         """
-        self.batch = slice_batch(self.batch, self._first_size)
+        self.batch, self.is_complete = slice_batch(self.batch, self._first_size), True
         self.remarks.append(f"{reason}; the first batch was measured alone")
 
     def context(self, context: ProbeContext) -> ProbeContext:
@@ -115,6 +117,7 @@ class Gathering:
             "is_initial": self.is_initial,
             "batch": self.batch if is_plain else None,
             "first_size": self._first_size if is_plain else 0,
+            "is_complete": self.is_complete and is_plain,
             "remarks": list(self.remarks),
         }
 
@@ -124,6 +127,7 @@ class Gathering:
         weights = InitialWeights()
         weights.load_state_dict(state["weights"])
         gathering = cls(weights, is_initial=state["is_initial"])
+        gathering.is_complete = state["is_complete"]
         gathering.restore(state["batch"], state["first_size"], state["remarks"])
         return gathering
 

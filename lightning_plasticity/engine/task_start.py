@@ -193,8 +193,11 @@ class TaskStart:
             Whether they can be measured: there are enough, or there will be no more.
         """
         assert self.gathering is not None
+        missing = self.samples - self.gathering.samples
+        # A checkpoint may have been saved while they were measured.
+        if self.gathering.is_complete or missing <= 0:
+            return True
         try:
-            missing = self.samples - self.gathering.samples
             batch = context.gather(missing).samples(missing)
             with all_or_none():
                 self.gathering.add(batch)

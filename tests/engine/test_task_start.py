@@ -177,7 +177,7 @@ def test_all_measurements_start_from_the_same_state(state: str, probe: Probe, mo
 
 @pytest.mark.filterwarnings("ignore:task 0 was measured on 8 samples")
 def test_fewer_samples_are_measured_on_unchanged_weights() -> None:
-    """A Gram matrix that is too large is computed again: the loss that was computed before left no trace."""
+    """Where the samples cost too much, fewer are taken: the loss that was computed before left no trace."""
     model = nn.Sequential(mlp(), nn.Linear(3, 3).requires_grad_(False))
 
     def averaging_loss(model: Any, batch: Any) -> Tensor:
@@ -186,10 +186,11 @@ def test_fewer_samples_are_measured_on_unchanged_weights() -> None:
         return loss_fn(model, batch)
 
     limited, whole = TaskReport(0, None, 0), TaskReport(0, None, 0)
-    task_start(GGNProbe(samples=16, max_rows=24)).measure_and_start(
+    task_start(GGNProbe(samples=16, max_steps=1)).measure_and_start(
         ProbeContext(model, batch(), averaging_loss), [], limited
     )
     task_start(GGNProbe(samples=8)).measure_and_start(ProbeContext(model, batch(), averaging_loss), [], whole)
+    assert limited.metrics["probe_samples"] == whole.metrics["probe_samples"] == 8
     assert limited.metrics["probe_loss"] == whole.metrics["probe_loss"]
 
 

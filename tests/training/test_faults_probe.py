@@ -58,7 +58,9 @@ def train_short_of_memory() -> tuple[list[tuple[bool, dict[str, str]]], bool]:
         For each task whether the probe failed, and its errors; and whether the second fit changed the weights.
     """
     warnings.simplefilter("ignore")
-    callback, module = SpectralCollapseCallback(GGNProbe(samples=2048, max_rows=2**14), collapse=NEVER), Classifier()
+    # Within max_steps, the probe would take fewer samples.
+    probe = GGNProbe(samples=2048, max_rows=2**14, max_steps=1e9)
+    callback, module = SpectralCollapseCallback(probe, collapse=NEVER), Classifier()
     trainer(callback).fit(module, loader())
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     # The limit leaves 100 MiB, and a Gram matrix of 6144 rows takes 300 MB.

@@ -41,12 +41,11 @@ from tests.helpers.usages import (
 )
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was measured on . samples"),
     pytest.mark.filterwarnings("ignore:.*gradient_clip_val.*"),
     # torch.compile reads .grad of tensors that are not leaves.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*was measured on . samples")
 
 
 def slow(value: Any) -> Any:

@@ -185,7 +185,8 @@ def gram_of(
         steps = recorded.cost.in_steps(recorded.cost.hessian_products(count), budget)
         if steps > remaining:
             factors.leave_out(
-                f"the Hessian of the loss takes {count} products with it, which would take {steps:.0f} training steps"
+                f"{count} products with the Hessian of the loss would take {steps:.0f} training steps, of which the "
+                f"budget has {remaining:.0f} left"
             )
     jacobian = jacobian_gram(
         recording.layer_calls,

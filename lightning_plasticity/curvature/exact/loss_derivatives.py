@@ -17,7 +17,12 @@ from lightning_plasticity.curvature.exact.loss_hessian import (
     LossHessian,
     LossTerm,
 )
-from lightning_plasticity.curvature.exact.output_edges import NetworkEnd, find_network_end, is_rearranged
+from lightning_plasticity.curvature.exact.output_edges import (
+    NetworkEnd,
+    find_network_end,
+    is_rearranged,
+    share_results,
+)
 from lightning_plasticity.curvature.exact.outputs import NoGaussNewtonMatrixError, Outputs
 from lightning_plasticity.curvature.exact.recording import Recording
 from lightning_plasticity.curvature.problem import normal
@@ -54,6 +59,7 @@ class LossDerivatives:
         if (
             received
             and set(received) != set(end.edges)
+            and not share_results(received, loss, recording.operations, num_samples)
             and (
                 all(is_rearranged(edge, end.edges, recording.operations) for edge in received)
                 or _are_computed_by_sample(self._calls, end, num_samples)
@@ -66,7 +72,13 @@ class LossDerivatives:
         unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
         gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
         self.outputs = [
-            Outputs(edge, shape, gradient.double(), None if edge in unbatched else _sample_dim(shape, num_samples))
+            Outputs(
+                edge,
+                shape,
+                gradient.double(),
+                # Closed forms number the entries as they are.
+                None if edge in unbatched else 0 if self._calls and shape else _sample_dim(shape, num_samples),
+            )
             for edge, shape, gradient in zip(end.edges, end.shapes, gradients, strict=True)
         ]
         self.held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
@@ -113,8 +125,10 @@ def _are_computed_by_sample(calls: Sequence[tuple[LossCall, Tensor]], end: Netwo
     views, side by side or one half of the batch after the other.
     """
     shapes = [call.outputs_shape for call, _ in calls]
-    if not num_samples or any(not shape or shape[0] % num_samples for shape in (*shapes, *end.shapes)):
+    if not num_samples or any(not shape or shape[0] % num_samples for shape in end.shapes):
         return True
+    if any(not shape or shape[0] % num_samples for shape in shapes):
+        return False
     noise = [normal(call.outputs_shape, weight) for call, weight in calls]
 
     def depend_on_others(side_by_side: bool) -> bool:

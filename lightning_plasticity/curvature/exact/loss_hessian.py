@@ -64,8 +64,8 @@ class LossHessian(ABC):
         largest = values.abs().max()
         if largest == 0:
             raise NoGaussNewtonMatrixError(
-                "the loss is linear in the network's outputs, as the absolute error is almost everywhere, so its "
-                "Gauss-Newton matrix is zero"
+                "the loss is linear in the network's outputs, as the absolute error is almost everywhere (or a custom "
+                "autograd.Function hides its second derivatives), so its Gauss-Newton matrix is zero"
             )
         if values.min() < -_ROUNDING * largest:
             raise NoGaussNewtonMatrixError(

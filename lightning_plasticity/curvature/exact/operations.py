@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.autograd_graph import Edge, edge_of
+from lightning_plasticity.curvature.autograd_graph import Edge, edge_of, has_edge
 from lightning_plasticity.isolation.batches import tensors_in
 
 _CONSTANT_FACTORIES = {
@@ -78,7 +78,7 @@ class OperationRecorder:
             weights_only: What :meth:`is_weights_only` returned before the call.
         """
         for tensor in tensors_in(result):
-            if tensor.requires_grad:
+            if has_edge(tensor):
                 edge = edge_of(tensor)
                 if not tensor.is_leaf and edge not in inputs:
                     name = getattr(function, "__name__", "")

@@ -68,6 +68,14 @@ def find_network_end(
     return NetworkEnd(edges, [search.shape(edge) for edge in edges], held)
 
 
+def share_results(
+    edges: Sequence[Edge], loss: Tensor, operations: Mapping[Edge, Operation], num_samples: int | None
+) -> bool:
+    """Return whether two of some edges in the loss are computed from the same result of the network."""
+    ends = [set(_Search(loss, operations, num_samples, ()).ends([edge])) for edge in edges]
+    return sum(map(len, ends)) > len(set().union(*ends))
+
+
 def is_rearranged(edge: Edge, edges: Collection[Edge], operations: Mapping[Edge, Operation]) -> bool:
     """Return whether a result is one of some others with its entries selected, averaged or rearranged, or the same."""
     while edge not in edges:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_plasticity.curvature.autograd_graph import Edge, edge_of
+from lightning_plasticity.curvature.autograd_graph import Edge, edge_of, has_edge
 from lightning_plasticity.curvature.exact.layer_calls import LayerCall
 from lightning_plasticity.curvature.exact.layer_recorder import LayerRecorder
 from lightning_plasticity.curvature.exact.loss_calls import LossCall
@@ -24,6 +25,17 @@ _multi_head_attention = FunctionType(
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
+
+
+def _is_recordable(func: Callable[..., Any]) -> bool:
+    """Return whether the result of a function, if it has an edge, is computed from its arguments alone.
+
+    A derivative is not. Without gradients, as inside of a custom autograd.Function, and inside of torch.func there are
+    no edges.
+    """
+    if func is torch.autograd.grad or not torch.is_grad_enabled():
+        return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 class Recording(TorchFunctionMode):
@@ -54,9 +66,11 @@ class Recording(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
+        if not _is_recordable(func):
+            return func(*args, **kwargs)
         args, kwargs = self._layers.expand_parameters(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        inputs = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
+        inputs = {id(tensor): tensor for tensor in tensors if has_edge(tensor)}
         # The function may change its arguments in place.
         edges = {key: edge_of(tensor) for key, tensor in inputs.items()}
         weights_only = self._recorder.is_weights_only(func, args, tensors)
