@@ -240,6 +240,23 @@ CASES = [
         Towers,
     ),
     LossCase("sum of known and unknown", lambda f, m: F.mse_loss(f[0], Y) + f[0].exp().mean()),
+    LossCase(
+        "errors and error of the mean",
+        lambda f, m: F.mse_loss(f[0], Y) + F.mse_loss(f[0].mean(0), Y.mean(0)),
+        couples=True,
+    ),
+    LossCase(
+        "absolute errors and error of the mean",
+        lambda f, m: F.l1_loss(f[0], Y) + F.mse_loss(f[0].mean(0), Y.mean(0)),
+        couples=True,
+    ),
+    LossCase("outputs counted twice", lambda f, m: F.mse_loss(f[0], Y) + F.mse_loss(f[0][:, -1], Y[:, -1])),
+    LossCase("outputs and their transpose", lambda f, m: F.cross_entropy(f[0], LABELS) + F.mse_loss(f[0].t(), Y.t())),
+    LossCase(
+        "pairs of samples",
+        lambda f, m: F.binary_cross_entropy_with_logits(f[0][::2] - f[0][1::2], torch.ones_like(Y[::2])),
+        couples=True,
+    ),
     LossCase("linear in the outputs", lambda f, m: -(f[0] * Y).mean()),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -312,6 +329,40 @@ def test_reasons_for_leaving_out_the_gauss_newton_matrix() -> None:
     assert "linear in the network's outputs" in reasons["absolute error"]
     assert "not convex in the network's outputs" in reasons["cosine"]
     assert "cannot be differentiated twice" in reasons["connectionist temporal classification"]
+
+
+def test_derivatives_inside_of_the_loss_are_outputs() -> None:
+    """A physics-informed loss depends on the network and on its derivative with respect to the inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = X[:, :2]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = model(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (slope.sum(1) + u.squeeze(1)).square().mean()
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        def u(x: Tensor) -> Tensor:
+            return functional_call(model, values, (x,)).sum()
+
+        return torch.cat([functional_call(model, values, (x,)).flatten(), grad(u)(x).sum(1)])
+
+    jacobian = torch.cat([j.flatten(1) for j in jacrev(outputs)(parameters).values()], dim=1)
+    result = gram(model, x, loss_fn)
+    expected = torch.linalg.eigvalsh(jacobian @ jacobian.T / N)
+    assert (torch.linalg.eigvalsh(result.tangent_kernel) - expected).abs().max() <= 1e-10 * expected.max()
+
+
+def test_class_dimension_after_permuted_time_is_separate_by_sample() -> None:
+    """Entries of a loss are numbered as it received them, also where another dimension has as many as the batch."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(5, 2, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    received = gram(model, x, lambda model, x: F.cross_entropy(model(x).permute(1, 2, 0), y)).spectrum()
+    by_hand = gram(model, x, lambda model, x: -model(x).log_softmax(-1).gather(2, y.T[..., None]).mean()).spectrum()
+    assert float(received.trace) == pytest.approx(float(by_hand.trace), rel=1e-10)
 
 
 def test_custom_loss_chooses_the_outputs() -> None:

@@ -177,11 +177,13 @@ def gram_of(
     if sketch is not None:
         generator = torch.Generator().manual_seed(seed)
         hessian = recorded.derivatives.hessian
-        blocks = 1 if hessian.couples(outputs[0].num_samples) else outputs[0].num_samples
+        blocks = 1 if hessian.couples(recorded.derivatives.num_samples) else recorded.derivatives.num_samples
         combinations = hessian.random_factor_columns(sketch, blocks, generator)
     factors = _Factors(recorded.derivatives if gauss_newton else None)
     if budget is not None and gauss_newton and not recorded.derivatives.has_closed_form:
-        count = recorded.num_outputs // (1 if recorded.derivatives.couples_samples else outputs[0].num_samples)
+        count = recorded.num_outputs // (
+            1 if recorded.derivatives.couples_samples else recorded.derivatives.num_samples
+        )
         steps = recorded.cost.in_steps(recorded.cost.hessian_products(count), budget)
         if steps > remaining:
             factors.leave_out(
@@ -308,7 +310,7 @@ def _remaining_steps(recorded: RecordedLoss, budget: Budget) -> float:
     Raises:
         TooCostlyError: If these cost more.
     """
-    num_samples = recorded.derivatives.outputs[0].num_samples
+    num_samples = recorded.derivatives.num_samples
     shared = {
         id(use.parameter): use.parameter.numel()
         for call in recorded.recording.layer_calls

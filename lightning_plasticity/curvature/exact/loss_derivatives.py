@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -66,7 +67,9 @@ class LossDerivatives:
             )
         ):
             # What follows the last operation with parameters is part of the network, such as a last activation.
-            end = find_network_end(loss, recording.operations, num_samples, received)
+            later = find_network_end(loss, recording.operations, num_samples, received)
+            # Another term of the loss may depend on earlier results.
+            end = later if set(received) == set(later.edges) else end
         if set(received) != set(end.edges):
             self._calls = []
         unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
@@ -81,8 +84,15 @@ class LossDerivatives:
             )
             for edge, shape, gradient in zip(end.edges, end.shapes, gradients, strict=True)
         ]
+        if not any(output.shape.numel() for output in self.outputs):
+            raise ValueError("the loss depends on no output of the network on this batch: nothing was selected")
         self.held_constant = sorted({names[id(tensor)] for tensor in end.held_constant if id(tensor) in names})
         self._dtype = gradients[0].dtype
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, or of groups of them, that all outputs can be divided into."""
+        return math.gcd(*[output.num_samples for output in self.outputs])
 
     @property
     def has_closed_form(self) -> bool:
@@ -113,7 +123,7 @@ class LossDerivatives:
         if self._calls and not any(call.chooses_outputs for call, _ in self._calls):
             return False
         try:
-            return self.hessian.couples(self.outputs[0].num_samples)
+            return self.hessian.couples(self.num_samples)
         except NoGaussNewtonMatrixError:
             return False
 

@@ -77,10 +77,13 @@ def share_results(
 
 
 def is_rearranged(edge: Edge, edges: Collection[Edge], operations: Mapping[Edge, Operation]) -> bool:
-    """Return whether a result is one of some others with its entries selected, averaged or rearranged, or the same."""
+    """Return whether a result is one of some others with its entries in another shape or order, or the same."""
     while edge not in edges:
         operation = operations.get(edge)
         if operation is None or _name(operation) not in _LINEAR or len(operation.inputs) != 1:
+            return False
+        source = operations.get(operation.inputs[0])
+        if source is None or source.shape.numel() != operation.shape.numel():
             return False
         edge = operation.inputs[0]
     return True

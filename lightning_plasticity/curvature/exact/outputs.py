@@ -56,7 +56,7 @@ class Outputs:
         """Reshape blocks of samples, ``(..., num_blocks, q)``, to the shape of the outputs."""
         leading = blocks.shape[:-2]
         if not self.sample_dim:
-            return blocks.reshape(*leading, *self.shape)
+            return blocks.reshape((*leading, *self.shape))
         samples_first = [self.num_samples, *self.shape[: self.sample_dim], *self.shape[self.sample_dim + 1 :]]
         return blocks.reshape(*leading, *samples_first).movedim(len(leading), len(leading) + self.sample_dim)
 
