@@ -163,7 +163,7 @@ def fit(*interventions: Intervention, detector: TaskDetector | None = None) -> d
         warnings.simplefilter("always")
         for number in range(FITS):
             strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
-            data = DataLoader(loader(batches=2 * STEPS, seed=number).dataset, batch_size=4)
+            data = DataLoader(loader(batches=2 * STEPS, size=4, seed=number).dataset, batch_size=4)
             trainer(callback, strategy=strategy, devices=2, logger=logger).fit(net, data)
     return {
         "weights": weights(net),
