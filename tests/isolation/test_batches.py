@@ -79,3 +79,12 @@ def test_tuple_of_unlike_tensors_is_not_a_list_of_samples() -> None:
     assert batch_size(mixed) == 3
     assert [part.tolist() for part in slice_batch(mixed, 2)[1][:2]] == [[0, 1], [2, 1]]
     assert batch_size({"labelled": (torch.zeros(16, 3), torch.zeros(16)), "others": torch.zeros(2, 3)}) == 16
+
+
+def test_lists_of_images_and_targets_are_samples() -> None:
+    images = [torch.zeros(3, 8, 8) for _ in range(5)]
+    targets = [{"boxes": torch.zeros(index % 3, 4)} for index in range(5)]
+    assert batch_size((images, targets)) == batch_size([images, targets]) == 5
+    assert [len(items) for items in slice_batch((images, targets), 2)] == [2, 2]
+    views = [[torch.zeros(8, 3)] * 2, [torch.zeros(8)] * 2]
+    assert batch_size(views) == 8, "two views of eight samples"
