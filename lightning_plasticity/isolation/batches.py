@@ -206,10 +206,10 @@ def _lists_of_samples(batch: Any) -> list[tuple[Any, ...] | list[Any]]:
     for item in batch if isinstance(batch, tuple | list) else [batch]:
         apply_to_collection(item, _LEAF_TYPES, collect)
     size = _most_common_size(other_tensors)
-    if size is None and len(lists) > 1 and len({len(items) for items in lists}) == 1:
-        # Images and targets of a detector: a list of each. Tensors of all samples would have one first dimension.
-        if len({tensor.shape[:1] for items in lists for tensor in _tensors(items)}) > 1:
-            return [items for items in lists if items and _are_homogeneous(items)]
+    are_as_long = size is None and len(lists) > 1 and len({len(items) for items in lists}) == 1
+    # Images and targets of a detector: a list of each. Tensors of all samples would have one first dimension.
+    if are_as_long and len({tensor.shape[:1] for items in lists for tensor in _tensors(items)}) > 1:
+        return [items for items in lists if items and _are_homogeneous(items)]
     first_dims = {tensor.shape[:1] for tensor in other_tensors if tensor.dim()}
     return [
         items
