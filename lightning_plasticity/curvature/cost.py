@@ -60,6 +60,11 @@ class ForwardCounter(TorchDispatchMode):
         count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
+        elif "rnn" in str(func):
+            # torch does not count recurrent layers that are one operation: each matrix multiplies each position.
+            positions = args[0].numel() // args[0].shape[-1]
+            weights = args[1] if isinstance(args[1], list | tuple) else args[1:3]
+            self.flops += 2 * positions * sum(weight.numel() for weight in weights if weight.dim() == 2)
         return result
 
 

@@ -91,6 +91,7 @@ class TaskStart:
         self._warned_of_few_samples = False
         self._logged_remarks: set[str] = set()
         self._couples_samples = False
+        self._trial: tuple[ProbeResult, dict[str, float]] | None = None
         self._interventions_have_started = False
 
     @property
@@ -228,9 +229,9 @@ class TaskStart:
                 measured = self._measure(report, measured, history)
         except Exception as error:
             self._errors.warn(self._record_failure(report, history, error))
-            self.gathering = None
+            self.gathering = self._trial = None
             return None
-        self.gathering = None
+        self.gathering = self._trial = None
         return replace(measured, weights=None)
 
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
@@ -255,7 +256,7 @@ class TaskStart:
                 if not history:
                     with context.preserve_training_state():
                         self._check_probe(context)
-                        self._measure_weights(context, "trying the probe")
+                        self._trial = self._measure_weights(context, "trying the probe")
                     self._runner.dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
@@ -315,8 +316,13 @@ class TaskStart:
     ) -> str | None:
         """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
         self._check_probe(context)
-        now, features = self._measure_weights(context, "probing curvature")
-        if now.coupled and self.gathering is not None and self.gathering.is_joined:
+        gathering = self.gathering
+        if gathering is not None and not gathering.is_joined and self._trial is not None:
+            # The first batch alone, on the weights that the task began with, has been measured.
+            now, features = self._trial
+        else:
+            now, features = self._measure_weights(context, "probing curvature")
+        if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
         initial = now
         values = references = measure(now.spectra, features, now.kernel)

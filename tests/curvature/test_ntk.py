@@ -90,6 +90,13 @@ def test_operations_are_counted() -> None:
     assert counter.flops == 2 * (2 * 5 * 6 * 6 * 27 + 2 * 5 * 6 * 6 * 2)
 
 
+def test_operations_of_recurrent_layers_are_counted() -> None:
+    lstm = nn.LSTM(3, 5, batch_first=True)
+    with ForwardCounter() as counter:
+        lstm(torch.ones(2, 7, 3))
+    assert counter.flops == 2 * 14 * (4 * 5 * 3 + 4 * 5 * 5)
+
+
 def within(steps: float, *, samples_per_step: float = 1.0, **options: Any) -> KernelMeasurement:
     model, batch, loss_fn = tokens("flattened")
     return measure_within_budget(
