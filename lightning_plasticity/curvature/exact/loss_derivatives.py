@@ -52,25 +52,8 @@ class LossDerivatives:
     def __init__(self, loss: Tensor, recording: Recording, names: Mapping[int, str], num_samples: int | None) -> None:
         self._loss = loss
         self._calls = _closed_form_calls(loss, recording)
-        received = list(dict.fromkeys(call.outputs_edge for call, _ in self._calls))
-        chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
-        end = find_network_end(loss, recording.operations, num_samples, chosen)
-        if not end.edges:
-            raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
-        if (
-            received
-            and set(received) != set(end.edges)
-            and not share_results(received, loss, recording.operations, num_samples)
-            and (
-                all(is_rearranged(edge, end.edges, recording.operations) for edge in received)
-                or _are_computed_by_sample(self._calls, end, num_samples)
-            )
-        ):
-            # What follows the last operation with parameters is part of the network, such as a last activation.
-            later = find_network_end(loss, recording.operations, num_samples, received)
-            # Another term of the loss may depend on earlier results.
-            end = later if set(received) == set(later.edges) else end
-        if set(received) != set(end.edges):
+        end = _network_end(loss, recording, self._calls, num_samples)
+        if {call.outputs_edge for call, _ in self._calls} != set(end.edges):
             self._calls = []
         unbatched = {call.outputs_edge for call in recording.loss_calls if call.class_dim == 0}
         gradients = partial_vjp([loss], end.edges, [torch.ones_like(loss)])
@@ -126,6 +109,37 @@ class LossDerivatives:
             return self.hessian.couples(self.num_samples)
         except NoGaussNewtonMatrixError:
             return False
+
+
+def _network_end(
+    loss: Tensor, recording: Recording, calls: Sequence[tuple[LossCall, Tensor]], num_samples: int | None
+) -> NetworkEnd:
+    """Find where the network ends: with the last operations that use parameters, or with what known losses received.
+
+    Args:
+        loss: The loss.
+        recording: The recording of its forward pass.
+        calls: The known losses that it is a weighted sum of, with their weights.
+        num_samples: Number of samples in the batch, if known.
+
+    Raises:
+        ValueError: If the loss does not depend on any parameter.
+    """
+    operations = recording.operations
+    chosen = [call.outputs_edge for call in recording.loss_calls if call.chooses_outputs]
+    end = find_network_end(loss, operations, num_samples, chosen)
+    if not end.edges:
+        raise ValueError("the loss does not depend on any trainable parameter (was it detached?)")
+    received = list(dict.fromkeys(call.outputs_edge for call, _ in calls))
+    if not received or set(received) == set(end.edges) or share_results(received, loss, operations, num_samples):
+        return end
+    are_rearranged = all(is_rearranged(edge, end.edges, operations) for edge in received)
+    if are_rearranged or _are_computed_by_sample(calls, end, num_samples):
+        # What follows the last operation with parameters is part of the network, such as a last activation.
+        later = find_network_end(loss, operations, num_samples, received)
+        # Another term of the loss may depend on earlier results.
+        return later if set(received) == set(later.edges) else end
+    return end
 
 
 def _are_computed_by_sample(calls: Sequence[tuple[LossCall, Tensor]], end: NetworkEnd, num_samples: int | None) -> bool:
