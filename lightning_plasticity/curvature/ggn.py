@@ -56,9 +56,11 @@ def ggn_spectrum(
 
     The model is in evaluation mode (no dropout, BatchNorm with its running statistics). Any model is supported; layers
     in ``LAYER_RULES`` are fast. The Jacobian with respect to any other parameter costs a backward pass for each output
-    number, which is logged. The loss must consist of functions in ``LOSS_RULES``: cross-entropy and its relatives,
-    squared error, Huber's loss, and :func:`custom_loss` for any other. Closed forms are checked against autograd before
-    they are used.
+    number, which is logged. Closed forms are checked against autograd before they are used.
+
+    The outputs :math:`f` are the results of the last operations that use parameters, found in the autograd graph. Any
+    loss that is convex and twice differentiable in them can be used; for others see :func:`tangent_kernel`. Terms of
+    the weights alone are left out. :func:`custom_loss` names the outputs where the graph gives others than meant.
 
     Args:
         model: Any module. It is not changed.
@@ -71,12 +73,12 @@ def ggn_spectrum(
         parameters: A name or pattern of parameters (``*`` and ``?`` are wildcards), or several, to select the block of
             the matrix that belongs to them. By default all parameters that require gradients.
         samples: Number of samples :math:`n` that the loss averages over, for the tangent kernel; the Gauss-Newton
-            matrix does not depend on it. By default the first dimension of the input of the first loss function.
+            matrix does not depend on it. By default the first dimension of the outputs.
         max_rows: Maximum number of rows of the exact matrix (samples times outputs of each). By default the number up
             to which the exact matrix is cheaper.
         sketch: Number of random combinations of each sample's outputs to take instead of all outputs. The matrix then
             has ``samples * sketch`` rows. It is an unbiased estimate of the Gauss-Newton matrix, as is its trace, which
-            has a standard error. Eigenvalues spread more than the true ones. For vocabularies and dense prediction.
+            has a standard error. Its other eigenvalues are not: the largest may be many times too large.
         num_probes: Number of start vectors. For this argument and all below see
             :func:`~lightning_plasticity.curvature.hessian_spectrum`.
         num_steps: Number of Lanczos steps.
@@ -93,8 +95,8 @@ def ggn_spectrum(
 
     Raises:
         DoubleBackwardError: If products are wrong because a custom autograd.Function hides derivatives.
-        UnsupportedModelError: If the curvature of a loss term is not known; with ``method="gram"`` also if a Jacobian
-            exceeds the memory limit.
+        UnsupportedModelError: If the loss is not convex in the outputs, linear, or not twice differentiable; with
+            ``method="gram"`` also if a Jacobian exceeds the memory limit.
         TooManyRowsError: If ``max_rows`` is exceeded, with ``method="gram"``.
         ValueError: If the loss is not a finite scalar that depends on the parameters, the model has half precision, a
             number is not positive or the pattern matches nothing.
