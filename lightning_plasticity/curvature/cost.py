@@ -121,7 +121,7 @@ class Cost:
         Args:
             rows: Number of outputs of the batch.
         """
-        return 2.5 * self.backward_pass + _SECONDS_PER_LANCZOS_STEP + rows * _SECONDS_PER_LANCZOS_ROW
+        return 3.3 * self.backward_pass + _SECONDS_PER_LANCZOS_STEP + rows * _SECONDS_PER_LANCZOS_ROW
 
     def hessian_products(self, count: int) -> float:
         """Return the seconds of products with the Hessian of the loss with respect to the outputs."""
