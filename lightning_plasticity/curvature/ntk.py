@@ -192,7 +192,7 @@ def measure_within_budget(
         try:
             whole, measure_part = _exact(recorded, max_rows=max_rows, budget=budget), measure_exactly
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
-            reason = f"they need a matrix with a row for each output ({error})"
+            reason = f"the exact spectra would be too costly ({error})"
         if reason is not None:
             products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
             try:

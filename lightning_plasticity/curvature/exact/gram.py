@@ -128,18 +128,14 @@ def gram(
     samples: int | None = None,
     max_rows: int | None = None,
     max_passes: float = math.inf,
-    budget: Budget | None = None,
     sketch: int | None = None,
     seed: int = 0,
-    gauss_newton: bool = True,
 ) -> Gram:
     """Compute the Gram matrices of a batch: see :func:`~lightning_plasticity.curvature.ggn_spectrum` for the arguments.
 
     Raises:
         TooManyRowsError: If the matrix would have more than ``max_rows`` rows.
-        TooManyPassesError: If row-by-row Jacobians would take more than ``max_passes`` backward passes, or more than
-            ``budget`` leaves for them.
-        TooCostlyError: If the matrix would cost more than ``budget``.
+        TooManyPassesError: If row-by-row Jacobians would take more than ``max_passes`` backward passes.
         UnsupportedModelError: If the curvature of a loss term is unknown, or a Jacobian is too large.
         ValueError: If an argument, the loss or a gradient is invalid.
     """
@@ -149,10 +145,8 @@ def gram(
             recorded,
             max_rows=max_rows,
             max_passes=max_passes,
-            budget=budget,
             sketch=sketch,
             seed=seed,
-            gauss_newton=gauss_newton,
         )
 
 
@@ -166,7 +160,20 @@ def gram_of(
     seed: int = 0,
     gauss_newton: bool = True,
 ) -> Gram:
-    """Compute the Gram matrices of a recorded loss, as :func:`gram`."""
+    """Compute the Gram matrices of a recorded loss: see :func:`gram`.
+
+    Args:
+        recorded: The loss.
+        max_rows: Largest number of rows.
+        max_passes: Largest number of backward passes for row-by-row Jacobians.
+        budget: Largest cost, of which row-by-row Jacobians and the Hessian of the loss get what the rest leaves.
+        sketch: Number of random combinations of each sample's outputs to take instead of all.
+        seed: Seed of the combinations.
+        gauss_newton: Whether to compute the loss-weighted matrix, too.
+
+    Raises:
+        TooCostlyError: If the matrix would cost more than ``budget``.
+    """
     recording, outputs = recorded.recording, recorded.derivatives.outputs
     _check_rows(outputs, sketch, max_rows)
     if budget is not None:
