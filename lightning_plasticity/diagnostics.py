@@ -304,5 +304,9 @@ def to_log_dict(values: Mapping[str, float], references: Mapping[str, float]) ->
 
 
 def resolved_value(metrics: Mapping[str, float], name: str) -> float | None:
-    """Return a diagnostic from a task's report; ``None`` if it is missing or was not resolved."""
-    return metrics.get(name) if metrics.get(f"{name}_resolved", 1.0) else None
+    """Return a diagnostic from a task's report, for comparison with later ones.
+
+    Of a bracket that is not resolved it is the lower end, so that no alarm rests on a number that was lower. It is
+    ``None`` if the diagnostic is missing, or was not resolved and has no bracket in the report.
+    """
+    return metrics.get(name if metrics.get(f"{name}_resolved", 1.0) else f"{name}_lo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_plasticity.diagnostics import DIAGNOSTICS
+from lightning_plasticity.diagnostics import DIAGNOSTICS, resolved_value
 from lightning_plasticity.metrics.monitor import MEASURES
 
 README = Path(__file__).parent.parent / "README.md"
@@ -19,3 +19,11 @@ def test_readme_table_lists_every_diagnostic_in_order() -> None:
 
 def test_monitor_measures_all_diagnostics_without_spectrum() -> None:
     assert [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.compute is None] == list(MEASURES)
+
+
+def test_lower_end_of_a_wide_bracket_is_compared() -> None:
+    wide = {"learnable_fraction": 0.4, "learnable_fraction_lo": 0.3, "learnable_fraction_resolved": 0.0}
+    assert resolved_value(wide, "learnable_fraction") == 0.3
+    assert resolved_value({**wide, "learnable_fraction_resolved": 1.0}, "learnable_fraction") == 0.4
+    rank = {"hessian_epsilon_rank": 40.0, "hessian_epsilon_rank_resolved": 0.0}
+    assert resolved_value(rank, "hessian_epsilon_rank") is None
