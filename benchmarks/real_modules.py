@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -176,6 +177,9 @@ def measure(case: Case) -> Row:
         return row
     callback = SpectralCollapseCallback()
     clock = Clock(callback)
+    # A collection of garbage walks through all objects of the imported packages, whoever triggers it.
+    gc.collect()
+    gc.freeze()
     with recorded_messages() as messages:
         try:
             weights = trained_weights(case, [callback])

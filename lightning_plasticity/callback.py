@@ -491,7 +491,7 @@ class SpectralCollapseCallback(Callback):
 
     def _gather(self, context: TrainerContext) -> None:
         """Add the batch to the samples of the task, and measure them if there are enough."""
-        if self._task_start.gather(context):
+        if self._task_start.gather(context, self.history[:-1]):
             self._measure_gathered(context)
 
     def _measure_gathered(self, context: TrainerContext, *, may_repair: bool = True) -> None:

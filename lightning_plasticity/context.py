@@ -44,6 +44,8 @@ class ProbeContext:
         weights: The parameters and buffers of copies to measure, by name; ``None``: those of the model.
         samples_per_step: Number of samples of a training step; ``None``: those of the batch.
         trained: Names of the parameters that are trained; ``None``: those that the optimizers hold.
+        max_samples: Number of samples that an earlier measurement could afford; ``None`` if it could afford all.
+        whole_batch: Whether an earlier measurement has shown that the loss needs the whole batch.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -59,6 +61,8 @@ class ProbeContext:
     weights: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     samples_per_step: int | None = field(default=None, kw_only=True)
     trained: Collection[str] | None = field(default=None, kw_only=True, repr=False)
+    max_samples: int | None = field(default=None, kw_only=True)
+    whole_batch: bool = field(default=False, kw_only=True)
     _slices: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
     _reusable_copy: ReusableCopy = field(default_factory=ReusableCopy, kw_only=True, repr=False)
 

@@ -61,6 +61,7 @@ class ProbeResult:
         outputs: Number of outputs of the network for one sample; ``None`` if they were not counted.
         remarks: What was left out or done otherwise than asked, a sentence each, for the report and the log.
         coupled: Whether the loss of a sample depends on others of its batch, so that batches must not be joined.
+        limited: Whether there were more samples, which would have taken too long.
         kernel: The tangent kernel, if it was measured.
         parts: What was measured for parts of the network, by name.
     """
@@ -71,6 +72,7 @@ class ProbeResult:
     outputs: int | None = None
     remarks: tuple[str, ...] = ()
     coupled: bool = False
+    limited: bool = False
     kernel: TangentKernel | None = None
     parts: dict[str, PartResult] = field(default_factory=dict)
 
@@ -204,17 +206,18 @@ class GGNProbe(Probe):
         if available == 0:
             raise ValueError("the batch holds no samples to probe on")
         samples = self.samples if available is None else min(self.samples, available)
-        needs_all = False
-        try:
-            measurement, used = self._measure(context, samples, progress)
-        except Exception:
-            if not _needs_whole_batch(context, samples):
-                raise
-            needs_all = True
-        else:
-            needs_all = measurement.couples_samples and used < (available or 0)
-        if needs_all and available is not None:
-            measurement, used = self._measure(context, available, progress, whole=True)
+        measurement, used, needs_all = None, samples, context.whole_batch and available is not None
+        if not needs_all:
+            try:
+                measurement, used = self._measure(context, min(samples, context.max_samples or samples), progress)
+            except Exception:
+                if not _needs_whole_batch(context, samples):
+                    raise
+                needs_all = True
+            else:
+                needs_all = measurement.couples_samples and used < (available or 0)
+        if measurement is None or needs_all:
+            measurement, used = self._measure(context, available or samples, progress, whole=True)
         known = None if available is None else used
         return ProbeResult(
             {} if measurement.spectrum is None else {"ggn": measurement.spectrum},
@@ -223,6 +226,7 @@ class GGNProbe(Probe):
             measurement.num_outputs // (known or 1),
             self._remarks(context, measurement, used, samples),
             measurement.couples_samples or needs_all,
+            not needs_all and (used < samples or measurement.over_budget),
             measurement.kernel,
             {
                 part: PartResult({} if block.spectrum is None else {"ggn": block.spectrum}, block.kernel)
@@ -279,10 +283,10 @@ class GGNProbe(Probe):
         self, context: ProbeContext, measurement: KernelMeasurement, used: int, wanted: int
     ) -> tuple[str, ...]:
         remarks = []
-        if used < wanted:
+        if used < wanted or (used < self.samples and measurement.over_budget):
             remarks.append(
-                f"{used} samples were taken instead of {wanted}, for max_steps={self.max_steps:g}: more would take too "
-                "long"
+                f"{used} samples were taken instead of {self.samples}, for max_steps={self.max_steps:g}: more would "
+                "take too long"
             )
         if used > wanted:
             why = "depends on the others" if measurement.couples_samples else "cannot be computed without the others"

@@ -34,6 +34,8 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
+        limited: Whether more samples would have taken too long.
+        coupled: Whether the loss of a sample depends on others of its batch, which was measured whole.
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
             the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
@@ -55,6 +57,8 @@ class TaskReport:
     outputs: int | None = None
     trained_parameters: str = ""
     remarks: list[str] = field(default_factory=list)
+    limited: bool = False
+    coupled: bool = False
     errors: dict[str, str] = field(default_factory=dict)
     kernel: TangentKernel | None = None
 
@@ -109,6 +113,8 @@ class TaskReport:
             "outputs": self.outputs,
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
+            "limited": self.limited,
+            "coupled": self.coupled,
             "errors": dict(self.errors),
             # The kernel of an exact spectrum is saved with it.
             "kernel": None if self.kernel is None or self._kernel_of_spectrum is not None else self.kernel.to_dict(),

@@ -205,42 +205,6 @@ class JacobiMatrix:
         lower = _quadrature(torch.cat([self.diagonal, last]), self.off_diagonal, function)
         return min(lower, upper), upper
 
-    def largest_possible(self, overlap: float) -> float:
-        r"""Return the largest possible eigenvalue whose eigenvector has at least a given overlap with the start vector.
-
-        The mass of the spectral measure at any point :math:`x` is at most :math:`1 / \sum_{j=0}^k p_j(x)^2` with the
-        orthonormal polynomials :math:`p_j` of the measure, and falls with :math:`x` beyond the largest node.
-
-        Args:
-            overlap: Absolute value of the scalar product of the eigenvector and the normalised start vector.
-
-        References:
-            van Dorsselaer, Hochstenbach and van der Vorst 2000, "Computing probabilistic bounds for extreme eigenvalues
-            of symmetric matrices with the Lanczos method".
-        """
-        largest = self.eigh()[0][-1].item()
-        if self.off_diagonal[-1] == 0:
-            return largest
-        diagonal, off_diagonal = self.diagonal.tolist(), self.off_diagonal.tolist()
-
-        def is_possible(x: float) -> bool:
-            before, now, square = 0.0, 1.0, 1.0
-            for previous, alpha, beta in zip([0.0, *off_diagonal], diagonal, off_diagonal, strict=False):
-                before, now = now, ((x - alpha) * now - previous * before) / beta
-                square += now * now
-                if square > overlap**-2:
-                    return False
-            return True
-
-        distance: float = off_diagonal[-1]
-        while is_possible(largest + distance):
-            distance *= 2
-        low, high = 0.0, distance
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if is_possible(largest + middle) else (low, middle)
-        return largest + high
-
 
 def _tridiagonal_eigh(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(

@@ -22,7 +22,7 @@ from lightning_plasticity.curvature.matrix_free.tangent_kernel import TangentKer
 from lightning_plasticity.curvature.problem import Batch, LossFunction, Progress
 from lightning_plasticity.curvature.spectrum import Spectrum
 
-_FEWEST_PRODUCTS = 12
+_FEWEST_PRODUCTS = 9
 """Products below which the bracket of the learnable fraction is often too wide for a verdict."""
 
 _MOST_POSITIONS = 4096
@@ -49,6 +49,7 @@ class KernelMeasurement:
         couples_samples: Whether the loss of a sample depends on the outputs of another.
         held_constant: Names of the parameters that the loss depends on besides the outputs.
         products: Number of products with the kernel, 0 if it is exact.
+        over_budget: Whether it cost more than the budget.
         parts: The same for parts of the parameters, by name, without the parts that the outputs do not depend on.
     """
 
@@ -61,6 +62,7 @@ class KernelMeasurement:
     couples_samples: bool = False
     held_constant: list[str] = field(default_factory=list)
     products: int = 0
+    over_budget: bool = False
     parts: dict[str, KernelMeasurement] = field(default_factory=dict)
 
 
@@ -194,10 +196,13 @@ def measure_within_budget(
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
             reason = f"the exact spectra would be too costly ({error})"
         if reason is not None:
-            products = _affordable_products(recorded.cost, recorded.num_outputs, budget, fewest=fewest_products)
+            steps, products = _affordable_products(recorded.cost, recorded.num_outputs, budget)
+            if steps > budget.steps and not fewest_products:
+                raise TooCostlyError(steps, budget)
             try:
                 with explained_errors():
-                    whole, measure_part = replace(multiply(recorded, 0), no_gauss_newton=reason), multiply
+                    whole, measure_part = multiply(recorded, 0), multiply
+                whole = replace(whole, no_gauss_newton=reason, over_budget=steps > budget.steps)
             except DoubleBackwardError as error:
                 # The exact matrix needs no second derivatives of the network, whatever it costs.
                 try:
@@ -257,18 +262,12 @@ def _by_products(
     )
 
 
-def _affordable_products(cost: Cost, rows: int, budget: Budget, *, fewest: bool) -> int:
-    """Return the number of products that a budget allows, at most ``_MOST_PRODUCTS``.
-
-    Raises:
-        TooCostlyError: If it does not allow ``_FEWEST_PRODUCTS``, unless ``fewest`` asks for these.
-    """
+def _affordable_products(cost: Cost, rows: int, budget: Budget) -> tuple[float, int]:
+    """Return the training steps of the fewest products, and the number of products to take, at least as many."""
     steps = cost.in_steps(cost.kernel_product(rows), budget)
     # The first forward pass and the graph of the products take as long as two of them.
-    products = int(budget.steps / steps) - 2
-    if products < _FEWEST_PRODUCTS and not fewest:
-        raise TooCostlyError((_FEWEST_PRODUCTS + 2) * steps, budget)
-    return min(max(products, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
+    affordable = int(budget.steps / steps) - 2
+    return (_FEWEST_PRODUCTS + 2) * steps, min(max(affordable, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -172,7 +172,7 @@ class TaskStart:
                 return None
             if report is not None:
                 size = context.batch_size
-                is_small = fixed is None and size is not None and size < self.samples
+                is_small = fixed is None and size is not None and size < self._wanted(history)
                 if is_small and not self._couples_samples:
                     gathering = self._begin_gathering(report, context, history)
                 # The first attempt may have shown that batches must not be joined.
@@ -187,14 +187,19 @@ class TaskStart:
         self.gathering = gathering
         return context if gathering is None else None
 
-    def gather(self, context: ProbeContext) -> bool:
+    def gather(self, context: ProbeContext, history: Sequence[TaskReport]) -> bool:
         """Add the samples of another batch to those of the task.
+
+        Args:
+            context: The model and the batch.
+            history: The reports of all earlier tasks.
 
         Returns:
             Whether they can be measured: there are enough, or there will be no more.
         """
         assert self.gathering is not None
-        missing = self.samples - self.gathering.samples
+        wanted = self._wanted(history)
+        missing = wanted - self.gathering.samples
         # A checkpoint may have been saved while they were measured.
         if self.gathering.is_complete or missing <= 0:
             return True
@@ -205,7 +210,12 @@ class TaskStart:
         except Exception as error:
             self.gathering.fall_back(f"batches could not be joined: {local_error(error)}")
             return True
-        return self.gathering.samples >= self.samples
+        return self.gathering.samples >= wanted
+
+    def _wanted(self, history: Sequence[TaskReport]) -> int:
+        """Return the number of samples to gather: those that the last measurement could afford."""
+        affordable = _affordable_samples(history)
+        return self.samples if affordable is None else min(affordable, self.samples)
 
     def measure_gathered(
         self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport
@@ -260,6 +270,8 @@ class TaskStart:
                     self._runner.dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
+                if self._trial is not None and self._trial[0].limited:
+                    gathering.stop()
                 return gathering
         except Exception as error:
             self._errors.warn(self._record_failure(report, history, error))
@@ -316,6 +328,11 @@ class TaskStart:
     ) -> str | None:
         """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
         self._check_probe(context)
+        # What the last measurement has shown need not be found out again.
+        last = _last_measured(history)
+        context = replace(
+            context, max_samples=_affordable_samples(history), whole_batch=last is not None and last.coupled
+        )
         gathering = self.gathering
         if gathering is not None and not gathering.is_joined and self._trial is not None:
             # The first batch alone, on the weights that the task began with, has been measured.
@@ -327,8 +344,9 @@ class TaskStart:
         initial = now
         values = references = measure(now.spectra, features, now.kernel)
         if not is_initial:
+            same_samples = replace(context, max_samples=now.samples, whole_batch=now.coupled)
             initial, initial_features = self._measure_weights(
-                context.with_weights(self.initial_weights.values),
+                same_samples.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
                 monitored=bool(features),
             )
@@ -336,6 +354,7 @@ class TaskStart:
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
+        report.limited, report.coupled = now.limited, now.coupled
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
         by_layer = {name: value for name, value in features.items() if name not in values}
         about_batch = {} if self.probe is None else {"probe_loss": now.loss}
@@ -420,7 +439,7 @@ class TaskStart:
         self._couples_samples |= result.coupled
         if self.monitor is None or not monitored:
             return result, {}
-        return result, self._measure_activations(self.monitor, context)
+        return result, self._measure_activations(self.monitor, context, result.samples or self.samples)
 
     @contextlib.contextmanager
     def _advise_no_probe(self) -> Iterator[None]:
@@ -433,11 +452,11 @@ class TaskStart:
                 raise
             raise type(error)(f"{error}. {metric!r} needs no curvature: probe=None leaves it out") from error
 
-    def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext) -> dict[str, float]:
+    def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext, samples: int) -> dict[str, float]:
         metric_is_monitored = self.collapse.metric in monitor.measures
         try:
             features = measure_activations(
-                monitor, context.copy_to_measure(), context.samples(self.samples), context.loss_on
+                monitor, context.copy_to_measure(), context.samples(samples), context.loss_on
             )
             if not features and metric_is_monitored:
                 raise MisconfigurationError(
@@ -451,6 +470,17 @@ class TaskStart:
             reason = f"{format_error(error)}; monitor=False stops trying"
             self._errors.record("monitor", "the activations could not be monitored", reason)
             return {}
+
+
+def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:
+    return next((report for report in reversed(history) if report.metrics), None)
+
+
+def _affordable_samples(history: Sequence[TaskReport]) -> int | None:
+    """Return the number of samples of the last measurement, if more would have taken too long."""
+    last = _last_measured(history)
+    samples = None if last is None or not last.limited else last.metrics.get("probe_samples")
+    return None if samples is None else int(samples)
 
 
 def _metrics_of_parts(now: ProbeResult, initial: ProbeResult) -> dict[str, float]:

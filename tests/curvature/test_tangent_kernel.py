@@ -177,6 +177,7 @@ def test_wrong_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("steps", [30, 300])
 def test_bracket_holds_the_exact_fraction_and_tightens(problem: Problem, steps: int) -> None:
     """For 3 to 30 products, and also for the horizons that the products were not chosen for."""
+    lr = 1 / torch.linalg.eigvalsh(problem.kernel)[-1].item()
     exact = {horizon: exact_fraction(problem.kernel, problem.residual, horizon) for horizon in HORIZONS}
     before = dict.fromkeys(HORIZONS, (0.0, 1.0))
     for products in (3, 4, 5, 6, 8, 10, 13, 17, 22, 30):
@@ -184,13 +185,15 @@ def test_bracket_holds_the_exact_fraction_and_tightens(problem: Problem, steps: 
         kernel = kernel_by_lanczos(operator, problem.residual, max_products=products, tolerance=0, steps=steps)
         assert operator.products == products
         for horizon in HORIZONS:
-            fraction = kernel.learnable_fraction(steps=horizon)
-            assert fraction.lo <= fraction <= fraction.hi
-            assert fraction.lo - 1e-12 <= exact[horizon] <= fraction.hi + 1e-12
-            assert before[horizon][0] - 1e-12 <= fraction.lo
-            assert fraction.hi <= before[horizon][1] + 1e-12
-            before[horizon] = fraction.lo, fraction.hi
-    assert before[steps][1] - before[steps][0] <= (0.02 if steps <= 100 else 0.15)
+            fraction, given = kernel.learnable_fraction(steps=horizon), kernel.learnable_fraction(lr, horizon)
+            for estimate in (fraction, given):
+                assert estimate.lo <= estimate <= estimate.hi
+                assert estimate.lo - 1e-12 <= exact[horizon] <= estimate.hi + 1e-12
+            assert before[horizon][0] - 1e-12 <= given.lo
+            assert given.hi <= before[horizon][1] + 1e-12
+            before[horizon] = given.lo, given.hi
+    fraction = kernel.learnable_fraction(steps=steps)
+    assert fraction.hi - fraction.lo <= (0.01 if steps <= 100 else 0.1)
 
 
 def test_float32_bracket_holds_the_float64_fraction(problem: Problem) -> None:
@@ -246,23 +249,19 @@ def test_residual_orthogonal_to_the_top_eigenvector(products: int) -> None:
         assert fraction.hi - fraction.lo <= 0.005
 
 
-def test_largest_possible_eigenvalue_is_rarely_exceeded() -> None:
-    """The bound fails for one percent of start vectors at most, and is sharp for the true overlap."""
-    values = torch.linspace(0, 1, 300, dtype=torch.float64).square()
-    values[-1] = 1.2
-    failures, excess = 0, []
-    for seed in range(500):
-        start = normal(300, seed)
-        process = LanczosProcess(lambda vector: values * vector, start, 6)
-        for _ in range(6):
-            process.step()
-        bound = process.jacobi.largest_possible(0.01 * math.sqrt(math.pi / 2) / start.norm().item())
-        failures += bound < 1.2
-        assert process.jacobi.largest_possible(abs(start[-1].item()) / start.norm().item()) >= 1.2
-        excess.append(bound - 1.2)
-    # With probability 0.01 each, more than 15 of 500 have a probability of 1e-4.
-    assert failures <= 15
-    assert sum(excess) / 500 <= 1.2
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("products", [6, 8, 12, 16])
+def test_hidden_top_eigenvector_hardly_matters(products: int, seed: int) -> None:
+    """The residual is orthogonal to a top eigenvector in a random direction: λmax may be missed, at a small price."""
+    values = torch.arange(1, 301, dtype=torch.float64) ** -1.0
+    values[0] = 0.75
+    matrix = with_eigenvalues(values, top=normal(300, 9))
+    top = normal(300, 9) / normal(300, 9).norm()
+    residual = normal(300, 10 + seed)
+    residual -= top * (top @ residual)
+    fraction = kernel_by_lanczos(Matrix(matrix), residual, max_products=products, seed=seed).learnable_fraction()
+    exact = exact_fraction(matrix, residual, 100)
+    assert 0.95 * fraction.lo <= exact <= 1.05 * fraction.hi
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])

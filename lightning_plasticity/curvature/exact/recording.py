@@ -68,23 +68,26 @@ class Recording(TorchFunctionMode):
                 return _multi_head_attention(*args, **kwargs)
         if not _is_recordable(func):
             return func(*args, **kwargs)
-        args, kwargs = self._layers.expand_parameters(func, args, kwargs)
-        tensors = list(tensors_in((args, kwargs)))
-        inputs = {id(tensor): tensor for tensor in tensors if has_edge(tensor)}
-        # The function may change its arguments in place.
-        edges = {key: edge_of(tensor) for key, tensor in inputs.items()}
-        weights_only = self._recorder.is_weights_only(func, args, tensors)
-        tracked = self._layers.tracked(inputs.values())
+        # Other modes would be called for each attribute of a tensor.
+        with torch._C.DisableTorchFunction():
+            args, kwargs = self._layers.expand_parameters(func, args, kwargs)
+            tensors = list(tensors_in((args, kwargs)))
+            inputs = {id(tensor): tensor for tensor in tensors if has_edge(tensor)}
+            # The function may change its arguments in place.
+            edges = {key: edge_of(tensor) for key, tensor in inputs.items()}
+            weights_only = self._recorder.is_weights_only(func, args, tensors)
+            tracked = self._layers.tracked(inputs.values())
         result = func(*args, **kwargs)
-        if any(tensor.requires_grad for tensor in tensors_in(result)):
-            if func in LOSS_RULES:
-                # Weights or targets that depend on parameters add curvature that the rules do not include.
-                loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None
-                if loss_call is not None:
-                    self.loss_calls.append(loss_call)
-            elif tracked:
-                result = self._layers.record(func, args, kwargs, result, tracked, edges, weights_only=weights_only)
-        self._recorder.record(func, list(edges.values()), result, weights_only=weights_only)
+        with torch._C.DisableTorchFunction():
+            if any(tensor.requires_grad for tensor in tensors_in(result)):
+                if func in LOSS_RULES:
+                    # Weights or targets that depend on parameters add curvature that the rules do not include.
+                    loss_call = LOSS_RULES[func](result, *args, **kwargs) if len(inputs) == 1 else None
+                    if loss_call is not None:
+                        self.loss_calls.append(loss_call)
+                elif tracked:
+                    result = self._layers.record(func, args, kwargs, result, tracked, edges, weights_only=weights_only)
+            self._recorder.record(func, list(edges.values()), result, weights_only=weights_only)
         return result
 
     @property

@@ -1,13 +1,13 @@
 r"""Measure the tangent kernel by products, for outputs of any number.
 
-Lanczos started at the residual gives the learnable fraction as a bracket (:class:`JacobiMatrix`). The largest
-eigenvalue, which sets the step size, comes from a second process with a random start: the residual may be orthogonal to
-its eigenvector, as the residuals of cross-entropy, which sum to zero over classes, are to a shift of all outputs.
+Lanczos started at the residual gives the learnable fraction as a bracket (:class:`JacobiMatrix`), and mostly the
+largest eigenvalue, which sets the step size. The residual may be orthogonal to its eigenvector, as the residuals of
+cross-entropy, which sum to zero over classes, are to a shift of all outputs: a few products from a random start find it
+then.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -26,11 +26,11 @@ from lightning_plasticity.curvature.problem import NOT_FINITE, Progress, normal
 _MARGIN = 10
 """Error of a Ritz value by rounding, in units of the relative rounding error of a product."""
 
-_PRODUCTS_BETWEEN_BRACKETS = 3
-"""Products after which the bracket is computed again."""
+_RANDOM_PRODUCTS = 2
+"""Fewest products from the random start, if they are not more than half of all."""
 
-_FAILURE_PROBABILITY = 0.01
-"""Probability, over the random start vector, that the largest eigenvalue exceeds its bound."""
+_RANDOM_SHARE = 1 / 5
+"""Smallest share of the products from the random start."""
 
 
 class KernelOperator(Protocol):
@@ -126,15 +126,15 @@ def kernel_by_lanczos(
     residual: Tensor,
     *,
     max_products: int,
-    tolerance: float = 0.01,
+    tolerance: float = 0.02,
     steps: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TangentKernel:
     r"""Measure the tangent kernel by products until the bracket of the learnable fraction is narrow.
 
-    Each product goes to the process that the width of the bracket comes from: the one from the residual, or the one
-    for the largest eigenvalue.
+    A few products start at a random vector, all others at the residual, unless the width of the bracket comes from what
+    the random start leaves open about the largest eigenvalue.
 
     Args:
         operator: The kernel :math:`\Theta`, whose products must be finite.
@@ -147,33 +147,27 @@ def kernel_by_lanczos(
         progress: Called after each product with the number of products done and ``max_products``.
 
     Returns:
-        The kernel. The upper end of ``lambda_max`` holds with a probability of 99 % over the random start vector, and
-        with it the bracket for ``lr=None``.
+        The kernel. There is an eigenvalue between the ends of ``lambda_max``; a larger one is possible, but only if its
+        eigenvector is nearly orthogonal to both start vectors. The bracket of the learnable fraction is as certain for
+        ``lr=None``, and certain for a given ``lr``.
 
     Raises:
         ValueError: If the residual or a product is not finite, or a number is not positive.
 
     References:
-        Golub and Meurant 2010; van Dorsselaer, Hochstenbach and van der Vorst 2000.
+        Golub and Meurant 2010; Parlett 1998, "The symmetric eigenvalue problem", chapter 13.
     """
     check_positive_ints(max_products=max_products, steps=steps)
     check_seed(seed)
     if not torch.isfinite(residual).all():
         raise ValueError(NOT_FINITE)
-    residual = residual.double()
     measurement = _Measurement(operator, residual.double(), max_products, seed)
     for done in range(1, max_products + 1):
-        measurement.advance()
+        measurement.advance(steps)
         if progress is not None:
             progress(done, max_products)
-        if measurement.finished:
+        if measurement.finished or measurement.is_narrow(tolerance, steps):
             break
-        # A bracket takes as long as a product with a small network.
-        if done % _PRODUCTS_BETWEEN_BRACKETS == 0:
-            fraction = measurement.kernel().learnable_fraction(steps=steps)
-            if fraction.hi - fraction.lo <= tolerance * fraction.hi:
-                break
-            measurement.choose(steps)
     return measurement.kernel()
 
 
@@ -188,42 +182,55 @@ class _Measurement:
     """
 
     def __init__(self, operator: KernelOperator, residual: Tensor, max_products: int, seed: int) -> None:
-        # Kernels have positive sums: a start vector near the sum finds the largest eigenvalue sooner. The bound on it
-        # holds for any shift of the normal distribution.
+        # Kernels have positive sums: a start vector near the sum finds the largest eigenvalue sooner.
         start = 1 + normal((operator.dimension,), residual, torch.Generator().manual_seed(seed))
-        most, rounding = max(max_products // 2, 1), operator.rounding
+        self._from_random = LanczosProcess(operator, start, max(max_products // 2, 1), rounding=operator.rounding)
         self._from_residual = (
-            LanczosProcess(operator, residual, max_products, rounding=rounding) if residual.any() else None
+            LanczosProcess(operator, residual, max_products, rounding=operator.rounding) if residual.any() else None
         )
-        self._from_random = LanczosProcess(operator, start, most, rounding=rounding)
-        self._chosen: LanczosProcess | None = None
-        # The overlap with a fixed unit vector is normally distributed before start is normalised.
-        self._overlap = _FAILURE_PROBABILITY * math.sqrt(math.pi / 2) / start.norm().item()
+        self._fewest_random = max(min(_RANDOM_PRODUCTS, max_products // 2), 1)
 
     @property
     def finished(self) -> bool:
         """Whether neither process can advance."""
-        return not self._unfinished
+        return self._from_random.finished and (self._from_residual is None or self._from_residual.finished)
+
+    def advance(self, steps: int) -> None:
+        """Multiply once, in the process that narrows the bracket of a horizon most."""
+        random, residual = self._from_random, self._from_residual
+        if residual is None or residual.finished:
+            random.step()
+        elif random.finished or not (self._has_few_random or self._needs_random(steps)):
+            residual.step()
+        else:
+            random.step()
+
+    def is_narrow(self, tolerance: float, steps: int) -> bool:
+        """Return whether the bracket of a horizon is narrow."""
+        if self._from_residual is None or not self._from_residual.num_products:
+            return False
+        if self._has_few_random and not self._from_random.finished:
+            return False
+        fraction = self.kernel().learnable_fraction(steps=steps)
+        return fraction.hi - fraction.lo <= tolerance * fraction.hi
 
     @property
-    def _unfinished(self) -> list[LanczosProcess]:
-        processes = [self._from_residual, self._from_random]
-        return [process for process in processes if process is not None and not process.finished]
+    def _has_few_random(self) -> bool:
+        assert self._from_residual is not None
+        count = self._from_random.num_products
+        return count < max(self._fewest_random, _RANDOM_SHARE * (count + self._from_residual.num_products))
 
-    def advance(self) -> None:
-        """Multiply once, in the process that was chosen last; before, in each of them in turn."""
-        unfinished = self._unfinished
-        if self._chosen in unfinished:
-            self._chosen.step()
-        else:
-            min(unfinished, key=lambda process: process.num_products).step()
-
-    def choose(self, steps: int) -> None:
-        """Choose the process that widens the bracket of a horizon most."""
+    def _needs_random(self, steps: int) -> bool:
+        """Return whether the random start sets the upper end of λmax, and with it most of the bracket's width."""
+        assert self._from_residual is not None
+        if not self._from_residual.num_products:
+            return False
+        random, residual = _largest(self._from_random), _largest(self._from_residual)
+        if random.hi <= residual.hi:
+            return False
         kernel, largest = self.kernel(), self._lambda_max()
         fast, slow = kernel.learnable_fraction(1 / largest.lo, steps), kernel.learnable_fraction(1 / largest.hi, steps)
-        is_lambda_max = fast.hi - slow.hi > slow.hi - slow.lo
-        self._chosen = self._from_random if is_lambda_max else self._from_residual
+        return fast.hi - slow.hi > slow.hi - slow.lo
 
     def kernel(self) -> TangentKernel:
         """Return the kernel as known so far."""
@@ -234,12 +241,16 @@ class _Measurement:
         )
 
     def _lambda_max(self) -> Estimate:
-        """Return the largest eigenvalue found by either process, up to what the random start vector may have missed."""
+        """Return the larger of what both processes found, with a margin for rounding."""
         processes = [process for process in (self._from_residual, self._from_random) if process is not None]
-        found = max((process.jacobi.eigh()[0][-1].item() for process in processes if process.num_products), default=0.0)
-        found = max(found, 0.0)
-        possible = (
-            self._from_random.jacobi.largest_possible(self._overlap) if self._from_random.num_products else math.inf
-        )
-        margin = _MARGIN * self._from_random.rounding
-        return Estimate(found, lo=found * (1 - margin), hi=max(found, possible) * (1 + margin))
+        found = [_largest(process) for process in processes if process.num_products]
+        largest, margin = max(max(found, default=0.0), 0.0), _MARGIN * self._from_random.rounding
+        upper = max([largest, *(estimate.hi for estimate in found)])
+        return Estimate(largest, lo=largest * (1 - margin), hi=upper * (1 + margin))
+
+
+def _largest(process: LanczosProcess) -> Estimate:
+    """Return the largest Ritz value, and as its upper end the largest distance of an eigenvalue near it."""
+    values, vectors = process.jacobi.eigh()
+    residual = process.jacobi.off_diagonal[-1] * vectors[-1, -1].abs()
+    return Estimate(values[-1].item(), hi=(values[-1] + residual).item())
