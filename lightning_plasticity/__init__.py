@@ -9,6 +9,7 @@ the start of every task whether the network can still learn, and repairs it on r
 ``GGNProbe``                    the exact spectrum of the Gauss-Newton matrix; the default
 ``HessianProbe``                an estimate of the spectrum of the Hessian, negative curvature included
 ``PyHessianProbe``              the same by PyHessian's algorithms
+``FitTest``                     the test whether the network learns the task as fast as its initial weights
 ``PlasticityMonitor``           a metric: dormant units, ranks and norms of the hidden layers of any module
 ``Collapse``                    the rule for an alarm
 ``TaskReport``                  the measurements, repairs and errors of one task
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_plasticity.callback import SpectralCollapseCallback as SpectralCollapseCallback
     from lightning_plasticity.collapse import Collapse as Collapse
+    from lightning_plasticity.fit_test import FitTest as FitTest
     from lightning_plasticity.messages import PlasticityWarning as PlasticityWarning
     from lightning_plasticity.metrics import PlasticityMonitor as PlasticityMonitor
     from lightning_plasticity.probes import GGNProbe as GGNProbe
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Collapse": "collapse",
+    "FitTest": "fit_test",
     "GGNProbe": "probes",
     "HessianProbe": "probes",
     "PlasticityMonitor": "metrics",

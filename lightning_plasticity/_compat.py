@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -148,6 +149,12 @@ def transfer_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any
 def schedulers(trainer: Trainer) -> list[Any]:
     """Return the learning rate schedulers of the running fit."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def configured_optimizers(module: LightningModule) -> list[torch.optim.Optimizer]:
+    """Call ``configure_optimizers`` of a module and return the optimizers, in whatever form it returns them."""
+    optimizers, _, _ = _configure_optimizers(module.configure_optimizers())  # type: ignore[arg-type]
+    return optimizers
 
 
 def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:

@@ -31,6 +31,7 @@ from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
+from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
@@ -101,6 +102,8 @@ class SpectralCollapseCallback(Callback):
             only the monitor measures, and ``collapse`` must watch one of its numbers, such as
             ``Collapse("effective_rank")``.
         collapse: The rule for an alarm.
+        fit_test: The test whether a copy of the network learns the samples of the task as fast as a copy of its initial
+            weights. ``None`` leaves it out; ``collapse`` must then watch another number than its results.
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
         monitor: Whether to measure dormant units, feature ranks and norms of the hidden layers at the start of every
@@ -161,6 +164,7 @@ class SpectralCollapseCallback(Callback):
         probe: Probe | Literal["ggn"] | None = "ggn",
         *,
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
+        fit_test: FitTest | None = FitTest(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
         monitor: bool | PlasticityMonitor = True,
         monitor_every_n_steps: int | None = None,
@@ -182,6 +186,8 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
         if not isinstance(collapse, Collapse):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
+        if fit_test is not None and not isinstance(fit_test, FitTest):
+            raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
         check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
@@ -189,8 +195,8 @@ class SpectralCollapseCallback(Callback):
             raise ValueError(f"name={name!r} must be a string without '/', such as 'actor', or None")
         if probe_batch is not None:
             check_probe_batch(probe_batch)
-        if probe is None and monitor is False:
-            raise ValueError("probe=None with monitor=False: nothing would be measured")
+        if probe is None and fit_test is None and monitor is False:
+            raise ValueError("probe=None with fit_test=None and monitor=False: nothing would be measured")
         if monitor is False and monitor_every_n_steps is not None:
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.history = History()
@@ -206,6 +212,7 @@ class SpectralCollapseCallback(Callback):
         self._task_start = TaskStart(
             probe,
             collapse,
+            fit_test,
             chosen_monitor,
             # Errors of the default monitor are warnings, since the user did not pass a monitor.
             monitor_is_required=monitor is not True,
@@ -226,6 +233,7 @@ class SpectralCollapseCallback(Callback):
         arguments: dict[str, object] = {
             "probe": None if self.probe == GGNProbe() else self.probe,
             "collapse": None if self.collapse == Collapse() else self.collapse,
+            "fit_test": None if self.fit_test == FitTest() else self.fit_test,
             "interventions": [*self.interventions] or None,
             "monitor": False if self.monitor is None else None,
             "monitor_every_n_steps": self._step_monitor.every_n_steps,
@@ -255,6 +263,11 @@ class SpectralCollapseCallback(Callback):
     def collapse(self) -> Collapse:
         """The rule for an alarm."""
         return self._task_start.collapse
+
+    @property
+    def fit_test(self) -> FitTest | None:
+        """The test whether copies of the network and of its initial weights learn equally fast, if there is one."""
+        return self._task_start.fit_test
 
     @property
     def monitor(self) -> PlasticityMonitor | None:

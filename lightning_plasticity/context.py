@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_plasticity.curvature.problem import HALF, Progress
+from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.distributed.agreement import (
     PeerFailedError,
     all_gather_batch,
@@ -24,8 +24,10 @@ from lightning_plasticity.distributed.agreement import (
 from lightning_plasticity.isolation.attributes import preserve_attributes
 from lightning_plasticity.isolation.batches import batch_size, clone_batch, slice_batch, to_device
 from lightning_plasticity.isolation.module_copy import copy_module
+from lightning_plasticity.isolation.precision import HALF
 from lightning_plasticity.isolation.reusable_copy import ReusableCopy
 from lightning_plasticity.isolation.state import default_dtype
+from lightning_plasticity.messages import MisconfigurationError
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +173,42 @@ class ProbeContext:
                 batch = to_device(broadcast_object(self.samples(count)), like=self.batch)
         return self.with_batch(batch)
 
+    def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Return optimizers like those of the run for a copy of the model, without state.
+
+        Learning rates are those before any schedule.
+
+        Args:
+            model: The copy.
+
+        Raises:
+            MisconfigurationError: If the run has no optimizer.
+        """
+        if not self.optimizers:
+            raise MisconfigurationError(
+                "there is no optimizer to train a copy of the model with: pass optimizers=[...]"
+            )
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        copies = dict(model.named_parameters())
+        result = []
+        for optimizer in self.optimizers:
+            groups = [
+                {**group, "params": [copies[names[id(p)]] for p in group["params"] if id(p) in names]}
+                for group in optimizer.param_groups
+            ]
+            settings = {name: value for name, value in optimizer.defaults.items() if name == "lr"}
+            result.append(type(optimizer)([group for group in groups if group["params"]], **settings))
+        set_initial_rates(result)
+        return result
+
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients of a copy of the model as in training. The default does nothing.
+
+        Args:
+            model: The copy.
+            optimizer: The optimizer that holds its parameters.
+        """
+
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""
         return contextlib.nullcontext()
@@ -178,3 +216,14 @@ class ProbeContext:
     def show_progress(self, description: str) -> contextlib.AbstractContextManager[Progress | None]:
         """Return a context manager that yields a function to report progress to, or ``None`` to report none."""
         return contextlib.nullcontext()
+
+
+def set_initial_rates(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Set learning rates to those before any schedule: a warm-up begins at zero, a one-cycle schedule below its peak.
+
+    Args:
+        optimizers: The optimizers.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("max_lr", group.get("initial_lr", group.get("lr")))

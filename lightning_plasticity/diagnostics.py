@@ -21,8 +21,8 @@ RELATIVE_EPSILON = 1e-3
 
 Matrix = Literal["ggn", "hessian"]
 
-Source = Literal["kernel", "ggn", "hessian", "features"]
-"""The source of a diagnostic: the tangent kernel, the spectrum of a matrix, or the activations of the hidden layers."""
+Source = Literal["fit", "kernel", "ggn", "hessian", "features"]
+"""The source of a diagnostic: the fit test, the tangent kernel, the spectrum of a matrix, or the hidden activations."""
 
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
@@ -39,7 +39,8 @@ class Diagnostic:
         name: The name it is logged under.
         title: The name in a sentence.
         meaning: Its definition in one line, for the table in the README.
-        compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` measures it.
+        compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` or
+            :class:`~lightning_plasticity.FitTest` measures it.
         source: What it is computed from.
         is_fraction: Whether it lies in [0, 1].
         can_be_negative: Whether it can be negative, so that a share of it cannot be a threshold.
@@ -61,6 +62,35 @@ class Diagnostic:
 DIAGNOSTICS: dict[str, Diagnostic] = {
     diagnostic.name: diagnostic
     for diagnostic in (
+        Diagnostic(
+            "handicap",
+            "handicap",
+            "how many times worse than a fresh network this one fits the task: fit loss over that of the initial "
+            "weights, times the square root of their learnable fraction over that of the network, at 1000 steps; above "
+            "1, a fresh network is better off",
+            None,
+            source="fit",
+            higher_is_better=False,
+        ),
+        Diagnostic(
+            "fit_loss",
+            "fit loss",
+            "mean loss of a copy of the network over 20 training steps on the probe's samples",
+            None,
+            source="fit",
+            can_be_negative=True,
+            higher_is_better=False,
+        ),
+        Diagnostic(
+            "fit_gap",
+            "fit gap",
+            "fit loss minus that of the initial weights, as a share of what the initial weights gain: 0 if both fit "
+            "equally well, 1 if the network is where a fresh one begins",
+            None,
+            source="fit",
+            can_be_negative=True,
+            higher_is_better=False,
+        ),
         Diagnostic(
             "learnable_fraction",
             "learnable fraction",

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,9 +23,10 @@ from lightning_plasticity.curvature.double_backward import (
 )
 from lightning_plasticity.curvature.double_backward_causes import REENTRANT
 from lightning_plasticity.curvature.ntk import KernelMeasurement, measure_within_budget
-from lightning_plasticity.curvature.problem import HALF, Progress, full_precision, parameters_named
+from lightning_plasticity.curvature.problem import Progress, full_precision, parameters_named
 from lightning_plasticity.diagnostics import Matrix, Source
 from lightning_plasticity.distributed.agreement import format_error
+from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.messages import MisconfigurationError
 
@@ -251,7 +251,7 @@ class GGNProbe(Probe):
             budget = Budget(self.max_steps / 2, (context.samples_per_step or available or samples) / samples)
             with (
                 _only_trained(model, context),
-                _in_full_precision(model, context.samples(samples)) as batch,
+                in_full_precision(model, context.samples(samples)) as batch,
             ):
                 try:
                     measurement = measure_within_budget(
@@ -405,7 +405,7 @@ class HessianProbe(Probe):
         with (
             self._advise_whole_batches(context),
             _only_trained(model, context),
-            _in_full_precision(model, context.samples(self.samples)) as batch,
+            in_full_precision(model, context.samples(self.samples)) as batch,
         ):
             spectrum = hessian_spectrum(
                 model,
@@ -512,7 +512,7 @@ def _needs_whole_batch(context: ProbeContext, samples: int) -> bool:
     def works(batch: Any) -> bool:
         model = context.copy_to_measure()
         try:
-            with _in_full_precision(model, batch) as converted, probe_mode(model), full_precision():
+            with in_full_precision(model, batch) as converted, probe_mode(model), full_precision():
                 context.loss_on(model, converted)
         except Exception:
             return False
@@ -562,24 +562,3 @@ def _only_trained(model: nn.Module, context: ProbeContext) -> Iterator[None]:
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _in_full_precision(model: nn.Module, batch: Any) -> Iterator[Any]:
-    """Convert a model in half precision to float32, and back on exit; yield the batch, converted likewise.
-
-    Rounding errors of half precision are larger than most eigenvalues.
-    """
-    if not any(parameter.dtype in HALF for parameter in model.parameters()):
-        yield batch
-        return
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        model.float()
-        yield apply_to_collection(batch, Tensor, lambda t: t.float() if t.is_floating_point() else t)
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, originals in buffers:
-            module._buffers.update(originals)

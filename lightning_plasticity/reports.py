@@ -34,6 +34,8 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
+        fit_curve: The losses of the fit test before each step and after the last one; empty without a fit test.
+        fresh_fit_curve: The same for the initial weights.
         limited: Whether more samples would have taken too long.
         coupled: Whether the loss of a sample depends on others of its batch, which was measured whole.
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
@@ -57,6 +59,8 @@ class TaskReport:
     outputs: int | None = None
     trained_parameters: str = ""
     remarks: list[str] = field(default_factory=list)
+    fit_curve: tuple[float, ...] = ()
+    fresh_fit_curve: tuple[float, ...] = ()
     limited: bool = False
     coupled: bool = False
     errors: dict[str, str] = field(default_factory=dict)
@@ -113,6 +117,8 @@ class TaskReport:
             "outputs": self.outputs,
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
+            "fit_curve": self.fit_curve,
+            "fresh_fit_curve": self.fresh_fit_curve,
             "limited": self.limited,
             "coupled": self.coupled,
             "errors": dict(self.errors),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_plasticity._validation import is_str_list
+from lightning_plasticity.isolation.precision import HALF
 
 Batch = TypeVar("Batch")
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -18,9 +19,6 @@ LossFunction = Callable[[Any, Batch], Tensor]
 
 Progress = Callable[[int, int], None]
 """Called after each matrix-vector product as ``progress(done, total)``; ``total`` is an upper bound."""
-
-HALF = (torch.float16, torch.bfloat16)
-"""Data types whose rounding errors are larger than most eigenvalues."""
 
 
 def trainable_parameters(model: nn.Module, selection: str | Collection[str] | None = None) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,10 +34,13 @@ from lightning_plasticity.distributed.agreement import (
 )
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
+from lightning_plasticity.engine.explanation import explain
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
+from lightning_plasticity.fit_curve import FitCurve, compare_fits
+from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.isolation.batches import to_device
 from lightning_plasticity.messages import MisconfigurationError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
@@ -62,6 +65,7 @@ class TaskStart:
     Args:
         probe: Measures the curvature; ``None`` measures none.
         collapse: Gives the verdict.
+        fit_test: Trains copies of the model and of its initial weights; ``None`` trains none.
         monitor: Measures hidden activations; ``None`` measures none.
         monitor_is_required: Whether an error of the monitor counts as an error of the measurement.
         runner: Runs the interventions.
@@ -72,6 +76,7 @@ class TaskStart:
         self,
         probe: Probe | None,
         collapse: Collapse,
+        fit_test: FitTest | None,
         monitor: PlasticityMonitor | None,
         *,
         monitor_is_required: bool,
@@ -80,6 +85,7 @@ class TaskStart:
     ) -> None:
         self.probe = probe
         self.collapse = collapse
+        self.fit_test = fit_test
         self.monitor = monitor
         self.initial_weights = InitialWeights()
         self.gathering: Gathering | None = None
@@ -91,7 +97,7 @@ class TaskStart:
         self._warned_of_few_samples = False
         self._logged_remarks: set[str] = set()
         self._couples_samples = False
-        self._trial: tuple[ProbeResult, dict[str, float]] | None = None
+        self._trial: _Measurement | None = None
         self._interventions_have_started = False
 
     @property
@@ -106,6 +112,7 @@ class TaskStart:
             MisconfigurationError: If neither the probe nor the monitor measures it.
         """
         sources: list[Source] = [] if self.probe is None else [*self.probe.sources]
+        sources += [] if self.fit_test is None else ["fit"]
         measures = [] if self.monitor is None else self.monitor.measures
         available = [diagnostic.name for diagnostic in diagnostics_of(sources)] + measures
         if self.collapse.metric in available:
@@ -270,7 +277,7 @@ class TaskStart:
                     self._runner.dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
-                if self._trial is not None and self._trial[0].limited:
+                if self._trial is not None and self._trial.probe.limited:
                     gathering.stop()
                 return gathering
         except Exception as error:
@@ -336,33 +343,37 @@ class TaskStart:
         gathering = self.gathering
         if gathering is not None and not gathering.is_joined and self._trial is not None:
             # The first batch alone, on the weights that the task began with, has been measured.
-            now, features = self._trial
+            measured = self._trial
         else:
-            now, features = self._measure_weights(context, "probing curvature")
+            measured = self._measure_weights(context, "probing curvature")
+        now = measured.probe
         if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
-        initial = now
-        values = references = measure(now.spectra, features, now.kernel)
+        initial = measured
         if not is_initial:
             same_samples = replace(context, max_samples=now.samples, whole_batch=now.coupled)
-            initial, initial_features = self._measure_weights(
+            initial = self._measure_weights(
                 same_samples.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
-                monitored=bool(features),
+                monitored=bool(measured.features),
             )
-            references = measure(initial.spectra, initial_features, initial.kernel)
+        values, references = measured.values, initial.values
+        if measured.curve is not None and initial.curve is not None:
+            report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
+            comparison = compare_fits(measured.curve, initial.curve, now.kernel, initial.probe.kernel)
+            values = {**comparison, **values}
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
         report.limited, report.coupled = now.limited, now.coupled
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
-        by_layer = {name: value for name, value in features.items() if name not in values}
+        by_layer = {name: value for name, value in measured.features.items() if name not in values}
         about_batch = {} if self.probe is None else {"probe_loss": now.loss}
         if now.samples is not None:
             about_batch["probe_samples"] = float(now.samples)
         report.metrics = {
             **to_log_dict(values, references),
-            **_metrics_of_parts(now, initial),
+            **_metrics_of_parts(now, initial.probe),
             **about_batch,
             **by_layer,
         }
@@ -383,9 +394,10 @@ class TaskStart:
         if metric not in values and not measured:
             raise MisconfigurationError(
                 f"Collapse(metric={metric!r}) watches what could not be measured ({'; '.join(report.remarks)}): choose "
-                f"one of {[name for name in values if DIAGNOSTICS[name].higher_is_better]}"
+                f"one of {[name for name in values if name != metric]}"
             )
-        differences = [report.differences(earlier) for earlier in measured]
+        compared = measured if self.collapse.compares_tasks else []
+        differences = [report.differences(earlier) for earlier in compared]
         verdict = self.collapse.evaluate(
             values.get(metric, math.nan),
             earlier=[
@@ -394,6 +406,7 @@ class TaskStart:
             initial=references.get(metric, math.nan),
             samples=samples,
             differences=" and ".join(differences[-1]) if differences and all(differences) else "",
+            explanation=explain(values, references, history),
         )
         report.collapsed = verdict.collapsed
         is_first_of_few = samples is not None and samples < _FEW_SAMPLES and not self._warned_of_few_samples
@@ -426,20 +439,35 @@ class TaskStart:
             self._errors.warn(warning)
         self._probe_is_checked = True
 
-    def _measure_weights(
-        self, context: ProbeContext, description: str, *, monitored: bool = True
-    ) -> tuple[ProbeResult, dict[str, float]]:
-        """Return the results of the probe and of the monitor on copies of the model."""
+    def _measure_weights(self, context: ProbeContext, description: str, *, monitored: bool = True) -> _Measurement:
+        """Return what the probe, the fit test and the monitor measure on copies of the model."""
         if self.probe is None:
             size = context.batch_size
             result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
         else:
-            with self._advise_no_probe(), context.show_progress(description) as progress:
-                result = self.probe.measure(context, progress)
+            result = self._measure_curvature(self.probe, context, description)
         self._couples_samples |= result.coupled
-        if self.monitor is None or not monitored:
-            return result, {}
-        return result, self._measure_activations(self.monitor, context, result.samples or self.samples)
+        curve, features = None, {}
+        if self.fit_test is not None:
+            with context.show_progress("fitting a copy") as progress:
+                curve = self.fit_test.fit(
+                    context, result.samples, regularizers=self._runner.regularizers, progress=progress
+                )
+        if self.monitor is not None and monitored:
+            features = self._measure_activations(self.monitor, context, result.samples or self.samples)
+        return _Measurement(result, curve, features)
+
+    def _measure_curvature(self, probe: Probe, context: ProbeContext, description: str) -> ProbeResult:
+        """Return the result of the probe, without numbers where the fit test suffices and the model is not supported."""
+        try:
+            with self._advise_no_probe(), context.show_progress(description) as progress:
+                return probe.measure(context, progress)
+        except UnsupportedModelError as error:
+            if self.fit_test is None or DIAGNOSTICS[self.collapse.metric].source != "fit":
+                raise
+            size = context.batch_size
+            samples = None if size is None else min(size, self.samples)
+            return ProbeResult({}, math.nan, samples, remarks=(f"the curvature is left out: {format_error(error)}",))
 
     @contextlib.contextmanager
     def _advise_no_probe(self) -> Iterator[None]:
@@ -470,6 +498,27 @@ class TaskStart:
             reason = f"{format_error(error)}; monitor=False stops trying"
             self._errors.record("monitor", "the activations could not be monitored", reason)
             return {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Measurement:
+    """What was measured of a model, or of its initial weights.
+
+    Args:
+        probe: The result of the probe.
+        curve: The losses of the fit test, if there is one.
+        features: What the monitor has measured, by name.
+    """
+
+    probe: ProbeResult
+    curve: FitCurve | None
+    features: dict[str, float]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The diagnostics by name, without those that compare a network with its initial weights."""
+        fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
+        return fit | measure(self.probe.spectra, self.features, self.probe.kernel)
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_plasticity._validation import check_number, is_int
 from lightning_plasticity.interventions.units.groups import Forward
@@ -133,6 +134,13 @@ class Intervention:
 
     def stop(self) -> None:
         """Remove all hooks. The stored state is kept."""
+
+    def duplicate(self) -> Self:
+        """Return a new intervention with the same arguments and a copy of the stored state, for a copy of the model."""
+        names = inspect.signature(type(self)).parameters
+        result = type(self)(**{name: getattr(self, name) for name in names})
+        result.load_state_dict(copy.deepcopy(self.state_dict()))
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stored state as plain Python and tensors, for checkpoints."""

@@ -47,6 +47,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     The attribute ``training`` is set directly, because some modules override ``train`` and ``eval`` to do more, such as
     to merge weights.
     """
+    with preserve_buffers(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextlib.contextmanager
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the modes and buffers of all modules on exit."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
@@ -57,8 +66,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     saved = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
     try:
-        for module in modules:
-            module.training = False
         yield
     finally:
         for module, training, module_buffers in zip(modules, modes, buffers, strict=True):
@@ -129,17 +136,31 @@ def probe_mode(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: If the model is on the meta device.
     """
+    with _isolated(model), eval_mode(model), differentiable_recurrence(model):
+        yield
+
+
+@contextlib.contextmanager
+def training_trial(model: nn.Module) -> Iterator[None]:
+    """Enter the state in which copies of a model are trained, and restore the previous one on exit, but for parameters.
+
+    It is that of :func:`probe_mode`, in the modes that the modules are in.
+    """
+    with _isolated(model), preserve_buffers(model):
+        yield
+
+
+@contextlib.contextmanager
+def _isolated(model: nn.Module) -> Iterator[None]:
     device = device_of(model).type
     if device == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")
     with (
         isolated_rng(),
-        eval_mode(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device, enabled=False),
         _force_eager(),
-        differentiable_recurrence(model),
     ):
         token = _probe_depth.set(_probe_depth.get() + 1)
         try:

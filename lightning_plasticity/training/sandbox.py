@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -24,6 +24,7 @@ from lightning_plasticity.isolation.module_copy import UncopyableError, copy_mod
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.reporting.progress import shown_progress
 from lightning_plasticity.training.loss import training_loss
+from lightning_plasticity.training.optimizers import clip_gradients, optimizers_as_configured
 from lightning_plasticity.training.schedulers import preserve_schedulers
 
 _SHARED = (LightningDataModule, DataLoader, Dataset)
@@ -90,6 +91,15 @@ class TrainerContext(ProbeContext):
     def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
         with preserve_generators(self._loaders):
             return super().loss_on(model, batch)
+
+    @override
+    def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        configured = optimizers_as_configured(cast("LightningModule", model), self.trained_parameters)
+        return super().make_optimizers(model) if configured is None else configured
+
+    @override
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        clip_gradients(cast("LightningModule", model), self.trainer, optimizer)
 
     @override
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,100 @@
+"""Compare the losses of two networks over the first steps on a task."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_plasticity.curvature import TangentKernel
+
+_LONG_HORIZON = 1000
+"""Number of steps whose learnable fraction is a part of the handicap."""
+
+
+@dataclass(frozen=True)
+class FitCurve:
+    r"""The losses of a copy of a network while it is trained on a fixed set of samples.
+
+    Args:
+        losses: The loss before each step and after the last one, :math:`L_0, \dots, L_K`; infinite after divergence.
+
+    Example:
+        >>> curve = FitCurve((4.0, 2.0, 1.0))
+        >>> curve.mean, curve.gain
+        (3.0, 1.0)
+    """
+
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        r"""The mean loss over the steps, :math:`\bar L = \frac1K \sum_{k<K} L_k`."""
+        return math.fsum(self.losses[:-1]) / (len(self.losses) - 1)
+
+    @property
+    def gain(self) -> float:
+        r"""What training has gained in the mean, :math:`L_0 - \bar L`."""
+        return self.losses[0] - self.mean
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no step has changed the loss: no gradient reaches the parameters."""
+        return len(set(self.losses)) == 1
+
+    def gap_to(self, fresh: FitCurve) -> float:
+        r"""Return how much worse than a fresh network this one fits, as a share of what the fresh one gains.
+
+        .. math:: \frac{\bar L - \bar L^\text{fresh}}{L_0^\text{fresh} - \bar L^\text{fresh}}
+
+        It is right for losses of either sign. It is 0 if both fit equally well, and 1 if this network is in the mean
+        where the fresh one has begun.
+
+        Args:
+            fresh: The curve of the initial weights on the same samples.
+
+        Returns:
+            The gap; ``nan`` if the fresh network gains nothing, or both diverge.
+
+        Example:
+            >>> FitCurve((4.0, 3.0, 3.0)).gap_to(FitCurve((4.0, 2.0, 1.0)))
+            0.5
+        """
+        return (self.mean - fresh.mean) / fresh.gain if fresh.gain > 0 else math.nan
+
+
+def compare_fits(
+    curve: FitCurve, fresh: FitCurve, kernel: TangentKernel | None = None, fresh_kernel: TangentKernel | None = None
+) -> dict[str, float]:
+    r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
+
+    The handicap is :math:`\bar L / \bar L^\text{fresh} \cdot (\ell^\text{fresh} / \ell)^{1/2}` with the mean losses
+    :math:`\bar L` and the learnable fractions :math:`\ell` at 1000 steps, which see what 20 steps do not.
+    Losses that are not positive are compared by the gap instead, as :math:`1 + \text{gap}`. Without the kernels, or if
+    one of the fractions is not resolved, the losses count alone. A network whose loss no step changes has an infinite
+    handicap.
+
+    Args:
+        curve: The losses of the network.
+        fresh: The losses of its initial weights.
+        kernel: The tangent kernel of the network.
+        fresh_kernel: That of its initial weights.
+
+    Returns:
+        ``handicap`` and ``fit_gap``, each if it is defined.
+
+    Example:
+        >>> compare_fits(FitCurve((4.0, 3.0, 3.0)), FitCurve((4.0, 2.0, 1.0)))
+        {'handicap': 1.1666666666666667, 'fit_gap': 0.5}
+    """
+    gap = curve.gap_to(fresh)
+    if curve.is_flat:
+        handicap = math.inf
+    elif fresh.mean > 0 and min(curve.losses) > 0:
+        handicap = curve.mean / fresh.mean
+    else:
+        handicap = 1 + gap
+    if kernel is not None and fresh_kernel is not None:
+        learnable, of_fresh = (k.learnable_fraction(steps=_LONG_HORIZON) for k in (kernel, fresh_kernel))
+        if learnable > 0 and of_fresh > 0 and learnable.resolved and of_fresh.resolved:
+            handicap *= math.sqrt(of_fresh / learnable)
+    return {name: value for name, value in (("handicap", handicap), ("fit_gap", gap)) if not math.isnan(value)}

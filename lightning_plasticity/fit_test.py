@@ -1,0 +1,142 @@
+"""Train copies of a network for a few steps, to see how well it still fits the samples of a new task."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity._validation import check_positive_ints
+from lightning_plasticity.context import ProbeContext
+from lightning_plasticity.curvature.problem import Progress
+from lightning_plasticity.fit_curve import FitCurve
+from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.isolation.precision import in_full_precision
+from lightning_plasticity.isolation.state import training_trial
+
+
+@dataclass(frozen=True)
+class FitTest:
+    """A test of how well a network still fits the samples of a new task, compared with its initial weights.
+
+    A copy of the network and a copy of its initial weights are trained on the samples of the probe, all of them in each
+    step, with the loss, the regularizers, the gradient clipping and the optimizers of the run. The optimizers come from
+    ``configure_optimizers`` of the copy, so their state is new, and their learning rates are those before any
+    schedule. The network is not changed.
+
+    Training costs ``2 * steps`` training steps on the samples of the probe.
+
+    Args:
+        steps: Number of optimizer steps.
+
+    Raises:
+        ValueError: If ``steps`` is not a positive whole number.
+
+    References:
+        Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
+
+    Example:
+        >>> from lightning_plasticity.context import ProbeContext
+        >>> model, x = nn.Linear(2, 1), torch.ones(4, 2)
+        >>> context = ProbeContext(
+        ...     model, x, lambda model, x: (model(x) - 1).square().mean(), [torch.optim.SGD(model.parameters(), 0.1)]
+        ... )
+        >>> losses = FitTest(steps=3).fit(context, 4).losses
+        >>> len(losses), losses[0] > losses[1] > losses[2] > losses[3]
+        (4, True)
+    """
+
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        check_positive_ints(type(self).__name__, steps=self.steps)
+
+    def fit(
+        self,
+        context: ProbeContext,
+        samples: int | None = None,
+        *,
+        regularizers: Sequence[Regularizer] = (),
+        progress: Progress | None = None,
+    ) -> FitCurve:
+        """Train a copy of the model and return its losses.
+
+        Args:
+            context: The model, the batch, the loss and the optimizers.
+            samples: Number of samples, the first ones of the batch; ``None`` for the whole batch.
+            regularizers: The terms that are added to the loss in training. They are not part of the losses that are
+                returned.
+            progress: Called after each step with the number of steps done and their total.
+
+        Raises:
+            MisconfigurationError: If there is no optimizer to train the copy with.
+        """
+        model = context.copy_to_measure()
+        batch = context.batch if samples is None else context.samples(samples)
+        losses: list[float] = []
+        with (
+            training_trial(model),
+            in_full_precision(model, batch) as batch,
+            _started_copies(regularizers, model) as terms,
+        ):
+            optimizers = context.make_optimizers(model)
+
+            def compute_gradients() -> Tensor:
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss = context.loss_on(model, batch)
+                torch.stack([loss, *(term.penalty(model) for term in terms)]).sum().backward()
+                for optimizer in optimizers:
+                    context.clip_gradients(model, optimizer)
+                return loss.detach()
+
+            for step in range(self.steps):
+                losses.append(_step(optimizers, compute_gradients))
+                if progress is not None:
+                    progress(step + 1, self.steps)
+            with torch.no_grad():
+                losses.append(context.loss_on(model, batch).item())
+            model.zero_grad()
+        return FitCurve(tuple(_until_divergence(losses)))
+
+
+@contextlib.contextmanager
+def _started_copies(regularizers: Sequence[Regularizer], model: nn.Module) -> Iterator[list[Regularizer]]:
+    """Yield copies of regularizers that act on a copy of the model."""
+    copies = [regularizer.duplicate() for regularizer in regularizers]
+    try:
+        for regularizer in copies:
+            regularizer.start(model)
+        yield copies
+    finally:
+        for regularizer in copies:
+            regularizer.stop()
+
+
+def _step(optimizers: Sequence[torch.optim.Optimizer], compute_gradients: Callable[[], Tensor]) -> float:
+    """Step all optimizers and return the loss before the step."""
+    losses = []
+
+    def closure() -> Tensor:
+        losses.append(compute_gradients())
+        return losses[-1]
+
+    if len(optimizers) == 1:
+        # Some, such as LBFGS, evaluate the loss several times.
+        optimizers[0].step(closure)  # type: ignore[arg-type]
+    else:
+        closure()
+        for optimizer in optimizers:
+            optimizer.step()
+    return losses[0].item()
+
+
+def _until_divergence(losses: Sequence[float]) -> Iterator[float]:
+    diverged = False
+    for loss in losses:
+        diverged |= not math.isfinite(loss)
+        yield math.inf if diverged else loss
