@@ -40,7 +40,7 @@ def callback_with(samples: int = 2, **options: Any) -> SpectralCollapseCallback:
     """Return a callback that only records tasks, with a threshold that no collapse reaches."""
     detector = TaskDetector(**options) if options else None
     return SpectralCollapseCallback(
-        GGNProbe(samples=samples), collapse=Collapse(below=1e-9), task_detector=detector, monitor=False
+        GGNProbe(samples=samples), collapse=Collapse(above=1e9), task_detector=detector, monitor=False
     )
 
 
@@ -133,7 +133,7 @@ class Announcing(Classifier):
     ids=["in the first batch of an epoch", "in evaluation mode"],
 )
 def test_training_step_announces_tasks_but_not_in_probes(is_due: Any, steps: list[int]) -> None:
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), interventions=[ReDo(when=1)])
+    callback = SpectralCollapseCallback(collapse=Collapse(above=1e9), interventions=[ReDo(when=1)])
     trainer(callback, max_epochs=2).fit(Announcing(is_due=is_due), loader())
     assert tasks_seen(callback) == [(task, "next" if task else None, step) for task, step in enumerate(steps)]
 
@@ -696,7 +696,7 @@ class Failing:
 @pytest.mark.parametrize("announced", [False, True])
 def test_fit_after_a_failed_first_probe_starts_the_task(*, announced: bool) -> None:
     loss_fn = Failing()
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn, interventions=[ShrinkPerturb()])
+    callback = SpectralCollapseCallback(collapse=Collapse(above=1e9), loss_fn=loss_fn, interventions=[ShrinkPerturb()])
     for error in (ValueError("no luck"), None):
         module, loss_fn.error = Classifier(), error
         module.task_id = 7
@@ -711,7 +711,7 @@ def test_fit_after_a_failed_first_probe_starts_the_task(*, announced: bool) -> N
 
 def test_interrupted_task_starts_with_the_next_fit() -> None:
     loss_fn, module = Failing(), Classifier()
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), loss_fn=loss_fn)
+    callback = SpectralCollapseCallback(collapse=Collapse(above=1e9), loss_fn=loss_fn)
     module.task_id = 0
     trainer(callback).fit(module, loader())
     module.task_id, loss_fn.error = 1, KeyboardInterrupt()
@@ -862,7 +862,7 @@ def test_pass_for_batch_norm_after_averaging_is_no_task(
     module, logger, drift = Normalized(), MemoryLogger(), RecordingDetector()
     callback = SpectralCollapseCallback(
         GGNProbe(samples=samples),
-        collapse=Collapse(below=1e-9),
+        collapse=Collapse(above=1e9),
         task_detector=TaskDetector(**options, drift_detector=drift, drift_statistic=statistic),
         monitor_every_n_steps=1,
         interventions=[ReDo(when=1)],

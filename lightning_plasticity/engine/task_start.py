@@ -458,7 +458,7 @@ class TaskStart:
         return _Measurement(result, curve, features)
 
     def _measure_curvature(self, probe: Probe, context: ProbeContext, description: str) -> ProbeResult:
-        """Return the result of the probe, without numbers where the fit test suffices and the model is not supported."""
+        """Return the result of the probe, empty where the model is not supported and the fit test suffices."""
         try:
             with self._advise_no_probe(), context.show_progress(description) as progress:
                 return probe.measure(context, progress)

@@ -57,7 +57,7 @@ def fit(
     rank: int,
     *interventions: Intervention,
     module: type[RecordingBatches] = RecordingBatches,
-    collapse: Collapse = Collapse(below=1e-9),  # noqa: B008  (immutable)
+    collapse: Collapse = Collapse(above=1e9),  # noqa: B008  (immutable)
     detector: Callable[[], TaskDetector] = TaskDetector,
     samples: int = 8,
     with_callback: bool = True,
@@ -109,7 +109,7 @@ def regularized_in_loss(rank: int) -> dict[str, Any]:
 
 
 def repaired(rank: int) -> dict[str, Any]:
-    always = Collapse(below=1, relative_to=None)
+    always = Collapse(above=1e-9)
     return fit(rank, ReDo(), ShrinkPerturb(0.1, when=2), collapse=always)
 
 

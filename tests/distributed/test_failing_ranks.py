@@ -154,7 +154,7 @@ def fit(*interventions: Intervention, detector: TaskDetector | None = None) -> d
     net, logger = Classifier(), MemoryLogger()
     callback = SpectralCollapseCallback(
         GGNProbe(samples=6),
-        collapse=Collapse(below=1e-9),
+        collapse=Collapse(above=1e9),
         interventions=interventions,
         task_detector=detector,
         monitor_every_n_steps=2,

@@ -195,7 +195,7 @@ def callback_with(
     probe: Probe = GGNProbe(SAMPLES),  # noqa: B008  (immutable)
 ) -> SpectralCollapseCallback:
     return SpectralCollapseCallback(
-        probe, collapse=Collapse(below=1e-9), interventions=interventions, monitor_every_n_steps=3
+        probe, collapse=Collapse(above=1e9), interventions=interventions, monitor_every_n_steps=3
     )
 
 

@@ -138,7 +138,7 @@ class Busy(Classifier):
 def test_unit_reset_at_collapse_equals_one_by_hand(intervention: ReDo | ReGraMa, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, logger = Busy(), MemoryLogger()
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1, relative_to=None), interventions=[intervention])
+    callback = SpectralCollapseCallback(collapse=Collapse(above=1e-9), interventions=[intervention])
     with torch.no_grad():
         module.net[0].bias[::2] = -100
     by_hand, first = Busy(), next(iter(loader(batches=1)))

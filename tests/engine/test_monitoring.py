@@ -34,7 +34,7 @@ class BatchKeeping(Classifier):
         self.batch = batch
 
 
-QUIET = Collapse(below=1e-9)
+QUIET = Collapse(above=1e9)
 """A rule that detects no collapse."""
 
 

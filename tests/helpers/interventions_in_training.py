@@ -15,7 +15,7 @@ from lightning_plasticity.interventions import Regularizer, RepairReport, StepIn
 from lightning_plasticity.interventions.base import InterventionContext
 from tests.helpers.modules import Classifier
 
-NEVER = Collapse(below=1e-9)
+NEVER = Collapse(above=1e9)
 """A rule that detects no collapse."""
 
 

@@ -79,7 +79,7 @@ def make_callback() -> SpectralCollapseCallback:
     """Return a callback with all interventions that have a state."""
     return SpectralCollapseCallback(
         # Every task is a collapse.
-        collapse=Collapse(below=1, relative_to=None),
+        collapse=Collapse(above=1e-9),
         task_detector=TaskDetector(every_n_epochs=EPOCHS_OF_A_TASK),
         monitor_every_n_steps=5,
         interventions=[

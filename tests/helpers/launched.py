@@ -44,7 +44,7 @@ def main(strategy: str, net: str, folder: Path, *, with_callback: bool) -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    callback = SpectralCollapseCallback(collapse=Collapse(below=1e-9), monitor_every_n_steps=1)
+    callback = SpectralCollapseCallback(collapse=Collapse(above=1e9), monitor_every_n_steps=1)
     data = TensorDataset(torch.randn(40, 1, 6, 6), torch.randint(3, (40,)))
     options: dict[str, Any] = {"strategy": strategy, "devices": 2, "max_epochs": 2, "logger": CSVLogger(folder)}
     trainer(*[callback] * with_callback, **options).fit(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, SpectralCollapseCallback
 
-NEVER = Collapse(below=1e-9)
+NEVER = Collapse(above=1e9)
 """A rule under which no task of these tests is a collapse."""
 
 

@@ -21,7 +21,7 @@ NAMES = {*GGN, *(f"{name}_vs_initial" for name in GGN), "probe_loss", "probe_sam
 
 
 def fit_three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
-    callback = SpectralCollapseCallback(**{"collapse": Collapse(below=1e-9), **arguments})
+    callback = SpectralCollapseCallback(**{"collapse": Collapse(above=1e9), **arguments})
     module = Classifier()
     for _ in range(3):
         trainer(callback, logger=list(loggers)).fit(module, loader())

@@ -20,7 +20,7 @@ from lightning_plasticity.interventions import (
 from tests.helpers.faults import FailingLoss, NoUnits, ZeroPenalty
 from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
 
-ALWAYS = Collapse(below=1, relative_to=None)
+ALWAYS = Collapse(above=1e-9)
 
 
 class NotFinite(ZeroPenalty):
