@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.interventions import Intervention
+from lightning_plasticity.isolation.training_state import TrainingState
 from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
@@ -106,6 +107,8 @@ class SpectralCollapseCallback(Callback):
             weights. ``None`` leaves it out; ``collapse`` must then watch another number than its results.
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
+        undo_if_worse: Whether to undo the repairs at the start of a task, weights and optimizer state, if the number
+            that ``collapse`` watches is worse after them, on the same samples. It is measured in any case.
         monitor: Whether to measure dormant units, feature ranks and norms of the hidden layers at the start of every
             task, on the probe's samples; a :class:`~lightning_plasticity.PlasticityMonitor` selects what is measured.
         monitor_every_n_steps: Number of optimizer steps after which to measure them while training, too, on the
@@ -166,6 +169,7 @@ class SpectralCollapseCallback(Callback):
         collapse: Collapse = Collapse(),  # noqa: B008  (immutable)
         fit_test: FitTest | None = FitTest(),  # noqa: B008  (immutable)
         interventions: Sequence[Intervention] = (),
+        undo_if_worse: bool = False,
         monitor: bool | PlasticityMonitor = True,
         monitor_every_n_steps: int | None = None,
         task_detector: TaskDetector | None = None,
@@ -204,6 +208,7 @@ class SpectralCollapseCallback(Callback):
         self._groups = LogGroups(name)
         self._loss_fn = loss_fn
         self._probe_batch = probe_batch
+        self._undo_if_worse = undo_if_worse
         self._errors = ErrorLog(name)
         self._tasks = task_detector if task_detector is not None else TaskDetector()
         chosen_monitor = PlasticityMonitor() if monitor is True else monitor or None
@@ -235,6 +240,7 @@ class SpectralCollapseCallback(Callback):
             "collapse": None if self.collapse == Collapse() else self.collapse,
             "fit_test": None if self.fit_test == FitTest() else self.fit_test,
             "interventions": [*self.interventions] or None,
+            "undo_if_worse": self._undo_if_worse or None,
             "monitor": False if self.monitor is None else None,
             "monitor_every_n_steps": self._step_monitor.every_n_steps,
             "task_detector": None if repr(self._tasks) == repr(TaskDetector()) else self._tasks,
@@ -537,10 +543,20 @@ class SpectralCollapseCallback(Callback):
                 # Forward passes of repairs must not be monitored.
                 self._step_monitor.postpone()
             with self._tasks.paused():
-                report.repairs += self._runner.at_task_start(
-                    context, report.task, self._steps, collapsed=report.collapsed
-                )
+                self._repair(context, report)
         log_task(trainer.loggers, report, self._errors, self._groups)
+
+    def _repair(self, context: ProbeContext, report: TaskReport) -> None:
+        """Run the repairs that are due and measure the network again, and undo them if that is worse."""
+        is_due = self._runner.due_at_task_start(report.task, collapsed=report.collapsed)
+        state = TrainingState(context.model, context.optimizers) if self._undo_if_worse and is_due else None
+        repairs = self._runner.at_task_start(context, report.task, self._steps, collapsed=report.collapsed)
+        if repairs:
+            is_worse = self._task_start.measure_repaired(context, report, [repair.name for repair in repairs])
+            if is_worse and state is not None:
+                state.restore()
+                repairs = [replace(repair, undone=True) for repair in repairs]
+        report.repairs += repairs
 
     def _call_detector(self, call: Callable[[], bool | None]) -> bool | None:
         """Return the result of a call of the task detector; ``None`` if it fails after the first task."""

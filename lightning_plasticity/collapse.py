@@ -140,6 +140,15 @@ class Collapse:
         given = self.below if DIAGNOSTICS[self.metric].higher_is_better else self.above
         return self._default_threshold if given is None else given
 
+    def is_worse(self, value: float, before: float) -> bool:
+        """Return whether a value of the metric is worse than before; ``False`` if one of them is not a number.
+
+        Example:
+            >>> Collapse("learnable_fraction").is_worse(0.5, 0.6), Collapse("handicap").is_worse(1.1, 2.0)
+            (True, False)
+        """
+        return value < before if DIAGNOSTICS[self.metric].higher_is_better else value > before
+
     def evaluate(
         self,
         value: float,

@@ -34,6 +34,7 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
+        after: The diagnostics after the repairs at the start of the task, on the same samples; empty without repairs.
         fit_curve: The losses of the fit test before each step and after the last one; empty without a fit test.
         fresh_fit_curve: The same for the initial weights.
         limited: Whether more samples would have taken too long.
@@ -59,6 +60,7 @@ class TaskReport:
     outputs: int | None = None
     trained_parameters: str = ""
     remarks: list[str] = field(default_factory=list)
+    after: dict[str, float] = field(default_factory=dict)
     fit_curve: tuple[float, ...] = ()
     fresh_fit_curve: tuple[float, ...] = ()
     limited: bool = False
@@ -117,6 +119,7 @@ class TaskReport:
             "outputs": self.outputs,
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
+            "after": dict(self.after),
             "fit_curve": self.fit_curve,
             "fresh_fit_curve": self.fresh_fit_curve,
             "limited": self.limited,
@@ -162,4 +165,4 @@ def _count(number: float | None) -> str:
 def _summary(repair: RepairReport) -> str:
     units = sum(len(units) for units in repair.units.values())
     changed = f"{units} units" if repair.units else f"{repair.num_parameters_changed} parameters"
-    return f"{repair.name}: {changed}"
+    return f"{repair.name}: {changed}{', undone' if repair.undone else ''}"

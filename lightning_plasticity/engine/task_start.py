@@ -98,6 +98,8 @@ class TaskStart:
         self._logged_remarks: set[str] = set()
         self._couples_samples = False
         self._trial: _Measurement | None = None
+        # The initial weights on the samples of the last task, for the comparison with a repaired model.
+        self._initial: _Measurement | None = None
         self._interventions_have_started = False
 
     @property
@@ -251,6 +253,41 @@ class TaskStart:
         self.gathering = self._trial = None
         return replace(measured, weights=None)
 
+    def measure_repaired(self, context: ProbeContext, report: TaskReport, repairs: Sequence[str]) -> bool:
+        """Measure a repaired model on the samples of its task, and enter the numbers in the report.
+
+        Args:
+            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned.
+            report: The report of the task.
+            repairs: The names of the repairs.
+
+        Returns:
+            Whether the number that the verdict depends on is worse than before.
+        """
+        initial, samples = self._initial, report.metrics.get("probe_samples")
+        if initial is None or not report.metrics:
+            return False
+        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
+        try:
+            with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
+                measured = self._measure_weights(same, "probing the repaired network")
+            report.after = {name: float(value) for name, value in _compared(measured, initial).items()}
+        except Exception as error:
+            self._errors.record("probe", "the repaired network could not be measured", error)
+            return False
+        finally:
+            context.discard_copy()
+        report.after = broadcast_object(report.after)
+        metric = self.collapse.metric
+        before, after = report.metrics.get(metric, math.nan), report.after.get(metric, math.nan)
+        is_worse = self.collapse.is_worse(after, before)
+        message = f"task {report.task}: after {' and '.join(repairs)}, {_changes(report, metric)}"
+        if is_worse:
+            self._errors.warn(f"{message}: worse than before")
+        else:
+            rank_zero_info(message)
+        return is_worse
+
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
         """Return a context on the batch that the user gives, the one of rank 0."""
         with all_or_none():
@@ -357,11 +394,10 @@ class TaskStart:
                 "probing curvature of the initial weights",
                 monitored=bool(measured.features),
             )
-        values, references = measured.values, initial.values
+        self._initial = initial
+        values, references = _compared(measured, initial), initial.values
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
-            comparison = compare_fits(measured.curve, initial.curve, now.kernel, initial.probe.kernel)
-            values = {**comparison, **values}
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
@@ -519,6 +555,22 @@ class _Measurement:
         """The diagnostics by name, without those that compare a network with its initial weights."""
         fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
         return fit | measure(self.probe.spectra, self.features, self.probe.kernel)
+
+
+def _compared(measured: _Measurement, initial: _Measurement) -> dict[str, float]:
+    """Return the diagnostics of a network, with those that compare it with its initial weights."""
+    if measured.curve is None or initial.curve is None:
+        return measured.values
+    return compare_fits(measured.curve, initial.curve, measured.probe.kernel, initial.probe.kernel) | measured.values
+
+
+def _changes(report: TaskReport, metric: str) -> str:
+    """Return how the numbers of a task have changed by its repairs."""
+    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in report.after and name in report.metrics)
+    changes = [f"{DIAGNOSTICS[n].title} {report.metrics[n]:.3g} → {report.after[n]:.3g}" for n in names]
+    if report.fresh_fit_curve:
+        changes.append(f"fit loss of a fresh network {FitCurve(report.fresh_fit_curve).mean:.3g}")
+    return ", ".join(changes)
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:

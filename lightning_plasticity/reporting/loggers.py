@@ -92,7 +92,13 @@ def log_task(
         errors: Records the errors of loggers that fail.
         groups: The prefixes of the names.
     """
-    values = {**report.metrics, "collapsed": float(report.collapsed), "probe_failed": float(not report.metrics)}
+    after = {f"{name}_after_repair": value for name, value in report.after.items()}
+    values = {
+        **report.metrics,
+        **after,
+        "collapsed": float(report.collapsed),
+        "probe_failed": float(not report.metrics),
+    }
 
     def log(logger: Logger) -> None:
         logger.log_metrics({groups.by_step + name: value for name, value in values.items()}, step=report.step)

@@ -18,6 +18,7 @@ from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.engine.error_log import ErrorLog
+from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.interventions import Intervention, ShrinkPerturb
@@ -248,3 +249,21 @@ def test_half_precision_model_keeps_its_dtype() -> None:
     task_start().measure_and_start(ProbeContext(model, (x.to(torch.bfloat16), y), loss_fn), [], report)
     assert report.metrics["learnable_fraction"] > 0
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_grown_head_keeps_its_first_initial_rows() -> None:
+    """The trained rows that are copied into a larger head are not initial weights."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    initial = InitialWeights()
+    initial.store(model)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.add_(5.0)
+    head = nn.Linear(3, 4)
+    with torch.no_grad():
+        head.weight[:2] = model[0].weight
+    model[0] = head
+    initial.store(model)
+    assert torch.equal(initial.values["0.weight"][:2], first["0.weight"])
+    assert torch.equal(initial.values["0.weight"][2:], head.weight[2:].detach())
+    assert torch.equal(initial.values["0.bias"], torch.cat([first["0.bias"], head.bias[2:].detach()]))

@@ -26,12 +26,14 @@ class RepairReport:
         units: The units that were re-initialised, by layer name; empty for interventions that do not work by units.
         num_parameters_changed: Number of entries of parameters with a new value.
         step: Optimizer steps taken before it, over all fits; ``None`` outside of the callback.
+        undone: Whether it was undone, since the numbers of the task were worse after it.
     """
 
     name: str
     units: dict[str, Tensor] = field(default_factory=dict)
     num_parameters_changed: int = 0
     step: int | None = None
+    undone: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python and tensors, for checkpoints."""
