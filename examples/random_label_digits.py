@@ -2,12 +2,14 @@
 
 The data are scikit-learn's handwritten digits. Each task gives the same images new random labels, which the network
 must memorise; the network is never reset. It is trained twice: without repair, and with shrink-perturb whenever the
-callback detects a collapse. Takes a few minutes on two cores.
+callback detects a collapse. Beside them a fresh network, with the same initial weights for every task, shows what is
+lost. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -64,22 +66,28 @@ class OnlineAccuracy(L.Callback):
             logger.log_metrics({"plasticity_by_task/online_accuracy": self.history[-1]}, step=len(self.history) - 1)
 
 
-def run(
-    name: str, interventions: list[Intervention], tasks: int, seed: int, output: Path
-) -> tuple[list[float], list[TaskReport]]:
-    """Train on all tasks, and return the online accuracy and the callback's report of each."""
+class StartAfresh(L.Callback):
+    """Reset the network to its first weights at every fit."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not hasattr(self, "initial"):
+            self.initial = copy.deepcopy(pl_module.state_dict())
+        pl_module.load_state_dict(self.initial)
+
+
+def run(name: str, callback: L.Callback, tasks: int, seed: int, output: Path) -> list[float]:
+    """Train on all tasks with a callback, and return the online accuracy of each."""
     L.seed_everything(seed, verbose=False)
     images = torch.tensor(load_digits().data[:IMAGES], dtype=torch.float32)
     images = (images - images.mean(0)) / images.std(0).clamp(min=1e-6)
     labels = torch.Generator().manual_seed(seed)
 
-    plasticity = SpectralCollapseCallback(interventions=interventions)
     accuracy = OnlineAccuracy()
     module = Memoriser()
     trainer = L.Trainer(
         max_epochs=0,
         accelerator="cpu",
-        callbacks=[plasticity, accuracy],
+        callbacks=[callback, accuracy],
         logger=TensorBoardLogger(output, name=name, version=""),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -92,11 +100,8 @@ def run(
             # The callback begins a new task at each fit.
             trainer.fit_loop.max_epochs += EPOCHS
             trainer.fit(module, DataLoader(TensorDataset(images, targets), batch_size=BATCH, shuffle=True))
-            bar.set_postfix(
-                accuracy=f"{accuracy.history[-1]:.2f}",
-                learnable=f"{plasticity.history[-1].metrics['learnable_fraction']:.2f}",
-            )
-    return accuracy.history, plasticity.history
+            bar.set_postfix(accuracy=f"{accuracy.history[-1]:.2f}")
+    return accuracy.history
 
 
 def describe_actions(report: TaskReport) -> str:
@@ -108,24 +113,25 @@ def describe_actions(report: TaskReport) -> str:
 
 def print_table(name: str, accuracy: list[float], history: list[TaskReport]) -> None:
     """Print one line per task."""
-    print(f"\n{name}\n{'task':>6}{'online accuracy':>17}{'learnable fraction':>20}{'ε-rank':>8}   callback")
+    print(f"\n{name}\n{'task':>6}{'online accuracy':>17}{'handicap':>10}{'learnable fraction':>20}   callback")
     for value, report in zip(accuracy, history, strict=True):
-        learnable, rank = report.metrics["learnable_fraction"], report.metrics["epsilon_rank"]
-        print(f"{report.task:>6}{value:>17.3f}{learnable:>20.3f}{rank:>8.0f}   {describe_actions(report)}")
+        handicap, learnable = report.metrics["handicap"], report.metrics["learnable_fraction"]
+        print(f"{report.task:>6}{value:>17.3f}{handicap:>10.2f}{learnable:>20.3f}   {describe_actions(report)}")
 
 
-def plot(results: dict[str, tuple[list[float], list[TaskReport]]], path: Path) -> None:
-    """Plot online accuracy, learnable fraction and ε-rank of each run over the tasks."""
+def plot(results: dict[str, tuple[list[float], list[TaskReport]]], fresh: list[float], path: Path) -> None:
+    """Plot online accuracy, handicap and learnable fraction of each run over the tasks."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, (accuracy, history) in results.items():
         tasks = [report.task for report in history]
         collapses = [report.task for report in history if report.collapsed]
-        curves = [accuracy, *([r.metrics[key] for r in history] for key in ("learnable_fraction", "epsilon_rank"))]
+        curves = [accuracy, *([r.metrics[key] for r in history] for key in ("handicap", "learnable_fraction"))]
         for axis, curve in zip(axes, curves, strict=True):
             (line,) = axis.plot(tasks, curve, "-", label=name)
             axis.plot(collapses, [curve[task] for task in collapses], "v", color=line.get_color(), markersize=5)
-    titles = ["online accuracy of the task", "learnable fraction at its start", "ε-rank at its start"]
+    axes[0].plot(fresh, ":", color="gray", label="fresh network for each task")
+    titles = ["online accuracy of the task", "handicap at its start", "learnable fraction at its start"]
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="task", title=title, ylim=(0, None))
     axes[0].legend(title="▼ the callback saw a collapse", loc="lower left")
@@ -166,15 +172,17 @@ def main() -> None:
     warnings.showwarning = show_warning
 
     settings: dict[str, list[Intervention]] = {"plain": [], "shrink-perturb": [ShrinkPerturb()]}
-    results = {
-        name: run(name, interventions, arguments.tasks, arguments.seed, arguments.output)
-        for name, interventions in settings.items()
-    }
+    results = {}
+    for name, interventions in settings.items():
+        callback = SpectralCollapseCallback(interventions=interventions)
+        accuracy = run(name, callback, arguments.tasks, arguments.seed, arguments.output)
+        results[name] = accuracy, callback.history
+    fresh = run("fresh", StartAfresh(), arguments.tasks, arguments.seed, arguments.output)
     for name, (accuracy, history) in results.items():
         print_table(name, accuracy, history)
     summarise(*results["plain"])
     picture = arguments.output / "plasticity.png"
-    plot(results, picture)
+    plot(results, fresh, picture)
     print(f"Curves: {picture}")
     print(f"Spectra, task by task: .venv/bin/tensorboard --logdir {arguments.output}")
 

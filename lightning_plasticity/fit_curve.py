@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_plasticity.curvature import TangentKernel
+from lightning_plasticity.curvature import Estimate, TangentKernel
 
 _LONG_HORIZON = 1000
 """Number of steps whose learnable fraction is a part of the handicap."""
@@ -13,10 +15,12 @@ _LONG_HORIZON = 1000
 
 @dataclass(frozen=True)
 class FitCurve:
-    r"""The losses of a copy of a network while it is trained on a fixed set of samples.
+    r"""The losses of copies of a network while each is trained on a small batch of its own.
 
     Args:
-        losses: The loss before each step and after the last one, :math:`L_0, \dots, L_K`; infinite after divergence.
+        losses: The mean over the batches of the loss before each step and after the last one, :math:`L_0, \dots, L_K`;
+            infinite after divergence.
+        batches: The same for each batch; by default there is one.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -25,6 +29,18 @@ class FitCurve:
     """
 
     losses: tuple[float, ...]
+    batches: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, batches: Sequence[Sequence[float]]) -> FitCurve:
+        """Create the curve of several batches, from the losses of each."""
+        losses = tuple(math.fsum(values) / len(values) for values in zip(*batches, strict=True))
+        return cls(losses, tuple(map(tuple, batches)))
+
+    @property
+    def by_batch(self) -> list[FitCurve]:
+        """The curve of each batch."""
+        return [FitCurve(losses) for losses in self.batches or (self.losses,)]
 
     @property
     def mean(self) -> float:
@@ -38,8 +54,8 @@ class FitCurve:
 
     @property
     def is_flat(self) -> bool:
-        """Whether no step has changed the loss: no gradient reaches the parameters."""
-        return len(set(self.losses)) == 1
+        """Whether no step has changed a loss: no gradient reaches the parameters."""
+        return all(len(set(curve.losses)) == 1 for curve in self.by_batch)
 
     def gap_to(self, fresh: FitCurve) -> float:
         r"""Return how much worse than a fresh network this one fits, as a share of what the fresh one gains.
@@ -67,8 +83,10 @@ def compare_fits(
 ) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\bar L / \bar L^\text{fresh} \cdot (\ell^\text{fresh} / \ell)^{1/2}` with the mean losses
-    :math:`\bar L` and the learnable fractions :math:`\ell` at 1000 steps, which see what 20 steps do not.
+    The handicap is :math:`\rho \, (\ell^\text{fresh} / \ell)^{1/2}`, where :math:`\rho` is the ratio of the mean losses
+    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`\ell` are the learnable
+    fractions at 1000 steps, which see what 20 steps do not. Its standard error comes from the ratios of the batches.
+
     Losses that are not positive are compared by the gap instead, as :math:`1 + \text{gap}`. Without the kernels, or if
     one of the fractions is not resolved, the losses count alone. A network whose loss no step changes has an infinite
     handicap.
@@ -83,18 +101,30 @@ def compare_fits(
         ``handicap`` and ``fit_gap``, each if it is defined.
 
     Example:
-        >>> compare_fits(FitCurve((4.0, 3.0, 3.0)), FitCurve((4.0, 2.0, 1.0)))
-        {'handicap': 1.1666666666666667, 'fit_gap': 0.5}
+        >>> comparison = compare_fits(FitCurve((4.0, 3.0, 3.0)), FitCurve((4.0, 2.0, 1.0)))
+        >>> round(comparison["handicap"], 3), comparison["fit_gap"]
+        (1.167, 0.5)
     """
     gap = curve.gap_to(fresh)
-    if curve.is_flat:
-        handicap = math.inf
-    elif fresh.mean > 0 and min(curve.losses) > 0:
-        handicap = curve.mean / fresh.mean
-    else:
-        handicap = 1 + gap
+    handicap = _ratio(curve, fresh)
     if kernel is not None and fresh_kernel is not None:
         learnable, of_fresh = (k.learnable_fraction(steps=_LONG_HORIZON) for k in (kernel, fresh_kernel))
         if learnable > 0 and of_fresh > 0 and learnable.resolved and of_fresh.resolved:
-            handicap *= math.sqrt(of_fresh / learnable)
+            factor = math.sqrt(of_fresh / learnable)
+            handicap = Estimate(handicap * factor, standard_error=handicap.standard_error * factor)
     return {name: value for name, value in (("handicap", handicap), ("fit_gap", gap)) if not math.isnan(value)}
+
+
+def _ratio(curve: FitCurve, fresh: FitCurve) -> Estimate:
+    """Return the ratio of the losses, with its standard error over the batches."""
+    pairs = [(one.mean, other.mean) for one, other in zip(curve.by_batch, fresh.by_batch, strict=True)]
+    if curve.is_flat:
+        return Estimate(math.inf)
+    if not all(mean > 0 and other > 0 for mean, other in pairs):
+        return Estimate(1 + curve.gap_to(fresh))
+    if not all(math.isfinite(mean) and math.isfinite(other) for mean, other in pairs):
+        return Estimate(curve.mean / fresh.mean)
+    logarithms = [math.log(mean / other) for mean, other in pairs]
+    ratio = math.exp(statistics.fmean(logarithms))
+    deviation = statistics.stdev(logarithms) if len(logarithms) > 1 else math.nan
+    return Estimate(ratio, standard_error=ratio * deviation / math.sqrt(len(logarithms)))

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import training_trial
 
@@ -23,18 +25,20 @@ from lightning_plasticity.isolation.state import training_trial
 class FitTest:
     """A test of how well a network still fits the samples of a new task, compared with its initial weights.
 
-    A copy of the network and a copy of its initial weights are trained on the samples of the probe, all of them in each
-    step, with the loss, the regularizers, the gradient clipping and the optimizers of the run. The optimizers come from
-    ``configure_optimizers`` of the copy, so their state is new, and their learning rates are those before any
-    schedule. The network is not changed.
+    The samples of the probe are split into small batches. For each of them, a copy of the network and a copy of its
+    initial weights are trained on this batch alone, with the loss, the regularizers, the gradient clipping and the
+    optimizers of the run. The optimizers come from ``configure_optimizers`` of the copy, so their state is new, and
+    their learning rates are those before any schedule. The network is not changed.
 
-    Training costs ``2 * steps`` training steps on the samples of the probe.
+    A few steps on few samples show as much as many steps on many: what a network can still memorise, and how fast.
+    Several batches tell how far the result depends on the samples.
 
     Args:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps on each batch.
+        batch_size: Number of samples of a batch. A loss that couples the samples of its batch gets all of them.
 
     Raises:
-        ValueError: If ``steps`` is not a positive whole number.
+        ValueError: If an argument is not a positive whole number.
 
     References:
         Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
@@ -51,9 +55,10 @@ class FitTest:
     """
 
     steps: int = 20
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
-        check_positive_ints(type(self).__name__, steps=self.steps)
+        check_positive_ints(type(self).__name__, steps=self.steps, batch_size=self.batch_size)
 
     def fit(
         self,
@@ -63,24 +68,45 @@ class FitTest:
         regularizers: Sequence[Regularizer] = (),
         progress: Progress | None = None,
     ) -> FitCurve:
-        """Train a copy of the model and return its losses.
+        """Train copies of the model and return their losses.
 
         Args:
             context: The model, the batch, the loss and the optimizers.
-            samples: Number of samples, the first ones of the batch; ``None`` for the whole batch.
+            samples: Number of samples, the first ones of the batch; ``None`` to train on the whole batch at once.
             regularizers: The terms that are added to the loss in training. They are not part of the losses that are
                 returned.
             progress: Called after each step with the number of steps done and their total.
 
         Raises:
-            MisconfigurationError: If there is no optimizer to train the copy with.
+            MisconfigurationError: If there is no optimizer to train the copies with.
         """
+        batches = self._batches(context, samples)
+        curves = []
+        for place, batch in enumerate(batches):
+
+            def advance(done: int, place: int = place) -> None:
+                if progress is not None:
+                    progress(place * self.steps + done, len(batches) * self.steps)
+
+            curves.append(tuple(_until_divergence(self._losses(context, batch, regularizers, advance))))
+        return FitCurve.of(curves)
+
+    def _batches(self, context: ProbeContext, samples: int | None) -> list[Any]:
+        if samples is None or context.whole_batch:
+            return [context.batch]
+        batches = list(micro_batches(context.samples(samples), self.batch_size))
+        # A last batch with few samples would count as much as the others.
+        return batches[:-1] if len(batches) > 1 and samples % self.batch_size else batches
+
+    def _losses(
+        self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]
+    ) -> list[float]:
+        """Train a copy of the model on a batch, and return the loss before each step and after the last one."""
+        losses = []
         model = context.copy_to_measure()
-        batch = context.batch if samples is None else context.samples(samples)
-        losses: list[float] = []
         with (
             training_trial(model),
-            in_full_precision(model, batch) as batch,
+            in_full_precision(model, batch) as converted,
             _started_copies(regularizers, model) as terms,
         ):
             optimizers = context.make_optimizers(model)
@@ -88,7 +114,7 @@ class FitTest:
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                loss = context.loss_on(model, batch)
+                loss = context.loss_on(model, converted)
                 torch.stack([loss, *(term.penalty(model) for term in terms)]).sum().backward()
                 for optimizer in optimizers:
                     context.clip_gradients(model, optimizer)
@@ -96,12 +122,11 @@ class FitTest:
 
             for step in range(self.steps):
                 losses.append(_step(optimizers, compute_gradients))
-                if progress is not None:
-                    progress(step + 1, self.steps)
+                advance(step + 1)
             with torch.no_grad():
-                losses.append(context.loss_on(model, batch).item())
+                losses.append(context.loss_on(model, converted).item())
             model.zero_grad()
-        return FitCurve(tuple(_until_divergence(losses)))
+        return losses
 
 
 @contextlib.contextmanager

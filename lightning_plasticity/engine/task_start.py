@@ -486,8 +486,9 @@ class TaskStart:
         curve, features = None, {}
         if self.fit_test is not None:
             with context.show_progress("fitting a copy") as progress:
+                whole = replace(context, whole_batch=result.coupled)
                 curve = self.fit_test.fit(
-                    context, result.samples, regularizers=self._runner.regularizers, progress=progress
+                    whole, result.samples, regularizers=self._runner.regularizers, progress=progress
                 )
         if self.monitor is not None and monitored:
             features = self._measure_activations(self.monitor, context, result.samples or self.samples)
