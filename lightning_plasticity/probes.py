@@ -28,7 +28,7 @@ from lightning_plasticity.curvature.problem import HALF, Progress, full_precisio
 from lightning_plasticity.diagnostics import Matrix, Source
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError
 
 _FEWEST_SAMPLES = 8
 """Number of samples that are taken even if they cost more than ``max_steps``."""
@@ -451,6 +451,8 @@ class HessianProbe(Probe):
     def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> ProbeResult:
         try:
             return ggn.measure(context)
+        except SkippedBatchError:
+            raise
         except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
             raise MisconfigurationError(

@@ -39,7 +39,7 @@ from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.isolation.batches import to_device
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_info
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.reports import TaskReport
@@ -151,6 +151,9 @@ class TaskStart:
         Returns:
             The context for the repairs of the task; ``None`` if no task starts, if it is measured later, or if nothing
             could be measured and run.
+
+        Raises:
+            SkippedBatchError: If the loss is not defined on this batch: the task can be measured at the next one.
         """
         self._interventions_have_started = not self._runner.interventions
         gathering = None
@@ -273,6 +276,8 @@ class TaskStart:
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
                 return gathering
+        except SkippedBatchError:
+            raise
         except Exception as error:
             self._errors.warn(self._record_failure(report, history, error))
             return None
@@ -293,6 +298,8 @@ class TaskStart:
                 if not self._is_known_to_work(history):
                     self._runner.dry_run(context)
         except Exception as error:
+            if gathering is None and isinstance(error, SkippedBatchError):
+                raise
             if gathering is not None and gathering.is_joined:
                 gathering.fall_back(f"the samples of several batches could not be measured together: {error}")
                 return self._measure(report, gathering.context(context), history)
