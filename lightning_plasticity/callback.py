@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -34,7 +34,12 @@ from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.interventions import Intervention
 from lightning_plasticity.isolation.training_state import TrainingState
-from lightning_plasticity.messages import MisconfigurationError, constructor_call, rank_zero_warn
+from lightning_plasticity.messages import (
+    MisconfigurationError,
+    SkippedBatchError,
+    constructor_call,
+    rank_zero_warn,
+)
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
 from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
@@ -62,12 +67,16 @@ class _FitState:
         tasks_before: Number of tasks of earlier fits.
         in_batch: Whether a batch has begun and not ended.
         warned_of_early_checkpoint: Whether the warning about a checkpoint saved too early was issued.
+        skipped: Number of batches that a new task could not be measured on, because they have no loss.
+        no_loss: The error of the last batch, if it was one of these.
     """
 
     steps_before: int = 0
     tasks_before: int = 0
     in_batch: bool = False
     warned_of_early_checkpoint: bool = False
+    skipped: int = 0
+    no_loss: SkippedBatchError | None = None
 
 
 class SpectralCollapseCallback(Callback):
@@ -357,6 +366,7 @@ class SpectralCollapseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._fit.in_batch = False
+        self._check_skipped(outputs)
         step_before, self._steps = self._steps, self._fit.steps_before + trainer.global_step
         if trains(trainer):
             log_step(trainer.loggers, self._step_monitor.end(), step_before, self._errors, self._groups)
@@ -409,6 +419,8 @@ class SpectralCollapseCallback(Callback):
         self._tasks.end_fit()
         self._runner.end_fit()
         self._measure_remaining(trainer, pl_module)
+        if self._fit.skipped:
+            rank_zero_warn("the last task could not be measured: training_step returned None for all of its batches")
         if len(self.history) > self._fit.tasks_before:
             log_summary(trainer.loggers, self.history, self._errors, self._groups)
         self._share_errors()
@@ -479,28 +491,49 @@ class SpectralCollapseCallback(Callback):
         """Start a task: measure, run the repairs that are due and log. Or start only the running interventions.
 
         After an error in the first probe, or an interruption, the task starts at the next batch, maybe of another fit.
+        So it does after a batch without a loss.
         """
         if starts_task and self._task_start.gathering is not None:
             self._measure_gathered(context)
         report = TaskReport(len(self.history), self._tasks.task_id, self._steps) if starts_task else None
+        if report is not None and self._fit.skipped:
+            report.remarks.append(
+                f"the task begins with batch {self._fit.skipped}, counted from 0: training_step returned None for the "
+                "batches before"
+            )
         try:
             with self._tasks.paused():
                 repair_context = self._task_start.measure_and_start(
                     context, self.history, report, self._fixed_batch_of(context)
                 )
             self._step_monitor.begin(context.model, self._steps)
-        except BaseException:
+        except BaseException as error:
             if starts_task:
                 self._task_start.gathering = None
             if not self.history:
                 self._task_start.initial_weights.clear()
+            if isinstance(error, SkippedBatchError):
+                self._fit.skipped, self._fit.no_loss = self._fit.skipped + 1, error
+                return
             raise
         if report is None:
             return
+        self._fit.skipped = 0
         self.history.append(report)
         self._tasks.commit()
         if self._task_start.gathering is None:
             self._repair_and_log(context.trainer, report, repair_context)
+
+    def _check_skipped(self, outputs: Any) -> None:
+        """Check that a batch without a loss in the first probe had none in training.
+
+        Raises:
+            MisconfigurationException: If it had one.
+        """
+        error, self._fit.no_loss = self._fit.no_loss, None
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if error is not None and loss is not None and not self.history:
+            raise MisconfigurationException(f"in evaluation mode, in which the probe runs, {error}") from error
 
     def _fixed_batch_of(self, context: TrainerContext) -> Callable[[int], Any] | None:
         """Return a function from a number of samples to the batch to measure on; ``None`` for that of the task."""

@@ -22,6 +22,10 @@ class MisconfigurationError(Exception):
     """
 
 
+class SkippedBatchError(MisconfigurationError):
+    """There is no loss to measure, because ``training_step`` returned ``None``, by which Lightning skips a batch."""
+
+
 def rank_zero_warn(message: str, *, stacklevel: int = 3) -> None:
     """Issue a :class:`PlasticityWarning` on the first rank of a distributed run.
 

@@ -28,7 +28,7 @@ from lightning_plasticity.diagnostics import Matrix, Source
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError
 
 _FEWEST_SAMPLES = 8
 """Number of samples that are taken even if they cost more than ``max_steps``."""
@@ -219,14 +219,17 @@ class GGNProbe(Probe):
         if measurement is None or needs_all:
             measurement, used = self._measure(context, available or samples, progress, whole=True)
         known = None if available is None else used
+        reaches_limit = used < samples or used == context.max_samples or measurement.over_budget
+        # Up to a few samples are taken whatever they cost.
+        limited = not needs_all and used >= _FEWEST_SAMPLES and reaches_limit
         return ProbeResult(
             {} if measurement.spectrum is None else {"ggn": measurement.spectrum},
             measurement.loss,
             known,
             measurement.num_outputs // (known or 1),
-            self._remarks(context, measurement, used, samples),
+            self._remarks(context, measurement, used, samples, limited=limited),
             measurement.couples_samples or needs_all,
-            not needs_all and (used < samples or measurement.over_budget),
+            limited,
             measurement.kernel,
             {
                 part: PartResult({} if block.spectrum is None else {"ggn": block.spectrum}, block.kernel)
@@ -280,10 +283,10 @@ class GGNProbe(Probe):
         return {part: [name for name in names if name in trained] for part, names in selected.items()}
 
     def _remarks(
-        self, context: ProbeContext, measurement: KernelMeasurement, used: int, wanted: int
+        self, context: ProbeContext, measurement: KernelMeasurement, used: int, wanted: int, *, limited: bool
     ) -> tuple[str, ...]:
         remarks = []
-        if used < wanted or (used < self.samples and measurement.over_budget):
+        if limited and used < self.samples:
             remarks.append(
                 f"{used} samples were taken instead of {self.samples}, for max_steps={self.max_steps:g}: more would "
                 "take too long"
@@ -423,7 +426,8 @@ class HessianProbe(Probe):
         samples = None if available is None else min(self.samples, available)
         if ggn is None:
             return ProbeResult({"hessian": spectrum}, loss, samples)
-        return replace(ggn, spectra={"hessian": spectrum, **ggn.spectra}, loss=loss, samples=samples)
+        # The Hessian is measured on all samples, whatever that costs.
+        return replace(ggn, spectra={"hessian": spectrum, **ggn.spectra}, loss=loss, samples=samples, limited=False)
 
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
@@ -447,6 +451,8 @@ class HessianProbe(Probe):
     def _measure_ggn(self, ggn: GGNProbe, context: ProbeContext) -> ProbeResult:
         try:
             return ggn.measure(context)
+        except SkippedBatchError:
+            raise
         except (UnsupportedModelError, MisconfigurationError) as error:
             name = type(self).__name__
             raise MisconfigurationError(

@@ -101,12 +101,11 @@ def test_training_step_may_return_a_dict() -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda loss: None, r"Step.training_step returned None, so the probe has no loss: return the loss or"),
         (lambda loss: {"value": loss}, r"returned a dict without a tensor under 'loss' \(keys: \['value'\]\)"),
         (lambda loss: loss * torch.nan, "the loss on the probe batch is nan: .* Look for NaN or infinite values"),
         (lambda loss: loss.detach(), "does not depend on any trainable parameter"),
     ],
-    ids=["none", "dict without loss", "nan", "detached"],
+    ids=["dict without loss", "nan", "detached"],
 )
 def test_unusable_loss_fails_before_any_weight_changes(output: Any, message: str) -> None:
     module = Step(output)
@@ -114,6 +113,58 @@ def test_unusable_loss_fails_before_any_weight_changes(output: Any, message: str
     with pytest.raises((MisconfigurationException, ValueError), match=message):
         trainer(SpectralCollapseCallback()).fit(module, loader())
     assert torch.equal(weights(module), before)
+
+
+class Skipping(Classifier):
+    """Skips batches without labels."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if (batch[1] < 0).all() else super().training_step(batch, batch_idx)
+
+
+returned_none = pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
+
+
+@returned_none
+@pytest.mark.parametrize(("size", "tasks"), [(64, 2), (20, 1)])
+@pytest.mark.parametrize("probe", [GGNProbe(), HessianProbe(64, num_probes=1, num_steps=4)], ids=["ggn", "hessian"])
+def test_skipped_batches_do_not_start_a_task(size: int, tasks: int, probe: Any) -> None:
+    """The report is that of a run whose batches begin with the first one that has a loss."""
+    histories = []
+    for count in (2, 0):
+        torch.manual_seed(0)
+        callback, module = SpectralCollapseCallback(probe, collapse=NEVER), Skipping()
+        for seed in range(tasks):
+            data = list(DataLoader(loader(batches=6, size=size, seed=seed).dataset, batch_size=size))
+            unlabelled = [(x, -torch.ones_like(y)) for x, y in data[:count]]
+            trainer(callback).fit(module, DataLoader(unlabelled + data, batch_size=None))
+        histories.append(callback.history)
+    for skipped, plain in zip(*histories, strict=True):
+        assert skipped.metrics == plain.metrics
+        assert skipped.errors == {}
+        assert (
+            "begins with batch 2, counted from 0: training_step returned None for the batches before"
+            in skipped.remarks[0]
+        )
+        assert skipped.remarks[1:] == plain.remarks
+
+
+@returned_none
+def test_task_of_skipped_batches_warns_at_its_end() -> None:
+    callback = SpectralCollapseCallback()
+    with pytest.warns(PlasticityWarning, match="could not be measured: training_step returned None for all of its"):
+        trainer(callback).fit(Skipping(), DataLoader([(torch.ones(64, 4), -torch.ones(64))] * 2, batch_size=None))
+    assert callback.history == []
+
+
+class InTrainingOnly(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if self.training else None
+
+
+def test_batch_that_is_skipped_in_the_probe_only_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"in evaluation mode, in which the probe runs, InTrainingOnly"):
+        trainer(SpectralCollapseCallback()).fit(InTrainingOnly(), loader())
 
 
 def test_later_probe_failure_only_warns() -> None:

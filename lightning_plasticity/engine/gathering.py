@@ -88,10 +88,6 @@ class Gathering:
         self.batch, self.is_complete = slice_batch(self.batch, self._first_size), True
         self.remarks.append(f"{reason}; the first batch was measured alone")
 
-    def stop(self) -> None:
-        """Add no more samples."""
-        self.is_complete = True
-
     def context(self, context: ProbeContext) -> ProbeContext:
         """Return a context on all samples and on the weights that the task began with.
 

@@ -42,7 +42,7 @@ from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.fit_curve import FitCurve, compare_fits
 from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.isolation.batches import to_device
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_info
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.reports import TaskReport
@@ -96,7 +96,6 @@ class TaskStart:
         self._probe_is_checked = False
         self._warned_of_few_samples = False
         self._logged_remarks: set[str] = set()
-        self._couples_samples = False
         self._trial: _Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
         self._initial: _Measurement | None = None
@@ -161,6 +160,9 @@ class TaskStart:
         Returns:
             The context for the repairs of the task; ``None`` if no task starts, if it is measured later, or if nothing
             could be measured and run.
+
+        Raises:
+            SkippedBatchError: If the loss is not defined on this batch: the task can be measured at the next one.
         """
         self._interventions_have_started = not self._runner.interventions
         gathering = None
@@ -180,15 +182,15 @@ class TaskStart:
                 # The interventions start at the next batch.
                 return None
             if report is not None:
+                self._trial = None
                 size = context.batch_size
                 is_small = fixed is None and size is not None and size < self._wanted(history)
-                if is_small and not self._couples_samples:
+                if is_small and not _was_coupled(history):
                     gathering = self._begin_gathering(report, context, history)
-                # The first attempt may have shown that batches must not be joined.
-                if not is_small or (self._couples_samples and not report.errors):
-                    gathering = None
+                if gathering is None and not report.errors:
                     measured = context if fixed is None else fixed.with_full_parameters(full_parameters)
                     self._measure(report, measured, history)
+                    self._trial = None
             self._runner.start(context)
         self._interventions_have_started = True
         if report is None:
@@ -222,7 +224,7 @@ class TaskStart:
         return self.gathering.samples >= wanted
 
     def _wanted(self, history: Sequence[TaskReport]) -> int:
-        """Return the number of samples to gather: those that the last measurement could afford."""
+        """Return the number of samples to gather: those that earlier measurements could afford."""
         affordable = _affordable_samples(history)
         return self.samples if affordable is None else min(affordable, self.samples)
 
@@ -299,10 +301,11 @@ class TaskStart:
     def _begin_gathering(
         self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport]
     ) -> Gathering | None:
-        """Keep the weights and the samples of the first batch; ``None`` if that fails.
+        """Keep the weights and the samples of the first batch; ``None`` if that fails, or if it is measured alone.
 
         Before the first task, the probe and the repairs are tried on that batch: a misconfiguration must be an error
-        before any weight has changed.
+        before any weight has changed. This may show that batches must not be joined, or that more samples would take
+        too long.
         """
         try:
             with all_or_none():
@@ -311,12 +314,14 @@ class TaskStart:
                     with context.preserve_training_state():
                         self._check_probe(context)
                         self._trial = self._measure_weights(context, "trying the probe")
+                    if self._trial.probe.coupled or self._trial.probe.limited:
+                        return None
                     self._runner.dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
-                if self._trial is not None and self._trial.probe.limited:
-                    gathering.stop()
                 return gathering
+        except SkippedBatchError:
+            raise
         except Exception as error:
             self._errors.warn(self._record_failure(report, history, error))
             return None
@@ -328,7 +333,8 @@ class TaskStart:
         gathering = self.gathering
         try:
             with all_or_none():
-                is_initial = self.initial_weights.store(context.model)
+                # The weights of a trial are stored.
+                is_initial = self.initial_weights.store(context.model) or self._trial is not None
                 if gathering is not None:
                     is_initial = gathering.is_initial
                 with context.preserve_training_state():
@@ -336,6 +342,8 @@ class TaskStart:
                 if not self._is_known_to_work(history):
                     self._runner.dry_run(context)
         except Exception as error:
+            if gathering is None and isinstance(error, SkippedBatchError):
+                raise
             if gathering is not None and gathering.is_joined:
                 gathering.fall_back(f"the samples of several batches could not be measured together: {error}")
                 return self._measure(report, gathering.context(context), history)
@@ -372,13 +380,10 @@ class TaskStart:
     ) -> str | None:
         """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
         self._check_probe(context)
-        # What the last measurement has shown need not be found out again.
-        last = _last_measured(history)
-        context = replace(
-            context, max_samples=_affordable_samples(history), whole_batch=last is not None and last.coupled
-        )
+        # What earlier measurements have shown need not be found out again.
+        context = replace(context, max_samples=_affordable_samples(history), whole_batch=_was_coupled(history))
         gathering = self.gathering
-        if gathering is not None and not gathering.is_joined and self._trial is not None:
+        if self._trial is not None and (gathering is None or not gathering.is_joined):
             # The first batch alone, on the weights that the task began with, has been measured.
             measured = self._trial
         else:
@@ -482,7 +487,6 @@ class TaskStart:
             result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
         else:
             result = self._measure_curvature(self.probe, context, description)
-        self._couples_samples |= result.coupled
         curve, features = None, {}
         if self.fit_test is not None:
             with context.show_progress("fitting a copy") as progress:
@@ -578,10 +582,16 @@ def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:
     return next((report for report in reversed(history) if report.metrics), None)
 
 
-def _affordable_samples(history: Sequence[TaskReport]) -> int | None:
-    """Return the number of samples of the last measurement, if more would have taken too long."""
+def _was_coupled(history: Sequence[TaskReport]) -> bool:
+    """Return whether the last measurement has shown that the loss of a sample depends on others of its batch."""
     last = _last_measured(history)
-    samples = None if last is None or not last.limited else last.metrics.get("probe_samples")
+    return last is not None and last.coupled
+
+
+def _affordable_samples(history: Sequence[TaskReport]) -> int | None:
+    """Return the number of samples of the last measurement that could not afford more, if there is one."""
+    counts = (report.metrics.get("probe_samples") for report in reversed(history) if report.limited)
+    samples = next(counts, None)
     return None if samples is None else int(samples)
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_plasticity._compat import takes_batch_index
-from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError
 
 
 def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -22,6 +22,7 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
 
     Raises:
         MisconfigurationError: If ``training_step`` returns no loss.
+        SkippedBatchError: If it returns ``None``.
     """
     arguments = [batch, batch_idx] if takes_batch_index(module.training_step) else [batch]
     output = module.training_step(*arguments)
@@ -32,7 +33,8 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
         returned = f"a dict without a tensor under 'loss' (keys: {sorted(map(str, output))})"
     else:
         returned = "None" if output is None else f"a {type(output).__name__}"
-    raise MisconfigurationError(
+    kind = SkippedBatchError if output is None else MisconfigurationError
+    raise kind(
         f"{type(module).__name__}.training_step returned {returned}, so the probe has no loss: return the loss or "
         "{'loss': loss}, or pass SpectralCollapseCallback(loss_fn=...) with loss_fn(module, batch) -> mean loss"
     )
