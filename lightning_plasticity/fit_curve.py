@@ -17,6 +17,7 @@ class FitCurve:
 
     Args:
         losses: The loss before each step and after the last one, :math:`L_0, \dots, L_K`; infinite after divergence.
+        has_gradient: Whether a parameter had a gradient at the last step.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -25,6 +26,7 @@ class FitCurve:
     """
 
     losses: tuple[float, ...]
+    has_gradient: bool = True
 
     @property
     def mean(self) -> float:
@@ -37,9 +39,9 @@ class FitCurve:
         return self.losses[0] - self.mean
 
     @property
-    def is_flat(self) -> bool:
-        """Whether no step has changed the loss: no gradient reaches the parameters."""
-        return len(set(self.losses)) == 1
+    def is_dead(self) -> bool:
+        """Whether no gradient reaches the parameters although there is a loss, so that no step changes it."""
+        return not self.has_gradient and len(set(self.losses)) == 1 and self.losses[0] != 0
 
     def gap_to(self, fresh: FitCurve) -> float:
         r"""Return how much worse than a fresh network this one fits, as a share of what the fresh one gains.
@@ -70,8 +72,8 @@ def compare_fits(
     The handicap is :math:`\bar L / \bar L^\text{fresh} \cdot (\ell^\text{fresh} / \ell)^{1/2}` with the mean losses
     :math:`\bar L` and the learnable fractions :math:`\ell` at 1000 steps, which see what 20 steps do not.
     Losses that are not positive are compared by the gap instead, as :math:`1 + \text{gap}`. Without the kernels, or if
-    one of the fractions is not resolved, the losses count alone. A network whose loss no step changes has an infinite
-    handicap.
+    one of the fractions is not resolved, the losses count alone. A network that no gradient reaches, and that is no
+    better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
@@ -87,7 +89,7 @@ def compare_fits(
         {'handicap': 1.1666666666666667, 'fit_gap': 0.5}
     """
     gap = curve.gap_to(fresh)
-    if curve.is_flat:
+    if curve.is_dead and curve.mean >= fresh.mean:
         handicap = math.inf
     elif fresh.mean > 0 and min(curve.losses) > 0:
         handicap = curve.mean / fresh.mean

@@ -15,6 +15,7 @@ from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import training_trial
 
@@ -74,6 +75,8 @@ class FitTest:
 
         Raises:
             MisconfigurationError: If there is no optimizer to train the copy with.
+            ValueError: If the gradient of a regularizer is not finite.
+            TypeError: If a regularizer does not return a scalar tensor.
         """
         model = context.copy_to_measure()
         batch = context.batch if samples is None else context.samples(samples)
@@ -84,12 +87,17 @@ class FitTest:
             _started_copies(regularizers, model) as terms,
         ):
             optimizers = context.make_optimizers(model)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss = context.loss_on(model, batch)
-                sum((term.penalty(model) for term in terms), loss).sum().backward()
+                loss.backward()
+                # After divergence, the gradient of a penalty is not finite.
+                for term in terms if loss.isfinite() else ():
+                    accumulate(parameters, differentiate_penalty(term, model, parameters)[1], 1.0)
                 for optimizer in optimizers:
                     context.clip_gradients(model, optimizer)
                 return loss.detach()
@@ -100,8 +108,9 @@ class FitTest:
                     progress(step + 1, self.steps)
             with torch.no_grad():
                 losses.append(context.loss_on(model, batch).item())
+            has_gradient = any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
             model.zero_grad()
-        return FitCurve(tuple(_until_divergence(losses)))
+        return FitCurve(tuple(_until_divergence(losses)), has_gradient)
 
 
 @contextlib.contextmanager

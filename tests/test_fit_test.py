@@ -137,9 +137,11 @@ for_each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys()
 
 
 class StartRecorder(Callback):
-    """Copies the module, the batch and the state of the random numbers before the first batch of each fit."""
+    """Copies all that the fit test starts from, before the first batch of each fit."""
 
-    def __init__(self) -> None:
+    def __init__(self, callback: SpectralCollapseCallback) -> None:
+        self.callback = callback
+        self.terms: list[Any] = []
         self.modules: list[Any] = []
         self.batches: list[list[Tensor]] = []
         self.random_states: list[Tensor] = []
@@ -149,6 +151,7 @@ class StartRecorder(Callback):
             self.modules.append(copy.deepcopy(pl_module))
             self.batches.append([tensor.clone() for tensor in batch])
             self.random_states.append(torch.get_rng_state())
+            self.terms.append([copy.deepcopy(term.state_dict()) for term in self.callback.interventions])
 
 
 def plain_losses(
@@ -207,16 +210,17 @@ def make_callback(case: Case, fit_test: FitTest | None, **options: Any) -> Spect
 
 @for_each_case
 def test_losses_equal_those_of_a_plain_loop(case: Case) -> None:
-    recorder, callback = StartRecorder(), make_callback(case, FitTest(STEPS), probe=None, monitor=False)
+    callback = make_callback(case, FitTest(STEPS), probe=None, monitor=False)
+    recorder = StartRecorder(callback)
     fit_twice(case, recorder, callback)
     initial = recorder.modules[0]
-    for report, module, batch, random_state in zip(
-        callback.history, recorder.modules, recorder.batches, recorder.random_states, strict=True
-    ):
+    starts = zip(recorder.modules, recorder.batches, recorder.random_states, recorder.terms, strict=True)
+    for report, (module, batch, random_state, states) in zip(callback.history, starts, strict=True):
         x, y = (tensor[:64] for tensor in batch)
         for start, losses in ((module, report.fit_curve), (initial, report.fresh_fit_curve)):
             terms = case.terms()
-            for term in terms:
+            for term, state in zip(terms, states, strict=True):
+                term.load_state_dict(state)
                 term.start(copy.deepcopy(initial).float())
             expected = plain_losses(case, start, (x.float(), y), random_state, terms)
             assert losses == pytest.approx(expected, abs=1e-6)
@@ -270,7 +274,7 @@ def test_plain_module_is_fitted_with_the_rates_before_a_schedule() -> None:
     schedule.step()
     state = copy.deepcopy(optimizer.state_dict())
     curve = FitTest(steps=5).fit(context)
-    assert optimizer.state_dict() == state
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
 
     model = copy.deepcopy(model)
     groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters(), "momentum": 0.5}]
@@ -393,7 +397,7 @@ def test_dead_network_is_a_collapse_at_its_first_task() -> None:
         trainer(callback, max_steps=1).fit(module, loader())
     report = callback.history[0]
     assert report.collapsed
-    assert set(report.fit_curve) == {pytest.approx(math.log(3))}
+    assert report.fit_curve == pytest.approx([math.log(3)] * 21)
 
 
 def test_unsupported_model_gets_a_verdict_and_a_remark() -> None:
@@ -422,7 +426,7 @@ def test_unsupported_model_gets_a_verdict_and_a_remark() -> None:
 
 
 def test_alike_tasks_ring_no_alarm() -> None:
-    """The network has learned the second task already, so a fresh one is worse."""
+    """The network has learned the second task already: it begins with a smaller loss than a fresh one."""
     torch.manual_seed(0)
     module, callback = Classifier(), SpectralCollapseCallback()
     for _ in range(2):
@@ -430,7 +434,7 @@ def test_alike_tasks_ring_no_alarm() -> None:
     first, second = callback.history
     assert first.metrics["handicap"] == 1
     assert first.metrics["fit_gap"] == 0
-    assert 0 < second.metrics["handicap"] < 1
+    assert second.metrics["fit_gap"] < 0
     assert not second.collapsed
 
 
@@ -460,13 +464,10 @@ def test_without_a_fit_test_another_metric_must_be_watched() -> None:
     assert not {"handicap", "fit_loss", "fit_gap"} & callback.history[0].metrics.keys()
 
 
-@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 def test_run_resumed_between_tasks_fits_the_same_curves(tmp_path: Path) -> None:
-    """Task 1 is measured on two batches, with a checkpoint between them."""
-
     class Saver(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 5:
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 0:
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     data = DataLoader(loader(batches=2).dataset, batch_size=32)
