@@ -153,8 +153,8 @@ def schedulers(trainer: Trainer) -> list[Any]:
 
 def configured_optimizers(module: LightningModule) -> list[torch.optim.Optimizer]:
     """Call ``configure_optimizers`` of a module and return the optimizers, in whatever form it returns them."""
-    optimizers, _, _ = _configure_optimizers(module.configure_optimizers())  # type: ignore[arg-type]
-    return optimizers
+    configuration: Any = module.configure_optimizers()
+    return [] if configuration is None else _configure_optimizers(configuration)[0]
 
 
 def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:

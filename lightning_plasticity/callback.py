@@ -198,7 +198,7 @@ class SpectralCollapseCallback(Callback):
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
         if not isinstance(collapse, Collapse):
-            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(below=0.8)")
+            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.5)")
         if fit_test is not None and not isinstance(fit_test, FitTest):
             raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):

@@ -19,6 +19,9 @@ _HANDICAP = 1.5
 _SHARE = 0.8
 """Share of its reference below which any other diagnostic has collapsed."""
 
+_COMPARISONS = ("handicap", "fit_gap")
+"""Diagnostics that compare a network with its initial weights."""
+
 _LOSING = "the network is losing its plasticity"
 
 MIN_SAMPLES = 8
@@ -30,7 +33,7 @@ class Verdict:
     """The decision of :class:`Collapse` at the start of one task.
 
     Args:
-        collapsed: Whether the value is below the threshold.
+        collapsed: Whether the value is beyond the threshold.
         message: One sentence with the numbers.
         inconclusive: Whether there is no decision, because a number that it depends on is not resolved, or was measured
             on too few samples.
@@ -94,6 +97,11 @@ class Collapse:
             raise ValueError(
                 f"Collapse(relative_to={self.relative_to!r}) is not a reference; choose one of "
                 f"{[*get_args(Reference), None]}"
+            )
+        if self.metric in _COMPARISONS and self._reference == "initial":
+            raise ValueError(
+                f"{call}, relative_to='initial'): it is itself a comparison with the initial weights; write "
+                "relative_to=None"
             )
         if diagnostic.can_be_negative and self._reference is not None:
             raise ValueError(
@@ -197,7 +205,7 @@ class Collapse:
             comparisons.append(_percentage(value, first[0], f"of its first (task {first[1]})"))
         else:
             comparisons.append(_percentage(value, best[0], f"of its best (task {best[1]})"))
-        is_comparison = diagnostic.source == "fit"
+        is_comparison = self.metric in _COMPARISONS
         if not diagnostic.can_be_negative and not is_comparison and is_resolved(self.metric, initial):
             comparisons.append(_percentage(value, initial, "of what the initial weights would have on this batch"))
         shown = f"{value:.2f}" if diagnostic.is_fraction else f"{value:.3g}"

@@ -20,7 +20,8 @@ class FitCurve:
     Args:
         losses: The mean over the batches of the loss before each step and after the last one, :math:`L_0, \dots, L_K`;
             infinite after divergence.
-        batches: The same for each batch; by default there is one.
+        has_gradient: Whether a parameter had a gradient at the last step.
+        batches: The losses on each batch; by default there is one.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -29,13 +30,15 @@ class FitCurve:
     """
 
     losses: tuple[float, ...]
+    has_gradient: bool = True
     batches: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
-    def of(cls, batches: Sequence[Sequence[float]]) -> FitCurve:
-        """Create the curve of several batches, from the losses of each."""
+    def of(cls, curves: Sequence[FitCurve]) -> FitCurve:
+        """Create the curve of several batches from the curve of each."""
+        batches = tuple(curve.losses for curve in curves)
         losses = tuple(math.fsum(values) / len(values) for values in zip(*batches, strict=True))
-        return cls(losses, tuple(map(tuple, batches)))
+        return cls(losses, any(curve.has_gradient for curve in curves), batches)
 
     @property
     def by_batch(self) -> list[FitCurve]:
@@ -53,9 +56,9 @@ class FitCurve:
         return self.losses[0] - self.mean
 
     @property
-    def is_flat(self) -> bool:
-        """Whether no step has changed a loss: no gradient reaches the parameters."""
-        return all(len(set(curve.losses)) == 1 for curve in self.by_batch)
+    def is_dead(self) -> bool:
+        """Whether no gradient reaches the parameters although there is a loss, so that no step changes it."""
+        return not self.has_gradient and len(set(self.losses)) == 1 and self.losses[0] != 0
 
     def gap_to(self, fresh: FitCurve) -> float:
         r"""Return how much worse than a fresh network this one fits, as a share of what the fresh one gains.
@@ -88,8 +91,8 @@ def compare_fits(
     fractions at 1000 steps, which see what 20 steps do not. Its standard error comes from the ratios of the batches.
 
     Losses that are not positive are compared by the gap instead, as :math:`1 + \text{gap}`. Without the kernels, or if
-    one of the fractions is not resolved, the losses count alone. A network whose loss no step changes has an infinite
-    handicap.
+    one of the fractions is not resolved, the losses count alone. A network that no gradient reaches, and that is no
+    better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
@@ -118,7 +121,7 @@ def compare_fits(
 def _ratio(curve: FitCurve, fresh: FitCurve) -> Estimate:
     """Return the ratio of the losses, with its standard error over the batches."""
     pairs = [(one.mean, other.mean) for one, other in zip(curve.by_batch, fresh.by_batch, strict=True)]
-    if curve.is_flat:
+    if curve.is_dead and curve.mean >= fresh.mean:
         return Estimate(math.inf)
     if not all(mean > 0 and other > 0 for mean, other in pairs):
         return Estimate(1 + curve.gap_to(fresh))

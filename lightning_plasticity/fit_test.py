@@ -16,6 +16,7 @@ from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import training_trial
@@ -79,6 +80,8 @@ class FitTest:
 
         Raises:
             MisconfigurationError: If there is no optimizer to train the copies with.
+            ValueError: If the gradient of a regularizer is not finite.
+            TypeError: If a regularizer does not return a scalar tensor.
         """
         batches = self._batches(context, samples)
         curves = []
@@ -88,7 +91,7 @@ class FitTest:
                 if progress is not None:
                     progress(place * self.steps + done, len(batches) * self.steps)
 
-            curves.append(tuple(_until_divergence(self._losses(context, batch, regularizers, advance))))
+            curves.append(self._fit_batch(context, batch, regularizers, advance))
         return FitCurve.of(curves)
 
     def _batches(self, context: ProbeContext, samples: int | None) -> list[Any]:
@@ -98,24 +101,28 @@ class FitTest:
         # A last batch with few samples would count as much as the others.
         return batches[:-1] if len(batches) > 1 and samples % self.batch_size else batches
 
-    def _losses(
+    def _fit_batch(
         self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]
-    ) -> list[float]:
-        """Train a copy of the model on a batch, and return the loss before each step and after the last one."""
-        losses = []
-        model = context.copy_to_measure()
+    ) -> FitCurve:
+        """Train a copy of the model on a batch."""
+        model, losses = context.copy_to_measure(), []
         with (
             training_trial(model),
             in_full_precision(model, batch) as converted,
             _started_copies(regularizers, model) as terms,
         ):
             optimizers = context.make_optimizers(model)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss = context.loss_on(model, converted)
-                torch.stack([loss, *(term.penalty(model) for term in terms)]).sum().backward()
+                loss.backward()
+                # After divergence, the gradient of a penalty is not finite.
+                for term in terms if loss.isfinite() else ():
+                    accumulate(parameters, differentiate_penalty(term, model, parameters)[1], 1.0)
                 for optimizer in optimizers:
                     context.clip_gradients(model, optimizer)
                 return loss.detach()
@@ -125,8 +132,9 @@ class FitTest:
                 advance(step + 1)
             with torch.no_grad():
                 losses.append(context.loss_on(model, converted).item())
+            has_gradient = any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
             model.zero_grad()
-        return losses
+        return FitCurve(tuple(_until_divergence(losses)), has_gradient)
 
 
 @contextlib.contextmanager

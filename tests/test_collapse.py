@@ -1,6 +1,7 @@
 """Test which values `Collapse` judges to be a collapse, and the messages of its verdicts."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -8,8 +9,8 @@ from lightning_plasticity import Collapse
 from lightning_plasticity.curvature import Estimate
 
 
-def test_default_threshold_is_four_fifths_of_the_best() -> None:
-    rule = Collapse()
+def test_falling_metric_is_compared_with_its_best() -> None:
+    rule = Collapse("learnable_fraction")
     assert not rule.evaluate(0.77, earlier=[0.5, 0.95], initial=0.9).collapsed
     assert rule.evaluate(0.75, earlier=[0.5, 0.95], initial=0.9).collapsed
     assert not rule.evaluate(0.3, earlier=[], initial=0.9).collapsed, "the first task has no reference"
@@ -26,12 +27,12 @@ def test_default_threshold_is_four_fifths_of_the_best() -> None:
     ],
 )
 def test_value_is_compared_with_the_reference(relative_to: str | None, value: float, collapsed: bool) -> None:
-    rule = Collapse(relative_to=relative_to)  # type: ignore[arg-type]
+    rule = Collapse("learnable_fraction", relative_to=relative_to)  # type: ignore[arg-type]
     assert rule.evaluate(value, earlier=[0.5, 0.95], initial=0.9).collapsed is collapsed
 
 
 def test_message_names_task_value_and_both_comparisons() -> None:
-    verdict = Collapse().evaluate(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
+    verdict = Collapse("learnable_fraction").evaluate(0.63, earlier=[0.8, 0.9, 0.95] + [0.9] * 9, initial=0.8)
     assert verdict.message == (
         "task 12: learnable fraction 0.63, 66 % of its best (task 2) and 79 % of what the initial weights would have "
         "on this batch: the network is losing its plasticity"
@@ -44,13 +45,13 @@ def test_message_names_the_first_task_as_reference() -> None:
 
 
 def test_failed_probes_are_ignored() -> None:
-    verdict = Collapse().evaluate(0.5, earlier=[None, 0.9, None], initial=0.9)
+    verdict = Collapse("learnable_fraction").evaluate(0.5, earlier=[None, 0.9, None], initial=0.9)
     assert verdict.collapsed
     assert "its best (task 1)" in verdict.message
 
 
 def test_reference_of_zero_is_no_collapse() -> None:
-    assert not Collapse().evaluate(0.0, earlier=[0.0], initial=0.0).collapsed
+    assert not Collapse("learnable_fraction").evaluate(0.0, earlier=[0.0], initial=0.0).collapsed
 
 
 def test_counts_may_have_absolute_thresholds() -> None:
@@ -77,10 +78,10 @@ def test_unresolved_rank_is_inconclusive() -> None:
 )
 def test_wide_bracket_of_a_fraction_is_compared_as_a_whole(best: float, collapsed: bool, inconclusive: bool) -> None:
     wide = Estimate(0.4, lo=0.3, hi=0.5)
-    verdict = Collapse().evaluate(wide, earlier=[best], initial=1.0)
+    verdict = Collapse("learnable_fraction").evaluate(wide, earlier=[best], initial=1.0)
     assert (verdict.collapsed, verdict.inconclusive) == (collapsed, inconclusive)
     assert ("between 0.3 and 0.5), so it is unknown" in verdict.message) == inconclusive
-    first = Collapse().evaluate(wide, earlier=[None], initial=1.0)
+    first = Collapse("learnable_fraction").evaluate(wide, earlier=[None], initial=1.0)
     assert not first.collapsed
     assert not first.inconclusive
 
@@ -128,19 +129,71 @@ def test_signed_metric_has_an_absolute_threshold() -> None:
     )
 
 
+def test_default_alarm_is_a_handicap_above_one_and_a_half() -> None:
+    rule = Collapse()
+    assert not rule.evaluate(1.49, earlier=[0.1, 0.2], initial=math.nan).collapsed
+    assert rule.evaluate(1.51, earlier=[], initial=math.nan).collapsed
+    assert rule.evaluate(math.inf, earlier=[], initial=math.nan).collapsed
+
+
+def test_message_of_the_default_alarm_says_what_it_means() -> None:
+    verdict = Collapse().evaluate(1.714, earlier=[1.0, 1.1], initial=math.nan, explanation="fit loss 2 instead of 1")
+    assert verdict.message == (
+        "task 2: handicap 1.71, above 1.5: a fresh network would learn this task better (fit loss 2 instead of 1)"
+    )
+    assert Collapse().evaluate(1.2, earlier=[], initial=math.nan).message == "task 0: handicap 1.2, not above 1.5"
+
+
+@pytest.mark.parametrize(
+    ("relative_to", "value", "collapsed"),
+    [
+        (None, 2.01, True),
+        (None, 1.99, False),
+        ("best", 0.21, True),
+        ("best", 0.19, False),
+        ("first", 0.61, True),
+        ("first", 0.59, False),
+        ("initial", 0.41, True),
+        ("initial", 0.39, False),
+    ],
+)
+def test_rising_metric_is_compared_with_the_reference(relative_to: Any, value: float, collapsed: bool) -> None:
+    """The best value of a metric that rises in a collapse is the smallest."""
+    rule = Collapse("dormant_fraction", above=2.0, relative_to=relative_to)
+    assert rule.evaluate(value, earlier=[0.3, 0.1], initial=0.2).collapsed is collapsed
+
+
+def test_rising_metric_has_a_default_threshold_only_for_the_handicap() -> None:
+    with pytest.raises(ValueError, match=r"Collapse\(metric='dead_fraction'\) needs a threshold: write above="):
+        Collapse("dead_fraction")
+    assert Collapse("fit_loss", above=-1.0).evaluate(-0.5, earlier=[], initial=-2.0).collapsed
+
+
+FRACTION = {"metric": "learnable_fraction"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metric": "loss"}, r"Collapse\(metric='loss'\) is not a diagnostic; choose one of \['learnable_fraction'"),
+        ({"metric": "loss"}, r"Collapse\(metric='loss'\) is not a diagnostic; choose one of \['handicap'"),
         ({"relative_to": "last"}, r"relative_to='last'\) is not a reference; choose one of \['best', 'initial'"),
-        ({"below": 0}, r"Collapse\(below=0\) must be in \(0, 1\]"),
-        ({"below": -0.5}, r"Collapse\(below=-0.5\) must be in \(0, 1\]"),
-        ({"below": 1.01}, r"Collapse\(below=1.01\) must be in \(0, 1\]"),
-        ({"below": math.nan}, r"Collapse\(below=nan\) must be in \(0, 1\]"),
-        ({"below": 2, "relative_to": None}, r"Collapse\(below=2\) must be in \(0, 1\]"),
+        ({**FRACTION, "below": 0}, r"Collapse\(below=0\) must be in \(0, 1\]"),
+        ({**FRACTION, "below": -0.5}, r"Collapse\(below=-0.5\) must be in \(0, 1\]"),
+        ({**FRACTION, "below": 1.01}, r"Collapse\(below=1.01\) must be in \(0, 1\]"),
+        ({**FRACTION, "below": math.nan}, r"Collapse\(below=nan\) must be in \(0, 1\]"),
+        ({**FRACTION, "below": 2, "relative_to": None}, r"Collapse\(below=2\) must be in \(0, 1\]"),
         ({"below": math.inf, "relative_to": None, "metric": "epsilon_rank"}, "must be a positive number"),
         ({"metric": "hessian_trace"}, "relative_to='best'.: it can be negative, so a share .* write relative_to=None"),
         ({"metric": "hessian_trace", "relative_to": None, "below": math.nan}, "must be a finite number"),
+        ({"metric": "hessian_trace", "relative_to": None}, r"metric='hessian_trace'\) needs a threshold: write below="),
+        ({"below": 0.8}, r"metric='handicap', below=0.8\): it rises when a network collapses; write above="),
+        ({**FRACTION, "above": 2}, r"fraction', above=2\): it falls when a network collapses; write below="),
+        ({"above": 0}, r"Collapse\(above=0\) must be a positive number"),
+        ({"above": math.inf}, r"Collapse\(above=inf\) must be a positive number"),
+        ({"above": "2"}, r"Collapse\(above='2'\) must be a positive number"),
+        ({"relative_to": "initial"}, "it is itself a comparison with the initial weights; write relative_to=None"),
+        ({"metric": "fit_gap", "above": math.nan}, r"Collapse\(above=nan\) must be a finite number"),
+        ({"metric": "fit_gap", "above": 1, "relative_to": "best"}, "fit_gap', relative_to='best'.: it can be negative"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

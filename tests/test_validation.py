@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ def arguments_of(*annotations: str) -> list[tuple[Callable[..., Any], str]]:
 
 
 NUMBERS: list[tuple[Callable[..., Any], str]] = [
-    (Collapse, "below"),
+    (Collapse, "above"),
+    (partial(Collapse, "learnable_fraction"), "below"),
     (PlasticityMonitor, "dormant_threshold"),
     (PlasticityMonitor, "max_samples"),
     (PlasticityMonitor, "max_units"),

@@ -21,9 +21,10 @@ from lightning_plasticity.distributed.agreement import (
     sync_errors,
 )
 from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.engine.regularizer_gradients import accumulate, differentiate_penalty, penalty_gradients
+from lightning_plasticity.engine.regularizer_gradients import penalty_gradients
 from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
+from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.state import isolated_rng
 from lightning_plasticity.messages import rank_zero_warn
 

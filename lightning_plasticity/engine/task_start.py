@@ -110,7 +110,7 @@ class TaskStart:
         """Check that the metric of ``collapse`` is measured.
 
         Raises:
-            MisconfigurationError: If neither the probe nor the monitor measures it.
+            MisconfigurationError: If neither the probe nor the fit test nor the monitor measures it.
         """
         sources: list[Source] = [] if self.probe is None else [*self.probe.sources]
         sources += [] if self.fit_test is None else ["fit"]
@@ -119,11 +119,12 @@ class TaskStart:
         if self.collapse.metric in available:
             return
         metric = f"Collapse(metric={self.collapse.metric!r})"
-        if self.probe is None:
+        watches_fit = DIAGNOSTICS[self.collapse.metric].source == "fit"
+        if self.probe is None or watches_fit:
             falling = [name for name in available if DIAGNOSTICS[name].higher_is_better]
             raise MisconfigurationError(
-                f"{metric} watches what probe=None leaves out, and the monitor does not measure: write "
-                f"collapse=Collapse(metric) with one of {falling}"
+                f"{metric} watches what {'fit_test' if watches_fit else 'probe'}=None leaves out, and the monitor does "
+                f"not measure: write collapse=Collapse(metric) with one of {falling}"
             )
         raise MisconfigurationError(
             f"{metric} watches what neither {self.probe} nor the monitor measures: choose one of {available}, or "
@@ -432,7 +433,8 @@ class TaskStart:
         """Enter the verdict in a report that holds all numbers, and return the text of a warning, if any."""
         metric = self.collapse.metric
         measured = [earlier for earlier in history if earlier.metrics]
-        if metric not in values and not measured:
+        # A fit test may run and yet define no number, as where both copies diverge.
+        if metric not in values and not measured and DIAGNOSTICS[metric].source != "fit":
             raise MisconfigurationError(
                 f"Collapse(metric={metric!r}) watches what could not be measured ({'; '.join(report.remarks)}): choose "
                 f"one of {[name for name in values if name != metric]}"

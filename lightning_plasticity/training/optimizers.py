@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plasticity._compat import configured_optimizers
 from lightning_plasticity.context import set_initial_rates
+from lightning_plasticity.messages import MisconfigurationError
 
 
-def optimizers_as_configured(module: LightningModule, trained: Collection[str]) -> list[torch.optim.Optimizer] | None:
+def optimizers_as_configured(
+    module: LightningModule, trained: Collection[str], groups: Sequence[int]
+) -> list[torch.optim.Optimizer] | None:
     """Return the optimizers that ``configure_optimizers`` makes for a copy of a module, at rates before any schedule.
 
     Args:
         module: The copy.
         trained: Names of the parameters that are trained.
+        groups: Number of parameter groups of each optimizer of the run.
 
     Returns:
-        The optimizers; ``None`` if they hold other parameters than are trained, as after a callback has added some.
+        The optimizers; ``None`` if they hold other parameters than are trained, or in other groups, as after a callback
+        has added some.
+
+    Raises:
+        MisconfigurationError: If it makes none.
     """
     optimizers = configured_optimizers(module)
+    if not optimizers:
+        raise MisconfigurationError(
+            f"{type(module).__name__}.configure_optimizers makes no optimizer to train a copy with: pass "
+            "SpectralCollapseCallback(fit_test=None, collapse=Collapse('learnable_fraction'))"
+        )
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     names = {name for name, parameter in module.named_parameters() if id(parameter) in held and parameter.requires_grad}
-    if names != set(trained):
+    if names != set(trained) or [len(optimizer.param_groups) for optimizer in optimizers] != list(groups):
         return None
     set_initial_rates(optimizers)
     return optimizers

@@ -94,7 +94,8 @@ class TrainerContext(ProbeContext):
 
     @override
     def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        configured = optimizers_as_configured(cast("LightningModule", model), self.trained_parameters)
+        groups = [len(optimizer.param_groups) for optimizer in self.optimizers]
+        configured = optimizers_as_configured(cast("LightningModule", model), self.trained_parameters, groups)
         return super().make_optimizers(model) if configured is None else configured
 
     @override

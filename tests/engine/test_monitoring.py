@@ -187,7 +187,7 @@ def test_unmeasured_metric_raises_before_training() -> None:
     with pytest.raises(MisconfigurationException, match=r"'srank'\) watches what neither GGNProbe.* nor the monitor"):
         trainer(callback).fit(module, loader())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    with pytest.raises(ValueError, match=r"'dormant_fraction'\) rises when a network collapses"):
+    with pytest.raises(ValueError, match=r"'dormant_fraction'\) needs a threshold: write above="):
         Collapse("dormant_fraction")
 
 

@@ -51,7 +51,8 @@ def task_start(probe: Probe | None = None, interventions: tuple[Intervention, ..
     runner = InterventionRunner(interventions, errors)
     return TaskStart(
         probe or GGNProbe(samples=16),
-        Collapse(),
+        Collapse("learnable_fraction"),
+        None,
         PlasticityMonitor(),
         monitor_is_required=True,
         runner=runner,

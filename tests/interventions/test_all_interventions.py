@@ -51,6 +51,17 @@ def test_repr_is_the_constructor_call(row: Row) -> None:
         assert f"{name}={value!r}" in repr(intervention)
 
 
+@for_each(INTERVENTIONS)
+def test_duplicate_has_the_same_arguments_and_state(row: Row) -> None:
+    original = row.make()
+    original.start(mlp(), forward=forward)
+    duplicate = original.duplicate()
+    assert type(duplicate) is row.kind
+    assert repr(duplicate) == repr(original)
+    torch.testing.assert_close(duplicate.state_dict(), original.state_dict(), rtol=0, atol=0)
+    original.stop()
+
+
 def test_repr_is_short_without_arguments_that_are_none() -> None:
     assert repr(ReDo()) == "ReDo(threshold=0.025, when='collapse')"
 

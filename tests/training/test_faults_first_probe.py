@@ -49,7 +49,7 @@ class Counted(Reset):
 
 
 # The first task is a collapse, so that a repair which can work would change the weights.
-@pytest.mark.filterwarnings("ignore:task 0. learnable fraction")
+@pytest.mark.filterwarnings("ignore:task 0. handicap")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,7 +88,7 @@ class TwoNumbers:
         pass
 
 
-@pytest.mark.filterwarnings("ignore:task 0. learnable fraction")
+@pytest.mark.filterwarnings("ignore:task 0. handicap")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
