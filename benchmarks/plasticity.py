@@ -57,6 +57,8 @@ class Run:
         # Only in the processes, since Lightning takes seconds to import.
         from benchmarks.evidence.run import run
 
+        # Lightning sets the level when it is imported.
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         result = run(self.stream, self.method, self.seed, self.tasks)
         part = self.path(directory).with_suffix(".part")
         part.write_text(json.dumps(result))
@@ -65,9 +67,8 @@ class Run:
 
 
 def prepare_process() -> None:
-    """Use one thread and say nothing: what went wrong is in the files."""
+    """Use one thread, and keep warnings silent: alarms, remarks and errors are in the files."""
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 

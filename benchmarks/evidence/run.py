@@ -11,6 +11,7 @@ import copy
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -67,33 +68,38 @@ class Learner(LightningModule):
 class Tasks(LightningDataModule):
     """Gives the tasks of a stream, one in each epoch of a fit, and announces them by ``task_id``."""
 
-    def __init__(self, tasks: list[Task]) -> None:
+    def __init__(self, tasks: Iterator[Task]) -> None:
         super().__init__()
-        self.tasks = tasks
-        self.task_id = 0
-
-    @property
-    def task(self) -> Task:
-        """The batches of the current task."""
-        return self.tasks[self.task_id]
+        self._tasks = tasks
+        self.task_id = -1
+        self.task: Task = []
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
-        self.task_id = self.trainer.current_epoch
+        if self.task_id != self.trainer.current_epoch:
+            self.task_id, self.task = self.trainer.current_epoch, next(self._tasks)
         return DataLoader(self.task, batch_size=None)  # type: ignore[arg-type]
 
 
 class Truth(Callback):
     """Trains the fresh and, where there was a repair, the unrepaired network; place it before the callback.
 
+    Args:
+        module: The module, with its initial weights.
+        data: The tasks.
+        plasticity: The callback.
+
     Attributes:
         rows: Per task the mean loss and accuracy, each on a batch before its step, of all three networks.
     """
 
-    def __init__(self, plasticity: SpectralCollapseCallback) -> None:
+    def __init__(self, module: Learner, data: Tasks, plasticity: SpectralCollapseCallback) -> None:
         self.rows: list[dict[str, dict[str, float]]] = []
+        self._module = module
+        self._data = data
         self._plasticity = plasticity
+        self._initial = copy.deepcopy(module.net)
         self._at_start = {
             each.name
             for each in plasticity.interventions
@@ -101,14 +107,10 @@ class Truth(Callback):
         }
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._initial = copy.deepcopy(pl_module.net)
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self._outputs: list[dict[str, float]] = []
-            self._unrepaired = copy_with_optimizer(pl_module, trainer.optimizers[0])
+            self._unrepaired = copy_with_optimizer(self._module, trainer.optimizers[0])
 
     @override
     def on_train_batch_end(
@@ -118,12 +120,12 @@ class Truth(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stream, task = pl_module.stream, trainer.datamodule.task
-        grow(self._initial, stream, trainer.current_epoch, pl_module.seed)
+        stream, task = self._module.stream, self._data.task
+        grow(self._initial, stream, self._data.task_id, self._module.seed)
         fresh = copy.deepcopy(self._initial)
         row = {
             "network": mean(self._outputs),
-            "fresh": learn(stream, fresh, stream.optimizer(fresh.parameters(), pl_module.weight_decay), task),
+            "fresh": learn(stream, fresh, stream.optimizer(fresh.parameters(), self._module.weight_decay), task),
         }
         repaired = self._at_start & {repair.name for repair in self._plasticity.history[-1].repairs}
         row["unrepaired"] = learn(stream, *self._unrepaired, task) if repaired else row["network"]
@@ -157,10 +159,10 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     module = Learner(stream, of_method.weight_decay, seed)
     plasticity = SpectralCollapseCallback(interventions=of_method.interventions())
-    truth, clock = Truth(plasticity), Clock(plasticity)
-    data = Tasks(list(stream.tasks(seed, tasks)))
+    data = Tasks(stream.draw(seed))
+    truth, clock = Truth(module, data, plasticity), Clock(plasticity)
     Trainer(
-        max_epochs=len(data.tasks),
+        max_epochs=tasks,
         reload_dataloaders_every_n_epochs=1,
         accelerator="cpu",
         callbacks=[truth, plasticity],

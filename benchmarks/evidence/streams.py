@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -53,10 +53,6 @@ class Stream:
         if self.regression:
             return F.mse_loss(outputs, y), torch.tensor(torch.nan)
         return F.cross_entropy(outputs, y), (outputs.detach().argmax(1) == y).float().mean()
-
-    def tasks(self, seed: int, count: int) -> Iterator[Task]:
-        """Yield the first tasks."""
-        return islice(self.draw(seed), count)
 
 
 @cache
