@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ FALSE_ALARMS = 0.05
 NO_MEASURES = ("_resolved", "_lo", "_hi", "_standard_error", "probe_samples")
 DRAWS = 200
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,34 @@ def scores(measured: Sequence[dict[str, float]]) -> dict[str, float]:
     return turned
 
 
-def auc(bad: Array, healthy: Array) -> float:
-    """Return the probability that a bad one is the higher of two, ties counting half; NaN without either kind.
+def auc(score: Array, bad: Array, healthy: Array) -> float:
+    """Return the probability that the bad one of a bad and a healthy task has the higher score, ties counting half.
+
+    Args:
+        score: The score of each task.
+        bad: How often each task counts as a bad one, such as True or False.
+        healthy: How often it counts as a healthy one.
+
+    Returns:
+        Σ_s B(s) [H(<s) + H(s) / 2] / (Σ B · Σ H), with B(s) and H(s) the numbers of bad and healthy tasks of score s;
+        NaN without either kind.
 
     Example:
-        >>> auc(np.array([3.0, 1.0]), np.array([0.0, 1.0]))
+        >>> auc(np.array([3.0, 1.0, 0.0, 1.0]), np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1]))
         0.875
     """
-    if not len(bad) or not len(healthy):
+    if not bad.any() or not healthy.any():
         return math.nan
-    ranks = rankdata(np.concatenate([bad, healthy]))[: len(bad)]
-    return float((ranks.sum() - len(bad) * (len(bad) + 1) / 2) / (len(bad) * len(healthy)))
+    _, level = np.unique(score, return_inverse=True)
+    return auc_of_levels(level, bad, healthy)
+
+
+def auc_of_levels(level: NDArray[np.intp], bad: Array, healthy: Array) -> float:
+    """Return the AUC of scores that are given by their place in the order of all scores, from 0."""
+    bad_at, healthy_at = np.bincount(level, bad), np.bincount(level, healthy)
+    with np.errstate(invalid="ignore"):
+        pairs = bad_at @ (np.cumsum(healthy_at) - healthy_at / 2)
+        return float(pairs / (bad_at.sum() * healthy_at.sum()))
 
 
 def found(bad: Array, healthy: Array, false_alarms: float = FALSE_ALARMS) -> float:
@@ -196,49 +213,46 @@ def told(tasks: Iterable[TaskOfRun], name: str) -> Told:
     known = [task for task in tasks if not math.isnan(task.scores.get(name, math.nan))]
     score, lack = np.array([task.scores[name] for task in known]), np.array([task.lack for task in known])
     bad, healthy = np.array([task.bad for task in known], bool), np.array([task.healthy for task in known], bool)
-    # Where the tasks of each seed of each stream are.
-    places: dict[str, dict[int, list[int]]] = {}
-    for place, task in enumerate(known):
-        places.setdefault(task.stream, {}).setdefault(task.seed, []).append(place)
-
-    def auc_at(chosen: Sequence[int]) -> float:
-        at = np.array(chosen, int)
-        return auc(score[at][bad[at]], score[at][healthy[at]])
-
-    by_stream = {}
-    for stream, seeds in places.items():
-        at = [place for seed in seeds.values() for place in seed]
-        by_stream[stream] = auc_at(at), rank_correlation(score[at], lack[at])
+    stream = np.array([task.stream for task in known])
+    by_stream = {
+        each: (auc(score[at], bad[at], healthy[at]), rank_correlation(score[at], lack[at]))
+        for each in dict.fromkeys(stream.tolist())
+        for at in [stream == each]
+    }
     correlations = [correlation for _, correlation in by_stream.values() if not math.isnan(correlation)]
     return Told(
         len(known),
-        auc(score[bad], score[healthy]),
-        interval([list(seeds.values()) for seeds in places.values()], auc_at),
+        auc(score, bad, healthy),
+        interval(score, bad, healthy, [(task.stream, task.seed) for task in known]),
         found(score[bad], score[healthy]),
         float(np.mean(correlations)) if correlations else math.nan,
         by_stream,
     )
 
 
-def interval(
-    clusters: Sequence[Sequence[Sequence[int]]], statistic: Callable[[Sequence[int]], float]
-) -> tuple[float, float] | None:
-    """Return the 95 % interval of a statistic by a bootstrap over the seeds of each stream.
+def interval(score: Array, bad: Array, healthy: Array, seeds: Sequence[tuple[str, int]]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the AUC by a bootstrap over the seeds of each stream.
 
     Args:
-        clusters: The places of the tasks of each seed of each stream.
-        statistic: The statistic of the tasks at some places.
+        score: The score of each task.
+        bad: Whether each task is bad.
+        healthy: Whether it is healthy.
+        seeds: Stream and seed of each task. In each draw a stream has as many seeds as it has, chosen with replacement.
 
     Returns:
-        The ends; ``None`` with one seed of each stream, or if no draw has the statistic.
+        The ends; ``None`` with one seed of each stream, or without either kind of tasks.
     """
-    if all(len(seeds) == 1 for seeds in clusters):
+    places = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
+    streams = [[place for (of, _), place in places.items() if of == stream] for stream in {of for of, _ in places}]
+    if len(places) == len(streams):
         return None
-    rng = np.random.default_rng(0)
-    drawn = []
+    rng, place = np.random.default_rng(0), np.array([places[seed] for seed in seeds])
+    _, level = np.unique(score, return_inverse=True)
+    times, drawn = np.zeros(len(places)), []
     for _ in range(DRAWS):
-        chosen = [seeds[i] for seeds in clusters for i in rng.integers(len(seeds), size=len(seeds))]
-        drawn.append(statistic([place for seed in chosen for place in seed]))
+        for of_stream in streams:
+            times[of_stream] = rng.multinomial(len(of_stream), [1 / len(of_stream)] * len(of_stream))
+        drawn.append(auc_of_levels(level, bad * times[place], healthy * times[place]))
     known = [value for value in drawn if not math.isnan(value)]
     if not known:
         return None
@@ -248,8 +262,15 @@ def interval(
 
 def tables(tasks: Sequence[TaskOfRun]) -> str:
     """Return all tables as Markdown."""
-    parts = [table_of_numbers(tasks), table_by_stream(tasks), table_of_verdicts(tasks), table_of_methods(tasks)]
-    return "\n\n".join(parts)
+    numbers = numbers_by_auc(tasks)
+    return "\n\n".join(
+        [
+            table_of_numbers(tasks, numbers),
+            table_by_stream(numbers),
+            table_of_verdicts(tasks),
+            table_of_methods(tasks),
+        ]
+    )
 
 
 def numbers_by_auc(tasks: Sequence[TaskOfRun]) -> dict[str, Told]:
@@ -259,7 +280,7 @@ def numbers_by_auc(tasks: Sequence[TaskOfRun]) -> dict[str, Told]:
     return dict(sorted(all_told.items(), key=lambda item: -np.nan_to_num(item[1].auc, nan=-1.0)))
 
 
-def table_of_numbers(tasks: Sequence[TaskOfRun]) -> str:
+def table_of_numbers(tasks: Sequence[TaskOfRun], numbers: dict[str, Told]) -> str:
     """Return how well each number tells on all tasks."""
     bad, healthy = sum(task.bad for task in tasks), sum(task.healthy for task in tasks)
     lines = [
@@ -269,23 +290,23 @@ def table_of_numbers(tasks: Sequence[TaskOfRun]) -> str:
         f"| number at the task's start | AUC | interval | found at {FALSE_ALARMS:.0%} | rank correlation | tasks |",
         "|---|---|---|---|---|---|",
     ]
-    for name, each in numbers_by_auc(tasks).items():
+    for name, each in numbers.items():
         shown = "–" if each.interval is None else " to ".join(map(decimal, each.interval))
-        numbers = f"{decimal(each.auc)} | {shown} | {decimal(each.found)} | {decimal(each.correlation)}"
-        lines.append(f"| {name} | {numbers} | {each.tasks} |")
+        cells = f"{decimal(each.auc)} | {shown} | {decimal(each.found)} | {decimal(each.correlation)}"
+        lines.append(f"| {name} | {cells} | {each.tasks} |")
     return "\n".join(lines)
 
 
-def table_by_stream(tasks: Sequence[TaskOfRun]) -> str:
+def table_by_stream(numbers: dict[str, Told]) -> str:
     """Return AUC and rank correlation of each number on each stream."""
-    streams = list(dict.fromkeys(task.stream for task in tasks))
+    streams = list(dict.fromkeys(stream for each in numbers.values() for stream in each.by_stream))
     lines = [
         "AUC and rank correlation by stream; there is no AUC where all tasks are of one kind.",
         "",
         f"| number | {' | '.join(streams)} |",
         "|---" * (len(streams) + 1) + "|",
     ]
-    for name, each in numbers_by_auc(tasks).items():
+    for name, each in numbers.items():
         cells = [" ".join(map(decimal, each.by_stream.get(stream, (math.nan,) * 2))) for stream in streams]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def run(lacks: list[float], numbers: list[float], *, seed: int = 0, **changes: A
     outcome = [{"loss": 1.0, "accuracy": 0.9 - lack} for lack in lacks]
     tasks = [
         {
-            "metrics": {"learnable_fraction": number, "fit_loss": 1 - number, "probe_samples": 64.0},
+            "metrics": {"learnable_fraction": number, "probe_loss": 1 - number, "probe_samples": 64.0},
             "collapsed": number < 0.5,
             "network": each,
             "unrepaired": each,
@@ -43,15 +43,25 @@ def run(lacks: list[float], numbers: list[float], *, seed: int = 0, **changes: A
 
 
 def test_auc_is_the_share_of_ordered_pairs() -> None:
-    rng = np.random.default_rng(0)
-    bad, healthy = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)
-    pairs = [(b > h) + 0.5 * (b == h) for b in bad for h in healthy]
-    assert auc(bad, healthy) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert math.isnan(auc(bad, healthy[:0]))
+    score, times = np.random.default_rng(0).integers(0, 6, (2, 70)).astype(float)
+    bad = np.arange(70) < 40
+    pairs = [
+        (times[b] * times[h], (score[b] > score[h]) + 0.5 * (score[b] == score[h]))
+        for b in np.flatnonzero(bad)
+        for h in np.flatnonzero(~bad)
+    ]
+    assert auc(score, bad, ~bad) == pytest.approx(np.mean([ordered for _, ordered in pairs]), abs=1e-12)
+    weights, ordered = np.array(pairs).T
+    assert auc(score, bad * times, ~bad * times) == pytest.approx(np.average(ordered, weights=weights), abs=1e-12)
+
+
+def test_there_is_no_auc_of_one_kind() -> None:
+    assert math.isnan(auc(np.arange(2.0), np.zeros(2), np.ones(2)))
 
 
 def test_auc_takes_infinite_ratios() -> None:
-    assert auc(np.array([np.inf, 3.0]), np.array([1.0, np.inf])) == (0.5 + 1 + 1 + 0) / 4
+    bad = np.array([True, True, False, False])
+    assert auc(np.array([np.inf, 3.0, 1.0, np.inf]), bad, ~bad) == (0.5 + 1 + 1 + 0) / 4
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -96,12 +106,12 @@ def test_verdict_is_about_the_unrepaired_network() -> None:
 
 
 def test_scores_are_turned_and_compared_with_the_best() -> None:
-    measured = [{"learnable_fraction": 0.8, "fit_loss": 0.5}, {"learnable_fraction": 0.4, "fit_loss": 2.0}]
+    measured = [{"learnable_fraction": 0.8, "probe_loss": 0.5}, {"learnable_fraction": 0.4, "probe_loss": 2.0}]
     assert scores(measured) == {
         "learnable_fraction": -0.4,
         "learnable_fraction / best": -0.5,
-        "fit_loss": 2.0,
-        "fit_loss / best": 4.0,
+        "probe_loss": 2.0,
+        "probe_loss / best": 4.0,
     }
 
 
@@ -117,8 +127,10 @@ def test_a_number_that_orders_all_tasks_has_auc_one() -> None:
 
 
 def test_interval_spans_the_values_of_two_seeds() -> None:
-    assert interval([[[0], [1]]], lambda places: float(np.mean(places))) == (0.0, 1.0)
-    assert interval([[[0, 1]]], lambda places: float(np.mean(places))) is None
+    score, bad = np.array([1.0, 0.0, 0.0, 1.0]), np.array([True, False, True, False])
+    # The first seed orders its tasks, the second the other way round.
+    assert interval(score, bad, ~bad, [("s", 0)] * 2 + [("s", 1)] * 2) == (0.0, 1.0)
+    assert interval(score, bad, ~bad, [("s", 0)] * 2 + [("t", 0)] * 2) is None
 
 
 def test_verdict_table_counts_alarms_of_both_kinds() -> None:
@@ -136,7 +148,7 @@ def test_tables_are_made_from_the_files_of_a_directory(tmp_path: Path) -> None:
     tasks = read_tasks(tmp_path)
     assert len(tasks) == 8
     assert all(isinstance(task, TaskOfRun) for task in tasks)
-    assert "| fit_loss | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 | 8 |" in tables(tasks)
+    assert "| probe_loss | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 | 8 |" in tables(tasks)
 
 
 def test_a_directory_without_runs_is_an_error(tmp_path: Path) -> None:
