@@ -93,18 +93,21 @@ def train_all(plan: Sequence[Run], directory: Path, jobs: int) -> int:
     began, failed = time.monotonic(), 0
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare_process) as pool:
         runs = {pool.submit(run.write, directory): run for run in missing}
-        for number, future in enumerate(as_completed(runs), 1):
-            try:
-                outcome = f"{future.result():.0f} s"
-            except Exception as error:
-                failed += 1
-                outcome = f"FAILED: {type(error).__name__}: {error}"
-            minutes = (time.monotonic() - began) / 60
-            left = minutes / number * (len(missing) - number)
-            print(
-                f"[{number}/{len(missing)}, {minutes:.0f} min, about {left:.0f} left] {runs[future]}: {outcome}",
-                flush=True,
-            )
+        try:
+            for number, future in enumerate(as_completed(runs), 1):
+                try:
+                    outcome = f"{future.result():.0f} s"
+                except Exception as error:
+                    failed += 1
+                    outcome = f"FAILED: {type(error).__name__}: {error}"
+                minutes = (time.monotonic() - began) / 60
+                left = minutes / number * (len(missing) - number)
+                progress = f"{number}/{len(missing)}, {minutes:.0f} min, about {left:.0f} left"
+                print(f"[{progress}] {runs[future]}: {outcome}", flush=True)
+        except KeyboardInterrupt:
+            # Otherwise all runs that have not begun would be waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 
