@@ -315,10 +315,11 @@ def table_by_stream(numbers: dict[str, Told]) -> str:
 def table_of_verdicts(tasks: Sequence[TaskOfRun]) -> str:
     """Return the alarms of the default verdict on each stream."""
     lines = [
-        "Alarms of the default verdict: of the bad tasks, of the healthy ones, and of those between.",
+        "Alarms of the default verdict: of the bad tasks, of the healthy ones, and of those between. Lead: the number "
+        "of tasks from the first alarm of a run to its first bad task, the median of the runs that have one.",
         "",
-        "| stream | tasks | bad | of these ring | healthy | of these ring | between | of these ring |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stream | tasks | bad | of these ring | healthy | of these ring | between | of these ring | lead |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     streams = list(dict.fromkeys(task.stream for task in tasks))
     groups = {stream: [task for task in tasks if task.stream == stream] for stream in streams} | {"all": list(tasks)}
@@ -331,8 +332,23 @@ def table_of_verdicts(tasks: Sequence[TaskOfRun]) -> str:
         ):
             ringing = float(np.mean([task.collapsed for task in kind])) if kind else math.nan
             cells += [str(len(kind)), decimal(ringing)]
+        leads = lead_times(group)
+        cells.append("–" if not leads else "never" if np.median(leads) == -math.inf else f"{np.median(leads):g}")
         lines.append(f"| {stream} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def lead_times(tasks: Iterable[TaskOfRun]) -> list[float]:
+    """Return by how many tasks the first alarm precedes the first bad task in each run that has one; −inf for never."""
+    runs: dict[tuple[str, str, int], list[TaskOfRun]] = {}
+    for task in tasks:
+        runs.setdefault((task.stream, task.method, task.seed), []).append(task)
+    return [
+        min(task.task for task in run if task.bad)
+        - min((task.task for task in run if task.collapsed), default=math.inf)
+        for run in runs.values()
+        if any(task.bad for task in run)
+    ]
 
 
 def table_of_methods(tasks: Sequence[TaskOfRun]) -> str:

@@ -15,6 +15,7 @@ from benchmarks.evidence.table import (
     auc,
     found,
     interval,
+    lead_times,
     rank_correlation,
     read_tasks,
     scores,
@@ -136,9 +137,18 @@ def test_interval_spans_the_values_of_two_seeds() -> None:
 def test_verdict_table_counts_alarms_of_both_kinds() -> None:
     tasks = tasks_of(run([0.0, 0.3, 0.1, 0.0, -0.1], [1.0, 0.1, 0.9, 0.2, 0.7]))
     assert table_of_verdicts(tasks).splitlines()[-2:] == [
-        "| s | 4 | 2 | .50 | 2 | .50 | 0 | – |",
-        "| all | 4 | 2 | .50 | 2 | .50 | 0 | – |",
+        "| s | 4 | 2 | .50 | 2 | .50 | 0 | – | 0 |",
+        "| all | 4 | 2 | .50 | 2 | .50 | 0 | – | 0 |",
     ]
+
+
+def test_lead_is_counted_from_the_first_alarm() -> None:
+    lacks = [0.0, 0.0, 0.0, 0.3, 0.3]
+    early = tasks_of(run(lacks, [1.0, 0.4, 1.0, 1.0, 0.4]))
+    late = tasks_of(run(lacks, [1.0, 1.0, 1.0, 1.0, 0.4], seed=1))
+    never = tasks_of(run(lacks, [1.0] * 5, seed=2))
+    healthy = tasks_of(run([0.0, 0.0], [1.0, 0.4], seed=3))
+    assert lead_times([*early, *late, *never, *healthy]) == [2, -1, -math.inf]
 
 
 def test_tables_are_made_from_the_files_of_a_directory(tmp_path: Path) -> None:
