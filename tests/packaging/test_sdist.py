@@ -28,7 +28,7 @@ DOCUMENTS = [
 ALWAYS_INCLUDED = {"README.md", "LICENSE", "pyproject.toml", ".gitignore"}
 
 # Environments, caches and outputs, which `make clean` removes.
-GENERATED = re.compile(r"(\.venv|demo-output|lightning_logs|build|dist|\.\w+_cache|\.hypothesis)\b")
+GENERATED = re.compile(r"(\.venv|demo-output|evidence-output|lightning_logs|build|dist|\.\w+_cache|\.hypothesis)\b")
 
 
 @pytest.fixture(scope="module")

