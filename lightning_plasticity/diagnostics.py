@@ -103,6 +103,25 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             uncertainty=_BRACKET,
         ),
         Diagnostic(
+            "learnable_fraction_1000",
+            "learnable fraction in 1000 steps",
+            "the same after 1000 gradient steps: it sees slower directions, too",
+            lambda kernel: kernel.learnable_fraction(steps=1000),
+            source="kernel",
+            is_fraction=True,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
+            "remaining_residual",
+            "remaining residual",
+            "what those 100 steps would leave of the squared residual: (1 − learnable fraction) times the mean over "
+            "samples of the squared gradient of a sample's loss with respect to its outputs",
+            lambda kernel: kernel.remaining_residual(),
+            source="kernel",
+            higher_is_better=False,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
             "ntk_effective_rank",
             "effective rank of the tangent kernel",
             "effective rank of the tangent kernel: exp of the entropy of its normalized eigenvalues",

@@ -249,6 +249,7 @@ def _by_products(
         residual if taken is None else residual[taken.entries],
         max_products=max_products,
         seed=seed,
+        squared_residual=recorded.num_samples * residual.double().square().sum().item(),
         progress=progress,
     )
     return KernelMeasurement(

@@ -70,6 +70,35 @@ def test_all_ways_agree(shape: str) -> None:
         tangent_kernel(model, batch, loss_fn, method="exact", max_rows=119)
 
 
+def cross_entropy(outputs: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, torch.arange(len(x)) % 4)
+
+
+def mse(outputs: Tensor, x: Tensor) -> Tensor:
+    return F.mse_loss(outputs, torch.ones(len(x), 4).double())
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, mse])
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+def test_squared_residual_is_a_mean_over_samples(loss: Any, method: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4).double(), torch.randn(N, 3).double()
+    outputs = model(x).detach()
+    each = (outputs - 1) / 2 if loss is mse else outputs.softmax(1) - F.one_hot(torch.arange(N) % 4, 4)
+    kernel = tangent_kernel(model, x, lambda model, x: loss(model(x), x), method=method)
+    assert kernel.squared_residual == pytest.approx(each.square().sum(1).mean().item(), rel=1e-10)
+
+
+def test_squared_residual_is_that_of_all_positions() -> None:
+    model, batch, loss_fn = tokens("tokens")
+    some, whole = (
+        tangent_kernel(model, batch, loss_fn, method="lanczos", samples=N, positions=count) for count in (N, 5 * N)
+    )
+    assert some.squared_residual == whole.squared_residual
+    _, residual = dense_block(model, batch, torch.arange(5))
+    assert whole.squared_residual == pytest.approx(N * residual.square().sum().item(), rel=1e-10)
+
+
 @pytest.mark.parametrize("shape", ["tokens", "flattened"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_positions_are_a_block_of_the_kernel_that_is_equal_for_all_samples(shape: str, seed: int) -> None:

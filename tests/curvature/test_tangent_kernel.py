@@ -406,3 +406,36 @@ def test_lower_end_of_the_fraction_belongs_to_the_larger_eigenvalue() -> None:
     fraction = TangentKernel.from_quadrature(jacobi, Estimate(2.0, lo=1.0, hi=4.0)).learnable_fraction(steps=1)
     expected = (-math.expm1(-0.5), -math.expm1(-1.0), -math.expm1(-2.0))
     assert (fraction.lo, fraction, fraction.hi) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [5, 300])
+def test_remaining_residual_is_that_of_gradient_flow(size: int) -> None:
+    """The residual after a time t of gradient flow on a frozen kernel is the matrix exponential of -tΘ, times r."""
+    matrix, residual = with_eigenvalues(torch.linspace(2, 0.1, size, dtype=torch.float64)), normal(size)
+    whole = 4 * residual.square().sum().item()
+    kernel = TangentKernel.from_matrix(matrix, residual, squared_residual=whole)
+    for lr, steps in [(0.5, 1), (0.1, 7), (1 / 2, 10)]:
+        left = torch.linalg.matrix_exp(-lr * steps * matrix) @ residual
+        expected = pytest.approx(4 * left.square().sum().item(), rel=1e-8)
+        assert kernel.remaining_residual(lr, steps) == expected
+        assert reloaded(kernel).remaining_residual(lr, steps) == expected
+    assert kernel.compact().squared_residual == reloaded(kernel).squared_residual == whole
+
+
+def test_remaining_residual_by_products_is_in_its_bracket() -> None:
+    problem = Problem("transformer")
+    whole = problem.num_samples * problem.residual.square().sum().item()
+    measured = kernel_by_lanczos(Matrix(problem.kernel), problem.residual, max_products=8, squared_residual=whole)
+    exact = TangentKernel.from_matrix(problem.kernel, problem.residual, whole)
+    for steps in HORIZONS:
+        left, fraction = measured.remaining_residual(steps=steps), measured.learnable_fraction(steps=steps)
+        assert (left.lo, left.hi) == pytest.approx((whole * (1 - fraction.hi), whole * (1 - fraction.lo)))
+        assert left.lo < exact.remaining_residual(steps=steps) < left.hi
+    assert reloaded(measured).squared_residual == whole
+
+
+def test_remaining_residual_of_degenerate_kernels() -> None:
+    zero, residual = torch.zeros(3, 3, dtype=torch.float64), normal(3)
+    assert TangentKernel.from_matrix(zero, residual, 5.0).remaining_residual() == 5
+    assert TangentKernel.from_matrix(torch.eye(3).double(), 0 * residual, 0.0).remaining_residual() == 0
+    assert math.isnan(TangentKernel.from_matrix(zero, residual).remaining_residual())

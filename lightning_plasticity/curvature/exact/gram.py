@@ -61,6 +61,7 @@ class Gram:
             combinations per sample; ``None`` if the loss has no positive semi-definite Hessian.
         loss: The loss on the batch.
         num_parameters: :math:`P`.
+        num_samples: :math:`n`.
         tangent_kernel: :math:`\Theta = \frac1n J J^\top`, shape ``(m, m)``; ``None`` for a sketch.
         residual: :math:`r = \partial L / \partial f`, shape ``(m,)``; ``None`` for a sketch.
         trace_standard_error: Standard error of the trace; zero unless this is a sketch.
@@ -72,6 +73,7 @@ class Gram:
     loss_weighted: Tensor | None
     loss: float
     num_parameters: int
+    num_samples: int
     tangent_kernel: Tensor | None = None
     residual: Tensor | None = None
     trace_standard_error: float = 0.0
@@ -90,7 +92,8 @@ class Gram:
         """The tangent kernel; ``None`` for a sketch."""
         if self.tangent_kernel is None or self.residual is None:
             return None
-        return TangentKernel.from_matrix(self.tangent_kernel, self.residual)
+        squared = self.num_samples * self.residual.square().sum().item()
+        return TangentKernel.from_matrix(self.tangent_kernel, self.residual, squared)
 
     def spectrum(self) -> Spectrum:
         """Return the eigenvalues of the Gauss-Newton matrix, with the tangent kernel unless this is a sketch.
@@ -213,12 +216,14 @@ def gram_of(
             loss_weighted=jacobian.matrix / sketch,
             loss=recorded.loss.item(),
             num_parameters=recorded.num_parameters,
+            num_samples=recorded.num_samples,
             trace_standard_error=_trace_standard_error(jacobian, sketch),
         )
     return Gram(
         loss_weighted=factors.weight(jacobian),
         loss=recorded.loss.item(),
         num_parameters=recorded.num_parameters,
+        num_samples=recorded.num_samples,
         tangent_kernel=jacobian.matrix / recorded.num_samples,
         residual=_residual(factors.outputs or outputs, jacobian.num_blocks),
         no_gauss_newton=factors.no_gauss_newton,
