@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_plasticity.curvature import Estimate, Spectrum, TangentKernel
 
@@ -32,6 +32,19 @@ _ERROR_AND_BRACKET = ("standard_error", "resolved")
 
 
 @dataclass(frozen=True)
+class Plan:
+    r"""The training to come in a task.
+
+    Args:
+        lr: Step size :math:`\eta`.
+        steps: Number of optimizer steps :math:`K`.
+    """
+
+    lr: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Diagnostic:
     """A scalar measure of plasticity.
 
@@ -41,6 +54,7 @@ class Diagnostic:
         meaning: Its definition in one line, for the table in the README.
         compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` or
             :class:`~lightning_plasticity.FitTest` measures it.
+        needs_plan: Whether ``compute`` takes a :class:`Plan` as well.
         source: What it is computed from.
         is_fraction: Whether it lies in [0, 1].
         can_be_negative: Whether it can be negative, so that a share of it cannot be a threshold.
@@ -51,7 +65,8 @@ class Diagnostic:
     name: str
     title: str
     meaning: str
-    compute: Callable[[Any], float] | None
+    compute: Callable[..., float] | None
+    needs_plan: bool = field(default=False, kw_only=True)
     source: Source = "ggn"
     is_fraction: bool = False
     can_be_negative: bool = False
@@ -127,6 +142,26 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "effective rank of the tangent kernel: exp of the entropy of its normalized eigenvalues",
             lambda kernel: kernel.effective_rank,
             source="kernel",
+        ),
+        Diagnostic(
+            "fast_residual_share",
+            "share of the residual in the fast directions",
+            "share of the squared residual along eigenvectors of the tangent kernel with an eigenvalue above "
+            "ln 10 / (ηK): those along which K gradient steps of size η shrink it tenfold; η is the learning rate, and "
+            "K the expected number of steps of the task",
+            lambda kernel, plan: kernel.fast_residual_share(plan.lr, plan.steps),
+            needs_plan=True,
+            source="kernel",
+            is_fraction=True,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
+            "fast_rank",
+            "fast rank",
+            "number of Gauss-Newton eigenvalues above ln 10 / (ηK): the ε-rank of the paper, with ε from step size and "
+            "budget",
+            lambda spectrum, plan: spectrum.fast_rank(plan.lr, plan.steps),
+            needs_plan=True,
         ),
         Diagnostic(
             "epsilon_rank",
@@ -290,7 +325,10 @@ def diagnostics_of(sources: Collection[Source]) -> list[Diagnostic]:
 
 
 def measure(
-    spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float], kernel: TangentKernel | None = None
+    spectra: Mapping[Matrix, Spectrum],
+    features: Mapping[str, float],
+    kernel: TangentKernel | None = None,
+    plan: Plan | None = None,
 ) -> dict[str, float]:
     """Compute every diagnostic that the measurements determine.
 
@@ -298,6 +336,7 @@ def measure(
         spectra: The spectrum of each matrix that was measured.
         features: The values that a monitor has measured, by name.
         kernel: The tangent kernel, if it was measured.
+        plan: The training to come, if it is known.
 
     Returns:
         The diagnostics by name. Values from an estimated spectrum are an
@@ -306,11 +345,19 @@ def measure(
     """
     values: dict[str, float] = {}
     if kernel is not None:
-        values = {d.name: d.compute(kernel) for d in diagnostics_of(["kernel"]) if d.compute is not None}
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        values = {n: value for n, value in _compute("kernel", kernel, plan).items() if not math.isnan(value)}
     for matrix, spectrum in spectra.items():
-        values |= {d.name: d.compute(spectrum) for d in diagnostics_of([matrix]) if d.compute is not None}
+        values |= _compute(matrix, spectrum, plan)
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
+
+
+def _compute(source: Source, measured: TangentKernel | Spectrum, plan: Plan | None) -> dict[str, float]:
+    """Compute the diagnostics that have a source, without those that need a plan if there is none."""
+    return {
+        diagnostic.name: diagnostic.compute(*((measured, plan) if diagnostic.needs_plan else (measured,)))
+        for diagnostic in diagnostics_of([source])
+        if diagnostic.compute is not None and not (diagnostic.needs_plan and plan is None)
+    }
 
 
 def of_part(values: Mapping[str, float], part: str) -> dict[str, float]:
