@@ -21,8 +21,9 @@ RELATIVE_EPSILON = 1e-3
 
 Matrix = Literal["ggn", "hessian"]
 
-Source = Literal["fit", "kernel", "ggn", "hessian", "features"]
-"""The source of a diagnostic: the fit test, the tangent kernel, the spectrum of a matrix, or the hidden activations."""
+Source = Literal["fit", "kernel", "gradients", "ggn", "hessian", "features"]
+"""The source of a diagnostic: the fit test, the tangent kernel, the gradients of single samples, the spectrum of a
+matrix, or the hidden activations."""
 
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
@@ -154,6 +155,15 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             source="kernel",
             is_fraction=True,
             uncertainty=_BRACKET,
+        ),
+        Diagnostic(
+            "optimization_readiness",
+            "optimization readiness",
+            "‖g‖⁴ / (L · mean of ‖gᵢ‖²) with the gradients gᵢ of single samples, their mean g and the loss L: large "
+            "for strong gradients that agree; only with exact spectra, of a loss ≥ 0, and where each sample has outputs of "
+            "its own",
+            lambda readiness: readiness,
+            source="gradients",
         ),
         Diagnostic(
             "fast_rank",
@@ -329,6 +339,7 @@ def measure(
     features: Mapping[str, float],
     kernel: TangentKernel | None = None,
     plan: Plan | None = None,
+    readiness: float = math.nan,
 ) -> dict[str, float]:
     """Compute every diagnostic that the measurements determine.
 
@@ -337,6 +348,7 @@ def measure(
         features: The values that a monitor has measured, by name.
         kernel: The tangent kernel, if it was measured.
         plan: The training to come, if it is known.
+        readiness: The optimization readiness; ``nan`` if it was not measured.
 
     Returns:
         The diagnostics by name. Values from an estimated spectrum are an
@@ -345,13 +357,15 @@ def measure(
     """
     values: dict[str, float] = {}
     if kernel is not None:
-        values = {n: value for n, value in _compute("kernel", kernel, plan).items() if not math.isnan(value)}
+        values = _compute("kernel", kernel, plan)
+    values |= _compute("gradients", readiness, plan)
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
     for matrix, spectrum in spectra.items():
         values |= _compute(matrix, spectrum, plan)
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
 
 
-def _compute(source: Source, measured: TangentKernel | Spectrum, plan: Plan | None) -> dict[str, float]:
+def _compute(source: Source, measured: TangentKernel | Spectrum | float, plan: Plan | None) -> dict[str, float]:
     """Compute the diagnostics that have a source, without those that need a plan if there is none."""
     return {
         diagnostic.name: diagnostic.compute(*((measured, plan) if diagnostic.needs_plan else (measured,)))

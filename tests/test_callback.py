@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
+from lightning_plasticity.functional import optimization_readiness
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from tests.helpers.modules import (
     NEVER,
@@ -47,6 +48,13 @@ def test_report_holds_ggn_spectrum_on_first_batch_of_task() -> None:
     assert torch.equal(report.spectrum.eigenvalues, expected.eigenvalues)
     assert report.metrics["learnable_fraction"] == expected.learnable_fraction()
     assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(copy, module.first_batch).item())
+    gradients = []
+    for x, y in zip(*module.first_batch, strict=True):
+        loss = cross_entropy(copy, (x[None], y[None]))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(copy.parameters()))]))
+    readiness = optimization_readiness(report.metrics["probe_loss"], gradients).item()
+    assert report.metrics["optimization_readiness"] == pytest.approx(readiness, rel=1e-4)
+    assert "optimization_readiness_vs_initial" in report.metrics
     copy.load_state_dict(initial)
     at_initial = ggn_spectrum(copy, module.first_batch, cross_entropy)
     for diagnostic in (diagnostic for diagnostic in diagnostics_of(["ggn"]) if not diagnostic.needs_plan):

@@ -571,7 +571,7 @@ class _Measurement:
     def values(self) -> dict[str, float]:
         """The diagnostics by name, without those that compare a network with its initial weights."""
         fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
-        return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan)
+        return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan, self.probe.readiness)
 
 
 def _compared(measured: _Measurement, initial: _Measurement) -> dict[str, float]:
