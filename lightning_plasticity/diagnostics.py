@@ -160,8 +160,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "optimization_readiness",
             "optimization readiness",
             "‖g‖⁴ / (L · mean of ‖gᵢ‖²) with the gradients gᵢ of single samples, their mean g and the loss L: large "
-            "for strong gradients that agree; only with exact spectra, of a loss ≥ 0, and where each sample has outputs of "
-            "its own",
+            "for strong gradients that agree; only with exact spectra, of a loss ≥ 0, and where each sample has "
+            "outputs of its own",
             lambda readiness: readiness,
             source="gradients",
         ),
