@@ -495,7 +495,11 @@ class SpectralCollapseCallback(Callback):
         """
         if starts_task and self._task_start.gathering is not None:
             self._measure_gathered(context)
-        report = TaskReport(len(self.history), self._tasks.task_id, self._steps) if starts_task else None
+        report = None
+        if starts_task:
+            last = self._steps - self.history[-1].step if self.history else None
+            steps = self._tasks.expected_steps(context.trainer, last or None)
+            report = TaskReport(len(self.history), self._tasks.task_id, self._steps, expected_steps=steps)
         if report is not None and self._fit.skipped:
             report.remarks.append(
                 f"the task begins with batch {self._fit.skipped}, counted from 0: training_step returned None for the "

@@ -117,6 +117,13 @@ class ProbeContext:
         trained = self._find_trained({}) if self.trained is None else self.trained
         return {n: p for n, p in self.model.named_parameters() if n in trained and p.requires_grad}
 
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the first parameter group with a positive one; of a warm-up from 0, the one after it."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = (float(group.get("lr") or group.get("initial_lr") or 0) for group in groups)
+        return next((rate for rate in rates if rate > 0), None)
+
     def _find_trained(self, full_parameters: Mapping[Tensor, nn.Parameter]) -> set[str]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_plasticity.curvature import Estimate, Spectrum, TangentKernel
 
@@ -21,14 +21,28 @@ RELATIVE_EPSILON = 1e-3
 
 Matrix = Literal["ggn", "hessian"]
 
-Source = Literal["fit", "kernel", "ggn", "hessian", "features"]
-"""The source of a diagnostic: the fit test, the tangent kernel, the spectrum of a matrix, or the hidden activations."""
+Source = Literal["fit", "kernel", "gradients", "ggn", "hessian", "features"]
+"""The source of a diagnostic: the fit test, the tangent kernel, the gradients of single samples, the spectrum of a
+matrix, or the hidden activations."""
 
 MATRIX_TITLES: dict[Matrix, str] = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
 
 _BRACKET = ("lo", "hi", "resolved")
 _ERROR = ("standard_error",)
 _ERROR_AND_BRACKET = ("standard_error", "resolved")
+
+
+@dataclass(frozen=True)
+class Plan:
+    r"""The training to come in a task.
+
+    Args:
+        lr: Step size :math:`\eta`.
+        steps: Number of optimizer steps :math:`K`.
+    """
+
+    lr: float
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Diagnostic:
         meaning: Its definition in one line, for the table in the README.
         compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` or
             :class:`~lightning_plasticity.FitTest` measures it.
+        needs_plan: Whether ``compute`` takes a :class:`Plan` as well.
         source: What it is computed from.
         is_fraction: Whether it lies in [0, 1].
         can_be_negative: Whether it can be negative, so that a share of it cannot be a threshold.
@@ -51,7 +66,8 @@ class Diagnostic:
     name: str
     title: str
     meaning: str
-    compute: Callable[[Any], float] | None
+    compute: Callable[..., float] | None
+    needs_plan: bool = field(default=False, kw_only=True)
     source: Source = "ggn"
     is_fraction: bool = False
     can_be_negative: bool = False
@@ -103,11 +119,59 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             uncertainty=_BRACKET,
         ),
         Diagnostic(
+            "learnable_fraction_1000",
+            "learnable fraction in 1000 steps",
+            "the same after 1000 gradient steps: it sees slower directions, too",
+            lambda kernel: kernel.learnable_fraction(steps=1000),
+            source="kernel",
+            is_fraction=True,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
+            "remaining_residual",
+            "remaining residual",
+            "what those 100 steps would leave of the squared residual: (1 − learnable fraction) times the mean over "
+            "samples of the squared gradient of a sample's loss with respect to its outputs",
+            lambda kernel: kernel.remaining_residual(),
+            source="kernel",
+            higher_is_better=False,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
             "ntk_effective_rank",
             "effective rank of the tangent kernel",
             "effective rank of the tangent kernel: exp of the entropy of its normalized eigenvalues",
             lambda kernel: kernel.effective_rank,
             source="kernel",
+        ),
+        Diagnostic(
+            "fast_residual_share",
+            "share of the residual in the fast directions",
+            "share of the squared residual along eigenvectors of the tangent kernel with an eigenvalue above "
+            "ln 10 / (ηK): those along which K gradient steps of size η shrink it tenfold; η is the learning rate, and "
+            "K the expected number of steps of the task",
+            lambda kernel, plan: kernel.fast_residual_share(plan.lr, plan.steps),
+            needs_plan=True,
+            source="kernel",
+            is_fraction=True,
+            uncertainty=_BRACKET,
+        ),
+        Diagnostic(
+            "optimization_readiness",
+            "optimization readiness",
+            "‖g‖⁴ / (L · mean of ‖gᵢ‖²) with the gradients gᵢ of single samples, their mean g and the loss L: large "
+            "for strong gradients that agree; only with exact spectra, of a loss ≥ 0, and where each sample has "
+            "outputs of its own",
+            lambda readiness: readiness,
+            source="gradients",
+        ),
+        Diagnostic(
+            "fast_rank",
+            "fast rank",
+            "number of Gauss-Newton eigenvalues above ln 10 / (ηK): the ε-rank of the paper, with ε from step size and "
+            "budget",
+            lambda spectrum, plan: spectrum.fast_rank(plan.lr, plan.steps),
+            needs_plan=True,
         ),
         Diagnostic(
             "epsilon_rank",
@@ -271,7 +335,11 @@ def diagnostics_of(sources: Collection[Source]) -> list[Diagnostic]:
 
 
 def measure(
-    spectra: Mapping[Matrix, Spectrum], features: Mapping[str, float], kernel: TangentKernel | None = None
+    spectra: Mapping[Matrix, Spectrum],
+    features: Mapping[str, float],
+    kernel: TangentKernel | None = None,
+    plan: Plan | None = None,
+    readiness: float = math.nan,
 ) -> dict[str, float]:
     """Compute every diagnostic that the measurements determine.
 
@@ -279,6 +347,8 @@ def measure(
         spectra: The spectrum of each matrix that was measured.
         features: The values that a monitor has measured, by name.
         kernel: The tangent kernel, if it was measured.
+        plan: The training to come, if it is known.
+        readiness: The optimization readiness; ``nan`` if it was not measured.
 
     Returns:
         The diagnostics by name. Values from an estimated spectrum are an
@@ -287,11 +357,21 @@ def measure(
     """
     values: dict[str, float] = {}
     if kernel is not None:
-        values = {d.name: d.compute(kernel) for d in diagnostics_of(["kernel"]) if d.compute is not None}
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        values = _compute("kernel", kernel, plan)
+    values |= _compute("gradients", readiness, plan)
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
     for matrix, spectrum in spectra.items():
-        values |= {d.name: d.compute(spectrum) for d in diagnostics_of([matrix]) if d.compute is not None}
+        values |= _compute(matrix, spectrum, plan)
     return values | {d.name: features[d.name] for d in diagnostics_of(["features"]) if d.name in features}
+
+
+def _compute(source: Source, measured: TangentKernel | Spectrum | float, plan: Plan | None) -> dict[str, float]:
+    """Compute the diagnostics that have a source, without those that need a plan if there is none."""
+    return {
+        diagnostic.name: diagnostic.compute(*((measured, plan) if diagnostic.needs_plan else (measured,)))
+        for diagnostic in diagnostics_of([source])
+        if diagnostic.compute is not None and not (diagnostic.needs_plan and plan is None)
+    }
 
 
 def of_part(values: Mapping[str, float], part: str) -> dict[str, float]:

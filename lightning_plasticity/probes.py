@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,7 @@ class ProbeResult:
         limited: Whether there were more samples, which would have taken too long.
         kernel: The tangent kernel, if it was measured.
         parts: What was measured for parts of the network, by name.
+        readiness: Optimization readiness of the samples; ``nan`` if it was not measured.
     """
 
     spectra: dict[Matrix, Spectrum]
@@ -75,6 +77,7 @@ class ProbeResult:
     limited: bool = False
     kernel: TangentKernel | None = None
     parts: dict[str, PartResult] = field(default_factory=dict)
+    readiness: float = math.nan
 
 
 class Probe(ABC):
@@ -180,7 +183,7 @@ class GGNProbe(Probe):
     @property
     @override
     def sources(self) -> tuple[Source, ...]:
-        return ("kernel", "ggn")
+        return ("kernel", "gradients", "ggn")
 
     @override
     def check(self, context: ProbeContext) -> str | None:
@@ -235,6 +238,7 @@ class GGNProbe(Probe):
                 part: PartResult({} if block.spectrum is None else {"ggn": block.spectrum}, block.kernel)
                 for part, block in measurement.parts.items()
             },
+            measurement.readiness,
         )
 
     def _measure(

@@ -43,6 +43,7 @@ class TaskReport:
             ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
             the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
         kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
+        expected_steps: Number of optimizer steps that the task was expected to take; ``None`` if it was not known.
 
     Example:
         >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)
@@ -67,6 +68,7 @@ class TaskReport:
     coupled: bool = False
     errors: dict[str, str] = field(default_factory=dict)
     kernel: TangentKernel | None = None
+    expected_steps: int | None = None
 
     @override
     def __repr__(self) -> str:
@@ -127,6 +129,7 @@ class TaskReport:
             "errors": dict(self.errors),
             # The kernel of an exact spectrum is saved with it.
             "kernel": None if self.kernel is None or self._kernel_of_spectrum is not None else self.kernel.to_dict(),
+            "expected_steps": self.expected_steps,
         }
 
     @classmethod

@@ -215,6 +215,23 @@ class TaskDetector:
         if announced:
             self._state = replace(self._state, announced={0: announced[max(announced)]})
 
+    def expected_steps(self, trainer: Trainer, last: int | None) -> int | None:
+        """Return the number of optimizer steps that a task takes, as far as it is known when it starts.
+
+        It is ``every_n_steps`` or ``every_n_epochs``; else, for the first task that the Trainer trains, the steps of
+        the whole fit; else those of the last task.
+
+        Args:
+            trainer: The Trainer.
+            last: Number of optimizer steps of the last task; ``None`` if there is none.
+        """
+        if self._every_n_steps is not None:
+            return self._every_n_steps
+        if self._every_n_epochs is not None and math.isfinite(trainer.num_training_batches):
+            return self._every_n_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        left = _steps_left(trainer)
+        return last if last is not None and (trainer.global_step or left is None) else left
+
     def new_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
         """Return whether the training batch is the first of a new task. Call it once per batch.
 
@@ -352,6 +369,12 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
             if value is not None and not callable(value):
                 return _plain_task_id(value, f"{type(owner).__name__}.{name}", _ATTRIBUTE_HINT)
     return None
+
+
+def _steps_left(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps that are left in the fit; ``None`` if it has no known end."""
+    left = trainer.estimated_stepping_batches - trainer.global_step
+    return int(left) if math.isfinite(left) and left > 0 else None
 
 
 def _plain_task_id(value: Any, source: str, hint: str = "") -> TaskId:

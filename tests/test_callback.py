@@ -1,5 +1,6 @@
 """Test the callback on real Trainers: reports, collapse warnings, repairs, checkpoints and arguments."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_plasticity import Collapse, GGNProbe, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.diagnostics import diagnostics_of
+from lightning_plasticity.functional import optimization_readiness
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from tests.helpers.modules import (
     NEVER,
@@ -46,12 +48,53 @@ def test_report_holds_ggn_spectrum_on_first_batch_of_task() -> None:
     assert torch.equal(report.spectrum.eigenvalues, expected.eigenvalues)
     assert report.metrics["learnable_fraction"] == expected.learnable_fraction()
     assert report.metrics["probe_loss"] == pytest.approx(cross_entropy(copy, module.first_batch).item())
+    gradients = []
+    for x, y in zip(*module.first_batch, strict=True):
+        loss = cross_entropy(copy, (x[None], y[None]))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(copy.parameters()))]))
+    readiness = optimization_readiness(report.metrics["probe_loss"], gradients).item()
+    assert report.metrics["optimization_readiness"] == pytest.approx(readiness, rel=1e-4)
+    assert "optimization_readiness_vs_initial" in report.metrics
     copy.load_state_dict(initial)
     at_initial = ggn_spectrum(copy, module.first_batch, cross_entropy)
-    for diagnostic in diagnostics_of(["ggn"]):
+    for diagnostic in (diagnostic for diagnostic in diagnostics_of(["ggn"]) if not diagnostic.needs_plan):
         ratio = report.metrics[f"{diagnostic.name}_vs_initial"]
         assert ratio == pytest.approx(diagnostic.compute(expected) / diagnostic.compute(at_initial))
         assert callback.history[0].metrics[f"{diagnostic.name}_vs_initial"] == 1
+
+
+@pytest.mark.parametrize("lr", [0.5, 20.0])
+def test_fast_directions_follow_from_rate_and_steps_of_the_run(lr: float) -> None:
+    """The threshold of the eigenvalues is ln 10 / (ηK), with K the steps of the fit."""
+    callback, module = SpectralCollapseCallback(), FirstBatchRecorder(lr)
+    trainer(callback, max_epochs=3).fit(module, loader())
+    (report,) = callback.history
+    assert report.expected_steps == 3 * len(loader())
+    threshold = math.log(10) / (lr * report.expected_steps)
+    copy = Classifier()
+    copy.load_state_dict(module.first_state)
+    spectrum = ggn_spectrum(copy, module.first_batch, cross_entropy)
+    assert report.metrics["fast_rank"] == (spectrum.eigenvalues > threshold).sum().item() > 0
+    fast = spectrum.kernel.residual_shares[spectrum.kernel.eigenvalues > threshold].sum().item()
+    assert report.metrics["fast_residual_share"] == pytest.approx(fast, abs=1e-9)
+    assert 0 < fast < 1
+    assert callback.history[0].metrics["fast_rank_vs_initial"] == 1
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_tasks_of_unknown_length_have_no_fast_rank(lr: float) -> None:
+    callback = SpectralCollapseCallback()
+
+    class Endless(Classifier):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trainer.should_stop = True
+
+    trainer(callback, max_epochs=-1).fit(Endless(lr), loader())
+    (report,) = callback.history
+    assert report.expected_steps is None
+    assert not report.metrics.keys() & {"fast_rank", "fast_residual_share"}
+    left_out = ["numbers of the fast directions are left out: the length of the task is not known"]
+    assert report.remarks == (left_out if lr else [])
 
 
 def test_samples_limit_the_probe_batch() -> None:

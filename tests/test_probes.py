@@ -96,13 +96,13 @@ def test_complete_spectrum_equals_dense_hessian() -> None:
 
 def test_metrics_cover_both_matrices_and_uncertainties() -> None:
     callback = SpectralCollapseCallback(HessianProbe(samples=64, **ALL), monitor=False)
-    trainer(callback).fit(Classifier(), loader())
+    trainer(callback).fit(Classifier(lr=20.0), loader())
     metrics = callback.history[0].metrics
     assert all(type(value) is float for value in metrics.values())
     # That of the exact learnable fraction is zero.
     uncertainty = {f"{d.name}_{suffix}" for d in diagnostics_of(["hessian"]) for suffix in d.uncertainty}
     assert {"hessian_trace_standard_error", "hessian_epsilon_rank_resolved"} <= uncertainty
-    names = [d.name for d in diagnostics_of(["kernel", "ggn", "hessian"])]
+    names = [d.name for d in diagnostics_of(["kernel", "gradients", "ggn", "hessian"])]
     assert metrics.keys() == {
         *names,
         *(f"{name}_vs_initial" for name in names),

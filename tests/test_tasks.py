@@ -531,6 +531,34 @@ def test_every_n_epochs_of_a_fit() -> None:
     assert [step for _, _, step in tasks_seen(callback)] == [0, 6, 12, 15]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, [12]), ({"every_n_epochs": 2}, [6, 6]), ({"every_n_steps": 5}, [5, 5, 5])]
+)
+def test_expected_steps_of_tasks(options: dict[str, int], expected: list[int], accumulate: int) -> None:
+    callback = callback_with(**options)
+    fitted = trainer(callback, max_epochs=4, accumulate_grad_batches=accumulate)
+    fitted.fit(Classifier(), loader(batches=3 * accumulate))
+    assert [report.expected_steps for report in callback.history] == expected
+    new = callback_with(**options)
+    trainer(new, max_epochs=4, max_steps=3).fit(Classifier(), loader(batches=3))
+    assert new.history[0].expected_steps == (expected[0] if options else 3)
+
+
+def test_task_within_a_fit_is_expected_to_be_as_long_as_the_last() -> None:
+    callback = callback_with()
+
+    class Announcing(Classifier):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.global_step in (4, 7):
+                callback.new_task()
+
+    trainer(callback, max_epochs=4).fit(Announcing(), loader(batches=3))
+    trainer(callback, max_epochs=2).fit(Classifier(), loader(batches=3))
+    assert [report.step for report in callback.history] == [0, 4, 7, 12]
+    assert [report.expected_steps for report in callback.history] == [12, 4, 3, 6]
+
+
 def test_epochs_are_counted_over_fits_of_one_trainer() -> None:
     callback, module = callback_with(every_n_epochs=2), Classifier()
     one = trainer(callback, max_epochs=0)

@@ -186,6 +186,13 @@ class JacobiMatrix:
         """Return the eigenvalues of the matrix, ascending, shape ``(k,)``, and its eigenvectors, shape ``(k, k)``."""
         return _tridiagonal_eigh(self.diagonal, self.off_diagonal[:-1])
 
+    @property
+    def spectral_measure(self) -> Quadrature:
+        """The Gauss quadrature of the spectral measure."""
+        nodes, vectors = self.eigh()
+        weights, last = vectors[0].square(), self.off_diagonal[-1]
+        return Quadrature(nodes, weights / weights.sum(), last * vectors[-1].abs(), complete=bool(last == 0))
+
     def bracket(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         r"""Bracket the integral of a function over the spectral measure of a matrix without negative eigenvalues.
 

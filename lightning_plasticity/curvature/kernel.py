@@ -36,6 +36,28 @@ def effective_rank_of(eigenvalues: Tensor, weights: Tensor | None = None) -> flo
     return entropy_rank(eigenvalues, weights).item()
 
 
+def fast_threshold(lr: float, steps: int, contraction: float) -> float:
+    r"""Return the eigenvalue above which gradient descent converges along a direction, :math:`-\ln\gamma / (\eta K)`.
+
+    Args:
+        lr: Step size :math:`\eta > 0`.
+        steps: Number of steps :math:`K \ge 1`.
+        contraction: Factor :math:`\gamma` in (0, 1) to which the error along the direction must shrink.
+
+    Raises:
+        ValueError: If an argument is outside these bounds.
+
+    References:
+        Definition 4.4 of arXiv 2509.22335.
+    """
+    if not lr > 0 or not steps >= 1 or not 0 < contraction < 1:
+        raise ValueError(
+            f"lr={lr}, steps={steps}, contraction={contraction}: lr must be positive, steps at least 1 and contraction "
+            "in (0, 1)"
+        )
+    return -math.log(contraction) / (lr * steps)
+
+
 _EXACT = 1e-12
 """Width of the bracket at which the learnable fraction of a kernel matrix is called exact."""
 
@@ -60,12 +82,16 @@ class TangentKernel:
     Args:
         eigenvalues: :math:`\lambda_k \ge 0`, descending, shape ``(m,)``, float64.
         residual_shares: :math:`c_k`, summing to 1, shape ``(m,)``, float64; all zero for a zero residual.
+        squared_residual: :math:`n \lVert r\rVert^2`, the mean over samples of
+            :math:`\lVert \partial \ell_i / \partial f_i\rVert^2` for a loss :math:`L = \frac1n \sum_i \ell_i`, such as
+            ``mse_loss`` and ``cross_entropy``; ``nan`` if it is not known.
 
     References:
         Jacot et al. 2018, arXiv 1806.07572; Lemma 4.7 of arXiv 2509.22335.
     """
 
-    def __init__(self, eigenvalues: Tensor, residual_shares: Tensor) -> None:
+    def __init__(self, eigenvalues: Tensor, residual_shares: Tensor, squared_residual: float = math.nan) -> None:
+        self.squared_residual = squared_residual
         self._eigenvalues: Tensor | None = eigenvalues
         self._shares: Tensor | None = residual_shares
         self._matrix: _KernelMatrix | None = None
@@ -75,6 +101,7 @@ class TangentKernel:
     @classmethod
     def _create(
         cls,
+        squared_residual: float,
         *,
         eigenvalues: Tensor | None = None,
         matrix: _KernelMatrix | None = None,
@@ -82,12 +109,13 @@ class TangentKernel:
         lambda_max: Estimate | None = None,
     ) -> TangentKernel:
         self = cls.__new__(cls)
+        self.squared_residual = squared_residual
         self._eigenvalues, self._shares, self._matrix = eigenvalues, None, matrix
         self._jacobi, self._lambda_max = jacobi, lambda_max
         return self
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor, residual: Tensor) -> TangentKernel:
+    def from_matrix(cls, matrix: Tensor, residual: Tensor, squared_residual: float = math.nan) -> TangentKernel:
         r"""Create the spectrum of a kernel matrix, which is decomposed on first access.
 
         The learnable fraction needs no eigenvectors: it is computed by Lanczos to 1e-12 unless that takes longer.
@@ -95,17 +123,21 @@ class TangentKernel:
         Args:
             matrix: :math:`\Theta`, shape ``(m, m)``, float64.
             residual: :math:`r`, shape ``(m,)``, float64.
+            squared_residual: :math:`n \lVert r\rVert^2`.
         """
-        return cls._create(matrix=_KernelMatrix(matrix, residual))
+        return cls._create(squared_residual, matrix=_KernelMatrix(matrix, residual))
 
     @classmethod
-    def from_quadrature(cls, jacobi: JacobiMatrix, lambda_max: Estimate) -> TangentKernel:
+    def from_quadrature(
+        cls, jacobi: JacobiMatrix, lambda_max: Estimate, squared_residual: float = math.nan
+    ) -> TangentKernel:
         r"""Create a kernel without a matrix, whose learnable fraction is a bracket.
 
         Args:
             jacobi: The Jacobi matrix of Lanczos steps with :math:`\Theta` from :math:`r`; without rows for a zero
                 residual.
             lambda_max: The largest eigenvalue of :math:`\Theta`, with a bracket.
+            squared_residual: :math:`n \lVert r\rVert^2`.
 
         Example:
             >>> jacobi = JacobiMatrix(torch.tensor([0.75]).double(), torch.tensor([0.2]).double())
@@ -114,7 +146,7 @@ class TangentKernel:
             >>> round(fraction.lo, 3), round(fraction.hi, 3)
             (0.746, 0.777)
         """
-        return cls._create(jacobi=jacobi, lambda_max=lambda_max)
+        return cls._create(squared_residual, jacobi=jacobi, lambda_max=lambda_max)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -202,6 +234,73 @@ class TangentKernel:
         hi = min(_bracket(self._jacobi, 2 * steps * fast)[1] + rounding, 1.0)
         return Estimate(min(max((lower + upper) / 2, lo), hi), lo=lo, hi=hi)
 
+    def remaining_residual(self, lr: float | None = None, steps: int = 100) -> Estimate:
+        r"""Return what gradient descent would leave of the squared residual.
+
+        .. math:: n \lVert r\rVert^2 \sum_k c_k \, e^{-2 \eta K \lambda_k}
+
+        It is :attr:`squared_residual` without the part that :meth:`learnable_fraction` tells. That share alone is also
+        low in a network that has nearly learned the task: what it has not learned is the slow part.
+
+        Args:
+            lr: Step size :math:`\eta`, as in :meth:`learnable_fraction`.
+            steps: Number of steps :math:`K`.
+
+        Returns:
+            A number ≥ 0 in the units of :attr:`squared_residual`, with a bracket where the learnable fraction has one;
+            ``nan`` if the squared residual is not known.
+
+        Raises:
+            ValueError: If ``lr`` or ``steps`` is not positive.
+
+        Example:
+            >>> kernel = TangentKernel(torch.tensor([1.0, 0.0]), torch.tensor([0.75, 0.25]), squared_residual=8.0)
+            >>> round(kernel.remaining_residual(), 6)
+            2.0
+        """
+        fraction, whole = self.learnable_fraction(lr, steps), self.squared_residual
+        return Estimate(whole * (1 - fraction), lo=whole * (1 - fraction.hi), hi=whole * (1 - fraction.lo))
+
+    def fast_residual_share(self, lr: float, steps: int, contraction: float = 0.1) -> Estimate:
+        r"""Return the share of the squared residual in the directions in which gradient descent converges.
+
+        .. math:: \sum_k c_k \, [\lambda_k > -\ln \gamma / (\eta K)]
+
+        Args:
+            lr: Step size :math:`\eta > 0`.
+            steps: Number of steps :math:`K \ge 1`.
+            contraction: Factor :math:`\gamma` in (0, 1) to which the residual along a direction must shrink.
+
+        Returns:
+            A number in [0, 1]; 1 for a zero residual. For a kernel that was measured without a matrix, or has more than
+            256 rows, it comes with a Chebyshev-Markov-Stieltjes bracket that holds the true number.
+
+        Raises:
+            ValueError: If an argument is outside these bounds.
+
+        References:
+            Definition 4.4 of arXiv 2509.22335, for the tangent kernel instead of the Hessian.
+
+        Example:
+            >>> kernel = TangentKernel(torch.tensor([1.0, 0.01]), torch.tensor([0.75, 0.25]))
+            >>> float(kernel.fast_residual_share(lr=0.1, steps=100))  # above ln 10 / 10
+            0.75
+        """
+        threshold = fast_threshold(lr, steps, contraction)
+        if self._matrix is not None:
+            self._measure_matrix(None, _KEPT_HORIZON)
+        if self._has_zero_residual:
+            return Estimate(1.0)
+        if self._jacobi is None:
+            return Estimate(min(self.residual_shares[self.eigenvalues > threshold].sum().item(), 1.0))
+        measure = self._jacobi.spectral_measure
+        share = measure.weights[measure.nodes > threshold].sum().item()
+        # An error E of the kernel moves its eigenvalues by at most ‖E‖.
+        rounding = self._jacobi.rounding * float(self.lambda_max)
+        lo = 1 - measure.mass_between(-rounding, threshold + rounding, semidefinite=True)[1]
+        hi = 1 - measure.mass_between(-rounding, threshold - rounding, semidefinite=True)[0]
+        return Estimate(min(max(share, lo), hi), lo=lo, hi=hi)
+
     @property
     def _has_zero_residual(self) -> bool:
         return len(self._jacobi.diagonal) == 0 if self._jacobi is not None else bool(self.residual_shares.sum() == 0)
@@ -229,16 +328,21 @@ class TangentKernel:
     def to_dict(self) -> dict[str, Any]:
         """Return the kernel as plain Python objects and tensors, without the kernel matrix."""
         if self._matrix is not None:
-            state_of = self._create(eigenvalues=self.eigenvalues, matrix=self._matrix).compact()
+            state_of = self._create(self.squared_residual, eigenvalues=self.eigenvalues, matrix=self._matrix).compact()
             return state_of.to_dict()
         if self._shares is not None:
-            return {"eigenvalues": self.eigenvalues, "residual_shares": self._shares}
+            return {
+                "eigenvalues": self.eigenvalues,
+                "residual_shares": self._shares,
+                "squared_residual": self.squared_residual,
+            }
         assert self._jacobi is not None
         largest = self._lambda_max
         return {
             "eigenvalues": self._eigenvalues,
             "jacobi": dict(vars(self._jacobi)),
             "lambda_max": None if largest is None else (float(largest), largest.lo, largest.hi),
+            "squared_residual": self.squared_residual,
         }
 
     @classmethod
@@ -248,6 +352,7 @@ class TangentKernel:
             return cls(**state)
         largest = state["lambda_max"]
         return cls._create(
+            state["squared_residual"],
             eigenvalues=state["eigenvalues"],
             jacobi=JacobiMatrix(**state["jacobi"]),
             lambda_max=None if largest is None else Estimate(largest[0], lo=largest[1], hi=largest[2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -50,6 +51,7 @@ class KernelMeasurement:
         held_constant: Names of the parameters that the loss depends on besides the outputs.
         products: Number of products with the kernel, 0 if it is exact.
         over_budget: Whether it cost more than the budget.
+        readiness: Optimization readiness of the samples; ``nan`` if it was not computed.
         parts: The same for parts of the parameters, by name, without the parts that the outputs do not depend on.
     """
 
@@ -63,6 +65,7 @@ class KernelMeasurement:
     held_constant: list[str] = field(default_factory=list)
     products: int = 0
     over_budget: bool = False
+    readiness: float = math.nan
     parts: dict[str, KernelMeasurement] = field(default_factory=dict)
 
 
@@ -226,6 +229,7 @@ def _exact(recorded: RecordedLoss, *, max_rows: int | None = None, budget: Budge
         no_gauss_newton=exact.no_gauss_newton,
         couples_samples=exact.couples_samples,
         held_constant=exact.held_constant,
+        readiness=exact.readiness,
     )
 
 
@@ -249,6 +253,7 @@ def _by_products(
         residual if taken is None else residual[taken.entries],
         max_products=max_products,
         seed=seed,
+        squared_residual=recorded.num_samples * residual.double().square().sum().item(),
         progress=progress,
     )
     return KernelMeasurement(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
-from lightning_plasticity.curvature.kernel import TangentKernel, effective_rank_of
+from lightning_plasticity.curvature.kernel import TangentKernel, effective_rank_of, fast_threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +199,7 @@ class Spectrum:
         References:
             Definition 4.4 of arXiv 2509.22335.
         """
-        if not lr > 0 or not steps >= 1 or not 0 < contraction < 1:
-            raise ValueError(
-                f"fast_rank(lr={lr}, steps={steps}, contraction={contraction}): lr must be positive, steps at "
-                "least 1 and contraction in (0, 1)"
-            )
-        return self.epsilon_rank(-math.log(contraction) / (lr * steps))
+        return self.epsilon_rank(fast_threshold(lr, steps, contraction))
 
     def learnable_fraction(self, lr: float | None = None, steps: int = 100) -> float:
         """Compute the fraction of the squared residual that gradient descent can remove.

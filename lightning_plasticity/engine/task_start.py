@@ -17,6 +17,7 @@ from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import UnsupportedModelError
 from lightning_plasticity.diagnostics import (
     DIAGNOSTICS,
+    Plan,
     Source,
     diagnostics_of,
     measure,
@@ -273,7 +274,7 @@ class TaskStart:
         same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                measured = self._measure_weights(same, "probing the repaired network")
+                measured = self._measure_weights(same, "probing the repaired network", _plan(same, report))
             report.after = {name: float(value) for name, value in _compared(measured, initial).items()}
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
@@ -371,7 +372,14 @@ class TaskStart:
         """
         if not self._is_known_to_work(history):
             raise_local_error(error)
-        empty = TaskReport(report.task, report.task_id, report.step, repairs=report.repairs, errors=report.errors)
+        empty = TaskReport(
+            report.task,
+            report.task_id,
+            report.step,
+            repairs=report.repairs,
+            errors=report.errors,
+            expected_steps=report.expected_steps,
+        )
         vars(report).update(vars(empty))
         report.errors["probe"] = format_error(error)
         return f"task {report.task}: plasticity could not be measured, training goes on: {report.errors['probe']}"
@@ -383,12 +391,13 @@ class TaskStart:
         self._check_probe(context)
         # What earlier measurements have shown need not be found out again.
         context = replace(context, max_samples=_affordable_samples(history), whole_batch=_was_coupled(history))
+        plan = _plan(context, report)
         gathering = self.gathering
         if self._trial is not None and (gathering is None or not gathering.is_joined):
             # The first batch alone, on the weights that the task began with, has been measured.
-            measured = self._trial
+            measured = replace(self._trial, plan=plan)
         else:
-            measured = self._measure_weights(context, "probing curvature")
+            measured = self._measure_weights(context, "probing curvature", plan)
         now = measured.probe
         if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
@@ -398,6 +407,7 @@ class TaskStart:
             initial = self._measure_weights(
                 same_samples.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
+                plan,
                 monitored=bool(measured.features),
             )
         self._initial = initial
@@ -415,11 +425,13 @@ class TaskStart:
             about_batch["probe_samples"] = float(now.samples)
         report.metrics = {
             **to_log_dict(values, references),
-            **_metrics_of_parts(now, initial.probe),
+            **_metrics_of_parts(now, initial.probe, plan),
             **about_batch,
             **by_layer,
         }
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
+        if now.kernel is not None and context.learning_rate is not None and plan is None:
+            self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
         return self._judge(report, values, references, history, now.samples)
 
     def _judge(
@@ -482,7 +494,9 @@ class TaskStart:
             self._errors.warn(warning)
         self._probe_is_checked = True
 
-    def _measure_weights(self, context: ProbeContext, description: str, *, monitored: bool = True) -> _Measurement:
+    def _measure_weights(
+        self, context: ProbeContext, description: str, plan: Plan | None = None, *, monitored: bool = True
+    ) -> _Measurement:
         """Return what the probe, the fit test and the monitor measure on copies of the model."""
         if self.probe is None:
             size = context.batch_size
@@ -498,7 +512,7 @@ class TaskStart:
                 )
         if self.monitor is not None and monitored:
             features = self._measure_activations(self.monitor, context, result.samples or self.samples)
-        return _Measurement(result, curve, features)
+        return _Measurement(result, curve, features, plan)
 
     def _measure_curvature(self, probe: Probe, context: ProbeContext, description: str) -> ProbeResult:
         """Return the result of the probe, empty where the model is not supported and the fit test suffices."""
@@ -551,17 +565,19 @@ class _Measurement:
         probe: The result of the probe.
         curve: The losses of the fit test, if there is one.
         features: What the monitor has measured, by name.
+        plan: The training to come, if it is known.
     """
 
     probe: ProbeResult
     curve: FitCurve | None
     features: dict[str, float]
+    plan: Plan | None = None
 
     @property
     def values(self) -> dict[str, float]:
         """The diagnostics by name, without those that compare a network with its initial weights."""
         fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
-        return fit | measure(self.probe.spectra, self.features, self.probe.kernel)
+        return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan, self.probe.readiness)
 
 
 def _compared(measured: _Measurement, initial: _Measurement) -> dict[str, float]:
@@ -597,13 +613,19 @@ def _affordable_samples(history: Sequence[TaskReport]) -> int | None:
     return None if samples is None else int(samples)
 
 
-def _metrics_of_parts(now: ProbeResult, initial: ProbeResult) -> dict[str, float]:
+def _plan(context: ProbeContext, report: TaskReport) -> Plan | None:
+    """Return the training to come in a task; ``None`` if nothing is trained or the number of steps is not known."""
+    lr, steps = context.learning_rate, report.expected_steps
+    return None if lr is None or steps is None else Plan(lr, steps)
+
+
+def _metrics_of_parts(now: ProbeResult, initial: ProbeResult, plan: Plan | None) -> dict[str, float]:
     """Return the numbers of the parts of a network for its report."""
     result: dict[str, float] = {}
     for name, part in now.parts.items():
         reference = initial.parts.get(name)
-        references = {} if reference is None else measure(reference.spectra, {}, reference.kernel)
-        result |= of_part(to_log_dict(measure(part.spectra, {}, part.kernel), references), name)
+        references = {} if reference is None else measure(reference.spectra, {}, reference.kernel, plan)
+        result |= of_part(to_log_dict(measure(part.spectra, {}, part.kernel, plan), references), name)
     return result
 
 

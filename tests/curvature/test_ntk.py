@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lightning_plasticity.curvature.cost import Budget, ForwardCounter, TooCostl
 from lightning_plasticity.curvature.exact.gram import gram
 from lightning_plasticity.curvature.ntk import KernelMeasurement, measure_within_budget
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.functional import optimization_readiness
 
 N = 6
 
@@ -68,6 +70,61 @@ def test_all_ways_agree(shape: str) -> None:
     assert tangent_kernel(model, batch, loss_fn, max_rows=119).to_dict().keys() == by_products.to_dict().keys()
     with pytest.raises(TooManyRowsError, match="120 outputs"):
         tangent_kernel(model, batch, loss_fn, method="exact", max_rows=119)
+
+
+def cross_entropy(outputs: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, torch.arange(len(x)) % 4)
+
+
+def mse(outputs: Tensor, x: Tensor) -> Tensor:
+    return F.mse_loss(outputs, torch.ones(len(x), 4).double())
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, mse])
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+def test_squared_residual_is_a_mean_over_samples(loss: Any, method: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4).double(), torch.randn(N, 3).double()
+    outputs = model(x).detach()
+    each = (outputs - 1) / 2 if loss is mse else outputs.softmax(1) - F.one_hot(torch.arange(N) % 4, 4)
+    kernel = tangent_kernel(model, x, lambda model, x: loss(model(x), x), method=method)
+    assert kernel.squared_residual == pytest.approx(each.square().sum(1).mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", ["tokens", "channels first", "by hand"])
+def test_readiness_is_that_of_the_gradients_of_samples(shape: str) -> None:
+    model, (x, y), loss_fn = tokens(shape)
+    parameters = list(model.parameters())
+
+    def gradient(batch: Any) -> Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss_fn(model, batch), parameters)])
+
+    each = torch.stack([gradient((x[i : i + 1], y[i : i + 1])) for i in range(N)])
+    loss = loss_fn(model, (x, y)).item()
+    expected = optimization_readiness(loss, each).item()
+    budget = Budget(math.inf, 1.0)
+    measured = measure_within_budget(
+        model, (x, y), loss_fn, samples=N, max_rows=2048, positions=None, budget=budget, parts={"last": ["2.*"]}
+    )
+    assert measured.readiness == pytest.approx(expected, rel=1e-9)
+    assert math.isnan(within(1e-3, fewest_products=True).readiness)
+
+
+def test_readiness_is_unknown_where_positions_hide_samples() -> None:
+    """Which of the outputs ``(positions × samples, channels)`` belong to a sample cannot be seen."""
+    measured = within(math.inf)
+    assert measured.products == 0
+    assert math.isnan(measured.readiness)
+
+
+def test_squared_residual_is_that_of_all_positions() -> None:
+    model, batch, loss_fn = tokens("tokens")
+    some, whole = (
+        tangent_kernel(model, batch, loss_fn, method="lanczos", samples=N, positions=count) for count in (N, 5 * N)
+    )
+    assert some.squared_residual == whole.squared_residual
+    _, residual = dense_block(model, batch, torch.arange(5))
+    assert whole.squared_residual == pytest.approx(N * residual.square().sum().item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("shape", ["tokens", "flattened"])

@@ -406,3 +406,73 @@ def test_lower_end_of_the_fraction_belongs_to_the_larger_eigenvalue() -> None:
     fraction = TangentKernel.from_quadrature(jacobi, Estimate(2.0, lo=1.0, hi=4.0)).learnable_fraction(steps=1)
     expected = (-math.expm1(-0.5), -math.expm1(-1.0), -math.expm1(-2.0))
     assert (fraction.lo, fraction, fraction.hi) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [5, 300])
+def test_remaining_residual_is_that_of_gradient_flow(size: int) -> None:
+    """The residual after a time t of gradient flow on a frozen kernel is the matrix exponential of -tΘ, times r."""
+    matrix, residual = with_eigenvalues(torch.linspace(2, 0.1, size, dtype=torch.float64)), normal(size)
+    whole = 4 * residual.square().sum().item()
+    kernel = TangentKernel.from_matrix(matrix, residual, squared_residual=whole)
+    for lr, steps in [(0.5, 1), (0.1, 7), (1 / 2, 10)]:
+        left = torch.linalg.matrix_exp(-lr * steps * matrix) @ residual
+        expected = pytest.approx(4 * left.square().sum().item(), rel=1e-8)
+        assert kernel.remaining_residual(lr, steps) == expected
+        assert reloaded(kernel).remaining_residual(lr, steps) == expected
+    assert kernel.compact().squared_residual == reloaded(kernel).squared_residual == whole
+
+
+def test_remaining_residual_by_products_is_in_its_bracket() -> None:
+    problem = Problem("transformer")
+    whole = problem.num_samples * problem.residual.square().sum().item()
+    measured = kernel_by_lanczos(Matrix(problem.kernel), problem.residual, max_products=8, squared_residual=whole)
+    exact = TangentKernel.from_matrix(problem.kernel, problem.residual, whole)
+    for steps in HORIZONS:
+        left, fraction = measured.remaining_residual(steps=steps), measured.learnable_fraction(steps=steps)
+        assert (left.lo, left.hi) == pytest.approx((whole * (1 - fraction.hi), whole * (1 - fraction.lo)))
+        assert left.lo < exact.remaining_residual(steps=steps) < left.hi
+    assert reloaded(measured).squared_residual == whole
+
+
+@pytest.mark.parametrize("size", [5, 300])
+@pytest.mark.parametrize("lr", [0.1, 1.0, 30.0])
+def test_fast_residual_share_is_that_of_the_eigenvectors(size: int, lr: float) -> None:
+    """Of a large matrix, a bracket holds it."""
+    matrix, residual = with_eigenvalues(torch.logspace(0, -5, size, dtype=torch.float64)), normal(size)
+    kernel = TangentKernel.from_matrix(matrix, residual)
+    values, vectors = torch.linalg.eigh(matrix)
+    shares = (vectors.T @ residual).square() / residual.square().sum()
+    expected = shares[values > math.log(10) / (lr * 50)].sum().item()
+    for measured in (kernel, reloaded(kernel), kernel.compact()):
+        share = measured.fast_residual_share(lr, 50)
+        assert share.lo - 1e-12 <= expected <= share.hi + 1e-12
+        assert share.lo <= share <= share.hi <= share.lo + (0.05 if size > 256 else 0)
+
+
+@pytest.mark.parametrize("contraction", [0.1, 0.5])
+def test_fast_residual_share_by_products_is_in_its_bracket(contraction: float) -> None:
+    problem = Problem("mlp")
+    exact = TangentKernel.from_matrix(problem.kernel, problem.residual)
+    measured = kernel_by_lanczos(Matrix(problem.kernel), problem.residual, max_products=20)
+    single = kernel_by_lanczos(problem.operator(torch.float32), problem.residual, max_products=20)
+    for lr in (0.01, 0.1, 1.0, 10.0):
+        expected = exact.residual_shares[exact.eigenvalues > -math.log(contraction) / (lr * 100)].sum().item()
+        for share in (kernel.fast_residual_share(lr, 100, contraction) for kernel in (measured, single)):
+            assert share.lo <= share <= share.hi
+            assert share.lo - 1e-6 <= expected <= share.hi + 1e-6
+
+
+def test_fast_residual_share_of_degenerate_kernels() -> None:
+    identity, residual = torch.eye(3, dtype=torch.float64), normal(3)
+    assert TangentKernel.from_matrix(0 * identity, residual).fast_residual_share(1, 10) == 0
+    assert TangentKernel.from_matrix(identity, 0 * residual).fast_residual_share(1, 10) == 1
+    for arguments in ((0.0, 10), (1.0, 0), (1.0, 10, 1.0)):
+        with pytest.raises(ValueError, match=r"lr must be positive, steps at least 1 and contraction in \(0, 1\)"):
+            TangentKernel.from_matrix(identity, residual).fast_residual_share(*arguments)
+
+
+def test_remaining_residual_of_degenerate_kernels() -> None:
+    zero, residual = torch.zeros(3, 3, dtype=torch.float64), normal(3)
+    assert TangentKernel.from_matrix(zero, residual, 5.0).remaining_residual() == 5
+    assert TangentKernel.from_matrix(torch.eye(3).double(), 0 * residual, 0.0).remaining_residual() == 0
+    assert math.isnan(TangentKernel.from_matrix(zero, residual).remaining_residual())

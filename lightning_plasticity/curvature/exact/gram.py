@@ -34,6 +34,7 @@ from lightning_plasticity.curvature.problem import (
     LossFunction,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.functional.gradients import readiness
 
 
 class TooManyRowsError(ValueError):
@@ -61,9 +62,11 @@ class Gram:
             combinations per sample; ``None`` if the loss has no positive semi-definite Hessian.
         loss: The loss on the batch.
         num_parameters: :math:`P`.
+        num_samples: :math:`n`.
         tangent_kernel: :math:`\Theta = \frac1n J J^\top`, shape ``(m, m)``; ``None`` for a sketch.
         residual: :math:`r = \partial L / \partial f`, shape ``(m,)``; ``None`` for a sketch.
         trace_standard_error: Standard error of the trace; zero unless this is a sketch.
+        readiness: Optimization readiness, with samples as the minibatches; ``nan`` where it is not known.
         no_gauss_newton: Why there is no Gauss-Newton matrix.
         couples_samples: Whether the loss of a sample depends on the outputs of another.
         held_constant: Names of the parameters that the loss depends on besides the outputs.
@@ -72,9 +75,11 @@ class Gram:
     loss_weighted: Tensor | None
     loss: float
     num_parameters: int
+    num_samples: int
     tangent_kernel: Tensor | None = None
     residual: Tensor | None = None
     trace_standard_error: float = 0.0
+    readiness: float = math.nan
     no_gauss_newton: str | None = None
     couples_samples: bool = False
     held_constant: list[str] = field(default_factory=list)
@@ -90,7 +95,8 @@ class Gram:
         """The tangent kernel; ``None`` for a sketch."""
         if self.tangent_kernel is None or self.residual is None:
             return None
-        return TangentKernel.from_matrix(self.tangent_kernel, self.residual)
+        squared = self.num_samples * self.residual.square().sum().item()
+        return TangentKernel.from_matrix(self.tangent_kernel, self.residual, squared)
 
     def spectrum(self) -> Spectrum:
         """Return the eigenvalues of the Gauss-Newton matrix, with the tangent kernel unless this is a sketch.
@@ -213,14 +219,17 @@ def gram_of(
             loss_weighted=jacobian.matrix / sketch,
             loss=recorded.loss.item(),
             num_parameters=recorded.num_parameters,
+            num_samples=recorded.num_samples,
             trace_standard_error=_trace_standard_error(jacobian, sketch),
         )
     return Gram(
         loss_weighted=factors.weight(jacobian),
         loss=recorded.loss.item(),
         num_parameters=recorded.num_parameters,
+        num_samples=recorded.num_samples,
         tangent_kernel=jacobian.matrix / recorded.num_samples,
         residual=_residual(factors.outputs or outputs, jacobian.num_blocks),
+        readiness=math.nan if recorded.derivatives.couples_samples else _readiness(recorded, jacobian),
         no_gauss_newton=factors.no_gauss_newton,
         couples_samples=recorded.derivatives.couples_samples,
         held_constant=recorded.derivatives.held_constant,
@@ -338,6 +347,37 @@ def _trace_standard_error(sketched: JacobianGram, num_combinations: int) -> floa
         return math.nan
     traces = sketched.matrix.diagonal().reshape(sketched.num_blocks, num_combinations).sum(0)
     return traces.std().item() / math.sqrt(num_combinations)
+
+
+def _readiness(recorded: RecordedLoss, jacobian: JacobianGram) -> float:
+    r"""Return the optimization readiness from the gradients of single samples.
+
+    The gradient of a sample's loss is :math:`g_i = n J^\top r_i` with the residual :math:`r_i` of that sample and zeros
+    elsewhere, so :math:`\lVert g_i \rVert^2 = n^2 \, r_i^\top J J^\top r_i`.
+
+    Returns:
+        A number ≥ 0; ``nan`` if the loss is negative, or it is not known which outputs belong to a sample, as where
+        positions are numbered along with the samples.
+    """
+    outputs, count = recorded.derivatives.outputs, recorded.num_samples
+    if recorded.loss < 0 or any(output.sample_dim is None or output.num_samples != count for output in outputs):
+        return math.nan
+    residual = _residual(outputs, jacobian.num_blocks)
+    columns = torch.cat([_sample_of_each_row(output, count, jacobian.num_blocks) for output in outputs], dim=1)
+    by_sample = residual.new_zeros(len(residual), count)
+    by_sample.scatter_(1, columns.flatten()[:, None], residual[:, None])
+    squares = count**2 * (by_sample * (jacobian.matrix @ by_sample)).sum(0)
+    whole = residual @ jacobian.matrix @ residual
+    return readiness(recorded.loss.detach().double(), whole, squares.mean()).item()
+
+
+def _sample_of_each_row(output: Outputs, num_samples: int, num_blocks: int) -> Tensor:
+    """Return the index of the sample of each output, by block as the rows of the Jacobian are."""
+    indices = torch.arange(output.shape.numel(), device=output.residual.device).reshape(output.shape)
+    samples = torch.empty_like(indices).flatten()
+    for sample, entries in enumerate(output.by_block(indices, num_samples)):
+        samples[entries] = sample
+    return output.by_block(samples.reshape(output.shape), num_blocks)
 
 
 def _residual(outputs: Sequence[Outputs], num_blocks: int) -> Tensor:

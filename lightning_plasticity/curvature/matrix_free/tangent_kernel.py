@@ -8,6 +8,7 @@ then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -129,6 +130,7 @@ def kernel_by_lanczos(
     tolerance: float = 0.02,
     steps: int = 100,
     seed: int = 0,
+    squared_residual: float = math.nan,
     progress: Progress | None = None,
 ) -> TangentKernel:
     r"""Measure the tangent kernel by products until the bracket of the learnable fraction is narrow.
@@ -144,6 +146,7 @@ def kernel_by_lanczos(
             :math:`1 / \lambda_{\max}`.
         steps: Number of steps :math:`K` of that bracket.
         seed: Seed of the random start vector.
+        squared_residual: :math:`n \lVert r\rVert^2` over all outputs, also where the operator has only some of them.
         progress: Called after each product with the number of products done and ``max_products``.
 
     Returns:
@@ -161,7 +164,7 @@ def kernel_by_lanczos(
     check_seed(seed)
     if not torch.isfinite(residual).all():
         raise ValueError(NOT_FINITE)
-    measurement = _Measurement(operator, residual.double(), max_products, seed)
+    measurement = _Measurement(operator, residual.double(), max_products, seed, squared_residual)
     for done in range(1, max_products + 1):
         measurement.advance(steps)
         if progress is not None:
@@ -179,15 +182,19 @@ class _Measurement:
         residual: The residual, float64.
         max_products: Largest number of products of both.
         seed: Seed of the random start vector.
+        squared_residual: The squared residual of the kernel.
     """
 
-    def __init__(self, operator: KernelOperator, residual: Tensor, max_products: int, seed: int) -> None:
+    def __init__(
+        self, operator: KernelOperator, residual: Tensor, max_products: int, seed: int, squared_residual: float
+    ) -> None:
         # Kernels have positive sums: a start vector near the sum finds the largest eigenvalue sooner.
         start = 1 + normal((operator.dimension,), residual, torch.Generator().manual_seed(seed))
         self._from_random = LanczosProcess(operator, start, max(max_products // 2, 1), rounding=operator.rounding)
         self._from_residual = (
             LanczosProcess(operator, residual, max_products, rounding=operator.rounding) if residual.any() else None
         )
+        self._squared_residual = squared_residual
         self._fewest_random = max(min(_RANDOM_PRODUCTS, max_products // 2), 1)
 
     @property
@@ -237,7 +244,9 @@ class _Measurement:
         empty = torch.zeros(0, dtype=torch.float64, device="cpu")
         process = self._from_residual
         return TangentKernel.from_quadrature(
-            JacobiMatrix(empty, empty) if process is None else process.jacobi, self._lambda_max()
+            JacobiMatrix(empty, empty) if process is None else process.jacobi,
+            self._lambda_max(),
+            self._squared_residual,
         )
 
     def _lambda_max(self) -> Estimate:
