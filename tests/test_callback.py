@@ -83,7 +83,7 @@ def test_fast_directions_follow_from_rate_and_steps_of_the_run(lr: float) -> Non
 
 @pytest.mark.parametrize("lr", [0.0, 0.1])
 def test_tasks_of_unknown_length_have_no_fast_rank(lr: float) -> None:
-    callback = SpectralCollapseCallback()
+    callback = SpectralCollapseCallback(collapse=Collapse("learnable_fraction", below=1e-9))
 
     class Endless(Classifier):
         def on_train_batch_end(self, *args: Any) -> None:
