@@ -46,7 +46,7 @@ def fit_two_tasks(callback: SpectralCollapseCallback) -> Classifier:
 
 
 def fit_loss(weights: dict[str, Tensor], batch: Any, steps: int) -> float:
-    """Train a module from given weights in a plain loop, on each 16 of the first 64 samples, and return the mean loss."""
+    """Train a module in a plain loop on each 16 of the first 64 samples, and return the mean loss."""
     losses = []
     for start in range(0, 64, 16):
         module = Classifier()
