@@ -13,7 +13,7 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, Diagnostic, is_resolve
 
 Reference = Literal["best", "initial", "first"]
 
-_HANDICAP = 1.5
+_HANDICAP = 1.3
 """Handicap above which a fresh network is better off."""
 
 _SHARE = 0.8
@@ -48,9 +48,9 @@ class Verdict:
 class Collapse:
     """The rule for an alarm: a diagnostic at the start of a task is beyond a threshold.
 
-    By default the alarm means that a fresh network would learn the task better: the handicap of the network, from the
-    fit test and the tangent kernel, is above 1.5. The threshold was chosen on some streams of tasks and confirmed on
-    others; see docs/evidence.md.
+    By default the alarm means that a fresh network would learn the task better: the handicap of the network is above
+    1.3 by more than its standard error. The threshold was chosen on some streams of tasks and confirmed on others; see
+    docs/evidence.md.
 
     The verdict is inconclusive if the diagnostic is the rank of an estimated spectrum and is not resolved, if the
     threshold lies within the bracket of a learnable fraction, or if fewer than 8 samples were measured.
@@ -60,7 +60,7 @@ class Collapse:
         below: The threshold of a diagnostic that falls in a collapse: a fraction of the reference, in (0, 1], by
             default 0.8. Without a reference, the value itself.
         above: The threshold of a diagnostic that rises in a collapse, such as ``"dormant_fraction"``: a multiple of the
-            reference. Without a reference, the value itself. By default 1.5 for the handicap.
+            reference. Without a reference, the value itself. By default 1.3 for the handicap.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value of the network's initial weights on the same batch; ``"first"``, the value at the
             first task; ``None``, no reference, the only choice for diagnostics that can be negative. By default
@@ -190,7 +190,9 @@ class Collapse:
         first, best = known[0], pick(known, key=lambda pair: pair[0])
         references = {"best": best[0], "first": first[0], "initial": initial, None: 1.0}
         threshold = self._threshold * references[self._reference]
-        collapsed = value < threshold if diagnostic.higher_is_better else value > threshold
+        # A network is as good as a fresh one until the difference exceeds its noise.
+        noise = value.standard_error if diagnostic.source == "fit" and isinstance(value, Estimate) else 0.0
+        collapsed = value < threshold if diagnostic.higher_is_better else value - noise > threshold
         if is_wide and isinstance(value, Estimate):
             collapsed = value.hi < threshold
             if value.lo < threshold <= value.hi:

@@ -7,10 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_plasticity.curvature import Estimate, TangentKernel
-
-_LONG_HORIZON = 1000
-"""Number of steps whose learnable fraction is a part of the handicap."""
+from lightning_plasticity.curvature import Estimate
 
 
 @dataclass(frozen=True)
@@ -81,24 +78,19 @@ class FitCurve:
         return (self.mean - fresh.mean) / fresh.gain if fresh.gain > 0 else math.nan
 
 
-def compare_fits(
-    curve: FitCurve, fresh: FitCurve, kernel: TangentKernel | None = None, fresh_kernel: TangentKernel | None = None
-) -> dict[str, float]:
+def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\rho \, (\ell^\text{fresh} / \ell)^{1/2}`, where :math:`\rho` is the ratio of the mean losses
-    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`\ell` are the learnable
-    fractions at 1000 steps, which see what 20 steps do not. Its standard error comes from the ratios of the batches.
-
-    Losses that are not positive are compared by the gap instead, as :math:`1 + \text{gap}`. Without the kernels, or if
-    one of the fractions is not resolved, the losses count alone. A network that no gradient reaches, and that is no
-    better than its initial weights, has an infinite handicap.
+    The handicap is :math:`\rho \, s^{-1/2}`, where :math:`\rho` is the ratio of the mean losses
+    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`s` is the share that is left
+    of the rank of the tangent kernel, which sees what a few steps do not. Its standard error comes from the ratios of
+    the batches. Losses that are not positive are compared by the gap instead, :math:`\rho = 1 + \text{gap}`. A network that
+    no gradient reaches, and that is no better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
         fresh: The losses of its initial weights.
-        kernel: The tangent kernel of the network.
-        fresh_kernel: That of its initial weights.
+        rank_share: The share :math:`s`, in (0, 1].
 
     Returns:
         ``handicap`` and ``fit_gap``, each if it is defined.
@@ -108,13 +100,8 @@ def compare_fits(
         >>> round(comparison["handicap"], 3), comparison["fit_gap"]
         (1.167, 0.5)
     """
-    gap = curve.gap_to(fresh)
-    handicap = _ratio(curve, fresh)
-    if kernel is not None and fresh_kernel is not None:
-        learnable, of_fresh = (k.learnable_fraction(steps=_LONG_HORIZON) for k in (kernel, fresh_kernel))
-        if learnable > 0 and of_fresh > 0 and learnable.resolved and of_fresh.resolved:
-            factor = math.sqrt(of_fresh / learnable)
-            handicap = Estimate(handicap * factor, standard_error=handicap.standard_error * factor)
+    gap, ratio, factor = curve.gap_to(fresh), _ratio(curve, fresh), rank_share**-0.5
+    handicap = Estimate(ratio * factor, standard_error=ratio.standard_error * factor)
     return {name: value for name, value in (("handicap", handicap), ("fit_gap", gap)) if not math.isnan(value)}
 
 
@@ -129,5 +116,5 @@ def _ratio(curve: FitCurve, fresh: FitCurve) -> Estimate:
         return Estimate(curve.mean / fresh.mean)
     logarithms = [math.log(mean / other) for mean, other in pairs]
     ratio = math.exp(statistics.fmean(logarithms))
-    deviation = statistics.stdev(logarithms) if len(logarithms) > 1 else math.nan
+    deviation = statistics.stdev(logarithms) if len(logarithms) > 1 else 0.0
     return Estimate(ratio, standard_error=ratio * deviation / math.sqrt(len(logarithms)))

@@ -36,7 +36,8 @@ class FitTest:
 
     Args:
         steps: Number of optimizer steps on each batch.
-        batch_size: Number of samples of a batch. A loss that couples the samples of its batch gets all of them.
+        batch_size: Number of samples of a batch, or half of them all if there are fewer than two batches. A loss that
+            couples the samples of its batch gets all of them.
 
     Raises:
         ValueError: If an argument is not a positive whole number.
@@ -97,9 +98,11 @@ class FitTest:
     def _batches(self, context: ProbeContext, samples: int | None) -> list[Any]:
         if samples is None or context.whole_batch:
             return [context.batch]
-        batches = list(micro_batches(context.samples(samples), self.batch_size))
+        # One batch alone has no standard error.
+        size = max(min(self.batch_size, samples // 2), 1)
+        batches = list(micro_batches(context.samples(samples), size))
         # A last batch with few samples would count as much as the others.
-        return batches[:-1] if len(batches) > 1 and samples % self.batch_size else batches
+        return batches[:-1] if samples % size else batches
 
     def _fit_batch(
         self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]

@@ -48,6 +48,8 @@ from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.reports import TaskReport
 
+_RANK = "ntk_effective_rank_vs_initial"
+
 _FEW_SAMPLES = 16
 """Number of samples below which a warning says that they are few."""
 
@@ -100,6 +102,7 @@ class TaskStart:
         self._trial: _Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
         self._initial: _Measurement | None = None
+        self._best_rank = 0.0
         self._interventions_have_started = False
 
     @property
@@ -275,7 +278,7 @@ class TaskStart:
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
                 measured = self._measure_weights(same, "probing the repaired network", _plan(same, report))
-            report.after = {name: float(value) for name, value in _compared(measured, initial).items()}
+            report.after = {name: float(value) for name, value in _compared(measured, initial, self._best_rank).items()}
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
             return False
@@ -411,19 +414,19 @@ class TaskStart:
                 monitored=bool(measured.features),
             )
         self._initial = initial
-        values, references = _compared(measured, initial), initial.values
+        report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
+        report.metrics = {} if now.samples is None else {"probe_samples": float(now.samples)}
+        self._best_rank = _best_rank(report, history)
+        values, references = _compared(measured, initial, self._best_rank), initial.values
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
         report.limited, report.coupled = now.limited, now.coupled
-        report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
         by_layer = {name: value for name, value in measured.features.items() if name not in values}
         about_batch = {} if self.probe is None else {"probe_loss": now.loss}
-        if now.samples is not None:
-            about_batch["probe_samples"] = float(now.samples)
-        report.metrics = {
+        report.metrics |= {
             **to_log_dict(values, references),
             **_metrics_of_parts(now, initial.probe, plan),
             **about_batch,
@@ -580,11 +583,29 @@ class _Measurement:
         return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan, self.probe.readiness)
 
 
-def _compared(measured: _Measurement, initial: _Measurement) -> dict[str, float]:
-    """Return the diagnostics of a network, with those that compare it with its initial weights."""
+def _compared(measured: _Measurement, initial: _Measurement, best_rank: float) -> dict[str, float]:
+    """Return the diagnostics of a network, with those that compare it with its initial weights.
+
+    Args:
+        measured: The measurement of the network.
+        initial: That of its initial weights on the same samples.
+        best_rank: The result of :func:`_best_rank`.
+    """
+    values, references = measured.values, initial.values
     if measured.curve is None or initial.curve is None:
-        return measured.values
-    return compare_fits(measured.curve, initial.curve, measured.probe.kernel, initial.probe.kernel) | measured.values
+        return values
+    rank = to_log_dict(values, references).get(_RANK, 0.0)
+    share = min(rank / best_rank, 1.0) if rank > 0 and best_rank > 0 else 1.0
+    return compare_fits(measured.curve, initial.curve, share) | values
+
+
+def _best_rank(report: TaskReport, history: Sequence[TaskReport]) -> float:
+    """Return the largest rank of the tangent kernel of comparable tasks, relative to the initial weights.
+
+    The first task does not count: its network is the initial one, and training changes the rank of any network.
+    """
+    ranks = [earlier.metrics.get(_RANK, 0.0) for earlier in history[1:] if not report.differences(earlier)]
+    return max(ranks, default=0.0)
 
 
 def _changes(report: TaskReport, metric: str) -> str:
