@@ -431,9 +431,9 @@ class HessianProbe(Probe):
 
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
-            # hessian_spectrum composes weight_norm, too.
+            # As in hessian_spectrum.
             model = context.copy()
-            with composed_weight_norm(), _only_trained(model, context):
+            with composed_weight_norm(), full_precision(), _only_trained(model, context):
                 check_double_backward(model, context.samples(samples), context.loss_on, copy=False)
 
         try:
