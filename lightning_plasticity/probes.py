@@ -128,7 +128,8 @@ class GGNProbe(Probe):
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole. All samples of the batch
             are taken for a loss that couples them, such as a contrastive one, which is another loss on fewer, and for
-            a loss that cannot be computed on fewer, such as that of a graph.
+            a loss that cannot be computed on fewer, such as that of a graph. Coupling is seen by second derivatives: a
+            loss without them that couples samples needs ``samples`` as large as the batch.
         max_rows: Largest number of outputs of all samples together for the exact spectra. Memory grows with its square.
         max_steps: Largest cost of a task, for the network and its initial weights together, in training steps, as
             estimated from the operations of a forward pass. Where the samples are too many for it, fewer are taken.
