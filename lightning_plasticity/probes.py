@@ -131,7 +131,8 @@ class GGNProbe(Probe):
     Args:
         samples: Number of samples, the first ones of the batch; a smaller batch is used whole. All samples of the batch
             are taken for a loss that couples them, such as a contrastive one, which is another loss on fewer, and for
-            a loss that cannot be computed on fewer, such as that of a graph.
+            a loss that cannot be computed on fewer, such as that of a graph. Coupling is seen by second derivatives: a
+            loss without them that couples samples needs ``samples`` as large as the batch.
         max_rows: Largest number of outputs of all samples together for the exact spectra. Memory grows with its square.
         max_steps: Largest cost of a task, for the network and its initial weights together, in training steps, as
             estimated from the operations of a forward pass. Where the samples are too many for it, fewer are taken.
@@ -435,9 +436,9 @@ class HessianProbe(Probe):
 
     def _check_second_derivatives(self, context: ProbeContext) -> None:
         def check(samples: int) -> None:
-            # hessian_spectrum composes weight_norm, too.
+            # As in hessian_spectrum.
             model = context.copy()
-            with composed_weight_norm(), _only_trained(model, context):
+            with composed_weight_norm(), full_precision(), _only_trained(model, context):
                 check_double_backward(model, context.samples(samples), context.loss_on, copy=False)
 
         try:

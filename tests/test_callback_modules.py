@@ -81,6 +81,37 @@ def test_probe_casts_new_tensors_and_inputs_to_weight_dtype(
     assert report.metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
 
 
+class Cast(Classifier):
+    """Computes in half precision, however a cast to it may be written, or without the casts."""
+
+    casts = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        first, _, last = self.net
+        if not self.casts:
+            return F.cross_entropy(last(first(x).relu() + 1), y)
+        h = F.linear(x.bfloat16(), first.weight.to(torch.bfloat16), first.bias.to(dtype=torch.bfloat16)).relu()
+        h = h + torch.ones(8, dtype=torch.bfloat16)
+        weight, bias = (parameter.type(torch.bfloat16) for parameter in (last.weight, last.bias))
+        one_hot = F.one_hot(y, 3).bfloat16()
+        return -(one_hot * F.linear(h, weight, bias).log_softmax(1, dtype=torch.bfloat16)).sum(1).mean()
+
+
+@pytest.mark.parametrize("probe", [GGNProbe(), GGNProbe(max_rows=1), HessianProbe(64, num_probes=1, num_steps=4)])
+def test_casts_to_half_precision_are_left_out(probe: Probe) -> None:
+    """The numbers are those of the same network without them; the monitor measures the network as it is."""
+    metrics = []
+    for casts in (True, False):
+        torch.manual_seed(0)
+        module = Cast()
+        module.casts = casts
+        callback = SpectralCollapseCallback(probe, monitor=False)
+        trainer(callback).fit(module, DataLoader(loader(batches=1).dataset, batch_size=64))
+        metrics.append(callback.history[0].metrics)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-5)
+
+
 class Step(Classifier):
     """Returns the loss as changed by ``output``."""
 

@@ -108,12 +108,12 @@ NOT_FINITE = (
 
 
 class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
-    """Disable autocast inside every torch function, even where the model or the loss enables it.
+    """Leave out autocast and casts to half precision in every torch function, wherever the model or the loss has them.
 
     Rounding errors of half precision are larger than most eigenvalues.
 
     Raises:
-        ValueError: If a tensor with a gradient is computed in half precision by an explicit cast.
+        ValueError: If a tensor with a gradient is computed in half precision all the same.
 
     Example:
         >>> x = torch.ones(2, 2, requires_grad=True)
@@ -121,24 +121,46 @@ class full_precision(TorchFunctionMode):  # noqa: N801 (a context manager)
         ...     product = x @ x
         >>> product.dtype
         torch.float32
+        >>> with full_precision():
+        ...     cast = x.bfloat16()
+        >>> cast.dtype
+        torch.float32
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a torch function without autocast and check the dtype of its result."""
+        """Call a torch function without autocast and casts, and check the dtype of its result."""
+        func, args, kwargs = _without_cast(func, args, kwargs or {})
         device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                result = func(*args, **(kwargs or {}))
+                result = func(*args, **kwargs)
         else:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype in HALF and result.requires_grad:
             raise ValueError(
                 f"the model or the loss computes {getattr(func, '__name__', func)!r} in {result.dtype}, in which "
                 "curvature drowns in rounding errors: pass a loss_fn without casts to half precision"
             )
         return result
+
+
+def _without_cast(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]:
+    """Return a call in the precision of its tensor, or else the default one, if it asks for half precision."""
+    is_cast = func in (Tensor.half, Tensor.bfloat16)
+    if not is_cast and not any(isinstance(arg, torch.dtype) and arg in HALF for arg in (*args, *kwargs.values())):
+        return func, args, kwargs
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    is_full = first is not None and first.is_floating_point() and first.dtype not in HALF
+    dtype = first.dtype if first is not None and is_full else torch.get_default_dtype()
+    if is_cast:
+        return Tensor.to, (first, dtype), kwargs
+    args = [dtype if isinstance(arg, torch.dtype) and arg in HALF else arg for arg in args]
+    kwargs = {name: dtype if isinstance(arg, torch.dtype) and arg in HALF else arg for name, arg in kwargs.items()}
+    return func, args, kwargs
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -339,15 +339,26 @@ def test_autocast_has_no_effect(where: str) -> None:
         assert torch.equal(actual.eigenvalues, spectrum_of(plain, batch, cross_entropy).eigenvalues)
 
 
-def test_casts_to_half_precision_are_refused() -> None:
-    batch = (torch.randn(6, 5), torch.randn(6, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_casts_to_half_precision_have_no_effect(dtype: torch.dtype) -> None:
+    batch = (torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype))
 
-    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.mse_loss(model(batch[0]).bfloat16(), batch[1].bfloat16()).float()
+    def plain(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
 
+    def cast(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]).bfloat16().half(), batch[1].to("cpu", torch.bfloat16))
+
+    model = nn.Linear(5, 3, dtype=dtype)
     for spectrum_of in (ggn_spectrum, hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
-        with pytest.raises(ValueError, match=r"computes 'bfloat16' in torch.bfloat16, in which curvature drowns"):
-            spectrum_of(nn.Linear(5, 3), batch, loss_fn)
+        assert torch.equal(spectrum_of(model, batch, cast).eigenvalues, spectrum_of(model, batch, plain).eigenvalues)
+
+
+def test_half_precision_of_another_tensor_is_refused() -> None:
+    half = torch.zeros(1, dtype=torch.bfloat16)
+    for spectrum_of in (ggn_spectrum, hessian_spectrum, partial(ggn_spectrum, method="lanczos")):
+        with pytest.raises(ValueError, match=r"computes 'type_as' in torch.bfloat16, in which curvature drowns"):
+            spectrum_of(nn.Linear(5, 3), torch.randn(6, 5), lambda m, x: m(x).type_as(half).square().mean().float())
 
 
 @pytest.mark.parametrize("kind", ["mse", "soft labels"])
