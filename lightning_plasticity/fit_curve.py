@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from lightning_plasticity.curvature import Estimate
 
+_RANK_EXPONENT = 0.3
+"""Weight of the rank of the tangent kernel in the logarithm of the handicap; see docs/evidence.md."""
+
 
 @dataclass(frozen=True)
 class FitCurve:
@@ -81,11 +84,11 @@ class FitCurve:
 def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\rho \, s^{-1/2}`, where :math:`\rho` is the ratio of the mean losses
-    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`s` is the share that is left
-    of the rank of the tangent kernel, which sees what a few steps do not. Its standard error comes from the ratios of
-    the batches. Losses that are not positive are compared by the gap instead, :math:`\rho = 1 + \text{gap}`. A network that
-    no gradient reaches, and that is no better than its initial weights, has an infinite handicap.
+    The handicap is :math:`\rho \, s^{-0.3}`. Here :math:`\rho` is the ratio of the mean losses,
+    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`s` is the share that is
+    left of the rank of the tangent kernel, which sees what a few steps do not. The standard error comes from the ratios
+    of the batches. Losses that are not positive are compared by the gap instead, :math:`\rho = 1 + \text{gap}`. A
+    network that no gradient reaches, and that is no better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
@@ -100,7 +103,7 @@ def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> d
         >>> round(comparison["handicap"], 3), comparison["fit_gap"]
         (1.167, 0.5)
     """
-    gap, ratio, factor = curve.gap_to(fresh), _ratio(curve, fresh), rank_share**-0.5
+    gap, ratio, factor = curve.gap_to(fresh), _ratio(curve, fresh), rank_share**-_RANK_EXPONENT
     handicap = Estimate(ratio * factor, standard_error=ratio.standard_error * factor)
     return {name: value for name, value in (("handicap", handicap), ("fit_gap", gap)) if not math.isnan(value)}
 
