@@ -31,7 +31,6 @@ from lightning_plasticity.engine.error_log import ErrorLog, gather_errors
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
-from lightning_plasticity.engine.shadow_run import ShadowRun
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.interventions import Intervention
@@ -494,8 +493,7 @@ class SpectralCollapseCallback(Callback):
         self._task_start.initial_weights.load_state_dict(state_dict["initial"])
         gathering = state_dict["gathering"]
         self._task_start.gathering = None if gathering is None else Gathering.from_state(gathering)
-        shadow, fit_test = state_dict["shadow"], self.fit_test
-        self._task_start.shadow = None if shadow is None or fit_test is None else ShadowRun.from_state(fit_test, shadow)
+        self._task_start.restore_shadow(state_dict["shadow"])
         self._steps = state_dict["steps"]
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.fit_curve import LiveCurve, compare_fits, mean_of_later_half
@@ -120,31 +119,27 @@ class ShadowRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for checkpoints, which torch loads with ``weights_only=True``."""
-        is_made = self._model is not None
+        if self._model is not None:
+            self._weights = {name: value.detach().cpu().clone() for name, value in named_tensors(self._model).items()}
+            self._optimizer_states = copy.deepcopy([optimizer.state_dict() for optimizer in self._optimizers])
+            self._regularizer_states = copy.deepcopy([term.state_dict() for term in self._regularizers])
         return {
-            "weights": {n: t.detach().cpu().clone() for n, t in named_tensors(self._model).items()}
-            if self._model is not None
-            else dict(self._weights),
-            "optimizers": copy.deepcopy([o.state_dict() for o in self._optimizers])
-            if is_made
-            else self._optimizer_states,
-            "regularizers": copy.deepcopy([r.state_dict() for r in self._regularizers])
-            if is_made
-            else self._regularizer_states,
+            "weights": dict(self._weights),
+            "optimizers": self._optimizer_states,
+            "regularizers": self._regularizer_states,
             "losses": list(self.losses),
             "fresh_losses": list(self.fresh_losses),
             "metrics": list(self._metrics),
             "fresh_metrics": list(self._fresh_metrics),
         }
 
-    @classmethod
-    def from_state(cls, fit_test: FitTest, state: Mapping[str, Any]) -> Self:
-        """Restore the result of :meth:`state_dict`."""
-        result = cls(fit_test, state["weights"])
-        result._optimizer_states, result._regularizer_states = state["optimizers"], state["regularizers"]
-        result.losses, result.fresh_losses = list(state["losses"]), list(state["fresh_losses"])
-        result._metrics, result._fresh_metrics = list(state["metrics"]), list(state["fresh_metrics"])
-        return result
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of :meth:`state_dict`; the copy is made anew at the next batch."""
+        self.stop()
+        self._weights = state["weights"]
+        self._optimizer_states, self._regularizer_states = state["optimizers"], state["regularizers"]
+        self.losses, self.fresh_losses = list(state["losses"]), list(state["fresh_losses"])
+        self._metrics, self._fresh_metrics = list(state["metrics"]), list(state["fresh_metrics"])
 
     def _make_copy(self, context: ProbeContext, regularizers: Sequence[Regularizer]) -> None:
         with isolated(context.model):

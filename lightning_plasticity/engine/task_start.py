@@ -156,11 +156,17 @@ class TaskStart:
 
     def begin_fit(self) -> None:
         """Let the probe be checked and the interventions start at the first batch of a fit."""
-        if self.shadow is not None and self.fit_test is not None:
-            # A copy that an interrupted fit has left belongs to its Trainer.
-            self.shadow = ShadowRun.from_state(self.fit_test, self.shadow.state_dict())
+        # A copy that an interrupted fit has left belongs to its Trainer.
+        self.restore_shadow(None if self.shadow is None else self.shadow.state_dict())
         self._probe_is_checked = False
         self._interventions_have_started = False
+
+    def restore_shadow(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the fresh network from its ``state_dict()``; ``None`` if there is none."""
+        self.shadow = None
+        if self.fit_test is not None and state is not None:
+            self.shadow = ShadowRun(self.fit_test, {})
+            self.shadow.load_state_dict(state)
 
     def needs_start(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Return whether interventions must be started before the next batch, which these optimizers train on."""
