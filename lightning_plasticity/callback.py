@@ -205,6 +205,11 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.5)")
         if fit_test is not None and not isinstance(fit_test, FitTest):
             raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
+        if fit_test is not None and fit_test.live and undo_if_worse:
+            raise ValueError(
+                "undo_if_worse=True measures a repaired network on the samples of the start of the task, which are gone "
+                "at the verdict of FitTest(live=True): leave out one of the two"
+            )
         if fit_test is not None and fit_test.metric is not None and collapse == Collapse():
             collapse = Collapse("live_metric_gap")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):

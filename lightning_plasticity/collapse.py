@@ -22,7 +22,7 @@ _METRIC_GAP = 0.05
 _SHARE = 0.8
 """Share of its reference below which any other diagnostic has collapsed."""
 
-_COMPARISONS = ("handicap", "fit_gap")
+_COMPARISONS = ("handicap", "fit_gap", "live_metric_gap")
 """Diagnostics that compare a network with its initial weights."""
 
 _LOSING = "the network is losing its plasticity"

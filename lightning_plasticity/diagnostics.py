@@ -115,6 +115,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "batches, in the mean over their later half; positive if the fresh network is better",
             None,
             source="fit",
+            uncertainty=_ERROR,
             can_be_negative=True,
             higher_is_better=False,
         ),

@@ -100,7 +100,8 @@ class LiveCurve(FitCurve):
     @override
     def mean(self) -> float:
         """The mean loss over the later half of the batches."""
-        return mean_of_later_half(self.losses)
+        later = later_half(self.losses)
+        return math.fsum(later) / len(later)
 
     @property
     @override
@@ -116,15 +117,14 @@ class LiveCurve(FitCurve):
         return [self]
 
 
-def mean_of_later_half(values: Sequence[float]) -> float:
-    """Return the mean of the later half of a sequence, the larger half if its length is odd; ``nan`` if it is empty.
+def later_half(values: Sequence[float]) -> Sequence[float]:
+    """Return the later half of a sequence, the larger half if its length is odd.
 
     Example:
-        >>> mean_of_later_half([5.0, 1.0, 3.0])
-        2.0
+        >>> later_half([5.0, 1.0, 3.0])
+        [1.0, 3.0]
     """
-    later = values[len(values) // 2 :]
-    return math.fsum(later) / len(later) if later else math.nan
+    return values[len(values) // 2 :]
 
 
 def compare_fits(

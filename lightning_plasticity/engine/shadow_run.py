@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.fit_curve import LiveCurve, compare_fits, mean_of_later_half
+from lightning_plasticity.curvature import Estimate
+from lightning_plasticity.fit_curve import LiveCurve, compare_fits, later_half
 from lightning_plasticity.fit_test import MIN_BATCHES, FitTest, take_step
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.state import isolated, training_trial
 from lightning_plasticity.isolation.weights import load_weights, named_tensors, with_weights_of
 from lightning_plasticity.messages import MisconfigurationError
@@ -105,9 +108,13 @@ class ShadowRun:
             return {}, {}
         curve, fresh = LiveCurve(_diverging(self.losses)), LiveCurve(_diverging(self.fresh_losses))
         values = {**compare_fits(curve, fresh), "fit_loss": curve.mean}
-        gap = mean_of_later_half(self._fresh_metrics) - mean_of_later_half(self._metrics)
-        if not math.isnan(gap):
-            values["live_metric_gap"] = gap if self._fit_test.higher_is_better else -gap
+        sign = 1 if self._fit_test.higher_is_better else -1
+        gaps = [sign * (fresh - own) for fresh, own in zip(self._fresh_metrics, self._metrics, strict=True)]
+        later = later_half(gaps)
+        if later and all(map(math.isfinite, later)):
+            deviation = statistics.stdev(later) if len(later) > 1 else math.nan
+            gap = math.fsum(later) / len(later)
+            values["live_metric_gap"] = Estimate(gap, standard_error=deviation / math.sqrt(len(later)))
         return values, {"fit_loss": fresh.mean}
 
     def stop(self) -> None:
@@ -170,12 +177,17 @@ class ShadowRun:
             if self._starts_window:
                 model.zero_grad()
             loss = context.training_loss(model, context.batch)
-            terms = [term.penalty(model) for term in self._regularizers] if ends_window else []
-            torch.stack([loss / window, *terms]).sum().backward()
+            (loss / window).backward()
             if ends_window:
+                # After divergence, the gradient of a penalty is not finite.
+                for term in self._regularizers if loss.isfinite() else ():
+                    accumulate(parameters, differentiate_penalty(term, model, parameters)[1], 1.0)
                 for optimizer in self._optimizers:
                     context.clip_gradients(model, optimizer)
             return loss.detach()
+
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
         with isolated(model), context.record_logged(model, self._fit_test.metric) as logged:
             loss = take_step(self._optimizers, compute_gradients) if ends_window else compute_gradients().item()
