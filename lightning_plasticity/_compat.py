@@ -37,6 +37,7 @@ __all__ = [
     "is_restoring_for_finder",
     "schedulers",
     "spawns_processes",
+    "steps_after_batch",
     "takes_batch_index",
     "takes_dataloader_iter",
     "training_description",
@@ -122,6 +123,11 @@ def trains(trainer: Trainer) -> bool:
 def is_logging_step(trainer: Trainer) -> bool:
     """Return whether Lightning logs at the current step (``log_every_n_steps``)."""
     return trainer._logger_connector.should_update_logs
+
+
+def steps_after_batch(trainer: Trainer) -> bool:
+    """Return whether optimizers step after the current batch, rather than accumulate gradients over further ones."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 def is_restoring_for_finder(trainer: Trainer) -> bool:

@@ -20,6 +20,7 @@ from lightning_plasticity._compat import (
     is_logging_step,
     is_model_parallel,
     is_restoring_for_finder,
+    steps_after_batch,
     trains,
 )
 from lightning_plasticity._validation import check_positive_ints
@@ -46,6 +47,7 @@ from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summ
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.checks import (
+    check_live,
     check_sharding,
     check_strategy,
     check_training_step,
@@ -113,7 +115,9 @@ class SpectralCollapseCallback(Callback):
             ``Collapse("effective_rank")``.
         collapse: The rule for an alarm.
         fit_test: The test whether a copy of the network learns the samples of the task as fast as a copy of its initial
-            weights. ``None`` leaves it out; ``collapse`` must then watch another number than its results.
+            weights. ``None`` leaves it out; ``collapse`` must then watch another number than its results. With
+            ``FitTest(live=True)`` the verdict and the repairs come some batches after the start of the task; with its
+            ``metric``, the default of ``collapse`` is ``Collapse("live_metric_gap")``.
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
         undo_if_worse: Whether to undo the repairs at the start of a task, weights and optimizer state, if the number
@@ -198,9 +202,16 @@ class SpectralCollapseCallback(Callback):
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
         if not isinstance(collapse, Collapse):
-            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.5)")
+            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.25)")
         if fit_test is not None and not isinstance(fit_test, FitTest):
             raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
+        if fit_test is not None and fit_test.live and undo_if_worse:
+            raise ValueError(
+                "undo_if_worse=True measures a repaired network on the samples of the start of the task, which are "
+                "gone at the verdict of FitTest(live=True): leave out one of the two"
+            )
+        if fit_test is not None and fit_test.metric is not None and collapse == Collapse():
+            collapse = Collapse("live_metric_gap")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
         check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
@@ -316,6 +327,8 @@ class SpectralCollapseCallback(Callback):
             return
         with _lightning_errors():
             check_strategy(trainer.strategy, self.interventions)
+            if self._task_start.is_live:
+                check_live(trainer)
             warn_of_lost_state(trainer)
             self._task_start.check_metric()
             check_training_step(pl_module, has_loss_fn=self._loss_fn is not None)
@@ -356,6 +369,8 @@ class SpectralCollapseCallback(Callback):
         with _lightning_errors():
             if self._task_start.gathering is not None and not starts_task:
                 self._gather(TrainerContext.of(trainer, pl_module, batch, 0, self._loss_fn))
+            if self._task_start.shadow is not None and not starts_task:
+                self._train_shadow(TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn))
             if starts_task or self._task_start.needs_start(trainer.optimizers):
                 context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
                 self._start(context, starts_task=starts_task)
@@ -461,6 +476,7 @@ class SpectralCollapseCallback(Callback):
             "history": [report.to_dict() for report in self.history],
             "initial": self._task_start.initial_weights.state_dict(),
             "gathering": None if self._task_start.gathering is None else self._task_start.gathering.state_dict(),
+            "shadow": None if self._task_start.shadow is None else self._task_start.shadow.state_dict(),
             "steps": self._steps,
             "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
@@ -482,6 +498,7 @@ class SpectralCollapseCallback(Callback):
         self._task_start.initial_weights.load_state_dict(state_dict["initial"])
         gathering = state_dict["gathering"]
         self._task_start.gathering = None if gathering is None else Gathering.from_state(gathering)
+        self._task_start.restore_shadow(state_dict["shadow"])
         self._steps = state_dict["steps"]
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
@@ -493,8 +510,8 @@ class SpectralCollapseCallback(Callback):
         After an error in the first probe, or an interruption, the task starts at the next batch, maybe of another fit.
         So it does after a batch without a loss.
         """
-        if starts_task and self._task_start.gathering is not None:
-            self._measure_gathered(context)
+        if starts_task and self._task_start.is_waiting:
+            self._complete(context)
         report = None
         if starts_task:
             last = self._steps - self.history[-1].step if self.history else None
@@ -508,12 +525,12 @@ class SpectralCollapseCallback(Callback):
         try:
             with self._tasks.paused():
                 repair_context = self._task_start.measure_and_start(
-                    context, self.history, report, self._fixed_batch_of(context)
+                    context, self.history, report, self._fixed_batch_of(context), **_accumulation(context)
                 )
             self._step_monitor.begin(context.model, self._steps)
         except BaseException as error:
             if starts_task:
-                self._task_start.gathering = None
+                self._task_start.gathering = self._task_start.shadow = None
             if not self.history:
                 self._task_start.initial_weights.clear()
             if isinstance(error, SkippedBatchError):
@@ -525,7 +542,7 @@ class SpectralCollapseCallback(Callback):
         self._fit.skipped = 0
         self.history.append(report)
         self._tasks.commit()
-        if self._task_start.gathering is None:
+        if not self._task_start.is_waiting:
             self._repair_and_log(context.trainer, report, repair_context)
 
     def _check_skipped(self, outputs: Any) -> None:
@@ -550,6 +567,33 @@ class SpectralCollapseCallback(Callback):
         if self._task_start.gather(context, self.history[:-1]):
             self._measure_gathered(context)
 
+    def _train_shadow(self, context: TrainerContext) -> None:
+        """Let the fresh network train on the batch, and compare the networks if they have seen enough."""
+        task_start = self._task_start
+        with self._tasks.paused():
+            task_start.train_shadow(context, **_accumulation(context))
+        if task_start.gathering is None and (task_start.shadow is None or task_start.shadow.is_complete):
+            self._compare(context)
+
+    def _complete(self, context: TrainerContext, *, may_repair: bool = True) -> None:
+        """Complete the report of a task that ends with what there is.
+
+        Args:
+            context: The module and any batch.
+            may_repair: Whether there is training to come, without which a repair would only do harm.
+        """
+        if self._task_start.gathering is not None:
+            self._measure_gathered(context, may_repair=may_repair)
+        if self._task_start.shadow is not None:
+            self._compare(context, may_repair=may_repair)
+
+    def _compare(self, context: TrainerContext, *, may_repair: bool = True) -> None:
+        """Compare the network with the fresh one, run the repairs that are due and log."""
+        report = self.history[-1]
+        self._share_errors()
+        self._task_start.compare(report, self.history[:-1])
+        self._finish(context.trainer, report, context, may_repair=may_repair)
+
     def _measure_gathered(self, context: TrainerContext, *, may_repair: bool = True) -> None:
         """Measure the gathered samples on the weights that the task began with, run the repairs that are due and log.
 
@@ -561,17 +605,22 @@ class SpectralCollapseCallback(Callback):
         self._share_errors()
         with self._tasks.paused():
             repair_context = self._task_start.measure_gathered(context, self.history[:-1], report)
-        if not may_repair and self._runner.due_at_task_start(report.task, collapsed=report.collapsed):
-            report.remarks.append("the repairs that were due are left out, since the fit has ended")
-            repair_context = None
-        self._repair_and_log(context.trainer, report, repair_context)
+        if not self._task_start.is_waiting:
+            self._finish(context.trainer, report, repair_context, may_repair=may_repair)
 
     def _measure_remaining(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the samples of a task that ends with the fit before there are enough."""
-        if self._task_start.gathering is not None:
+        """Complete the report of a task that ends with the fit."""
+        if self._task_start.is_waiting:
             with _lightning_errors():
                 context = TrainerContext.of(trainer, pl_module, None, 0, self._loss_fn)
-                self._measure_gathered(context, may_repair=False)
+                self._complete(context, may_repair=False)
+
+    def _finish(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None, *, may_repair: bool) -> None:
+        """Run the repairs that are due if there is training to come, and log the report."""
+        if not may_repair and self._runner.due_at_task_start(report.task, collapsed=report.collapsed):
+            report.remarks.append("the repairs that were due are left out, since the fit has ended")
+            context = None
+        self._repair_and_log(trainer, report, context)
 
     def _repair_and_log(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None) -> None:
         """Run the repairs that are due at the start of a task, if there is a context for them, and log the report."""
@@ -614,6 +663,13 @@ class SpectralCollapseCallback(Callback):
         self._flush_errors()
         if self.history:
             self.history[-1].errors = gather_errors(self.history[-1].errors)
+
+
+def _accumulation(context: TrainerContext) -> dict[str, Any]:
+    """Return over how many batches gradients are accumulated, and whether this one is the last of them."""
+    if not context.model.automatic_optimization:
+        return {}
+    return {"window": context.trainer.accumulate_grad_batches, "ends_window": steps_after_batch(context.trainer)}
 
 
 @contextlib.contextmanager

@@ -16,10 +16,13 @@ Reference = Literal["best", "initial", "first"]
 _HANDICAP = 1.25
 """Handicap above which a fresh network is better off."""
 
+_METRIC_GAP = 0.05
+"""Gap of a metric above which a fresh network is better off: 5 points of an accuracy."""
+
 _SHARE = 0.8
 """Share of its reference below which any other diagnostic has collapsed."""
 
-_COMPARISONS = ("handicap", "fit_gap")
+_COMPARISONS = ("handicap", "fit_gap", "live_metric_gap")
 """Diagnostics that compare a network with its initial weights."""
 
 _LOSING = "the network is losing its plasticity"
@@ -60,7 +63,8 @@ class Collapse:
         below: The threshold of a diagnostic that falls in a collapse: a fraction of the reference, in (0, 1], by
             default 0.8. Without a reference, the value itself.
         above: The threshold of a diagnostic that rises in a collapse, such as ``"dormant_fraction"``: a multiple of the
-            reference. Without a reference, the value itself. By default 1.25 for the handicap.
+            reference. Without a reference, the value itself. By default 1.25 for the handicap, and 0.05 for
+            ``"live_metric_gap"``.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value of the network's initial weights on the same batch; ``"first"``, the value at the
             first task; ``None``, no reference, the only choice for diagnostics that can be negative. By default
@@ -140,6 +144,8 @@ class Collapse:
     def _default_threshold(self) -> float | None:
         if self.metric == "handicap":
             return _HANDICAP
+        if self.metric == "live_metric_gap":
+            return _METRIC_GAP
         diagnostic = DIAGNOSTICS[self.metric]
         return _SHARE if diagnostic.higher_is_better and not diagnostic.can_be_negative else None
 

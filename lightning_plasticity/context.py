@@ -140,13 +140,21 @@ class ProbeContext:
         The loss function gets a copy of the batch, which augmentations may change in place, and attributes that it
         assigns to the model are restored.
         """
+        with preserve_attributes(model):
+            return self.training_loss(model, batch)
+
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a copy that is trained on one batch after the other: what it assigns to itself stays.
+
+        The loss function gets a copy of the batch.
+        """
         trained = (p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point())
         dtype = next(trained, torch.float32)
         batch = clone_batch(batch)
         if dtype not in HALF:
             # Autocast would cast inputs in half precision to the precision of the weights, and is off in a probe.
             batch = apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.dtype in HALF else t)
-        with preserve_attributes(model), default_dtype(dtype):
+        with default_dtype(dtype):
             return self.loss_fn(model, batch)
 
     @cached_property
@@ -215,6 +223,15 @@ class ProbeContext:
             model: The copy.
             optimizer: The optimizer that holds its parameters.
         """
+
+    def record_logged(self, model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[dict[str, float]]:
+        """Return a context manager that yields the numbers that a copy logs while it runs. The default has none.
+
+        Args:
+            model: The copy.
+            name: The number that is needed; others are ``nan``.
+        """
+        return contextlib.nullcontext({})
 
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""

@@ -109,6 +109,17 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             higher_is_better=False,
         ),
         Diagnostic(
+            "live_metric_gap",
+            "live metric gap",
+            "with `FitTest(live=True, metric=...)`: how much better the metric of a fresh network is on the same "
+            "batches, in the mean over their later half; positive if the fresh network is better",
+            None,
+            source="fit",
+            uncertainty=_ERROR,
+            can_be_negative=True,
+            higher_is_better=False,
+        ),
+        Diagnostic(
             "learnable_fraction",
             "learnable fraction",
             "share of the task's squared residual that 100 gradient steps at rate 1/λmax would remove if the tangent "

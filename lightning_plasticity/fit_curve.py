@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from lightning_plasticity.curvature import Estimate
 
 _RANK_EXPONENT = 0.3
@@ -79,6 +81,50 @@ class FitCurve:
             0.5
         """
         return (self.mean - fresh.mean) / fresh.gain if fresh.gain > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class LiveCurve(FitCurve):
+    r"""The losses of a network on the successive batches of a task, each before the training step on it.
+
+    Args:
+        losses: The losses :math:`L_0, \dots, L_{K-1}`; infinite after divergence.
+
+    Example:
+        >>> curve = LiveCurve((4.0, 3.0, 2.0, 1.0))
+        >>> curve.mean, curve.gain
+        (1.5, 2.5)
+    """
+
+    @property
+    @override
+    def mean(self) -> float:
+        """The mean loss over the later half of the batches."""
+        later = later_half(self.losses)
+        return math.fsum(later) / len(later)
+
+    @property
+    @override
+    def gain(self) -> float:
+        """What training has gained: the mean loss over the first tenth of the batches, minus :attr:`mean`."""
+        count = -(-len(self.losses) // 10)
+        return math.fsum(self.losses[:count]) / count - self.mean
+
+    @property
+    @override
+    def by_batch(self) -> list[FitCurve]:
+        """This curve alone: a network that learns is not measured on each batch anew."""
+        return [self]
+
+
+def later_half(values: Sequence[float]) -> Sequence[float]:
+    """Return the later half of a sequence, the larger half if its length is odd.
+
+    Example:
+        >>> later_half([5.0, 1.0, 3.0])
+        [1.0, 3.0]
+    """
+    return values[len(values) // 2 :]
 
 
 def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import training_trial
 
+MetricMode = Literal["max", "min"]
+
+MIN_BATCHES = 8
+"""Number of batches that a live comparison needs."""
+
+_STEPS, _LIVE_STEPS = 20, 200
+"""Default number of steps on the probe's samples, and of batches of the task."""
+
 
 @dataclass(frozen=True)
 class FitTest:
@@ -34,13 +42,26 @@ class FitTest:
     A few steps on few samples show as much as many steps on many: what a network can still memorise, and how fast.
     Several batches tell how far the result depends on the samples.
 
+    With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
+    on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
+    it: both networks are compared by the later half of these batches, each before its training step. It needs no
+    samples but those of training, so that batches may hold a single one, and sees more of the task. It costs a training
+    step and a forward pass for each of these batches, and memory for one more network and its optimizer state.
+
     Args:
-        steps: Number of optimizer steps on each batch.
+        steps: Number of optimizer steps on each batch, by default 20; with ``live=True`` number of batches, by default
+            200.
         batch_size: Number of samples of a batch, or half of them all if there are fewer than two batches. A loss that
-            couples the samples of its batch gets all of them.
+            couples the samples of its batch gets all of them. Without effect with ``live=True``.
+        live: Whether to compare the networks on the batches of the task.
+        metric: Name of a number that ``training_step`` logs, such as ``"train_acc"``, for ``live=True``: the networks
+            are compared by it, as ``live_metric_gap``.
+        metric_mode: ``"max"`` if the metric is better when it is higher, ``"min"`` if it is better when it is lower.
+            By default ``"min"`` for names that contain "loss" or "error".
 
     Raises:
-        ValueError: If an argument is not a positive whole number.
+        ValueError: If ``steps`` or ``batch_size`` is not a positive whole number, or ``steps`` less than 8 with
+            ``live=True``; if ``metric`` is given without ``live=True``, or ``metric_mode`` without ``metric``.
 
     References:
         Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
@@ -56,11 +77,44 @@ class FitTest:
         (4, True)
     """
 
-    steps: int = 20
+    steps: int | None = None
     batch_size: int = 16
+    live: bool = False
+    metric: str | None = None
+    metric_mode: MetricMode | None = None
 
     def __post_init__(self) -> None:
-        check_positive_ints(type(self).__name__, steps=self.steps, batch_size=self.batch_size)
+        check_positive_ints(type(self).__name__, optional=True, steps=self.steps)
+        check_positive_ints(type(self).__name__, batch_size=self.batch_size)
+        if self.live and self.num_steps < MIN_BATCHES:
+            raise ValueError(f"FitTest(live=True, steps={self.steps}) must be at least {MIN_BATCHES} batches")
+        if self.metric is not None and not self.live:
+            raise ValueError(f"FitTest(metric={self.metric!r}) compares what training logs: write live=True, too")
+        if self.metric_mode is not None and self.metric is None:
+            raise ValueError(f"FitTest(metric_mode={self.metric_mode!r}) has no effect without metric=")
+        if self.metric_mode not in (*get_args(MetricMode), None):
+            raise ValueError(
+                f"FitTest(metric_mode={self.metric_mode!r}) must be one of {[*get_args(MetricMode), None]}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps, or of batches with ``live=True``."""
+        if self.steps is not None:
+            return self.steps
+        return _LIVE_STEPS if self.live else _STEPS
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric is better when it is higher."""
+        if self.metric_mode is not None or self.metric is None:
+            return self.metric_mode != "min"
+        return not any(word in self.metric.lower() for word in ("loss", "error"))
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the diagnostics that the test measures."""
+        return ["handicap", "fit_loss", "fit_gap", *([] if self.metric is None else ["live_metric_gap"])]
 
     def fit(
         self,
@@ -90,7 +144,7 @@ class FitTest:
 
             def advance(done: int, place: int = place) -> None:
                 if progress is not None:
-                    progress(place * self.steps + done, len(batches) * self.steps)
+                    progress(place * self.num_steps + done, len(batches) * self.num_steps)
 
             curves.append(self._fit_batch(context, batch, regularizers, advance))
         return FitCurve.of(curves)
@@ -130,8 +184,8 @@ class FitTest:
                     context.clip_gradients(model, optimizer)
                 return loss.detach()
 
-            for step in range(self.steps):
-                losses.append(_step(optimizers, compute_gradients))
+            for step in range(self.num_steps):
+                losses.append(take_step(optimizers, compute_gradients))
                 advance(step + 1)
             with torch.no_grad():
                 losses.append(context.loss_on(model, converted).item())
@@ -153,8 +207,13 @@ def _started_copies(regularizers: Sequence[Regularizer], model: nn.Module) -> It
             regularizer.stop()
 
 
-def _step(optimizers: Sequence[torch.optim.Optimizer], compute_gradients: Callable[[], Tensor]) -> float:
-    """Step all optimizers and return the loss before the step."""
+def take_step(optimizers: Sequence[torch.optim.Optimizer], compute_gradients: Callable[[], Tensor]) -> float:
+    """Step all optimizers and return the loss before the step.
+
+    Args:
+        optimizers: The optimizers.
+        compute_gradients: Computes the gradients and returns the loss.
+    """
     losses = []
 
     def closure() -> Tensor:

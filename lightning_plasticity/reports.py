@@ -34,8 +34,10 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
-        after: The diagnostics after the repairs at the start of the task, on the same samples; empty without repairs.
-        fit_curve: The losses of the fit test before each step and after the last one; empty without a fit test.
+        after: The diagnostics after the repairs at the start of the task, on the same samples; empty without repairs or
+            with a live fit test.
+        fit_curve: The losses of the fit test before each step and after the last one; of a live one, those on the
+            batches of the task before each step. Empty without a fit test.
         fresh_fit_curve: The same for the initial weights.
         limited: Whether more samples would have taken too long.
         coupled: Whether the loss of a sample depends on others of its batch, which was measured whole.

@@ -40,8 +40,9 @@ from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
+from lightning_plasticity.engine.shadow_run import ShadowRun
 from lightning_plasticity.fit_curve import FitCurve, compare_fits
-from lightning_plasticity.fit_test import FitTest
+from lightning_plasticity.fit_test import MIN_BATCHES, FitTest
 from lightning_plasticity.isolation.batches import to_device
 from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
@@ -61,6 +62,9 @@ class TaskStart:
 
     Where the first batch of a task holds fewer samples than the probe takes, those of the next batches are gathered,
     too, and then measured on the weights that the task began with.
+
+    A live fit test gives its verdict later, too: a fresh network trains beside the network on the first batches of the
+    task, and :meth:`compare` fills in the result. The first task begins with a fresh network, and needs no other.
 
     The first measurement must succeed. After that, an error is a warning and an entry in the report, and training goes
     on.
@@ -93,6 +97,8 @@ class TaskStart:
         self.initial_weights = InitialWeights()
         self.gathering: Gathering | None = None
         """The samples of the last task, as long as they are too few to be measured."""
+        self.shadow: ShadowRun | None = None
+        """The fresh network that trains beside the network, as long as they have not been compared."""
         self._monitor_is_required = monitor_is_required
         self._runner = runner
         self._errors = errors
@@ -114,12 +120,18 @@ class TaskStart:
         """Check that the metric of ``collapse`` is measured.
 
         Raises:
-            MisconfigurationError: If neither the probe nor the fit test nor the monitor measures it.
+            MisconfigurationError: If neither the probe nor the fit test nor the monitor measures it, or a live fit test
+                gives another verdict.
         """
         sources: list[Source] = [] if self.probe is None else [*self.probe.sources]
-        sources += [] if self.fit_test is None else ["fit"]
+        fits = [] if self.fit_test is None else self.fit_test.measures
+        if self.is_live and self.collapse.metric not in fits:
+            raise MisconfigurationError(
+                f"Collapse(metric={self.collapse.metric!r}) is decided at the start of a task, and FitTest(live=True) "
+                f"later in it: choose one of {fits}, or leave out live=True"
+            )
         measures = [] if self.monitor is None else self.monitor.measures
-        available = [diagnostic.name for diagnostic in diagnostics_of(sources)] + measures
+        available = [*fits, *(diagnostic.name for diagnostic in diagnostics_of(sources)), *measures]
         if self.collapse.metric in available:
             return
         metric = f"Collapse(metric={self.collapse.metric!r})"
@@ -135,10 +147,29 @@ class TaskStart:
             "another probe"
         )
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the fit test compares networks on the batches of the task."""
+        return self.fit_test is not None and self.fit_test.live
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the report of the last task waits for samples or for the comparison with a fresh network."""
+        return self.gathering is not None or self.shadow is not None
+
     def begin_fit(self) -> None:
         """Let the probe be checked and the interventions start at the first batch of a fit."""
+        # A copy that an interrupted fit has left belongs to its Trainer.
+        self.restore_shadow(None if self.shadow is None else self.shadow.state_dict())
         self._probe_is_checked = False
         self._interventions_have_started = False
+
+    def restore_shadow(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the fresh network from its ``state_dict()``; ``None`` if there is none."""
+        self.shadow = None
+        if self.fit_test is not None and state is not None:
+            self.shadow = ShadowRun(self.fit_test, {})
+            self.shadow.load_state_dict(state)
 
     def needs_start(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Return whether interventions must be started before the next batch, which these optimizers train on."""
@@ -150,6 +181,9 @@ class TaskStart:
         history: Sequence[TaskReport],
         report: TaskReport | None,
         probe_batch: Callable[[int], Any] | None = None,
+        *,
+        window: int = 1,
+        ends_window: bool = True,
     ) -> ProbeContext | None:
         """Measure the model, if a task starts, and start step interventions and regularizers.
 
@@ -158,9 +192,11 @@ class TaskStart:
         Args:
             context: The model and the first batch.
             history: The reports of all earlier tasks.
-            report: The report of the new task, to be filled in now or, if :attr:`gathering` is set, by
-                :meth:`measure_gathered`; ``None`` in the middle of a task.
+            report: The report of the new task, to be filled in now or, if :attr:`is_waiting`, by
+                :meth:`measure_gathered` and :meth:`compare`; ``None`` in the middle of a task.
             probe_batch: Returns a batch of so many samples to measure on, instead of those of the task.
+            window: As in :meth:`train_shadow`.
+            ends_window: As in :meth:`train_shadow`.
 
         Returns:
             The context for the repairs of the task; ``None`` if no task starts, if it is measured later, or if nothing
@@ -188,6 +224,7 @@ class TaskStart:
                 return None
             if report is not None:
                 self._trial = None
+                self._begin_shadow(context, window=window, ends_window=ends_window)
                 size = context.batch_size
                 is_small = fixed is None and size is not None and size < self._wanted(history)
                 if is_small and not _was_coupled(history):
@@ -202,6 +239,77 @@ class TaskStart:
             return None
         self.gathering = gathering
         return context if gathering is None else None
+
+    def _begin_shadow(self, context: ProbeContext, *, window: int, ends_window: bool) -> None:
+        """Let a fresh network train on the first batch of a task, unless the network is fresh itself."""
+        self.shadow = None
+        if self.fit_test is not None and self.fit_test.live and self.initial_weights.values:
+            self.initial_weights.store(context.model)
+            self.shadow = ShadowRun(self.fit_test, self.initial_weights.values)
+            self.train_shadow(context, window=window, ends_window=ends_window)
+
+    def train_shadow(self, context: ProbeContext, *, window: int = 1, ends_window: bool = True) -> None:
+        """Let the fresh network train on a batch, unless it has seen enough. An error ends the comparison only.
+
+        Args:
+            context: The network and the batch, before the network is trained on it.
+            window: Number of batches over which gradients are accumulated.
+            ends_window: Whether the optimizers step after this batch.
+        """
+        assert self.shadow is not None
+        if self.shadow.is_complete:
+            return
+        try:
+            self.shadow.train(context, regularizers=self._runner.regularizers, window=window, ends_window=ends_window)
+        except SkippedBatchError:
+            # The network is not trained on this batch either.
+            return
+        except Exception as error:
+            self.shadow = None
+            self._errors.record("fit_test", "a fresh network could not be trained beside this one: no verdict", error)
+
+    def compare(self, report: TaskReport, history: Sequence[TaskReport]) -> None:
+        """Compare the network with the fresh one on the batches so far, and enter the verdict in the report.
+
+        Args:
+            report: The report of the task, which holds all other numbers.
+            history: The reports of all earlier tasks.
+        """
+        assert self.fit_test is not None
+        report.remarks = [remark for remark in report.remarks if remark != _waiting(self.fit_test)]
+        if self.shadow is None:
+            return
+        shadow, self.shadow = self.shadow, None
+        shadow.stop()
+        batches = len(shadow.losses)
+        if not shadow.is_complete:
+            self._remark(
+                report, f"the task ended after {batches} of the {self.fit_test.num_steps} batches of the fit test"
+            )
+        if batches < MIN_BATCHES:
+            self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
+            return
+        report.fit_curve, report.fresh_fit_curve = tuple(shadow.losses), tuple(shadow.fresh_losses)
+        values, references = shadow.compare()
+        known = {name: report.metrics[name] for name in DIAGNOSTICS if name in report.metrics}
+        ratios = {name: report.metrics.get(f"{name}_vs_initial", 0.0) for name in known}
+        known_references = {name: value / ratios[name] for name, value in known.items() if ratios[name]}
+        report.metrics = {**to_log_dict(values, references), **report.metrics}
+        # A number that is not defined, such as the ratio of two zeros, gives no verdict.
+        values = {**known, self.collapse.metric: math.nan, **values}
+        message = self._judge(report, values, {**known_references, **references}, history, None)
+        if message is not None:
+            self._errors.warn(message)
+
+    def _dry_run(self, context: ProbeContext) -> None:
+        """Run on copies, before any weight has changed, what is to run later."""
+        self._runner.dry_run(context)
+        if self.is_live and self.fit_test is not None:
+            shadow = ShadowRun(self.fit_test, self.initial_weights.values)
+            try:
+                shadow.train(context, regularizers=self._runner.regularizers)
+            finally:
+                shadow.stop()
 
     def gather(self, context: ProbeContext, history: Sequence[TaskReport]) -> bool:
         """Add the samples of another batch to those of the task.
@@ -272,7 +380,8 @@ class TaskStart:
             Whether the number that the verdict depends on is worse than before.
         """
         initial, samples = self._initial, report.metrics.get("probe_samples")
-        if initial is None or not report.metrics:
+        # After a live fit test, the samples of the start of the task are gone.
+        if initial is None or not report.metrics or self.is_live:
             return False
         same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
@@ -321,7 +430,7 @@ class TaskStart:
                         self._trial = self._measure_weights(context, "trying the probe")
                     if self._trial.probe.coupled or self._trial.probe.limited:
                         return None
-                    self._runner.dry_run(context)
+                    self._dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.samples))
                 return gathering
@@ -345,7 +454,7 @@ class TaskStart:
                 with context.preserve_training_state():
                     message = self._probe_and_evaluate(report, context, history, is_initial=is_initial)
                 if not self._is_known_to_work(history):
-                    self._runner.dry_run(context)
+                    self._dry_run(context)
         except Exception as error:
             if gathering is None and isinstance(error, SkippedBatchError):
                 raise
@@ -420,6 +529,9 @@ class TaskStart:
         values, references = _compared(measured, initial, self._best_rank), initial.values
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
+        if self.fit_test is not None and self.is_live and is_initial:
+            values = {**dict.fromkeys(self.fit_test.measures, 0.0), "handicap": 1.0, **values}
+            del values["fit_loss"]
         if self.probe is not None:
             report.matrix = self.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
@@ -435,6 +547,12 @@ class TaskStart:
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
             self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
+        if self.fit_test is not None and self.is_live:
+            if is_initial:
+                return self._judge(report, values, references, history, None)
+            if self.shadow is not None:
+                self._remark(report, _waiting(self.fit_test))
+            return None
         return self._judge(report, values, references, history, now.samples)
 
     def _judge(
@@ -507,7 +625,7 @@ class TaskStart:
         else:
             result = self._measure_curvature(self.probe, context, description)
         curve, features = None, {}
-        if self.fit_test is not None:
+        if self.fit_test is not None and not self.is_live:
             with context.show_progress("fitting a copy") as progress:
                 whole = replace(context, whole_batch=result.coupled)
                 curve = self.fit_test.fit(
@@ -615,6 +733,13 @@ def _changes(report: TaskReport, metric: str) -> str:
     if report.fresh_fit_curve:
         changes.append(f"fit loss of a fresh network {FitCurve(report.fresh_fit_curve).mean:.3g}")
     return ", ".join(changes)
+
+
+def _waiting(fit_test: FitTest) -> str:
+    return (
+        f"there is no verdict yet: a fresh network trains beside this one on the first {fit_test.num_steps} batches of "
+        "the task"
+    )
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:

@@ -136,7 +136,7 @@ def probe_mode(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: If the model is on the meta device.
     """
-    with _isolated(model), eval_mode(model), differentiable_recurrence(model):
+    with isolated(model), eval_mode(model), differentiable_recurrence(model):
         yield
 
 
@@ -146,12 +146,19 @@ def training_trial(model: nn.Module) -> Iterator[None]:
 
     It is that of :func:`probe_mode`, in the modes that the modules are in.
     """
-    with _isolated(model), preserve_buffers(model):
+    with isolated(model), preserve_buffers(model):
         yield
 
 
 @contextlib.contextmanager
-def _isolated(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Enter the state in which a copy of a model is trained for good, and restore the previous one on exit.
+
+    It is that of :func:`training_trial`, but buffers and modes of the copy stay as training leaves them.
+
+    Raises:
+        ValueError: If the model is on the meta device.
+    """
     device = device_of(model).type
     if device == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no values: load them first")

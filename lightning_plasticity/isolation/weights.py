@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +34,24 @@ def load_weights(copy: nn.Module, model: nn.Module, values: Mapping[str, Tensor]
                 if isinstance(tensor, nn.Parameter):
                     raise
                 tensor.data = values[name].to(tensor, copy=True)
+
+
+@contextlib.contextmanager
+def with_weights_of(copy: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Give a copy of a model the parameters and buffers that the model has now, and its own ones back on exit.
+
+    Parameters share the memory of the model's, buffers do not, since running the copy may change them.
+
+    Args:
+        copy: The copy.
+        model: The model that it is a copy of.
+    """
+    own = {name: (tensor, tensor.data) for name, tensor in named_tensors(copy).items()}
+    try:
+        for name, value in named_tensors(model).items():
+            tensor, _ = own[name]
+            tensor.data = value.data if isinstance(tensor, nn.Parameter) else value.data.clone()
+        yield
+    finally:
+        for tensor, data in own.values():
+            tensor.data = data

@@ -44,6 +44,19 @@ def check_training_step(module: LightningModule, *, has_loss_fn: bool) -> None:
         )
 
 
+def check_live(trainer: Trainer) -> None:
+    """Check that a fresh network can be trained beside the network.
+
+    Raises:
+        MisconfigurationError: If there are several processes, or weights are sharded.
+    """
+    if trainer.world_size > 1 or is_model_parallel(trainer.strategy):
+        raise MisconfigurationError(
+            f"FitTest(live=True) does not support {type(trainer.strategy).__name__} with {trainer.world_size} "
+            "processes: use Trainer(devices=1), or leave out live=True"
+        )
+
+
 def warn_of_lost_state(trainer: Trainer) -> None:
     """Warn if the strategy starts new processes for each fit: the state of their callbacks is lost with them."""
     if spawns_processes(trainer.strategy):

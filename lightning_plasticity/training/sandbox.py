@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
@@ -88,9 +90,9 @@ class TrainerContext(ProbeContext):
         )
 
     @override
-    def loss_on(self, model: nn.Module, batch: Any) -> Tensor:
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with preserve_generators(self._loaders):
-            return super().loss_on(model, batch)
+            return super().training_loss(model, batch)
 
     @override
     def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -101,6 +103,10 @@ class TrainerContext(ProbeContext):
     @override
     def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         clip_gradients(cast("LightningModule", model), self.trainer, optimizer)
+
+    @override
+    def record_logged(self, model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[dict[str, float]]:
+        return recorded_logs(model, name)
 
     @override
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
@@ -203,6 +209,42 @@ class _QuietTrainer:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._trainer, name)
+
+
+@contextlib.contextmanager
+def recorded_logs(model: nn.Module, name: str | None) -> Iterator[dict[str, float]]:
+    """Yield the numbers that an isolated copy logs while it runs, each where it is logged first.
+
+    Metrics of torchmetrics start anew, so that their value is that of the batch.
+
+    Args:
+        model: The copy.
+        name: The number that is needed; others are ``nan``.
+    """
+    logged: dict[str, float] = {}
+
+    def log(key: str, value: Any, *_: object, **__: object) -> None:
+        logged.setdefault(key, _number(value) if key == name else math.nan)
+
+    def log_dict(dictionary: Mapping[str, Any], *_: object, **__: object) -> None:
+        for key, value in dictionary.items():
+            log(key, value)
+
+    parts = [part for part in model.modules() if is_lightning(part, LightningModule)]
+    for metric in model.modules():
+        if isinstance(metric, Metric):
+            metric.reset()
+    for part in parts:
+        part.log, part.log_dict = log, log_dict  # type: ignore[method-assign, assignment]
+    try:
+        yield logged
+    finally:
+        for part in parts:
+            part.log = part.log_dict = _do_nothing  # type: ignore[method-assign]
+
+
+def _number(value: Any) -> float:
+    return float(value.compute() if isinstance(value, Metric) else value)
 
 
 def _do_nothing(*_: object, **__: object) -> None:
