@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, TaskReport
+from lightning_plasticity import FitTest, PlasticityWarning, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import Intervention, ShrinkPerturb
 
 IMAGES, BATCH, EPOCHS, CLASSES = 640, 64, 40, 10
@@ -174,7 +174,9 @@ def main() -> None:
     settings: dict[str, list[Intervention]] = {"plain": [], "shrink-perturb": [ShrinkPerturb()]}
     results = {}
     for name, interventions in settings.items():
-        callback = SpectralCollapseCallback(interventions=interventions)
+        # A network that memorises more slowly is told by its accuracy, beside a fresh one, on a part of the task.
+        fit_test = FitTest(live=True, steps=80, metric="accuracy")
+        callback = SpectralCollapseCallback(fit_test=fit_test, interventions=interventions)
         accuracy = run(name, callback, arguments.tasks, arguments.seed, arguments.output)
         results[name] = accuracy, callback.history
     fresh = run("fresh", StartAfresh(), arguments.tasks, arguments.seed, arguments.output)
