@@ -160,7 +160,7 @@ def cost(title: str, stream: Stream, rounds: int, tasks: int) -> None:
 
     def callback(every_n_steps: int | None = TASK, **options: Any) -> SpectralCollapseCallback:
         detector = TaskDetector(every_n_steps=every_n_steps)
-        return SpectralCollapseCallback(collapse=Collapse(below=1e-9), task_detector=detector, **options)
+        return SpectralCollapseCallback(collapse=Collapse(above=1e9), task_detector=detector, **options)
 
     with tempfile.TemporaryDirectory() as folder:
         make = partial(contender, stream, folder=folder, tasks=tasks)

@@ -86,11 +86,12 @@ class SpectralCollapseCallback(Callback):
 
     On the first training batch of a task it probes a copy of the module: the spectra of its Gauss-Newton matrix and of
     its tangent kernel on that batch, with :class:`~lightning_plasticity.HessianProbe` also of its Hessian, and the same
-    for its initial weights. The numbers go to every logger of the Trainer as ``plasticity/<name>`` (by the number of
-    optimizer steps over all fits) and ``plasticity_by_task/<name>`` (by the number of the task), the spectrum goes to
-    TensorBoard's Histograms tab, and everything goes to :attr:`history`. On a collapse it issues one
-    :class:`~lightning_plasticity.PlasticityWarning` and runs the interventions. As long as nothing is repaired,
-    training is bit-identical to training without the callback.
+    for its initial weights. Copies of both are trained for a few steps (:class:`~lightning_plasticity.FitTest`): by
+    default a collapse means that the initial weights would learn the task better. The numbers go to every logger of the
+    Trainer as ``plasticity/<name>`` (by the number of optimizer steps over all fits) and ``plasticity_by_task/<name>``
+    (by the number of the task), the spectrum goes to TensorBoard's Histograms tab, and everything goes to
+    :attr:`history`. On a collapse it issues one :class:`~lightning_plasticity.PlasticityWarning` and runs the
+    interventions. As long as nothing is repaired, training is bit-identical to training without the callback.
 
     A probe takes 64 samples, and the Hessian's 256. Where the first batch of a task holds fewer, the first samples of
     the task are gathered over its first batches and then measured on the weights that the task began with; the report
@@ -111,8 +112,7 @@ class SpectralCollapseCallback(Callback):
     Args:
         probe: The measurement of curvature; by default :class:`~lightning_plasticity.GGNProbe`, which is exact.
             :class:`~lightning_plasticity.HessianProbe` sees negative curvature too. ``None`` leaves curvature out:
-            only the monitor measures, and ``collapse`` must watch one of its numbers, such as
-            ``Collapse("effective_rank")``.
+            only the fit test and the monitor measure, and ``collapse`` must watch one of their numbers.
         collapse: The rule for an alarm.
         fit_test: The test whether a copy of the network learns the samples of the task as fast as a copy of its initial
             weights. ``None`` leaves it out; ``collapse`` must then watch another number than its results. With

@@ -80,6 +80,8 @@ class FitCurve:
             >>> FitCurve((4.0, 3.0, 3.0)).gap_to(FitCurve((4.0, 2.0, 1.0)))
             0.5
         """
+        if self.mean == fresh.mean < math.inf:
+            return 0.0
         return (self.mean - fresh.mean) / fresh.gain if fresh.gain > 0 else math.nan
 
 

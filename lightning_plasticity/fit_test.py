@@ -52,7 +52,7 @@ class FitTest:
         steps: Number of optimizer steps on each batch, by default 20; with ``live=True`` number of batches, by default
             200.
         batch_size: Number of samples of a batch, or half of them all if there are fewer than two batches. A loss that
-            couples the samples of its batch gets all of them. Without effect with ``live=True``.
+            couples the samples of its batch, or fails on fewer, gets all of them. Without effect with ``live=True``.
         live: Whether to compare the networks on the batches of the task.
         metric: Name of a number that ``training_step`` logs, such as ``"train_acc"``, for ``live=True``: the networks
             are compared by it, as ``live_metric_gap``.
@@ -138,7 +138,19 @@ class FitTest:
             ValueError: If the gradient of a regularizer is not finite.
             TypeError: If a regularizer does not return a scalar tensor.
         """
-        batches = self._batches(context, samples)
+        if samples is not None and not context.whole_batch:
+            # Some losses work on a whole batch only; any other error comes again.
+            with contextlib.suppress(Exception):
+                return self._fit(context, self._split(context, samples), regularizers, progress)
+        return self._fit(context, [context.batch], regularizers, progress)
+
+    def _fit(
+        self,
+        context: ProbeContext,
+        batches: Sequence[Any],
+        regularizers: Sequence[Regularizer],
+        progress: Progress | None,
+    ) -> FitCurve:
         curves = []
         for place, batch in enumerate(batches):
 
@@ -149,9 +161,7 @@ class FitTest:
             curves.append(self._fit_batch(context, batch, regularizers, advance))
         return FitCurve.of(curves)
 
-    def _batches(self, context: ProbeContext, samples: int | None) -> list[Any]:
-        if samples is None or context.whole_batch:
-            return [context.batch]
+    def _split(self, context: ProbeContext, samples: int) -> list[Any]:
         # One batch alone has no standard error.
         size = max(min(self.batch_size, samples // 2), 1)
         batches = list(micro_batches(context.samples(samples), size))

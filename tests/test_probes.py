@@ -30,6 +30,7 @@ from lightning_plasticity.diagnostics import EPSILON, diagnostics_of
 from lightning_plasticity.interventions import ShrinkPerturb
 from tests.helpers.modules import (
     NEVER,
+    WITHOUT_FIT_TEST,
     Classifier,
     DirectLogging,
     FirstBatchRecorder,
@@ -95,7 +96,7 @@ def test_complete_spectrum_equals_dense_hessian() -> None:
 
 
 def test_metrics_cover_both_matrices_and_uncertainties() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(samples=64, **ALL), monitor=False)
+    callback = SpectralCollapseCallback(HessianProbe(samples=64, **ALL), **WITHOUT_FIT_TEST, monitor=False)
     trainer(callback).fit(Classifier(lr=20.0), loader())
     metrics = callback.history[0].metrics
     assert all(type(value) is float for value in metrics.values())
@@ -258,7 +259,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         trainer(SpectralCollapseCallback(**HESSIAN_ONLY)).fit(Checkpointed(), loader())
     assert "GGNProbe" not in str(refused.value), "GGNProbe refuses them too"
     with pytest.raises(UnsupportedModelError, match="pass use_reentrant=False"):
-        trainer(SpectralCollapseCallback(GGNProbe())).fit(Checkpointed(), loader())
+        trainer(SpectralCollapseCallback(**WITHOUT_FIT_TEST)).fit(Checkpointed(), loader())
 
 
 def test_loss_without_float64_support_only_warns() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plasticity import Collapse, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import Regularizer
 from tests.helpers.interventions_in_training import (
     NEVER,
@@ -22,7 +22,7 @@ from tests.helpers.interventions_in_training import (
     Regularized,
     cross_entropy,
 )
-from tests.helpers.modules import Classifier, MemoryLogger, loader, trainer, weights
+from tests.helpers.modules import WITHOUT_FIT_TEST, Classifier, MemoryLogger, loader, trainer, weights
 from tests.helpers.usages import Quartic, half_precision
 
 
@@ -110,9 +110,6 @@ def test_penalty_is_logged_every_n_steps(tmp_path: Path) -> None:
     assert 0 < penalties[1] != first
 
 
-LEARNABLE: dict[str, Any] = {"fit_test": None, "collapse": Collapse("learnable_fraction")}
-
-
 class NotFinite(Regularizer):
     """A penalty that is not finite at the given calls."""
 
@@ -133,14 +130,14 @@ def test_regularizer_failure_raises_at_first_then_warns() -> None:
     module = Classifier()
     before = weights(module)
     with pytest.raises(ValueError, match="a gradient is not finite"):
-        trainer(SpectralCollapseCallback(**LEARNABLE, interventions=[NotFinite([0])])).fit(module, loader())
+        trainer(SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[NotFinite([0])])).fit(module, loader())
     assert torch.equal(weights(module), before)
 
     ends = []
     for fails in ([], [1]):
         torch.manual_seed(0)
         module = Classifier()
-        fitted = trainer(SpectralCollapseCallback(**LEARNABLE, interventions=[NotFinite(fails)]))
+        fitted = trainer(SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[NotFinite(fails)]))
         if fails:
             with pytest.warns(PlasticityWarning, match="left out of this step, training goes on: a gradient is not"):
                 fitted.fit(module, loader())
@@ -187,7 +184,7 @@ def test_regularizer_without_optimizer_does_nothing() -> None:
         pytest.warns(UserWarning, match="configure_optimizers. returned .None."),
     ):
         trainer(SpectralCollapseCallback(interventions=[Quartic(1.0)])).fit(Still(), loader())
-    callback = SpectralCollapseCallback(**LEARNABLE, interventions=[Quartic(1.0)])
+    callback = SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[Quartic(1.0)])
     with pytest.warns(UserWarning, match="configure_optimizers. returned .None."):
         trainer(callback).fit(Still(), loader())
     assert callback.history[0].errors == {}

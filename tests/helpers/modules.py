@@ -17,6 +17,9 @@ from lightning_plasticity import Collapse, SpectralCollapseCallback
 NEVER = Collapse(above=1e9)
 """A rule under which no task of these tests is a collapse."""
 
+WITHOUT_FIT_TEST: dict[str, Any] = {"fit_test": None, "collapse": Collapse("learnable_fraction", below=1e-9)}
+"""Arguments of a callback that trains no copies, and under which no task of these tests is a collapse."""
+
 
 class Classifier(LightningModule):
     """A small classifier without any reference to the callback."""

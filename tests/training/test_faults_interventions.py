@@ -17,7 +17,7 @@ from lightning_plasticity.interventions import (
     StepIntervention,
 )
 from tests.helpers.faults import NoUnits, ZeroPenalty
-from tests.helpers.modules import NEVER, Classifier, loader, trainer, weights
+from tests.helpers.modules import NEVER, WITHOUT_FIT_TEST, Classifier, loader, trainer, weights
 
 
 def test_interventions_unusable_at_a_later_task_only_warn() -> None:
@@ -57,7 +57,10 @@ def test_failing_regularizer_leaves_the_others_active() -> None:
     trained_weights = []
     for others in ([], [Flaky(1.0)]):
         torch.manual_seed(0)
-        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=[*others, L2Init(0.3)])
+        module, callback = (
+            Classifier(),
+            SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[*others, L2Init(0.3)]),
+        )
         expected = "Flaky failed and was left out of this step, training goes on: out of range"
         with pytest.warns(PlasticityWarning, match=expected) if others else contextlib.nullcontext():
             trainer(callback).fit(module, loader(batches=4))
@@ -108,7 +111,7 @@ def test_equal_and_unhashable_regularizers_are_kept_apart() -> None:
     trained_weights = []
     for others in ([], [Term(0.0, fails=True)]):
         torch.manual_seed(0)
-        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=[*others, Term()])
+        module, callback = Classifier(), SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[*others, Term()])
         with pytest.warns(PlasticityWarning, match="Term failed and was") if others else contextlib.nullcontext():
             trainer(callback).fit(module, loader(batches=4))
         trained_weights.append(weights(module))
@@ -144,7 +147,7 @@ def test_failing_stop_neither_ends_training_nor_masks_its_error(error: Exception
             if error is not None:
                 raise error
 
-    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[Stuck(), L2Init(0.1)])
+    callback = SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=[Stuck(), L2Init(0.1)])
     expected = contextlib.nullcontext() if error is None else pytest.raises(KeyError, match="of the training")
     with expected, pytest.warns(PlasticityWarning, match="Stuck could not be stopped, training goes on: stuck"):
         trainer(callback).fit(FailingTraining(), loader())

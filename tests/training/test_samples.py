@@ -105,6 +105,7 @@ def test_report_is_empty_until_there_are_enough_samples() -> None:
     assert seen == [[False], [False], [True]]
 
 
+@pytest.mark.filterwarnings("ignore:task 1. after ShrinkPerturb, .* worse than before")
 def test_repairs_run_when_the_samples_are_measured() -> None:
     repair = ShrinkPerturb(when="task")
     callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[repair]), Normalized()
@@ -253,7 +254,7 @@ class Frozen(Normalized):
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 def test_network_that_never_changes_rings_no_alarm_whatever_the_batches() -> None:
-    callback, module = SpectralCollapseCallback(), Frozen()
+    callback, module = SpectralCollapseCallback(collapse=Collapse("learnable_fraction")), Frozen()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PlasticityWarning)
         for seed, sizes in enumerate(((64,), (4,), (4, 64), (64,), (10,), (4,), (64,))):
@@ -268,8 +269,8 @@ def test_network_that_never_changes_rings_no_alarm_whatever_the_batches() -> Non
 
 
 def test_unfreezing_rings_no_alarm() -> None:
-    callback, module = SpectralCollapseCallback(GGNProbe(samples=32), collapse=Collapse(below=1.0)), Classifier(lr=0.0)
-    data = batches(32)
+    callback = SpectralCollapseCallback(GGNProbe(samples=32), collapse=Collapse("learnable_fraction", below=1.0))
+    module, data = Classifier(lr=0.0), batches(32)
     for task in range(4):
         module.net[0].requires_grad_(task >= 2)
         with warnings.catch_warnings():
@@ -372,7 +373,8 @@ def test_no_probe_measures_hidden_layers_alone() -> None:
 
 
 def test_no_probe_needs_a_metric_of_the_monitor() -> None:
+    callback = SpectralCollapseCallback(probe=None, collapse=Collapse("learnable_fraction"))
     with pytest.raises(MisconfigurationException, match=r"probe=None leaves out.*one of \['effective_rank'"):
-        trainer(SpectralCollapseCallback(probe=None)).fit(Classifier(), batches(64))
-    with pytest.raises(ValueError, match="probe=None with monitor=False: nothing would be measured"):
-        SpectralCollapseCallback(probe=None, monitor=False)
+        trainer(callback).fit(Classifier(), batches(64))
+    with pytest.raises(ValueError, match="probe=None with fit_test=None and monitor=False: nothing would be measured"):
+        SpectralCollapseCallback(probe=None, fit_test=None, monitor=False)
