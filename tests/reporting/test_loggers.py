@@ -182,9 +182,8 @@ def test_figure_of_hessians_labels_the_matrix(ggn: GGNProbe | None) -> None:
     ridges, curve = plot_history(callback.history).axes
     assert ridges.get_xlabel() == "log10 eigenvalue of the Hessian"
     assert "negative eigenvalues, by their size" in [text.get_text() for text in ridges.get_legend().get_texts()]
-    name = "learnable_fraction" if ggn else "hessian_epsilon_rank"
-    assert curve.get_ylabel() == DIAGNOSTICS[name].title
-    assert list(curve.lines[0].get_ydata()) == [report.metrics[name] for report in callback.history]
+    assert curve.get_ylabel() == DIAGNOSTICS["handicap"].title
+    assert list(curve.lines[0].get_ydata()) == [report.metrics["handicap"] for report in callback.history]
 
 
 def test_figure_after_change_of_probe() -> None:
