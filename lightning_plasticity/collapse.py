@@ -155,13 +155,15 @@ class Collapse:
         return self._default_threshold if given is None else given
 
     def is_worse(self, value: float, before: float) -> bool:
-        """Return whether a value of the metric is worse than before; ``False`` if one of them is not a number.
+        """Return whether a value is worse than before by more than its noise; ``False`` if one of them is not a number.
 
         Example:
             >>> Collapse("learnable_fraction").is_worse(0.5, 0.6), Collapse("handicap").is_worse(1.1, 2.0)
             (True, False)
         """
-        return value < before if DIAGNOSTICS[self.metric].higher_is_better else value > before
+        return (
+            value < before if DIAGNOSTICS[self.metric].higher_is_better else value - _noise(self.metric, value) > before
+        )
 
     def evaluate(
         self,
@@ -197,7 +199,7 @@ class Collapse:
         references = {"best": best[0], "first": first[0], "initial": initial, None: 1.0}
         threshold = self._threshold * references[self._reference]
         # A network is as good as a fresh one until the difference exceeds its noise.
-        noise = value.standard_error if diagnostic.source == "fit" and isinstance(value, Estimate) else 0.0
+        noise = _noise(self.metric, value)
         collapsed = value < threshold if diagnostic.higher_is_better else value - noise > threshold
         if is_wide and isinstance(value, Estimate):
             collapsed = value.hi < threshold
@@ -239,6 +241,13 @@ class Collapse:
         if self._reference == "initial" and not is_resolved(self.metric, initial):
             return f"of the initial weights on this batch {_explain_unresolved(initial, self.metric)}"
         return None
+
+
+def _noise(metric: str, value: float) -> float:
+    """Return the standard error of a result of the fit test; 0 for other numbers, or if it is not known."""
+    if DIAGNOSTICS[metric].source != "fit" or not isinstance(value, Estimate):
+        return 0.0
+    return value.standard_error if math.isfinite(value.standard_error) else 0.0
 
 
 def _explain_unresolved(value: float, metric: str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.curvature import UnsupportedModelError
+from lightning_plasticity.curvature import Estimate, UnsupportedModelError
 from lightning_plasticity.diagnostics import (
     DIAGNOSTICS,
     Plan,
@@ -387,7 +387,7 @@ class TaskStart:
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
                 measured = self._measure_weights(same, "probing the repaired network", _plan(same, report))
-            report.after = {name: float(value) for name, value in _compared(measured, initial, self._best_rank).items()}
+            report.after = to_log_dict(_compared(measured, initial, self._best_rank), {})
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
             return False
@@ -395,7 +395,8 @@ class TaskStart:
             context.discard_copy()
         report.after = broadcast_object(report.after)
         metric = self.collapse.metric
-        before, after = report.metrics.get(metric, math.nan), report.after.get(metric, math.nan)
+        before, noise = report.metrics.get(metric, math.nan), report.after.get(f"{metric}_standard_error", 0.0)
+        after = Estimate(report.after.get(metric, math.nan), standard_error=noise)
         is_worse = self.collapse.is_worse(after, before)
         message = f"task {report.task}: after {' and '.join(repairs)}, {_changes(report, metric)}"
         if is_worse:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_plasticity import Collapse, GGNProbe, HessianProbe, SpectralCollapseCallback
+from lightning_plasticity import FitTest, GGNProbe, HessianProbe, SpectralCollapseCallback
 from lightning_plasticity._compat import has_full_weights, is_model_parallel
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.distributed import sharded_weights
@@ -39,7 +39,7 @@ from lightning_plasticity.interventions import (
 from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.probes import Probe
 from tests.distributed.test_failing_ranks import failing
-from tests.helpers.modules import MemoryLogger, trainer
+from tests.helpers.modules import NEVER, WITHOUT_FIT_TEST, MemoryLogger, trainer
 from tests.helpers.processes import in_two_processes, skip_without_fsdp_on_the_cpu
 
 STEPS = 4
@@ -193,10 +193,11 @@ def loader(rank: int | None) -> DataLoader[Any]:
 def callback_with(
     interventions: Sequence[Any] = (),
     probe: Probe = GGNProbe(SAMPLES),  # noqa: B008  (immutable)
+    **fit_test: Any,
 ) -> SpectralCollapseCallback:
-    return SpectralCollapseCallback(
-        probe, collapse=Collapse(above=1e9), interventions=interventions, monitor_every_n_steps=3
-    )
+    # The ranks join their samples in another order, so that the batches of a fit test are others.
+    options = {**WITHOUT_FIT_TEST, **fit_test}
+    return SpectralCollapseCallback(probe, interventions=interventions, monitor_every_n_steps=3, **options)
 
 
 def sharding_options(rank: int | None, **options: Any) -> dict[str, Any]:
@@ -355,7 +356,9 @@ FAILED = {
 def everything(rank: int) -> dict[str, Any]:
     results = {
         "without_callback": fit(rank, seeded(WithBuffersAndNoise), None),
-        "with_callback": fit(rank, seeded(WithBuffersAndNoise), callback_with()),
+        "with_callback": fit(
+            rank, seeded(WithBuffersAndNoise), callback_with(fit_test=FitTest(steps=3), collapse=NEVER)
+        ),
         "probed": fit(rank, seeded(Sharded), callback_with()),
         "hessian": fit(rank, seeded(Sharded), callback_with(probe=HESSIAN), max_epochs=1),
         "half": fit(rank, half := seeded(InHalfPrecision), callback_with(clipped_regularizers())),
