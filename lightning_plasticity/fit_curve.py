@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -115,8 +116,11 @@ class LiveCurve(FitCurve):
     @property
     @override
     def by_batch(self) -> list[FitCurve]:
-        """This curve alone: a network that learns is not measured on each batch anew."""
-        return [self]
+        """The later half in four parts, whose differences tell how far the result depends on the batches."""
+        later = later_half(self.losses)
+        bounds = [len(later) * part // 4 for part in range(5)]
+        parts = [later[start:end] for start, end in itertools.pairwise(bounds) if end > start]
+        return [FitCurve((*part, part[-1])) for part in parts]
 
 
 def later_half(values: Sequence[float]) -> Sequence[float]:

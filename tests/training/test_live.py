@@ -1,6 +1,8 @@
 """Test the live fit test: a fresh network trains beside the network, and the verdict comes some batches later."""
 
 import copy
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.engine.shadow_run import ShadowRun
 from lightning_plasticity.interventions import ShrinkPerturb
+from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.training.checks import check_live
 from tests.helpers.killed_run import weights_only_option
 from tests.helpers.modules import NEVER, Classifier, loader, trainer, weights
 from tests.helpers.training_runs import check_identical, train
 from tests.helpers.usages import USAGES, Quartic, Usage, convolutional
 from tests.training.test_resume import assert_same
+
+LATER_QUARTERS = [slice(6, 7), slice(7, 9), slice(9, 10), slice(10, 12)]
+"""The parts of the later half of 12 batches."""
 
 
 class Noisy(Classifier):
@@ -126,7 +133,10 @@ def test_fresh_network_trains_as_plain_loop(accumulated: int) -> None:
     own = tuple(loss * accumulated for *_, loss, _ in recorder.fits[1])
     torch.testing.assert_close(report.fit_curve, own, rtol=1e-5, atol=1e-6)
     mean, fresh_mean = (sum(curve[6:]) / 6 for curve in (report.fit_curve, losses))
-    assert report.metrics["handicap"] == pytest.approx(mean / fresh_mean, rel=1e-5)
+    ratios = [sum(report.fit_curve[part]) / sum(losses[part]) for part in LATER_QUARTERS]
+    assert report.metrics["handicap"] == pytest.approx(statistics.geometric_mean(ratios), rel=1e-5)
+    error = statistics.stdev(map(math.log, ratios)) / 2 * statistics.geometric_mean(ratios)
+    assert report.metrics["handicap_standard_error"] == pytest.approx(error, rel=1e-3)
     assert report.metrics["fit_loss"] == pytest.approx(mean, rel=1e-5)
     assert report.metrics["fit_loss_vs_initial"] == pytest.approx(mean / fresh_mean, rel=1e-5)
     gap = sum(accuracies[6:]) / 6 - sum(accuracy for *_, accuracy in recorder.fits[1][6:]) / 6
@@ -233,6 +243,17 @@ def test_metric_is_the_default_rule() -> None:
     fit_test = FitTest(live=True, metric="train_acc")
     assert SpectralCollapseCallback(fit_test=fit_test).collapse == Collapse("live_metric_gap")
     assert SpectralCollapseCallback(fit_test=fit_test, collapse=NEVER).collapse == NEVER
+
+
+def test_undoing_repairs_with_live_test_is_refused() -> None:
+    with pytest.raises(ValueError, match="undo_if_worse=True measures a repaired network"):
+        live(undo_if_worse=True)
+
+
+def test_several_processes_are_refused() -> None:
+    several = trainer(live(), devices=2, strategy="ddp")
+    with pytest.raises(MisconfigurationError, match=r"FitTest\(live=True\) does not support DDPStrategy with 2"):
+        check_live(several)
 
 
 def test_spectral_rule_with_live_test_is_refused() -> None:
