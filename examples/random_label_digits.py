@@ -113,27 +113,34 @@ def describe_actions(report: TaskReport) -> str:
 
 def print_table(name: str, accuracy: list[float], history: list[TaskReport]) -> None:
     """Print one line per task."""
-    print(f"\n{name}\n{'task':>6}{'online accuracy':>17}{'handicap':>10}{'learnable fraction':>20}   callback")
+    print(f"\n{name}\n{'task':>6}{'online accuracy':>17}{'fresh better by':>17}{'learnable fraction':>20}   callback")
     for value, report in zip(accuracy, history, strict=True):
-        handicap, learnable = report.metrics["handicap"], report.metrics["learnable_fraction"]
-        print(f"{report.task:>6}{value:>17.3f}{handicap:>10.2f}{learnable:>20.3f}   {describe_actions(report)}")
+        gap, learnable = report.metrics["live_metric_gap"], report.metrics["learnable_fraction"]
+        print(f"{report.task:>6}{value:>17.3f}{gap:>17.3f}{learnable:>20.3f}   {describe_actions(report)}")
 
 
 def plot(results: dict[str, tuple[list[float], list[TaskReport]]], fresh: list[float], path: Path) -> None:
-    """Plot online accuracy, handicap and learnable fraction of each run over the tasks."""
+    """Plot the accuracy, the lead of a fresh network and the learnable fraction of each run over the tasks."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, (accuracy, history) in results.items():
         tasks = [report.task for report in history]
         collapses = [report.task for report in history if report.collapsed]
-        curves = [accuracy, *([r.metrics[key] for r in history] for key in ("handicap", "learnable_fraction"))]
+        curves = [accuracy, *([r.metrics[key] for r in history] for key in ("live_metric_gap", "learnable_fraction"))]
         for axis, curve in zip(axes, curves, strict=True):
             (line,) = axis.plot(tasks, curve, "-", label=name)
             axis.plot(collapses, [curve[task] for task in collapses], "v", color=line.get_color(), markersize=5)
     axes[0].plot(fresh, ":", color="gray", label="fresh network for each task")
-    titles = ["online accuracy of the task", "handicap at its start", "learnable fraction at its start"]
+    axes[1].axhline(0, color="gray", linestyle=":")
+    titles = [
+        "online accuracy of the task",
+        "lead of a fresh network, first fifth of it",
+        "learnable fraction at its start",
+    ]
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(xlabel="task", title=title, ylim=(0, None))
+        axis.set(xlabel="task", title=title)
+    axes[0].set_ylim(0, None)
+    axes[2].set_ylim(0, None)
     axes[0].legend(title="▼ the callback saw a collapse", loc="lower left")
     figure.savefig(path, dpi=130)
 
