@@ -279,11 +279,11 @@ class SpectralCollapseCallback(Callback):
     @property
     def probe(self) -> Probe | None:
         """The measurement of curvature; ``None`` if there is none."""
-        return self._task_start.probe
+        return self._task_start.measurements.probe
 
     @probe.setter
     def probe(self, probe: Probe | None) -> None:
-        self._task_start.probe = probe
+        self._task_start.measurements.probe = probe
 
     @property
     def collapse(self) -> Collapse:
@@ -293,12 +293,12 @@ class SpectralCollapseCallback(Callback):
     @property
     def fit_test(self) -> FitTest | None:
         """The test whether copies of the network and of its initial weights learn equally fast, if there is one."""
-        return self._task_start.fit_test
+        return self._task_start.measurements.fit_test
 
     @property
     def monitor(self) -> PlasticityMonitor | None:
         """The settings for measuring hidden activations."""
-        return self._task_start.monitor
+        return self._task_start.measurements.monitor
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
@@ -327,10 +327,10 @@ class SpectralCollapseCallback(Callback):
             return
         with _lightning_errors():
             check_strategy(trainer.strategy, self.interventions)
-            if self._task_start.is_live:
+            if self._task_start.measurements.is_live:
                 check_live(trainer)
             warn_of_lost_state(trainer)
-            self._task_start.check_metric()
+            self._task_start.measurements.check_metric()
             check_training_step(pl_module, has_loss_fn=self._loss_fn is not None)
 
     @override

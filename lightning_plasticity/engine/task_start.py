@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +14,9 @@ from torch import nn
 
 from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.curvature import Estimate, UnsupportedModelError
+from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.diagnostics import (
     DIAGNOSTICS,
-    Plan,
-    Source,
-    diagnostics_of,
-    measure,
-    of_part,
     resolved_value,
     to_log_dict,
 )
@@ -39,14 +34,21 @@ from lightning_plasticity.engine.explanation import explain
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
-from lightning_plasticity.engine.monitoring import measure_activations
+from lightning_plasticity.engine.measurements import (
+    Measurement,
+    Measurements,
+    best_rank,
+    compared,
+    metrics_of_parts,
+    plan_of,
+)
 from lightning_plasticity.engine.shadow_run import ShadowRun
-from lightning_plasticity.fit_curve import FitCurve, compare_fits
+from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.fit_test import MIN_BATCHES, FitTest
 from lightning_plasticity.isolation.batches import to_device
 from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError, rank_zero_info
 from lightning_plasticity.metrics import PlasticityMonitor
-from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
+from lightning_plasticity.probes import Probe
 from lightning_plasticity.reports import TaskReport
 
 _RANK = "ntk_effective_rank_vs_initial"
@@ -90,67 +92,30 @@ class TaskStart:
         runner: InterventionRunner,
         errors: ErrorLog,
     ) -> None:
-        self.probe = probe
         self.collapse = collapse
-        self.fit_test = fit_test
-        self.monitor = monitor
+        self.measurements = Measurements(
+            probe,
+            fit_test,
+            monitor,
+            collapse,
+            monitor_is_required=monitor_is_required,
+            runner=runner,
+            errors=errors,
+        )
         self.initial_weights = InitialWeights()
         self.gathering: Gathering | None = None
         """The samples of the last task, as long as they are too few to be measured."""
         self.shadow: ShadowRun | None = None
         """The fresh network that trains beside the network, as long as they have not been compared."""
-        self._monitor_is_required = monitor_is_required
         self._runner = runner
         self._errors = errors
-        self._probe_is_checked = False
         self._warned_of_few_samples = False
         self._logged_remarks: set[str] = set()
-        self._trial: _Measurement | None = None
+        self._trial: Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
-        self._initial: _Measurement | None = None
+        self._initial: Measurement | None = None
         self._best_rank = 0.0
         self._interventions_have_started = False
-
-    @property
-    def samples(self) -> int:
-        """Number of samples to measure on."""
-        return GGNProbe.samples if self.probe is None else self.probe.samples
-
-    def check_metric(self) -> None:
-        """Check that the metric of ``collapse`` is measured.
-
-        Raises:
-            MisconfigurationError: If neither the probe nor the fit test nor the monitor measures it, or a live fit test
-                gives another verdict.
-        """
-        sources: list[Source] = [] if self.probe is None else [*self.probe.sources]
-        fits = [] if self.fit_test is None else self.fit_test.measures
-        if self.is_live and self.collapse.metric not in fits:
-            raise MisconfigurationError(
-                f"Collapse(metric={self.collapse.metric!r}) is decided at the start of a task, and FitTest(live=True) "
-                f"later in it: choose one of {fits}, or leave out live=True"
-            )
-        measures = [] if self.monitor is None else self.monitor.measures
-        available = [*fits, *(diagnostic.name for diagnostic in diagnostics_of(sources)), *measures]
-        if self.collapse.metric in available:
-            return
-        metric = f"Collapse(metric={self.collapse.metric!r})"
-        watches_fit = DIAGNOSTICS[self.collapse.metric].source == "fit"
-        if self.probe is None or watches_fit:
-            falling = [name for name in available if DIAGNOSTICS[name].higher_is_better]
-            raise MisconfigurationError(
-                f"{metric} watches what {'fit_test' if watches_fit else 'probe'}=None leaves out, and the monitor does "
-                f"not measure: write collapse=Collapse(metric) with one of {falling}"
-            )
-        raise MisconfigurationError(
-            f"{metric} watches what neither {self.probe} nor the monitor measures: choose one of {available}, or "
-            "another probe"
-        )
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the fit test compares networks on the batches of the task."""
-        return self.fit_test is not None and self.fit_test.live
 
     @property
     def is_waiting(self) -> bool:
@@ -161,14 +126,14 @@ class TaskStart:
         """Let the probe be checked and the interventions start at the first batch of a fit."""
         # A copy that an interrupted fit has left belongs to its Trainer.
         self.restore_shadow(None if self.shadow is None else self.shadow.state_dict())
-        self._probe_is_checked = False
+        self.measurements.begin_fit()
         self._interventions_have_started = False
 
     def restore_shadow(self, state: Mapping[str, Any] | None) -> None:
         """Restore the fresh network from its ``state_dict()``; ``None`` if there is none."""
         self.shadow = None
-        if self.fit_test is not None and state is not None:
-            self.shadow = ShadowRun(self.fit_test, {})
+        if self.measurements.fit_test is not None and state is not None:
+            self.shadow = ShadowRun(self.measurements.fit_test, {})
             self.shadow.load_state_dict(state)
 
     def needs_start(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
@@ -209,7 +174,7 @@ class TaskStart:
         gathering = None
         with contextlib.ExitStack() as stack:
             try:
-                context = context.gather(self.samples)
+                context = context.gather(self.measurements.samples)
                 fixed = None if probe_batch is None or report is None else self._fixed(context, probe_batch)
                 full_parameters = stack.enter_context(gather_full_parameters(context.model))
                 context = context.with_full_parameters(full_parameters)
@@ -243,9 +208,9 @@ class TaskStart:
     def _begin_shadow(self, context: ProbeContext, *, window: int, ends_window: bool) -> None:
         """Let a fresh network train on the first batch of a task, unless the network is fresh itself."""
         self.shadow = None
-        if self.fit_test is not None and self.fit_test.live and self.initial_weights.values:
+        if self.measurements.fit_test is not None and self.measurements.fit_test.live and self.initial_weights.values:
             self.initial_weights.store(context.model)
-            self.shadow = ShadowRun(self.fit_test, self.initial_weights.values)
+            self.shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
             self.train_shadow(context, window=window, ends_window=ends_window)
 
     def train_shadow(self, context: ProbeContext, *, window: int = 1, ends_window: bool = True) -> None:
@@ -275,8 +240,8 @@ class TaskStart:
             report: The report of the task, which holds all other numbers.
             history: The reports of all earlier tasks.
         """
-        assert self.fit_test is not None
-        report.remarks = [remark for remark in report.remarks if remark != _waiting(self.fit_test)]
+        assert self.measurements.fit_test is not None
+        report.remarks = [remark for remark in report.remarks if remark != _waiting(self.measurements.fit_test)]
         if self.shadow is None:
             return
         shadow, self.shadow = self.shadow, None
@@ -284,7 +249,8 @@ class TaskStart:
         batches = len(shadow.losses)
         if not shadow.is_complete:
             self._remark(
-                report, f"the task ended after {batches} of the {self.fit_test.num_steps} batches of the fit test"
+                report,
+                f"the task ended after {batches} of the {self.measurements.fit_test.num_steps} batches of the fit test",
             )
         if batches < MIN_BATCHES:
             self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
@@ -304,8 +270,8 @@ class TaskStart:
     def _dry_run(self, context: ProbeContext) -> None:
         """Run on copies, before any weight has changed, what is to run later."""
         self._runner.dry_run(context)
-        if self.is_live and self.fit_test is not None:
-            shadow = ShadowRun(self.fit_test, self.initial_weights.values)
+        if self.measurements.is_live and self.measurements.fit_test is not None:
+            shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
             try:
                 shadow.train(context, regularizers=self._runner.regularizers)
             finally:
@@ -339,7 +305,7 @@ class TaskStart:
     def _wanted(self, history: Sequence[TaskReport]) -> int:
         """Return the number of samples to gather: those that earlier measurements could afford."""
         affordable = _affordable_samples(history)
-        return self.samples if affordable is None else min(affordable, self.samples)
+        return self.measurements.samples if affordable is None else min(affordable, self.measurements.samples)
 
     def measure_gathered(
         self, context: ProbeContext, history: Sequence[TaskReport], report: TaskReport
@@ -381,13 +347,13 @@ class TaskStart:
         """
         initial, samples = self._initial, report.metrics.get("probe_samples")
         # After a live fit test, the samples of the start of the task are gone.
-        if initial is None or not report.metrics or self.is_live:
+        if initial is None or not report.metrics or self.measurements.is_live:
             return False
         same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                measured = self._measure_weights(same, "probing the repaired network", _plan(same, report))
-            report.after = to_log_dict(_compared(measured, initial, self._best_rank), {})
+                measured = self.measurements.measure(same, "probing the repaired network", plan_of(same, report))
+            report.after = to_log_dict(compared(measured, initial, self._best_rank), {})
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
             return False
@@ -408,7 +374,7 @@ class TaskStart:
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
         """Return a context on the batch that the user gives, the one of rank 0."""
         with all_or_none():
-            batch = probe_batch(self.samples)
+            batch = probe_batch(self.measurements.samples)
             if is_distributed():
                 batch = to_device(broadcast_object(batch), like=context.batch)
         return context.with_batch(batch)
@@ -427,13 +393,13 @@ class TaskStart:
                 is_initial = self.initial_weights.store(context.model)
                 if not history:
                     with context.preserve_training_state():
-                        self._check_probe(context)
-                        self._trial = self._measure_weights(context, "trying the probe")
+                        self.measurements.check_probe(context)
+                        self._trial = self.measurements.measure(context, "trying the probe")
                     if self._trial.probe.coupled or self._trial.probe.limited:
                         return None
                     self._dry_run(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
-                gathering.add(context.samples(self.samples))
+                gathering.add(context.samples(self.measurements.samples))
                 return gathering
         except SkippedBatchError:
             raise
@@ -501,23 +467,23 @@ class TaskStart:
         self, report: TaskReport, context: ProbeContext, history: Sequence[TaskReport], *, is_initial: bool
     ) -> str | None:
         """Measure the model and its initial weights, fill in the report, and return the text of a warning, if any."""
-        self._check_probe(context)
+        self.measurements.check_probe(context)
         # What earlier measurements have shown need not be found out again.
         context = replace(context, max_samples=_affordable_samples(history), whole_batch=_was_coupled(history))
-        plan = _plan(context, report)
+        plan = plan_of(context, report)
         gathering = self.gathering
         if self._trial is not None and (gathering is None or not gathering.is_joined):
             # The first batch alone, on the weights that the task began with, has been measured.
             measured = replace(self._trial, plan=plan)
         else:
-            measured = self._measure_weights(context, "probing curvature", plan)
+            measured = self.measurements.measure(context, "probing curvature", plan)
         now = measured.probe
         if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
         initial = measured
         if not is_initial:
             same_samples = replace(context, max_samples=now.samples, whole_batch=now.coupled)
-            initial = self._measure_weights(
+            initial = self.measurements.measure(
                 same_samples.with_weights(self.initial_weights.values),
                 "probing curvature of the initial weights",
                 plan,
@@ -526,33 +492,33 @@ class TaskStart:
         self._initial = initial
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
         report.metrics = {} if now.samples is None else {"probe_samples": float(now.samples)}
-        self._best_rank = _best_rank(report, history)
-        values, references = _compared(measured, initial, self._best_rank), initial.values
+        self._best_rank = best_rank(report, history)
+        values, references = compared(measured, initial, self._best_rank), initial.values
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
-        if self.fit_test is not None and self.is_live and is_initial:
-            values = {**dict.fromkeys(self.fit_test.measures, 0.0), "handicap": 1.0, **values}
+        if self.measurements.fit_test is not None and self.measurements.is_live and is_initial:
+            values = {**dict.fromkeys(self.measurements.fit_test.measures, 0.0), "handicap": 1.0, **values}
             del values["fit_loss"]
-        if self.probe is not None:
-            report.matrix = self.probe.matrices[0]
+        if self.measurements.probe is not None:
+            report.matrix = self.measurements.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel
         report.limited, report.coupled = now.limited, now.coupled
         by_layer = {name: value for name, value in measured.features.items() if name not in values}
-        about_batch = {} if self.probe is None else {"probe_loss": now.loss}
+        about_batch = {} if self.measurements.probe is None else {"probe_loss": now.loss}
         report.metrics |= {
             **to_log_dict(values, references),
-            **_metrics_of_parts(now, initial.probe, plan),
+            **metrics_of_parts(now, initial.probe, plan),
             **about_batch,
             **by_layer,
         }
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
             self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
-        if self.fit_test is not None and self.is_live:
+        if self.measurements.fit_test is not None and self.measurements.is_live:
             if is_initial:
                 return self._judge(report, values, references, history, None)
             if self.shadow is not None:
-                self._remark(report, _waiting(self.fit_test))
+                self._remark(report, _waiting(self.measurements.fit_test))
             return None
         return self._judge(report, values, references, history, now.samples)
 
@@ -608,124 +574,6 @@ class TaskStart:
                 self._logged_remarks.add(remark)
                 rank_zero_info(remark if remark.startswith("task ") else f"task {report.task}: {remark}")
 
-    def _check_probe(self, context: ProbeContext) -> None:
-        if self._probe_is_checked or self.probe is None:
-            return
-        warning = self.probe.check(context)
-        if warning is not None:
-            self._errors.warn(warning)
-        self._probe_is_checked = True
-
-    def _measure_weights(
-        self, context: ProbeContext, description: str, plan: Plan | None = None, *, monitored: bool = True
-    ) -> _Measurement:
-        """Return what the probe, the fit test and the monitor measure on copies of the model."""
-        if self.probe is None:
-            size = context.batch_size
-            result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
-        else:
-            result = self._measure_curvature(self.probe, context, description)
-        curve, features = None, {}
-        if self.fit_test is not None and not self.is_live:
-            with context.show_progress("fitting a copy") as progress:
-                whole = replace(context, whole_batch=result.coupled)
-                curve = self.fit_test.fit(
-                    whole, result.samples, regularizers=self._runner.regularizers, progress=progress
-                )
-        if self.monitor is not None and monitored:
-            features = self._measure_activations(self.monitor, context, result.samples or self.samples)
-        return _Measurement(result, curve, features, plan)
-
-    def _measure_curvature(self, probe: Probe, context: ProbeContext, description: str) -> ProbeResult:
-        """Return the result of the probe, empty where the model is not supported and the fit test suffices."""
-        try:
-            with self._advise_no_probe(), context.show_progress(description) as progress:
-                return probe.measure(context, progress)
-        except UnsupportedModelError as error:
-            if self.fit_test is None or DIAGNOSTICS[self.collapse.metric].source != "fit":
-                raise
-            size = context.batch_size
-            samples = None if size is None else min(size, self.samples)
-            return ProbeResult({}, math.nan, samples, remarks=(f"the curvature is left out: {format_error(error)}",))
-
-    @contextlib.contextmanager
-    def _advise_no_probe(self) -> Iterator[None]:
-        """Name the way out where the curvature cannot be measured and is not needed."""
-        try:
-            yield
-        except (UnsupportedModelError, MisconfigurationError) as error:
-            metric = self.collapse.metric
-            if self.monitor is None or metric not in self.monitor.measures:
-                raise
-            raise type(error)(f"{error}. {metric!r} needs no curvature: probe=None leaves it out") from error
-
-    def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext, samples: int) -> dict[str, float]:
-        metric_is_monitored = self.collapse.metric in monitor.measures
-        try:
-            features = measure_activations(
-                monitor, context.copy_to_measure(), context.samples(samples), context.loss_on
-            )
-            if not features and metric_is_monitored:
-                raise MisconfigurationError(
-                    f"Collapse(metric={self.collapse.metric!r}) watches hidden layers, and the monitor has seen none: "
-                    "name modules in PlasticityMonitor(layers=[...]), or choose another metric"
-                )
-            return features
-        except Exception as error:
-            if self._monitor_is_required or metric_is_monitored:
-                raise
-            reason = f"{format_error(error)}; monitor=False stops trying"
-            self._errors.record("monitor", "the activations could not be monitored", reason)
-            return {}
-
-
-@dataclass(frozen=True, eq=False)
-class _Measurement:
-    """What was measured of a model, or of its initial weights.
-
-    Args:
-        probe: The result of the probe.
-        curve: The losses of the fit test, if there is one.
-        features: What the monitor has measured, by name.
-        plan: The training to come, if it is known.
-    """
-
-    probe: ProbeResult
-    curve: FitCurve | None
-    features: dict[str, float]
-    plan: Plan | None = None
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The diagnostics by name, without those that compare a network with its initial weights."""
-        fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
-        return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan, self.probe.readiness)
-
-
-def _compared(measured: _Measurement, initial: _Measurement, best_rank: float) -> dict[str, float]:
-    """Return the diagnostics of a network, with those that compare it with its initial weights.
-
-    Args:
-        measured: The measurement of the network.
-        initial: That of its initial weights on the same samples.
-        best_rank: The result of :func:`_best_rank`.
-    """
-    values, references = measured.values, initial.values
-    if measured.curve is None or initial.curve is None:
-        return values
-    rank = to_log_dict(values, references).get(_RANK, 0.0)
-    share = min(rank / best_rank, 1.0) if rank > 0 and best_rank > 0 else 1.0
-    return compare_fits(measured.curve, initial.curve, share) | values
-
-
-def _best_rank(report: TaskReport, history: Sequence[TaskReport]) -> float:
-    """Return the largest rank of the tangent kernel of comparable tasks, relative to the initial weights.
-
-    The first task does not count: its network is the initial one, and training changes the rank of any network.
-    """
-    ranks = [earlier.metrics.get(_RANK, 0.0) for earlier in history[1:] if not report.differences(earlier)]
-    return max(ranks, default=0.0)
-
 
 def _changes(report: TaskReport, metric: str) -> str:
     """Return how the numbers of a task have changed by its repairs."""
@@ -758,22 +606,6 @@ def _affordable_samples(history: Sequence[TaskReport]) -> int | None:
     counts = (report.metrics.get("probe_samples") for report in reversed(history) if report.limited)
     samples = next(counts, None)
     return None if samples is None else int(samples)
-
-
-def _plan(context: ProbeContext, report: TaskReport) -> Plan | None:
-    """Return the training to come in a task; ``None`` if nothing is trained or the number of steps is not known."""
-    lr, steps = context.learning_rate, report.expected_steps
-    return None if lr is None or steps is None else Plan(lr, steps)
-
-
-def _metrics_of_parts(now: ProbeResult, initial: ProbeResult, plan: Plan | None) -> dict[str, float]:
-    """Return the numbers of the parts of a network for its report."""
-    result: dict[str, float] = {}
-    for name, part in now.parts.items():
-        reference = initial.parts.get(name)
-        references = {} if reference is None else measure(reference.spectra, {}, reference.kernel, plan)
-        result |= of_part(to_log_dict(measure(part.spectra, {}, part.kernel, plan), references), name)
-    return result
 
 
 def _fingerprint(parameters: Mapping[str, nn.Parameter]) -> str:
