@@ -27,7 +27,7 @@ from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, HessianProbe, Probe
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.training import sandbox
-from tests.helpers.modules import NEVER, Classifier, loader, trainer
+from tests.helpers.modules import WITHOUT_FIT_TEST, Classifier, loader, trainer
 
 
 def mlp() -> nn.Sequential:
@@ -117,7 +117,7 @@ def test_module_is_copied_once_for_each_repair(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sandbox, "copy_module", lambda *a, **k: copies.append(1) or copy_module(*a, **k))
     counts = []
     for interventions in ([], [ShrinkPerturb(when="task")]):
-        module, callback = Classifier(), SpectralCollapseCallback(collapse=NEVER, interventions=interventions)
+        module, callback = Classifier(), SpectralCollapseCallback(**WITHOUT_FIT_TEST, interventions=interventions)
         for _ in range(2):
             copies.clear()
             trainer(callback).fit(module, loader())
