@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.context import ProbeContext
+from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
 from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
-from lightning_plasticity.isolation.state import training_trial
+from lightning_plasticity.isolation.state import device_of, training_trial
 
 MetricMode = Literal["max", "min"]
 
@@ -28,6 +29,13 @@ MIN_BATCHES = 8
 
 _STEPS, _LIVE_STEPS = 20, 200
 """Default number of steps on the probe's samples, and of batches of the task."""
+
+
+_COST = 50
+"""Training steps that the test may cost, unless two batches cost more."""
+
+_FEWEST_SAMPLES = 8
+"""Smallest number of samples of a batch, if there are as many for two batches."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class FitTest:
     their learning rates are those before any schedule. The network is not changed.
 
     A few steps on few samples show as much as many steps on many: what a network can still memorise, and how fast.
-    Several batches tell how far the result depends on the samples.
+    Several batches tell how far the result depends on the samples: as many as cost about 50 training steps, and at least
+    two.
 
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
@@ -162,11 +171,27 @@ class FitTest:
         return FitCurve.of(curves)
 
     def _split(self, context: ProbeContext, samples: int) -> list[Any]:
+        per_step = context.samples_per_step or context.batch_size or samples
         # One batch alone has no standard error.
-        size = max(min(self.batch_size, samples // 2), 1)
+        size = max(min(self.batch_size, max(per_step, _FEWEST_SAMPLES), samples // 2), 1)
         batches = list(micro_batches(context.samples(samples), size))
+        cost = self._cost_of_step(context, batches[0]).training_steps(per_step / size)
+        affordable = int(_COST / (2 * self.num_steps * cost))
         # A last batch with few samples would count as much as the others.
-        return batches[:-1] if samples % size else batches
+        return batches[: min(max(affordable, 2), samples // size)]
+
+    def _cost_of_step(self, context: ProbeContext, batch: Any) -> Cost:
+        """Return the estimated cost of a step, from the operations of a forward pass."""
+        model = context.copy_to_measure()
+        with (
+            training_trial(model),
+            in_full_precision(model, batch) as converted,
+            torch.no_grad(),
+            ForwardCounter() as counter,
+        ):
+            context.loss_on(model, converted)
+        num_parameters = sum(parameter.numel() for parameter in context.trained_parameters.values())
+        return Cost(counter.flops, counter.calls, device_of(model), num_parameters)
 
     def _fit_batch(
         self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]
@@ -185,7 +210,7 @@ class FitTest:
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                loss = context.loss_on(model, converted)
+                loss = context.training_loss(model, converted)
                 loss.backward()
                 # After divergence, the gradient of a penalty is not finite.
                 for term in terms if loss.isfinite() else ():

@@ -32,6 +32,9 @@ _SECONDS_PER_LANCZOS_ROW = 3e-8
 _SECONDS_PER_HESSIAN_PRODUCT = 5e-4
 """Time of a product with the Hessian of the loss, whose graph is short."""
 
+_SECONDS_PER_LOOP = 4e-4
+"""Time of a training step outside of a Trainer and of its passes."""
+
 _SECONDS_PER_STEP = 1.5e-3
 """Time of a training step of a Trainer outside of forward and backward passes."""
 
@@ -126,6 +129,16 @@ class Cost:
     def hessian_products(self, count: int) -> float:
         """Return the seconds of products with the Hessian of the loss with respect to the outputs."""
         return count * _SECONDS_PER_HESSIAN_PRODUCT
+
+    def training_steps(self, samples_per_step: float) -> float:
+        """Return the cost of a training step outside of a Trainer on these samples, in training steps of the Trainer.
+
+        Args:
+            samples_per_step: Number of samples of a training step of the Trainer, as a multiple of these.
+        """
+        seconds = self._matrix_products(3 * self.flops + 50 * self.num_parameters) + _SECONDS_PER_LOOP
+        seconds += 3 * self.calls * _SECONDS_PER_CALL
+        return self.in_steps(seconds, Budget(1, samples_per_step))
 
     def in_steps(self, seconds: float, budget: Budget) -> float:
         """Convert seconds to training steps."""
