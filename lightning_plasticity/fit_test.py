@@ -48,8 +48,8 @@ class FitTest:
     their learning rates are those before any schedule. The network is not changed.
 
     A few steps on few samples show as much as many steps on many: what a network can still memorise, and how fast.
-    Several batches tell how far the result depends on the samples: as many as cost about 50 training steps, and at least
-    two.
+    Several batches tell how far the result depends on the samples: as many as cost about 50 training steps, and two at
+    least.
 
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with

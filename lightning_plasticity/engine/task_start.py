@@ -365,10 +365,9 @@ class TaskStart:
         after = Estimate(report.after.get(metric, math.nan), standard_error=noise)
         is_worse = self.collapse.is_worse(after, before)
         message = f"task {report.task}: after {' and '.join(repairs)}, {_changes(report, metric)}"
-        if is_worse:
-            self._errors.warn(f"{message}: worse than before")
-        else:
-            rank_zero_info(message)
+        message += ": worse than before" if is_worse else ""
+        # A repair of a healthy network, as at every task, costs something.
+        (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)
         return is_worse
 
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
