@@ -31,7 +31,7 @@ _STEPS, _LIVE_STEPS = 20, 200
 """Default number of steps on the probe's samples, and of batches of the task."""
 
 
-_COST = 50
+_COST = 60
 """Training steps that the test may cost, unless two batches cost more."""
 
 _FEWEST_SAMPLES = 8
@@ -48,7 +48,7 @@ class FitTest:
     their learning rates are those before any schedule. The network is not changed.
 
     A few steps on few samples show as much as many steps on many: what a network can still memorise, and how fast.
-    Several batches tell how far the result depends on the samples: as many as cost about 50 training steps, and two at
+    Several batches tell how far the result depends on the samples: as many as cost about 60 training steps, and two at
     least.
 
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
