@@ -114,7 +114,7 @@ def test_metrics_cover_both_matrices_and_uncertainties() -> None:
 
 
 def test_one_start_vector_has_no_standard_errors() -> None:
-    callback = SpectralCollapseCallback(HessianProbe(num_probes=1, num_steps=8))
+    callback = SpectralCollapseCallback(HessianProbe(num_probes=1, num_steps=8), **WITHOUT_FIT_TEST)
     trainer(callback).fit(Classifier(), loader())
     assert not [name for name in callback.history[0].metrics if name.endswith("standard_error")]
 

@@ -32,6 +32,9 @@ from lightning_plasticity.reports import TaskReport
 
 _RANK = "ntk_effective_rank_vs_initial"
 
+_LEAST_RANK = 0.5
+"""Share of the rank of the initial weights below which a network has lost rank, whatever it had at earlier tasks."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -218,17 +221,17 @@ def compared(measured: Measurement, initial: Measurement, best: float) -> dict[s
     if measured.curve is None or initial.curve is None:
         return values
     rank = to_log_dict(values, references).get(_RANK, 0.0)
-    share = min(rank / best, 1.0) if rank > 0 and best > 0 else 1.0
+    share = min(rank / best, 1.0) if rank > 0 else 1.0
     return compare_fits(measured.curve, initial.curve, share) | values
 
 
 def best_rank(report: TaskReport, history: Sequence[TaskReport]) -> float:
-    """Return the largest rank of the tangent kernel of comparable tasks, relative to the initial weights.
+    """Return the largest rank of the tangent kernel of comparable tasks, relative to the initial weights, at least 0.5.
 
     The first task does not count: its network is the initial one, and training changes the rank of any network.
     """
     ranks = [earlier.metrics.get(_RANK, 0.0) for earlier in history[1:] if not report.differences(earlier)]
-    return max(ranks, default=0.0)
+    return max([_LEAST_RANK, *ranks])
 
 
 def plan_of(context: ProbeContext, report: TaskReport) -> Plan | None:

@@ -114,7 +114,7 @@ class TaskStart:
         self._trial: Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
         self._initial: Measurement | None = None
-        self._best_rank = 0.0
+        self._best_rank = 1.0
         self._interventions_have_started = False
 
     @property
