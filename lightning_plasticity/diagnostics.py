@@ -82,9 +82,9 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "handicap",
             "handicap",
             "how many times worse than a fresh network this one fits the task: fit loss over that of the initial "
-            "weights, divided by the power 0.3 of the share that is left of the tangent kernel's rank (that relative to "
-            "the initial weights, of the best task after the first, or of 0.5); clearly above 1, a fresh network is "
-            "better off",
+            "weights, divided by the power 0.3 of the share that is left of the tangent kernel's rank (relative to the "
+            "initial weights, of the best task after the first, or of 0.5); clearly above 1, a fresh network is better "
+            "off",
             None,
             source="fit",
             uncertainty=_ERROR,

@@ -44,10 +44,10 @@ not repaired learns it too, and the verdict is held against that copy.
 
 The handicap is the ratio of the fit losses of the network and of the fresh one, divided by the power 0.3 of the share
 that is left of the rank of the tangent kernel. Its constants are 20 steps on up to four batches of 16 samples, this
-exponent, and the threshold 1.25 beyond the standard error over the batches. They were chosen on other code, plain loops without the callback: random
-labels, permuted digits, permuted MNIST, bit-flipping and alike tasks, each without a repair and with ReDo or
-shrink-perturb, one seed, 432 tasks, 128 of them bad. There the rule has an AUC of 0.965 and finds 80 % of the bad tasks
-at 3 % false alarms. What was tried and left:
+exponent, and the threshold 1.25 beyond the standard error over the batches. They were chosen on other code, plain loops
+without the callback: random labels, permuted digits, permuted MNIST, bit-flipping and alike tasks, each without a
+repair and with ReDo or shrink-perturb, one seed, 432 tasks, 128 of them bad. There the rule has an AUC of 0.965 and
+finds 80 % of the bad tasks at 3 % false alarms. What was tried and left:
 
 | instead | AUC | found at 3 % |
 |---|---|---|
