@@ -176,7 +176,7 @@ class FitTest:
         size = max(min(self.batch_size, max(per_step, _FEWEST_SAMPLES), samples // 2), 1)
         batches = list(micro_batches(context.samples(samples), size))
         cost = self._cost_of_step(context, batches[0]).training_steps(per_step / size)
-        affordable = int(_COST / (2 * self.num_steps * cost))
+        affordable = round(_COST / (2 * self.num_steps * cost))
         # A last batch with few samples would count as much as the others.
         return batches[: min(max(affordable, 2), samples // size)]
 

@@ -32,7 +32,7 @@ _SECONDS_PER_LANCZOS_ROW = 3e-8
 _SECONDS_PER_HESSIAN_PRODUCT = 5e-4
 """Time of a product with the Hessian of the loss, whose graph is short."""
 
-_SECONDS_PER_LOOP = 4e-4
+_SECONDS_PER_LOOP = 5e-4
 """Time of a training step outside of a Trainer and of its passes."""
 
 _SECONDS_PER_STEP = 1.5e-3
