@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralCollapseCallback, TaskDetector
+from lightning_plasticity import fit_test as module_of_fit_test
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import UnsupportedModelError
 from lightning_plasticity.interventions import L2ER, L2Init, Regularizer, SpectralRegularizer
@@ -30,6 +31,12 @@ from tests.helpers.modules import NEVER, Classifier, loader, trainer
 Optimizer = torch.optim.Optimizer
 
 STEPS = 20
+
+
+@pytest.fixture
+def all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit all samples, whatever it costs."""
+    monkeypatch.setattr(module_of_fit_test, "_COST", 1e9)
 
 
 def mlp() -> nn.Sequential:
@@ -216,6 +223,7 @@ def make_callback(case: Case, fit_test: FitTest | None, **options: Any) -> Spect
     return SpectralCollapseCallback(fit_test=fit_test, interventions=case.terms(), **arguments)
 
 
+@pytest.mark.usefixtures("all_batches")
 @for_each_case
 def test_losses_equal_those_of_a_plain_loop(case: Case) -> None:
     callback = make_callback(case, FitTest(STEPS), probe=None, monitor=False)
@@ -368,6 +376,7 @@ class HalfTrained(Classifier):
         return sgd(self.net[2].parameters())
 
 
+@pytest.mark.usefixtures("all_batches")
 def test_parameters_without_an_optimizer_stay_fixed() -> None:
     torch.manual_seed(0)
     module, callback = HalfTrained(), SpectralCollapseCallback(fit_test=FitTest(STEPS), collapse=NEVER)
@@ -395,6 +404,7 @@ class Finetuned(Classifier):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
+@pytest.mark.usefixtures("all_batches")
 def test_finetuned_layers_are_trained_at_their_own_rate() -> None:
     torch.manual_seed(0)
     module, recorder = Finetuned(), EpochRecorder()
@@ -518,3 +528,17 @@ def test_run_resumed_between_tasks_fits_the_same_curves(tmp_path: Path) -> None:
         histories.append([(report.fit_curve, report.fresh_fit_curve, report.metrics) for report in callback.history])
     assert len(histories[0]) == 3
     assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(("samples_per_step", "batches"), [(1024, 4), (4, 2)])
+def test_few_batches_where_training_steps_are_cheap(samples_per_step: int, batches: int) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)), torch.randn(64, 500, 64)
+    context = ProbeContext(
+        model,
+        x,
+        lambda model, x: model(x).square().mean(),
+        [torch.optim.Adam(model.parameters())],
+        samples_per_step=samples_per_step,
+    )
+    curve = FitTest().fit(context, 64)
+    assert len(curve.batches) == batches
