@@ -130,6 +130,7 @@ def test_growing_head_is_probed_at_its_new_size() -> None:
     assert callback.history[1].spectrum.num_parameters == 4 * 8 + 8 + 8 * 5 + 5
 
 
+@pytest.mark.twenty_steps
 def test_collapse_warns_once_and_is_repaired() -> None:
     torch.manual_seed(0)
     callback = SpectralCollapseCallback(interventions=[ShrinkPerturb(), Reset(layers=["net.2"])])
@@ -152,6 +153,7 @@ def test_collapse_warns_once_and_is_repaired() -> None:
     assert not callback.history[0].collapsed
 
 
+@pytest.mark.twenty_steps
 def test_repair_on_collapse_equals_manual_repair() -> None:
     class ManuallyRepaired(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -178,6 +180,7 @@ def test_repair_on_collapse_equals_manual_repair() -> None:
     assert torch.equal(*trained_weights)
 
 
+@pytest.mark.twenty_steps
 def test_collapse_without_interventions_changes_no_weights() -> None:
     trained_weights = []
     for callbacks in ([], [SpectralCollapseCallback()]):
@@ -194,6 +197,7 @@ def test_collapse_without_interventions_changes_no_weights() -> None:
     assert torch.equal(*trained_weights)
 
 
+@pytest.mark.twenty_steps
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 def test_checkpoint_restores_history_and_initial_weights(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ Optimizer = torch.optim.Optimizer
 
 STEPS = 20
 
+pytestmark = pytest.mark.twenty_steps
+
 
 @pytest.fixture
 def all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
