@@ -66,4 +66,6 @@ The streams class-pairs, drifting-regression, label-swap, slow-drift, warm-start
 
 def page(tasks: Sequence[TaskOfRun]) -> str:
     """Return the page as Markdown."""
-    return f"{INTRODUCTION}\n## Results\n\n{tables(tasks)}\n"
+    methods, seeds = sorted({task.method for task in tasks}), sorted({task.seed for task in tasks})
+    runs = f"Methods: {', '.join(methods)}. Seeds: {', '.join(map(str, seeds))}."
+    return f"{INTRODUCTION}\n## Results\n\n{runs}\n\n{tables(tasks)}\n"

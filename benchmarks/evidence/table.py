@@ -265,9 +265,9 @@ def tables(tasks: Sequence[TaskOfRun]) -> str:
     numbers = numbers_by_auc(tasks)
     return "\n\n".join(
         [
+            table_of_verdicts(tasks),
             table_of_numbers(tasks, numbers),
             table_by_stream(numbers),
-            table_of_verdicts(tasks),
             table_of_methods(tasks),
         ]
     )
