@@ -96,8 +96,9 @@ def slow(*values: Any) -> Any:
         ("on_before_optimizer_step 21", None, 16),
         # While the samples of task 1 are gathered.
         ("on_before_optimizer_step 19", 6, 18),
-        # Between the probes of the current and of the initial weights at task 1; task 0 has a trial and a probe.
-        ("probe 3", None, 16),
+        # Between the probes of the current and of the initial weights at task 1; task 0 has a trial, a probe and one
+        # after its repair.
+        ("probe 4", None, 16),
         # In the middle of a task.
         ("repair 24", None, 24),
         # Before the first checkpoint.
@@ -105,15 +106,16 @@ def slow(*values: Any) -> Any:
         slow("on_train_batch_start 17", None, 16),
         slow("on_train_batch_end 40", None, 32),
         slow("on_after_backward 48", None, 40),
-        # After both probes of task 1.
-        slow("probe 4", None, 16),
-        slow("probe 6", None, 32),
+        # After both probes of task 1, and after the one of the repaired network.
+        slow("probe 5", None, 16),
+        slow("probe 6", None, 16),
+        slow("probe 8", None, 32),
         slow("repair 40", None, 40),
         slow("checkpoint 7", None, 24),
         slow("on_train_batch_end 18", 5, 15),
         # The checkpoint is saved after the last batch of an epoch, but before the epoch ends.
         slow("on_after_backward 28", 8, 24),
-        slow("probe 6", 3, 39),
+        slow("probe 8", 3, 39),
         slow("repair 30", 7, 28),
     ],
 )
