@@ -204,19 +204,14 @@ class FitTest:
             _started_copies(regularizers, model) as terms,
         ):
             optimizers = context.make_optimizers(model)
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+            parameters = trained_parameters(optimizers)
 
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss = context.training_loss(model, converted)
                 loss.backward()
-                # After divergence, the gradient of a penalty is not finite.
-                for term in terms if loss.isfinite() else ():
-                    accumulate(parameters, differentiate_penalty(term, model, parameters)[1], 1.0)
-                for optimizer in optimizers:
-                    context.clip_gradients(model, optimizer)
+                complete_gradients(context, model, optimizers, terms, loss)
                 return loss.detach()
 
             for step in range(self.num_steps):
@@ -240,6 +235,35 @@ def _started_copies(regularizers: Sequence[Regularizer], model: nn.Module) -> It
     finally:
         for regularizer in copies:
             regularizer.stop()
+
+
+def trained_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Return the parameters that optimizers train."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+
+
+def complete_gradients(
+    context: ProbeContext,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    regularizers: Sequence[Regularizer],
+    loss: Tensor,
+) -> None:
+    """Add the gradients of regularizers to those of the loss, and clip them as in training.
+
+    Args:
+        context: The context that the model is a copy of.
+        model: The copy.
+        optimizers: The optimizers of the copy.
+        regularizers: The terms, started on the copy.
+        loss: The loss; after its divergence the gradient of a penalty is not finite, and is left out.
+    """
+    parameters = trained_parameters(optimizers)
+    for regularizer in regularizers if loss.isfinite() else ():
+        accumulate(parameters, differentiate_penalty(regularizer, model, parameters)[1], 1.0)
+    for optimizer in optimizers:
+        context.clip_gradients(model, optimizer)
 
 
 def take_step(optimizers: Sequence[torch.optim.Optimizer], compute_gradients: Callable[[], Tensor]) -> float:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.fit_curve import LiveCurve, compare_fits, later_half
-from lightning_plasticity.fit_test import MIN_BATCHES, FitTest, take_step
+from lightning_plasticity.fit_test import MIN_BATCHES, FitTest, complete_gradients, take_step
 from lightning_plasticity.interventions import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.state import isolated, training_trial
 from lightning_plasticity.isolation.weights import load_weights, named_tensors, with_weights_of
 from lightning_plasticity.messages import MisconfigurationError
@@ -179,15 +178,8 @@ class ShadowRun:
             loss = context.training_loss(model, context.batch)
             (loss / window).backward()
             if ends_window:
-                # After divergence, the gradient of a penalty is not finite.
-                for term in self._regularizers if loss.isfinite() else ():
-                    accumulate(parameters, differentiate_penalty(term, model, parameters)[1], 1.0)
-                for optimizer in self._optimizers:
-                    context.clip_gradients(model, optimizer)
+                complete_gradients(context, model, self._optimizers, self._regularizers, loss)
             return loss.detach()
-
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
         with isolated(model), context.record_logged(model, self._fit_test.metric) as logged:
             loss = take_step(self._optimizers, compute_gradients) if ends_window else compute_gradients().item()
