@@ -81,10 +81,10 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "handicap",
             "handicap",
-            "how many times worse than a fresh network this one fits the task: fit loss over that of the initial "
-            "weights, divided by the power 0.3 of the share that is left of the tangent kernel's rank (relative to the "
-            "initial weights, of the best task after the first, or of 0.5); clearly above 1, a fresh network is better "
-            "off",
+            "how many times worse than a fresh network this one fits the task. The smaller of two numbers: the fit loss "
+            "over that of the initial weights, divided by the power 0.3 of the share that is left of the tangent "
+            "kernel's rank (relative to the initial weights, of the best task after the first, or of 0.5), and 1 plus "
+            "the fit gap; clearly above 1, a fresh network is better off",
             None,
             source="fit",
             uncertainty=_ERROR,
@@ -93,7 +93,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "fit_loss",
             "fit loss",
-            "mean loss of copies of the network over 20 training steps, each on 16 of the probe's samples",
+            "mean loss of copies of the network over 12 training steps, each on 16 of the first samples of the task",
             None,
             source="fit",
             can_be_negative=True,

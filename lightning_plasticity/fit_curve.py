@@ -136,11 +136,13 @@ def later_half(values: Sequence[float]) -> Sequence[float]:
 def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\rho \, s^{-0.3}`. Here :math:`\rho` is the ratio of the mean losses,
-    :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches, and :math:`s` is the share that is
-    left of the rank of the tangent kernel, which sees what a few steps do not. The standard error comes from the ratios
-    of the batches. Losses that are not positive are compared by the gap instead, :math:`\rho = 1 + \text{gap}`. A
-    network that no gradient reaches, and that is no better than its initial weights, has an infinite handicap.
+    The handicap is :math:`\min(\rho \, s^{-0.3}, \, 1 + \text{gap})`. Here :math:`\rho` is the ratio of the mean
+    losses, :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches; :math:`s` is the share that is
+    left of the rank of the tangent kernel, which sees what a few steps do not; and the gap is that of
+    :meth:`FitCurve.gap_to`. It limits the ratio where the fresh network soon has hardly any loss, so that a small lag
+    multiplies it. The standard error is that of the ratio, over the batches, as far as it can change the smaller of the
+    two. Losses that are not positive are compared by the gap alone. A network that no gradient reaches, and that is no
+    better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
@@ -156,8 +158,11 @@ def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> d
         (1.167, 0.5)
     """
     gap, ratio, factor = curve.gap_to(fresh), _ratio(curve, fresh), rank_share**-_RANK_EXPONENT
-    handicap = Estimate(ratio * factor, standard_error=ratio.standard_error * factor)
-    return {name: value for name, value in (("handicap", handicap), ("fit_gap", gap)) if not math.isnan(value)}
+    limit = math.inf if math.isnan(gap) or math.isinf(ratio) else 1 + gap
+    handicap = min(ratio * factor, limit)
+    error = max(handicap - (ratio - ratio.standard_error) * factor, 0.0)
+    values = {"handicap": Estimate(handicap, standard_error=error), "fit_gap": gap}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _ratio(curve: FitCurve, fresh: FitCurve) -> Estimate:

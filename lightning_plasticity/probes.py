@@ -34,6 +34,9 @@ from lightning_plasticity.messages import MisconfigurationError, SkippedBatchErr
 _FEWEST_SAMPLES = 8
 """Number of samples that are taken even if they cost more than ``max_steps``."""
 
+_FEWEST_EXACT_SAMPLES = 32
+"""Number of samples whose exact spectra say more than products on all samples."""
+
 _SAMPLES_TO_CHECK = 8
 """Number of samples whose second derivatives are checked: they are wrong for every sample or for none."""
 
@@ -158,7 +161,7 @@ class GGNProbe(Probe):
 
     samples: int = 64
     max_rows: int = 2048
-    max_steps: float = 60
+    max_steps: float = 25
     positions: int | None = None
     seed: int = 0
     # Probes can be hashed, dictionaries cannot.
@@ -271,13 +274,14 @@ class GGNProbe(Probe):
                         positions=self.positions,
                         budget=budget,
                         fewest_products=samples <= _FEWEST_SAMPLES or whole,
+                        fewest_exact=math.inf if whole else _FEWEST_EXACT_SAMPLES,
                         parts=self._parts(context),
                         seed=self.seed,
                         progress=progress,
                     )
                     return measurement, samples
                 except TooCostlyError as error:
-                    samples = max(_FEWEST_SAMPLES, int(samples * budget.steps / error.steps))
+                    samples = max(_FEWEST_SAMPLES, int(samples * error.affordable))
 
     def _parts(self, context: ProbeContext) -> dict[str, list[str]]:
         """Return the names of the trained parameters of each part."""

@@ -15,5 +15,5 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _short_fit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take 3 steps in fit tests of the default length, where a test is about something else: the suite stays fast."""
-    if "twenty_steps" not in request.keywords:
+    if "full_fit_test" not in request.keywords:
         monkeypatch.setattr("lightning_plasticity.fit_test._STEPS", 3)

@@ -142,9 +142,9 @@ def test_default_alarm_is_a_handicap_clearly_above_one() -> None:
 def test_message_of_the_default_alarm_says_what_it_means() -> None:
     verdict = Collapse().evaluate(1.714, earlier=[1.0, 1.1], initial=math.nan, explanation="fit loss 2 instead of 1")
     assert verdict.message == (
-        "task 2: handicap 1.71, above 1.25: a fresh network would learn this task better (fit loss 2 instead of 1)"
+        "task 2: handicap 1.71, above 1.15: a fresh network would learn this task better (fit loss 2 instead of 1)"
     )
-    assert Collapse().evaluate(1.2, earlier=[], initial=math.nan).message == "task 0: handicap 1.2, not above 1.25"
+    assert Collapse().evaluate(1.1, earlier=[], initial=math.nan).message == "task 0: handicap 1.1, not above 1.15"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ _SECONDS_PER_FLOP = {"cpu": 5e-11, "cuda": 1e-13}
 _SECONDS_PER_FLOP_OF_EIGENVALUES = {"cpu": 1e-10, "cuda": 1e-12}
 """The same for eigenvalues."""
 
+_SECONDS_PER_PAIR_OF_ROWS = {"cpu": 8e-8, "cuda": 1e-10}
+"""Time of all else for each entry of the Gram matrix: to add up its terms, and to multiply vectors by it."""
+
 _SECONDS_PER_CALL = 8e-6
 """Time to call an operation, whatever its size."""
 
@@ -32,10 +35,10 @@ _SECONDS_PER_LANCZOS_ROW = 3e-8
 _SECONDS_PER_HESSIAN_PRODUCT = 5e-4
 """Time of a product with the Hessian of the loss, whose graph is short."""
 
-_SECONDS_PER_LOOP = 5e-4
+_SECONDS_PER_LOOP = 3e-4
 """Time of a training step outside of a Trainer and of its passes."""
 
-_SECONDS_PER_STEP = 1.5e-3
+_SECONDS_PER_STEP = 1e-3
 """Time of a training step of a Trainer outside of forward and backward passes."""
 
 
@@ -77,11 +80,12 @@ class TooCostlyError(RuntimeError):
     Args:
         steps: The estimated cost in training steps.
         budget: The budget.
+        affordable: The share of the samples that the same measurement could afford, as far as it is known.
     """
 
-    def __init__(self, steps: float, budget: Budget) -> None:
+    def __init__(self, steps: float, budget: Budget, affordable: float = 0.0) -> None:
         super().__init__(f"it would cost {steps:.0f} training steps, more than {budget.steps:.0f}")
-        self.steps = steps
+        self.affordable = affordable
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,10 @@ class Cost:
             shared_parameters: Number of parameters that are used at many positions of a sample, and so need a Jacobian.
         """
         eigenvalues = 2 * rows**3 * _rate(_SECONDS_PER_FLOP_OF_EIGENVALUES, self.device)
+        entries = rows**2 * _rate(_SECONDS_PER_PAIR_OF_ROWS, self.device)
         # The lower half of J Jᵀ alone is computed.
-        return rows_per_sample * self.backward_pass + self._matrix_products(rows**2 * shared_parameters) + eigenvalues
+        jacobians = rows_per_sample * self.backward_pass + self._matrix_products(rows**2 * shared_parameters)
+        return jacobians + entries + eigenvalues
 
     def _matrix_products(self, flops: float) -> float:
         return flops * _rate(_SECONDS_PER_FLOP, self.device)

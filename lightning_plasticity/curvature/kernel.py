@@ -64,7 +64,7 @@ _EXACT = 1e-12
 _KEPT_HORIZON = 1000
 """Number of steps for which the learnable fraction is still exact after the kernel matrix was dropped."""
 
-_DIAGONALIZED_ROWS = 256
+_DIAGONALIZED_ROWS = 512
 """Rows up to which a kernel matrix is diagonalised: Lanczos takes no less time there."""
 
 _PRODUCTS_PER_ROW = 0.15

@@ -149,6 +149,7 @@ def measure_within_budget(
     positions: int | None,
     budget: Budget,
     fewest_products: bool = False,
+    fewest_exact: float = math.inf,
     parts: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -166,12 +167,14 @@ def measure_within_budget(
         positions: Largest number of output positions of all samples together.
         budget: Largest cost.
         fewest_products: Whether to exceed the budget where it is too small for a bracket that says something.
+        fewest_exact: Number of samples that make exact spectra worth more than products on all samples.
         parts: Names of the parameters of each part to measure beside the whole.
         seed: Seed of the positions and of a start vector.
         progress: Called after each product, and after each exact part.
 
     Raises:
-        TooCostlyError: If the budget is too small, unless ``fewest_products``.
+        TooCostlyError: If the budget is too small, unless ``fewest_products``, or if it suffices for exact spectra of
+            ``fewest_exact`` samples.
     """
     with recorded_loss(model, batch, loss_fn, samples=samples) as recorded:
         selections = {part: recorded.select(names) for part, names in (parts or {}).items()}
@@ -197,11 +200,13 @@ def measure_within_budget(
         try:
             whole, measure_part = _exact(recorded, max_rows=max_rows, budget=budget), measure_exactly
         except (TooManyRowsError, TooManyPassesError, JacobianTooLargeError, TooCostlyError) as error:
+            if isinstance(error, TooCostlyError) and error.affordable * recorded.num_samples >= fewest_exact:
+                raise
             reason = f"the exact spectra would be too costly ({error})"
         if reason is not None:
             steps, products = _affordable_products(recorded.cost, recorded.num_outputs, budget)
             if steps > budget.steps and not fewest_products:
-                raise TooCostlyError(steps, budget)
+                raise TooCostlyError(steps, budget, budget.steps / steps)
             try:
                 with explained_errors():
                     whole, measure_part = multiply(recorded, 0), multiply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class Measurement:
     features: dict[str, float]
     plan: Plan | None = None
 
-    @property
+    @functools.cached_property
     def values(self) -> dict[str, float]:
         """The diagnostics by name, without those that compare a network with its initial weights."""
         fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
@@ -159,9 +160,9 @@ class Measurements:
         if self.fit_test is not None and not self.is_live:
             with context.show_progress("fitting a copy") as progress:
                 whole = replace(context, whole_batch=result.coupled)
-                curve = self.fit_test.fit(
-                    whole, result.samples, regularizers=self._runner.regularizers, progress=progress
-                )
+                # The spectra may be too costly for all samples.
+                samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
+                curve = self.fit_test.fit(whole, samples, regularizers=self._runner.regularizers, progress=progress)
         if self.monitor is not None and monitored:
             features = self._measure_activations(self.monitor, context, result.samples or self.samples)
         return Measurement(result, curve, features, plan)

@@ -337,7 +337,8 @@ def _remaining_steps(recorded: RecordedLoss, budget: Budget) -> float:
     seconds = recorded.cost.exact(recorded.num_outputs, recorded.num_outputs // num_samples, sum(shared.values()))
     steps = recorded.cost.in_steps(seconds, budget)
     if steps > budget.steps:
-        raise TooCostlyError(steps, budget)
+        # The cost of eigenvalues grows with the third power of the number of samples, that of passes not at all.
+        raise TooCostlyError(steps, budget, math.sqrt(budget.steps / steps))
     return budget.steps - steps
 
 
