@@ -136,7 +136,7 @@ def later_half(values: Sequence[float]) -> Sequence[float]:
 def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\min(\rho \, s^{-0.3}, \, 1 + \text{gap})`. Here :math:`\rho` is the ratio of the mean
+    The handicap is :math:`\min(\rho \, s^{-0.3}, \, 1 + \max(\text{gap}, 0))`. Here :math:`\rho` is the ratio of the mean
     losses, :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches; :math:`s` is the share that is
     left of the rank of the tangent kernel, which sees what a few steps do not; and the gap is that of
     :meth:`FitCurve.gap_to`. It limits the ratio where the fresh network soon has hardly any loss, so that a small lag
@@ -158,7 +158,7 @@ def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> d
         (1.167, 0.5)
     """
     gap, ratio, factor = curve.gap_to(fresh), _ratio(curve, fresh), rank_share**-_RANK_EXPONENT
-    limit = math.inf if math.isnan(gap) or math.isinf(ratio) else 1 + gap
+    limit = math.inf if math.isnan(gap) or math.isinf(ratio) else 1 + max(gap, 0.0)
     handicap = min(ratio * factor, limit)
     error = max(handicap - (ratio - ratio.standard_error) * factor, 0.0)
     values = {"handicap": Estimate(handicap, standard_error=error), "fit_gap": gap}

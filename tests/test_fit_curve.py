@@ -26,7 +26,7 @@ from lightning_plasticity.fit_curve import FitCurve, compare_fits
 def test_numbers_follow_their_formulas(losses: Sequence[float], fresh: Sequence[float]) -> None:
     mean, mean_fresh = np.mean(losses[:-1]), np.mean(fresh[:-1])
     gap = (mean - mean_fresh) / (fresh[0] - mean_fresh)
-    handicap = mean / mean_fresh if mean > 0 and mean_fresh > 0 else 1 + gap
+    handicap = min(mean / mean_fresh, 1 + max(gap, 0)) if mean > 0 and mean_fresh > 0 else 1 + gap
     assert compare_fits(FitCurve(tuple(losses)), FitCurve(tuple(fresh))) == pytest.approx(
         {"handicap": handicap, "fit_gap": gap}, rel=1e-12
     )
@@ -52,7 +52,8 @@ def test_batches_are_compared_one_by_one() -> None:
 def test_share_of_the_rank_raises_the_handicap(share: float) -> None:
     curve, fresh = FitCurve((2.0, 1.5, 1.0)), FitCurve((2.0, 1.0, 0.5))
     values = compare_fits(curve, fresh, share)
-    assert values["handicap"] == pytest.approx((1.75 / 1.5) * np.power(share, -0.3), rel=1e-12)
+    gap = (1.75 - 1.5) / (2.0 - 1.5)
+    assert values["handicap"] == pytest.approx(min((1.75 / 1.5) * np.power(share, -0.3), 1 + gap), rel=1e-12)
     assert values["fit_gap"] == pytest.approx(0.5)
 
 
