@@ -81,8 +81,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "handicap",
             "handicap",
-            "how many times worse than a fresh network this one fits the task. The smaller of two numbers: the fit loss "
-            "over that of the initial weights, divided by the power 0.3 of the share that is left of the tangent "
+            "how many times worse than a fresh network this one fits the task: the smaller of two numbers, the fit "
+            "loss over that of the initial weights, divided by the power 0.3 of the share that is left of the tangent "
             "kernel's rank (relative to the initial weights, of the best task after the first, or of 0.5), and 1 plus "
             "the fit gap, at least 1; clearly above 1, a fresh network is better off",
             None,

@@ -136,7 +136,7 @@ def later_half(values: Sequence[float]) -> Sequence[float]:
 def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> dict[str, float]:
     r"""Compute the diagnostics of a fit test that compare a network with its initial weights.
 
-    The handicap is :math:`\min(\rho \, s^{-0.3}, \, 1 + \max(\text{gap}, 0))`. Here :math:`\rho` is the ratio of the mean
+    The handicap is :math:`\min(\rho \, s^{-0.3}, 1 + \max(\text{gap}, 0))`. Here :math:`\rho` is the ratio of the mean
     losses, :math:`\bar L / \bar L^\text{fresh}`, as the geometric mean over the batches; :math:`s` is the share that is
     left of the rank of the tangent kernel, which sees what a few steps do not; and the gap is that of
     :meth:`FitCurve.gap_to`. It limits the ratio where the fresh network soon has hardly any loss, so that a small lag

@@ -218,7 +218,7 @@ class GGNProbe(Probe):
             try:
                 measurement, used = self._measure(context, min(samples, context.max_samples or samples), progress)
             except Exception:
-                if not _needs_whole_batch(context, samples):
+                if available is None or not _needs_whole_batch(context, min(samples, available - 1)):
                     raise
                 needs_all = True
             else:
@@ -533,7 +533,7 @@ def _needs_whole_batch(context: ProbeContext, samples: int) -> bool:
             return False
         return True
 
-    return samples < (context.batch_size or 0) and not works(context.samples(samples)) and works(context.batch)
+    return samples > 0 and not works(context.samples(samples)) and works(context.batch)
 
 
 def _are_patterns(parts: object) -> bool:

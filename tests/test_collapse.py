@@ -131,11 +131,11 @@ def test_signed_metric_has_an_absolute_threshold() -> None:
 
 def test_default_alarm_is_a_handicap_clearly_above_one() -> None:
     rule = Collapse()
-    assert not rule.evaluate(1.24, earlier=[0.1, 0.2], initial=math.nan).collapsed
-    assert rule.evaluate(1.26, earlier=[], initial=math.nan).collapsed
+    assert not rule.evaluate(1.14, earlier=[0.1, 0.2], initial=math.nan).collapsed
+    assert rule.evaluate(1.16, earlier=[], initial=math.nan).collapsed
     assert rule.evaluate(math.inf, earlier=[], initial=math.nan).collapsed
     for error, collapsed in ((0.04, True), (0.06, False)):
-        noisy = Estimate(1.3, standard_error=error)
+        noisy = Estimate(1.2, standard_error=error)
         assert rule.evaluate(noisy, earlier=[], initial=math.nan).collapsed is collapsed
 
 

@@ -446,7 +446,7 @@ def test_dead_network_is_a_collapse_at_its_first_task() -> None:
         trainer(callback, max_steps=1).fit(module, loader())
     report = callback.history[0]
     assert report.collapsed
-    assert report.fit_curve == pytest.approx([math.log(3)] * 21)
+    assert report.fit_curve == pytest.approx([math.log(3)] * 13)
 
 
 def test_unsupported_model_gets_a_verdict_and_a_remark() -> None:
