@@ -92,6 +92,7 @@ class LiveCurve(FitCurve):
 
     Args:
         losses: The losses :math:`L_0, \dots, L_{K-1}`; infinite after divergence.
+        has_gradient: Whether a parameter had a gradient on one of the batches.
 
     Example:
         >>> curve = LiveCurve((4.0, 3.0, 2.0, 1.0))
@@ -112,6 +113,12 @@ class LiveCurve(FitCurve):
         """What training has gained: the mean loss over the first tenth of the batches, minus :attr:`mean`."""
         count = -(-len(self.losses) // 10)
         return math.fsum(self.losses[:count]) / count - self.mean
+
+    @property
+    @override
+    def is_dead(self) -> bool:
+        """Whether no gradient reaches the parameters although there is a loss."""
+        return not self.has_gradient and any(self.losses)
 
     @property
     @override

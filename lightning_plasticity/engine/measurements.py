@@ -238,7 +238,8 @@ def best_rank(report: TaskReport, history: Sequence[TaskReport]) -> float:
 def plan_of(context: ProbeContext, report: TaskReport) -> Plan | None:
     """Return the training to come in a task; ``None`` if nothing is trained or the number of steps is not known."""
     lr, steps = context.learning_rate, report.expected_steps
-    return None if lr is None or steps is None else Plan(lr, steps)
+    # The number counts the steps of all optimizers, of which each trains its own parameters.
+    return None if lr is None or steps is None else Plan(lr, max(steps // max(len(context.optimizers), 1), 1))
 
 
 def metrics_of_parts(now: ProbeResult, initial: ProbeResult, plan: Plan | None) -> dict[str, float]:

@@ -56,6 +56,8 @@ _RANK = "ntk_effective_rank_vs_initial"
 _FEW_SAMPLES = 16
 """Number of samples below which a warning says that they are few."""
 
+_WAITING = "there is no verdict yet"
+
 _ADVICE_ON_SAMPLES = "take larger batches, or pass SpectralCollapseCallback(probe_batch=...)"
 
 
@@ -171,7 +173,7 @@ class TaskStart:
             SkippedBatchError: If the loss is not defined on this batch: the task can be measured at the next one.
         """
         self._interventions_have_started = not self._runner.interventions
-        gathering = None
+        gathering, of_rank = None, context
         with contextlib.ExitStack() as stack:
             try:
                 context = context.gather(self.measurements.samples)
@@ -189,7 +191,7 @@ class TaskStart:
                 return None
             if report is not None:
                 self._trial = None
-                self._begin_shadow(context, window=window, ends_window=ends_window)
+                self._begin_shadow(report, of_rank, window=window, ends_window=ends_window)
                 size = context.batch_size
                 is_small = fixed is None and size is not None and size < self._wanted(history)
                 if is_small and not _was_coupled(history):
@@ -205,13 +207,24 @@ class TaskStart:
         self.gathering = gathering
         return context if gathering is None else None
 
-    def _begin_shadow(self, context: ProbeContext, *, window: int, ends_window: bool) -> None:
+    def _begin_shadow(self, report: TaskReport, context: ProbeContext, *, window: int, ends_window: bool) -> None:
         """Let a fresh network train on the first batch of a task, unless the network is fresh itself."""
         self.shadow = None
-        if self.measurements.fit_test is not None and self.measurements.fit_test.live and self.initial_weights.values:
-            self.initial_weights.store(context.model)
-            self.shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
-            self.train_shadow(context, window=window, ends_window=ends_window)
+        fit_test = self.measurements.fit_test
+        if fit_test is None or not fit_test.live or not self.initial_weights.values:
+            return
+        steps = report.expected_steps
+        # Every optimizer steps once in a window of batches.
+        batches = fit_test.num_batches(None if steps is None else steps * window / max(len(context.optimizers), 1))
+        if fit_test.share is not None and steps is None:
+            self._remark(
+                report,
+                f"the length of the task is not known: the fit test compares {batches} batches, not a share of "
+                f"{fit_test.share:g}",
+            )
+        self.initial_weights.store(context.model)
+        self.shadow = ShadowRun(fit_test, self.initial_weights.values, batches)
+        self.train_shadow(context, window=window, ends_window=ends_window)
 
     def train_shadow(self, context: ProbeContext, *, window: int = 1, ends_window: bool = True) -> None:
         """Let the fresh network train on a batch, unless it has seen enough. An error ends the comparison only.
@@ -224,8 +237,10 @@ class TaskStart:
         assert self.shadow is not None
         if self.shadow.is_complete:
             return
+        regularizers = self._runner.regularizers
         try:
-            self.shadow.train(context, regularizers=self._runner.regularizers, window=window, ends_window=ends_window)
+            with all_or_none():
+                self.shadow.train(context, regularizers=regularizers, window=window, ends_window=ends_window)
         except SkippedBatchError:
             # The network is not trained on this batch either.
             return
@@ -241,7 +256,7 @@ class TaskStart:
             history: The reports of all earlier tasks.
         """
         assert self.measurements.fit_test is not None
-        report.remarks = [remark for remark in report.remarks if remark != _waiting(self.measurements.fit_test)]
+        report.remarks = [remark for remark in report.remarks if not remark.startswith(_WAITING)]
         if self.shadow is None:
             return
         shadow, self.shadow = self.shadow, None
@@ -250,7 +265,7 @@ class TaskStart:
         if not shadow.is_complete:
             self._remark(
                 report,
-                f"the task ended after {batches} of the {self.measurements.fit_test.num_steps} batches of the fit test",
+                f"the task ended after {batches} of the {shadow.num_batches} batches of the fit test",
             )
         if batches < MIN_BATCHES:
             self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
@@ -264,18 +279,21 @@ class TaskStart:
         # A number that is not defined, such as the ratio of two zeros, gives no verdict.
         values = {**known, self.collapse.metric: math.nan, **values}
         message = self._judge(report, values, {**known_references, **references}, history, None)
+        # Losses may differ by rounding where ranks are of several kinds, but decisions must not.
+        state, message = broadcast_object((report.to_dict(), message))
+        vars(report).update(vars(TaskReport.from_dict(state)))
         if message is not None:
             self._errors.warn(message)
 
-    def _dry_run(self, context: ProbeContext) -> None:
-        """Run on copies, before any weight has changed, what is to run later."""
-        self._runner.dry_run(context)
-        if self.measurements.is_live and self.measurements.fit_test is not None:
-            shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
-            try:
-                shadow.train(context, regularizers=self._runner.regularizers)
-            finally:
-                shadow.stop()
+    def _try_shadow(self, context: ProbeContext) -> bool:
+        """Train a fresh network on one batch, and return whether no gradient reaches it."""
+        assert self.measurements.fit_test is not None
+        shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
+        try:
+            shadow.train(context, regularizers=self._runner.regularizers)
+            return shadow.fresh_is_dead
+        finally:
+            shadow.stop()
 
     def gather(self, context: ProbeContext, history: Sequence[TaskReport]) -> bool:
         """Add the samples of another batch to those of the task.
@@ -396,7 +414,9 @@ class TaskStart:
                         self._trial = self.measurements.measure(context, "trying the probe")
                     if self._trial.probe.coupled or self._trial.probe.limited:
                         return None
-                    self._dry_run(context)
+                    self._runner.dry_run(context)
+                    if self.measurements.is_live:
+                        self._try_shadow(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.measurements.samples))
                 return gathering
@@ -420,7 +440,7 @@ class TaskStart:
                 with context.preserve_training_state():
                     message = self._probe_and_evaluate(report, context, history, is_initial=is_initial)
                 if not self._is_known_to_work(history):
-                    self._dry_run(context)
+                    self._runner.dry_run(context)
         except Exception as error:
             if gathering is None and isinstance(error, SkippedBatchError):
                 raise
@@ -496,7 +516,9 @@ class TaskStart:
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
         if self.measurements.fit_test is not None and self.measurements.is_live and is_initial:
-            values = {**dict.fromkeys(self.measurements.fit_test.measures, 0.0), "handicap": 1.0, **values}
+            is_dead = self._try_shadow(context)
+            gaps = dict.fromkeys(self.measurements.fit_test.measures, math.inf if is_dead else 0.0)
+            values = {**gaps, "handicap": math.inf if is_dead else 1.0, **values, "fit_gap": 0.0}
             del values["fit_loss"]
         if self.measurements.probe is not None:
             report.matrix = self.measurements.probe.matrices[0]
@@ -517,7 +539,7 @@ class TaskStart:
             if is_initial:
                 return self._judge(report, values, references, history, None)
             if self.shadow is not None:
-                self._remark(report, _waiting(self.measurements.fit_test))
+                self._remark(report, _waiting(self.shadow.num_batches))
             return None
         return self._judge(report, values, references, history, now.samples)
 
@@ -583,11 +605,8 @@ def _changes(report: TaskReport, metric: str) -> str:
     return ", ".join(changes)
 
 
-def _waiting(fit_test: FitTest) -> str:
-    return (
-        f"there is no verdict yet: a fresh network trains beside this one on the first {fit_test.num_steps} batches of "
-        "the task"
-    )
+def _waiting(batches: int) -> str:
+    return f"{_WAITING}: a fresh network trains beside this one on the first {batches} batches of the task"
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:
