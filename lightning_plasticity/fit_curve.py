@@ -25,6 +25,7 @@ class FitCurve:
             infinite after divergence.
         has_gradient: Whether a parameter had a gradient at the last step.
         batches: The losses on each batch; by default there is one.
+        remark: What was done otherwise than asked, if anything.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -35,6 +36,7 @@ class FitCurve:
     losses: tuple[float, ...]
     has_gradient: bool = True
     batches: tuple[tuple[float, ...], ...] = ()
+    remark: str = ""
 
     @classmethod
     def of(cls, curves: Sequence[FitCurve]) -> FitCurve:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from lightning_plasticity._validation import check_number, check_positive_ints, 
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
+from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
 from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
@@ -178,16 +179,22 @@ class FitTest:
                 returned.
             progress: Called after each step with the number of steps done and their total.
 
+        Returns:
+            The losses. Their ``remark`` says so if small batches failed and the whole batch was taken.
+
         Raises:
             MisconfigurationError: If there is no optimizer to train the copies with.
             ValueError: If the gradient of a regularizer is not finite.
             TypeError: If a regularizer does not return a scalar tensor.
         """
+        remark = ""
         if samples is not None and not context.whole_batch:
-            # Some losses work on a whole batch only; any other error comes again.
-            with contextlib.suppress(Exception):
+            try:
                 return self._fit(context, self._split(context, samples), regularizers, progress)
-        return self._fit(context, [context.batch], regularizers, progress)
+            except Exception as error:
+                # Some losses work on a whole batch only; any other error comes again.
+                remark = f"copies were fitted to the whole batch at once, since small ones fail: {format_error(error)}"
+        return replace(self._fit(context, [context.batch], regularizers, progress), remark=remark)
 
     def _fit(
         self,

@@ -42,8 +42,9 @@ class TaskReport:
         limited: Whether more samples would have taken too long.
         coupled: Whether the loss of a sample depends on others of its batch, which was measured whole.
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
-            ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
-            the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
+            ``"probe"``, ``"fit_test"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its
+            name and of each logger by the name of its class. Errors of other ranks than the first begin with
+            ``on rank <rank>``.
         kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
         expected_steps: Number of optimizer steps that the task was expected to take; ``None`` if it was not known.
 

@@ -370,7 +370,9 @@ class TaskStart:
         same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                measured = self.measurements.measure(same, "probing the repaired network", plan_of(same, report))
+                measured = self.measurements.measure(
+                    same, "probing the repaired network", plan_of(same, report), may_lack_fit=True
+                )
             report.after = to_log_dict(compared(measured, initial, self._best_rank), {})
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
@@ -495,7 +497,8 @@ class TaskStart:
             # The first batch alone, on the weights that the task began with, has been measured.
             measured = replace(self._trial, plan=plan)
         else:
-            measured = self.measurements.measure(context, "probing curvature", plan)
+            may_lack_fit = self._is_known_to_work(history)
+            measured = self.measurements.measure(context, "probing curvature", plan, may_lack_fit=may_lack_fit)
         now = measured.probe
         if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
@@ -507,6 +510,8 @@ class TaskStart:
                 "probing curvature of the initial weights",
                 plan,
                 monitored=bool(measured.features),
+                fitted=measured.curve is not None,
+                may_lack_fit=True,
             )
         self._initial = initial
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
@@ -533,6 +538,8 @@ class TaskStart:
             **by_layer,
         }
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
+        if measured.curve is not None and measured.curve.remark:
+            self._remark(report, measured.curve.remark)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
             self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
         if self.measurements.fit_test is not None and self.measurements.is_live:
