@@ -31,6 +31,7 @@ from lightning_plasticity.distributed.agreement import (
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.explanation import explain
+from lightning_plasticity.engine.fits_at_hand import FitsAtHand
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
@@ -116,6 +117,7 @@ class TaskStart:
         self._trial: Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
         self._initial: Measurement | None = None
+        self._fits_at_hand: FitsAtHand | None = None
         self._best_rank = 1.0
         self._interventions_have_started = False
 
@@ -352,43 +354,83 @@ class TaskStart:
         self.gathering = self._trial = None
         return replace(measured, weights=None)
 
+    def measure_before_repairs(self, context: ProbeContext, report: TaskReport) -> None:
+        """Fit copies of the model to the batch at hand, if its fit test is live: a repaired one is compared with them.
+
+        Args:
+            context: The model and the batch, the same on all ranks.
+            report: The report of the task.
+        """
+        self._fits_at_hand = None
+        if not self.measurements.is_live:
+            return
+        size = context.batch_size
+        if size is not None and size < MIN_SAMPLES:
+            self._remark(
+                report,
+                f"the repaired network is not measured: the batch at hand holds {size} samples, fewer than "
+                f"{MIN_SAMPLES}",
+            )
+            return
+        whole = replace(context, whole_batch=report.coupled)
+        try:
+            with all_or_none(), context.preserve_training_state():
+                fits = FitsAtHand(self.measurements, whole, self.initial_weights.values)
+            report.before = broadcast_object(fits.before)
+        except Exception as error:
+            self._errors.record("fit_test", "the network could not be measured before its repairs", error)
+            return
+        finally:
+            context.discard_copy()
+        self._remark(report, *filter(None, [fits.remark]))
+        self._fits_at_hand = fits
+
     def measure_repaired(self, context: ProbeContext, report: TaskReport, repairs: Sequence[str]) -> bool:
         """Measure a repaired model on the samples of its task, and enter the numbers in the report.
 
         Args:
-            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned.
+            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned, or that
+                :meth:`measure_before_repairs` was called with.
             report: The report of the task.
             repairs: The names of the repairs.
 
         Returns:
-            Whether the number that the verdict depends on is worse than before.
+            Whether the number that the verdict depends on is worse than before; after a live fit test on a number that
+            training logs, the handicap.
         """
-        initial, samples = self._initial, report.metrics.get("probe_samples")
-        # After a live fit test, the samples of the start of the task are gone.
-        if initial is None or not report.metrics or self.measurements.is_live:
+        fits = self._fits_at_hand
+        if fits is None and (self.measurements.is_live or self._initial is None or not report.metrics):
             return False
-        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                measured = self.measurements.measure(
-                    same, "probing the repaired network", plan_of(same, report), may_lack_fit=True
-                )
-            report.after = to_log_dict(compared(measured, initial, self._best_rank), {})
+                report.after = self._measure_again(context, report) if fits is None else fits.measure(context)
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
             return False
         finally:
             context.discard_copy()
         report.after = broadcast_object(report.after)
-        metric = self.collapse.metric
-        before, noise = report.metrics.get(metric, math.nan), report.after.get(f"{metric}_standard_error", 0.0)
-        after = Estimate(report.after.get(metric, math.nan), standard_error=noise)
-        is_worse = self.collapse.is_worse(after, before)
-        message = f"task {report.task}: after {' and '.join(repairs)}, {_changes(report, metric)}"
+        # A number that is logged in training is not among those of the batch at hand.
+        rule = self.collapse if fits is None or self.collapse.metric in fits.before else Collapse()
+        before, noise = report.before or report.metrics, report.after.get(f"{rule.metric}_standard_error", 0.0)
+        after = Estimate(report.after.get(rule.metric, math.nan), standard_error=noise)
+        is_worse = rule.is_worse(after, before.get(rule.metric, math.nan))
+        fresh = FitCurve(report.fresh_fit_curve) if report.fresh_fit_curve else None
+        changes = _changes(before, report.after, rule.metric, fresh if fits is None else fits.fresh)
+        message = f"task {report.task}: after {' and '.join(repairs)}, {changes}"
         message += ": worse than before" if is_worse else ""
         # A repair of a healthy network, as at every task, costs something.
         (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)
         return is_worse
+
+    def _measure_again(self, context: ProbeContext, report: TaskReport) -> dict[str, float]:
+        """Return the numbers of a repaired model on the samples of its task."""
+        assert self._initial is not None
+        samples = report.metrics.get("probe_samples")
+        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
+        plan = plan_of(same, report)
+        measured = self.measurements.measure(same, "probing the repaired network", plan, may_lack_fit=True)
+        return to_log_dict(compared(measured, self._initial, self._best_rank), {})
 
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
         """Return a context on the batch that the user gives, the one of rank 0."""
@@ -603,12 +645,12 @@ class TaskStart:
                 rank_zero_info(remark if remark.startswith("task ") else f"task {report.task}: {remark}")
 
 
-def _changes(report: TaskReport, metric: str) -> str:
+def _changes(before: Mapping[str, float], after: Mapping[str, float], metric: str, fresh: FitCurve | None) -> str:
     """Return how the numbers of a task have changed by its repairs."""
-    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in report.after and name in report.metrics)
-    changes = [f"{DIAGNOSTICS[n].title} {report.metrics[n]:.3g} → {report.after[n]:.3g}" for n in names]
-    if report.fresh_fit_curve:
-        changes.append(f"fit loss of a fresh network {FitCurve(report.fresh_fit_curve).mean:.3g}")
+    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in before and name in after)
+    changes = [f"{DIAGNOSTICS[n].title} {before[n]:.3g} → {after[n]:.3g}" for n in names]
+    if fresh is not None:
+        changes.append(f"fit loss of a fresh network {fresh.mean:.3g}")
     return ", ".join(changes)
 
 

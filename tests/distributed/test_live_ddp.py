@@ -156,6 +156,7 @@ def test_repairs_at_the_verdict_are_the_same(runs: dict[str, list[dict[str, Any]
     reports = runs["repaired"][0]["history"]
     assert [report["collapsed"] for report in reports] == [True, True]
     assert [repair["step"] for repair in reports[1]["repairs"]] == [BATCHES + 9]
+    assert {"handicap", "fit_loss"} <= reports[1]["before"].keys() & reports[1]["after"].keys()
 
 
 def test_error_on_one_rank_ends_the_comparison_on_both(runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -249,11 +249,6 @@ def test_metric_is_the_default_rule() -> None:
     assert SpectralCollapseCallback(fit_test=fit_test, collapse=NEVER).collapse == NEVER
 
 
-def test_undoing_repairs_with_live_test_is_refused() -> None:
-    with pytest.raises(ValueError, match="undo_if_worse=True measures a repaired network"):
-        live(undo_if_worse=True)
-
-
 def test_sharded_weights_are_refused() -> None:
     sharded = trainer(live(), devices=2, strategy=ModelParallelStrategy())
     with pytest.raises(MisconfigurationError, match=r"FitTest\(live=True\) does not support ModelParallelStrategy, wh"):
