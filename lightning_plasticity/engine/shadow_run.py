@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.distributed.agreement import all_reduce_mean, all_reduce_sum
-from lightning_plasticity.distributed.gradients import average_gradients
+from lightning_plasticity.distributed.data_parallel import average_gradients, broadcast_buffers
 from lightning_plasticity.fit_curve import LiveCurve, compare_fits, later_half
 from lightning_plasticity.fit_test import MIN_BATCHES, FitTest, complete_gradients, take_step, trained_parameters
 from lightning_plasticity.interventions import Regularizer
@@ -32,8 +32,8 @@ class ShadowRun:
     for one forward pass, and a backward pass as long as no gradient has reached a parameter.
 
     The copy is made at the first batch. Under DDP each rank has one, and trains it on its own batches; gradients and
-    losses are averaged over ranks, so that weights and losses are the same on all of them. Buffers are those of the
-    rank.
+    losses are averaged over ranks, so that weights and losses are the same on all of them, and buffers are those of
+    rank 0 at the start of each step.
 
     Args:
         fit_test: Which metric to record, and in which direction it is better.
@@ -196,10 +196,12 @@ class ShadowRun:
             training_trial(model),
             context.record_logged(model, self._fit_test.metric) as logged,
         ):
+            if self._starts_window:
+                broadcast_buffers(model)
             with context.training_precision():
                 loss = context.loss_on(model, context.batch)
             if not self._has_gradient:
-                self._has_gradient = _differentiate(loss, model, trained_parameters(self._optimizers))
+                self._has_gradient = _differentiate(self._scaled(loss), model, trained_parameters(self._optimizers))
         return loss.item(), logged
 
     def _train_copy(
@@ -216,6 +218,8 @@ class ShadowRun:
             return loss.detach()
 
         with isolated(model), context.record_logged(model, self._fit_test.metric) as logged:
+            if self._starts_window:
+                broadcast_buffers(model)
             loss = self._take_step(compute_gradients) if ends_window else compute_gradients().item()
         self._starts_window = ends_window
         return loss, logged

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import Collapse, FitTest, SpectralCollapseCallback
-from lightning_plasticity.distributed.gradients import average_gradients
+from lightning_plasticity.distributed.data_parallel import average_gradients
 from lightning_plasticity.engine.shadow_run import ShadowRun
 from lightning_plasticity.interventions import Intervention, ReDo
 from tests.helpers.modules import NEVER, Classifier, trainer, weights
@@ -41,6 +41,31 @@ class Logging(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Restarting(Logging):
+    """Normalizes by a mean of past batches; begins each fit anew, since it trains in the second one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(4))
+        self.losses: list[float] = []
+
+    def on_train_start(self) -> None:
+        self.moments.zero_()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.moments = 0.5 * self.moments + 0.5 * batch[0].mean(0)
+        return super().training_step([batch[0] - self.moments, batch[1]], batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].item() * self.trainer.accumulate_grad_batches)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1 if hasattr(self, "trains") else 0.0, momentum=0.9)
+
+    def on_train_end(self) -> None:
+        self.trains = True
+
+
 class Failing(Callback):
     """Lets the comparison fail on the second rank, at the third batch of the second fit."""
 
@@ -63,17 +88,19 @@ def fit(
     interventions: tuple[Intervention, ...] = (),
     rule: Collapse = NEVER,
     with_callback: bool = True,
+    module: type[Logging] = Logging,
+    accumulated: int = 1,
 ) -> dict[str, Any]:
     """Train two tasks on one of two ranks, each on batches of its own."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29513", WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
     torch.manual_seed(0)
-    net = Logging()
+    net = module()
     start = weights(net)
     callback = SpectralCollapseCallback(
         fit_test=FitTest(live=True, steps=10, metric="train_acc"), collapse=rule, interventions=interventions
     )
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for seed in range(2):
             generator = torch.Generator().manual_seed(seed)
             size = 16 * BATCHES
@@ -84,6 +111,7 @@ def fit(
                 strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False),
                 devices=2,
                 gradient_clip_val=0.5,
+                accumulate_grad_batches=accumulated,
             ).fit(net, DataLoader(data, batch_size=8))
     return {
         "start": start,
@@ -91,8 +119,17 @@ def fit(
         "noise": torch.rand(3),
         "history": [report.to_dict() for report in callback.history],
         "batches": net.batches,
-        "warnings": [str(warning.message) for warning in warned],
+        "losses": getattr(net, "losses", []),
     }
+
+
+def averaged(rank: int) -> list[list[float] | None]:
+    parameters = [torch.zeros(2, requires_grad=True) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    if rank == 1:
+        parameters[1].grad = torch.ones(2)
+    average_gradients(parameters)
+    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
 def everything(rank: int) -> dict[str, dict[str, Any]]:
@@ -102,6 +139,9 @@ def everything(rank: int) -> dict[str, dict[str, Any]]:
         "regularized": fit(rank, interventions=(Quartic(0.1),)),
         "repaired": fit(rank, interventions=(ReDo(),), rule=Collapse(above=1e-9)),
     }
+    for accumulated in (1, 2):
+        result[f"restarting {accumulated}"] = fit(rank, module=Restarting, accumulated=accumulated)
+    result["with"]["gradients"] = averaged(rank)
     original = ShadowRun._loss_of_network
     try:
         result["failing"] = fit(rank, Failing(rank))
@@ -152,6 +192,16 @@ def test_fresh_network_learns_from_batches_of_both_ranks(
     assert report["metrics"]["live_metric_gap"] != 0
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_fresh_network_trains_as_ddp_does(runs: dict[str, list[dict[str, Any]]], accumulated: int) -> None:
+    """The network begins the second fit as a fresh one, so that both have the mean training losses of the ranks."""
+    one, other = runs[f"restarting {accumulated}"]
+    losses = [(a + b) / 2 for a, b in zip(one["losses"], other["losses"], strict=True)][BATCHES : BATCHES + 10]
+    report = one["history"][1]
+    assert report["fit_curve"] == pytest.approx(losses, rel=1e-6)
+    assert report["fresh_fit_curve"] == pytest.approx(losses, rel=1e-6)
+
+
 def test_repairs_at_the_verdict_are_the_same(runs: dict[str, list[dict[str, Any]]]) -> None:
     reports = runs["repaired"][0]["history"]
     assert [report["collapsed"] for report in reports] == [True, True]
@@ -168,14 +218,5 @@ def test_error_on_one_rank_ends_the_comparison_on_both(runs: dict[str, list[dict
     assert torch.equal(runs["failing"][0]["weights"], runs["without"][0]["weights"])
 
 
-def averaged(rank: int) -> Any:
-    parameters = [torch.zeros(2, requires_grad=True) for _ in range(3)]
-    parameters[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
-    if rank == 1:
-        parameters[1].grad = torch.ones(2)
-    average_gradients(parameters)
-    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
-
-
-def test_missing_gradient_counts_as_zero() -> None:
-    assert in_two_processes(averaged) == [[[1.5, 3.0], [0.5, 0.5], None]] * 2
+def test_missing_gradient_counts_as_zero(runs: dict[str, list[dict[str, Any]]]) -> None:
+    assert [run["gradients"] for run in runs["with"]] == [[[1.5, 3.0], [0.5, 0.5], None]] * 2
