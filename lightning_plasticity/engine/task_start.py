@@ -257,7 +257,6 @@ class TaskStart:
             report: The report of the task, which holds all other numbers.
             history: The reports of all earlier tasks.
         """
-        assert self.measurements.fit_test is not None
         report.remarks = [remark for remark in report.remarks if not remark.startswith(_WAITING)]
         if self.shadow is None:
             return
@@ -265,10 +264,7 @@ class TaskStart:
         shadow.stop()
         batches = len(shadow.losses)
         if not shadow.is_complete:
-            self._remark(
-                report,
-                f"the task ended after {batches} of the {shadow.num_batches} batches of the fit test",
-            )
+            self._remark(report, f"the task ended after {batches} of the {shadow.num_batches} batches of the fit test")
         if batches < MIN_BATCHES:
             self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
             return
