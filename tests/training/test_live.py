@@ -175,6 +175,7 @@ class Observer(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*a fresh network would learn this task better")
+@pytest.mark.filterwarnings("ignore:.*worse than before")
 def test_repairs_run_at_the_verdict() -> None:
     callback = live(9, rule=Collapse(above=1e-9), interventions=[ShrinkPerturb()])
     fit_twice(callback, Classifier(), observer := Observer(callback))
