@@ -163,12 +163,18 @@ def configured_optimizers(module: LightningModule) -> list[torch.optim.Optimizer
     return [] if configuration is None else _configure_optimizers(configuration)[0]
 
 
+def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Return the object that scales losses in half precision, if there is one."""
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
 def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     """Return the factor that gradients are scaled by in ``on_before_optimizer_step``.
 
     Fused optimizers undo the scaling of a GradScaler in their step. For all others, Lightning undoes it before.
     """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = grad_scaler(trainer)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     scale: float = scaler.get_scale()

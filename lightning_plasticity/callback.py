@@ -121,7 +121,8 @@ class SpectralCollapseCallback(Callback):
         interventions: Interventions, one after the other: at a collapse, at the start of tasks, every so many steps, or
             all the time.
         undo_if_worse: Whether to undo the repairs at the start of a task, weights and optimizer state, if the number
-            that ``collapse`` watches is worse after them, on the same samples. It is measured in any case.
+            that ``collapse`` watches is worse after them, on the same samples. It is measured in any case. After the
+            verdict of a live fit test it is the handicap in a fit test on the batch at hand, of 8 samples at least.
         monitor: Whether to measure dormant units, feature ranks and norms of the hidden layers at the start of every
             task, on the probe's samples; a :class:`~lightning_plasticity.PlasticityMonitor` selects what is measured.
         monitor_every_n_steps: Number of optimizer steps after which to measure them while training, too, on the
@@ -205,11 +206,6 @@ class SpectralCollapseCallback(Callback):
             raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.15)")
         if fit_test is not None and not isinstance(fit_test, FitTest):
             raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
-        if fit_test is not None and fit_test.live and undo_if_worse:
-            raise ValueError(
-                "undo_if_worse=True measures a repaired network on the samples of the start of the task, which are "
-                "gone at the verdict of FitTest(live=True): leave out one of the two"
-            )
         if fit_test is not None and fit_test.metric is not None and collapse == Collapse():
             collapse = Collapse("live_metric_gap")
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
@@ -592,7 +588,10 @@ class SpectralCollapseCallback(Callback):
         report = self.history[-1]
         self._share_errors()
         self._task_start.compare(report, self.history[:-1])
-        self._finish(context.trainer, report, context, may_repair=may_repair)
+        repair_context: ProbeContext = context
+        if may_repair and self._runner.due_at_task_start(report.task, collapsed=report.collapsed):
+            repair_context = context.gather(self._task_start.measurements.samples)
+        self._finish(context.trainer, report, repair_context, may_repair=may_repair)
 
     def _measure_gathered(self, context: TrainerContext, *, may_repair: bool = True) -> None:
         """Measure the gathered samples on the weights that the task began with, run the repairs that are due and log.
@@ -635,6 +634,8 @@ class SpectralCollapseCallback(Callback):
     def _repair(self, context: ProbeContext, report: TaskReport) -> None:
         """Run the repairs that are due and measure the network again, and undo them if that is worse."""
         is_due = self._runner.due_at_task_start(report.task, collapsed=report.collapsed)
+        if is_due:
+            self._task_start.measure_before_repairs(context, report)
         state = TrainingState(context.model, context.optimizers) if self._undo_if_worse and is_due else None
         repairs = self._runner.at_task_start(context, report.task, self._steps, collapsed=report.collapsed)
         if repairs:

@@ -233,6 +233,14 @@ class ProbeContext:
         """
         return contextlib.nullcontext({})
 
+    def training_precision(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager for forward passes in the precision of training. The default changes nothing."""
+        return contextlib.nullcontext()
+
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        """Return a copy of the object that scales losses in half precision; the default is ``None``: none does."""
+        return None
+
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that restores, on exit, all state outside of a copy that running it may change."""
         return contextlib.nullcontext()

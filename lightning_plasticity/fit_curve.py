@@ -25,6 +25,7 @@ class FitCurve:
             infinite after divergence.
         has_gradient: Whether a parameter had a gradient at the last step.
         batches: The losses on each batch; by default there is one.
+        remark: What was done otherwise than asked, if anything.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -35,6 +36,7 @@ class FitCurve:
     losses: tuple[float, ...]
     has_gradient: bool = True
     batches: tuple[tuple[float, ...], ...] = ()
+    remark: str = ""
 
     @classmethod
     def of(cls, curves: Sequence[FitCurve]) -> FitCurve:
@@ -92,6 +94,7 @@ class LiveCurve(FitCurve):
 
     Args:
         losses: The losses :math:`L_0, \dots, L_{K-1}`; infinite after divergence.
+        has_gradient: Whether a parameter had a gradient on one of the batches.
 
     Example:
         >>> curve = LiveCurve((4.0, 3.0, 2.0, 1.0))
@@ -112,6 +115,12 @@ class LiveCurve(FitCurve):
         """What training has gained: the mean loss over the first tenth of the batches, minus :attr:`mean`."""
         count = -(-len(self.losses) // 10)
         return math.fsum(self.losses[:count]) / count - self.mean
+
+    @property
+    @override
+    def is_dead(self) -> bool:
+        """Whether no gradient reaches the parameters although there is a loss."""
+        return not self.has_gradient and any(self.losses)
 
     @property
     @override

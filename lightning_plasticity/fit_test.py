@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity._validation import check_positive_ints
+from lightning_plasticity._validation import check_number, check_positive_ints, is_int
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
+from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
 from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
@@ -55,11 +56,16 @@ class FitTest:
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
     it: both networks are compared by the later half of these batches, each before its training step. It needs no
     samples but those of training, so that batches may hold a single one, and sees more of the task. It costs a training
-    step and a forward pass for each of these batches, and memory for one more network and its optimizer state.
+    step and a forward pass for each of these batches, and memory for one more network and its optimizer state. Both
+    networks run in the precision of training. With several devices, each trains a copy on its own batches, gradients
+    are averaged as in training, and losses are means over the devices.
 
     Args:
         steps: Number of optimizer steps on each batch, by default 12; with ``live=True`` number of batches, by default
             200.
+        share: Share of the task to compare the networks on, in (0, 1], for ``live=True`` instead of ``steps``: 0.2 for
+            its first fifth, and at least 8 batches. The length of the task is an estimate, ``expected_steps`` of the
+            report; where it is not known, the default number of batches is taken, which the ``remarks`` say.
         batch_size: Number of samples of a batch, or half of them all if there are fewer than two batches. A loss that
             couples the samples of its batch, or fails on fewer, gets all of them. Without effect with ``live=True``.
         live: Whether to compare the networks on the batches of the task.
@@ -70,7 +76,8 @@ class FitTest:
 
     Raises:
         ValueError: If ``steps`` or ``batch_size`` is not a positive whole number, or ``steps`` less than 8 with
-            ``live=True``; if ``metric`` is given without ``live=True``, or ``metric_mode`` without ``metric``.
+            ``live=True``; if ``share`` is not in (0, 1], or given with ``steps``; if ``share`` or ``metric`` is given
+            without ``live=True``, or ``metric_mode`` without ``metric``.
 
     References:
         Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
@@ -89,14 +96,22 @@ class FitTest:
     steps: int | None = None
     batch_size: int = 16
     live: bool = False
+    share: float | None = None
     metric: str | None = None
     metric_mode: MetricMode | None = None
 
     def __post_init__(self) -> None:
+        if self.live and self.steps is not None and not is_int(self.steps):
+            raise ValueError(
+                f"FitTest(live=True, steps={self.steps!r}) must be a whole number of batches; for a share of the task, "
+                "such as its first fifth, write share=0.2"
+            )
         check_positive_ints(type(self).__name__, optional=True, steps=self.steps)
         check_positive_ints(type(self).__name__, batch_size=self.batch_size)
         if self.live and self.num_steps < MIN_BATCHES:
             raise ValueError(f"FitTest(live=True, steps={self.steps}) must be at least {MIN_BATCHES} batches")
+        if self.share is not None:
+            self._check_share(self.share)
         if self.metric is not None and not self.live:
             raise ValueError(f"FitTest(metric={self.metric!r}) compares what training logs: write live=True, too")
         if self.metric_mode is not None and self.metric is None:
@@ -106,12 +121,34 @@ class FitTest:
                 f"FitTest(metric_mode={self.metric_mode!r}) must be one of {[*get_args(MetricMode), None]}"
             )
 
+    def _check_share(self, share: float) -> None:
+        if not self.live:
+            raise ValueError(f"FitTest(share={share!r}) is a share of the batches of the task: write live=True, too")
+        if self.steps is not None:
+            raise ValueError(f"FitTest(steps={self.steps}, share={share!r}): write one of them")
+        check_number("(0, 1]", "FitTest", "a share of the task, 0.2 for its first fifth", share=share)
+
     @property
     def num_steps(self) -> int:
-        """Number of optimizer steps, or of batches with ``live=True``."""
+        """Number of optimizer steps; with ``live=True`` number of batches, unless it follows from a share."""
         if self.steps is not None:
             return self.steps
         return _LIVE_STEPS if self.live else _STEPS
+
+    def num_batches(self, length: float | None) -> int:
+        """Return the number of batches that networks are compared on with ``live=True``.
+
+        Args:
+            length: Number of batches of the task; ``None`` if it is not known.
+
+        Example:
+            >>> fit_test = FitTest(live=True, share=0.2)
+            >>> fit_test.num_batches(1000), fit_test.num_batches(20), fit_test.num_batches(None)
+            (200, 8, 200)
+        """
+        if self.share is None or length is None:
+            return self.num_steps
+        return max(round(self.share * length), MIN_BATCHES)
 
     @property
     def higher_is_better(self) -> bool:
@@ -142,16 +179,22 @@ class FitTest:
                 returned.
             progress: Called after each step with the number of steps done and their total.
 
+        Returns:
+            The losses. Their ``remark`` says so if small batches failed and the whole batch was taken.
+
         Raises:
             MisconfigurationError: If there is no optimizer to train the copies with.
             ValueError: If the gradient of a regularizer is not finite.
             TypeError: If a regularizer does not return a scalar tensor.
         """
+        remark = ""
         if samples is not None and not context.whole_batch:
-            # Some losses work on a whole batch only; any other error comes again.
-            with contextlib.suppress(Exception):
+            try:
                 return self._fit(context, self._split(context, samples), regularizers, progress)
-        return self._fit(context, [context.batch], regularizers, progress)
+            except Exception as error:
+                # Some losses work on a whole batch only; any other error comes again.
+                remark = f"copies were fitted to the whole batch at once, since small ones fail: {format_error(error)}"
+        return replace(self._fit(context, [context.batch], regularizers, progress), remark=remark)
 
     def _fit(
         self,

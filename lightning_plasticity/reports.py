@@ -34,16 +34,19 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
-        after: The diagnostics after the repairs at the start of the task, on the same samples; empty without repairs or
-            with a live fit test.
+        before: After the verdict of a live fit test: the results of a fit test on the batch at hand, before the
+            repairs. Otherwise empty, since ``metrics`` holds them.
+        after: The diagnostics after the repairs, on the same samples as before: those of the start of the task, or of
+            the batch at hand. Empty without repairs.
         fit_curve: The losses of the fit test before each step and after the last one; of a live one, those on the
             batches of the task before each step. Empty without a fit test.
         fresh_fit_curve: The same for the initial weights.
         limited: Whether more samples would have taken too long.
         coupled: Whether the loss of a sample depends on others of its batch, which was measured whole.
         errors: The errors that did not end training, from the start of this task to that of the next: the first one of
-            ``"probe"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its name and of each logger by
-            the name of its class. Errors of other ranks than the first begin with ``on rank <rank>``.
+            ``"probe"``, ``"fit_test"``, ``"monitor"`` and ``"task_detector"``, of each intervention by its
+            name and of each logger by the name of its class. Errors of other ranks than the first begin with
+            ``on rank <rank>``.
         kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
         expected_steps: Number of optimizer steps that the task was expected to take; ``None`` if it was not known.
 
@@ -63,6 +66,7 @@ class TaskReport:
     outputs: int | None = None
     trained_parameters: str = ""
     remarks: list[str] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     fit_curve: tuple[float, ...] = ()
     fresh_fit_curve: tuple[float, ...] = ()
@@ -123,6 +127,7 @@ class TaskReport:
             "outputs": self.outputs,
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
+            "before": dict(self.before),
             "after": dict(self.after),
             "fit_curve": self.fit_curve,
             "fresh_fit_curve": self.fresh_fit_curve,

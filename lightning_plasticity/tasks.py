@@ -218,6 +218,8 @@ class TaskDetector:
     def expected_steps(self, trainer: Trainer, last: int | None) -> int | None:
         """Return the number of optimizer steps that a task takes, as far as it is known when it starts.
 
+        It counts the steps of all optimizers, and expects one step of each for a batch.
+
         It is ``every_n_steps`` or ``every_n_epochs``; else, for the first task that the Trainer trains, the steps of
         the whole fit; else those of the last task.
 
@@ -228,7 +230,8 @@ class TaskDetector:
         if self._every_n_steps is not None:
             return self._every_n_steps
         if self._every_n_epochs is not None and math.isfinite(trainer.num_training_batches):
-            return self._every_n_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            return self._every_n_epochs * steps * len(trainer.optimizers)
         left = _steps_left(trainer)
         return last if last is not None and (trainer.global_step or left is None) else left
 
@@ -373,7 +376,9 @@ def attribute_key(trainer: Trainer, pl_module: LightningModule) -> TaskId:
 
 def _steps_left(trainer: Trainer) -> int | None:
     """Return the number of optimizer steps that are left in the fit; ``None`` if it has no known end."""
-    left = trainer.estimated_stepping_batches - trainer.global_step
+    # Lightning counts the steps of all optimizers, and estimates those of one.
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    left = min(trainer.estimated_stepping_batches * len(trainer.optimizers), limit) - trainer.global_step
     return int(left) if math.isfinite(left) and left > 0 else None
 
 

@@ -334,8 +334,61 @@ def test_loss_that_needs_its_whole_batch_gets_it() -> None:
     context = plain_context(model, [sgd(model.parameters())])
     curve = FitTest(steps=3).fit(replace(context, loss_fn=loss_fn), 64)
     assert curve.batches == FitTest(steps=3).fit(context, None).batches
+    assert curve.remark.startswith("copies were fitted to the whole batch at once, since small ones fail: RuntimeError")
     with pytest.raises(RuntimeError, match="must match the size"):
         FitTest(steps=3).fit(replace(context, loss_fn=loss_fn).with_batch(context.samples(40)), 40)
+
+
+def test_fallback_to_the_whole_batch_is_a_remark_of_each_report(caplog: pytest.LogCaptureFixture) -> None:
+    class Coupled(Classifier):
+        """A classifier of batches of 64 and less than 16 samples only."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if len(batch[0]) == 16:
+                raise ValueError("16 samples are too few")
+            return super().training_step(batch, batch_idx)
+
+    module, callback = Coupled(), SpectralCollapseCallback(collapse=NEVER, fit_test=FitTest(steps=2), monitor=False)
+    caplog.set_level("INFO")
+    for _ in range(2):
+        trainer(callback, max_steps=1).fit(module, loader())
+    remark = "copies were fitted to the whole batch at once, since small ones fail: ValueError: 16 samples are too few"
+    assert [report.remarks.count(remark) for report in callback.history] == [1, 1]
+    assert caplog.text.count(remark) == 1
+
+
+class Breaking(L2Init):
+    """A regularizer that fails from the second task on."""
+
+    works = True
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        if not self.works:
+            raise ValueError("the weights are gone")
+        return super().penalty(model)
+
+
+@pytest.mark.filterwarnings("ignore:Breaking failed and was left out of this step")
+def test_failing_regularizer_leaves_the_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, callback = Classifier(), SpectralCollapseCallback(interventions=[Breaking(0.1)])
+    trainer(callback, max_steps=1).fit(module, loader())
+    monkeypatch.setattr(Breaking, "works", False)
+    with pytest.warns(PlasticityWarning) as warned:
+        trainer(callback, max_steps=1).fit(module, loader())
+    messages = [str(warning.message) for warning in warned]
+    failed = "the fit test failed and is left out of this task, training goes on: the weights are gone"
+    assert messages.count(failed) == 1
+    assert "task 1: handicap is not a number, so it is unknown whether this is a collapse" in messages
+    report = callback.history[1]
+    assert report.errors["fit_test"] == "ValueError: the weights are gone"
+    assert {"learnable_fraction", "learnable_fraction_vs_initial", "dormant_fraction"} <= report.metrics.keys()
+    assert not {"handicap", "fit_loss"} & report.metrics.keys()
+
+
+def test_regularizer_that_fails_at_once_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breaking, "works", False)
+    with pytest.raises(ValueError, match="the weights are gone"):
+        trainer(SpectralCollapseCallback(interventions=[Breaking(0.1)])).fit(Classifier(), loader())
 
 
 def test_fit_needs_an_optimizer() -> None:

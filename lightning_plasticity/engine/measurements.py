@@ -26,7 +26,7 @@ from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.fit_curve import FitCurve, compare_fits
 from lightning_plasticity.fit_test import FitTest
-from lightning_plasticity.messages import MisconfigurationError
+from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
 from lightning_plasticity.reports import TaskReport
@@ -148,24 +148,48 @@ class Measurements:
         self._probe_is_checked = True
 
     def measure(
-        self, context: ProbeContext, description: str, plan: Plan | None = None, *, monitored: bool = True
+        self,
+        context: ProbeContext,
+        description: str,
+        plan: Plan | None = None,
+        *,
+        monitored: bool = True,
+        fitted: bool = True,
+        may_lack_fit: bool = False,
     ) -> Measurement:
-        """Return what the probe, the fit test and the monitor measure on copies of the model."""
+        """Return what the probe, the fit test and the monitor measure on copies of the model.
+
+        Args:
+            context: The model and the batch.
+            description: What the progress bar says.
+            plan: The training to come, if it is known.
+            monitored: Whether the monitor measures, if there is one.
+            fitted: Whether copies are fitted, if there is a fit test.
+            may_lack_fit: Whether an error of the fit test is recorded, so that the other numbers survive.
+        """
         if self.probe is None:
             size = context.batch_size
             result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
         else:
             result = self._measure_curvature(self.probe, context, description)
         curve, features = None, {}
-        if self.fit_test is not None and not self.is_live:
-            with context.show_progress("fitting a copy") as progress:
-                whole = replace(context, whole_batch=result.coupled)
-                # The spectra may be too costly for all samples.
-                samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
-                curve = self.fit_test.fit(whole, samples, regularizers=self._runner.regularizers, progress=progress)
+        if self.fit_test is not None and not self.is_live and fitted:
+            # The spectra may be too costly for all samples.
+            samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
+            try:
+                curve = self.fit(self.fit_test, replace(context, whole_batch=result.coupled), samples)
+            except Exception as error:
+                if not may_lack_fit or isinstance(error, SkippedBatchError):
+                    raise
+                self._errors.record("fit_test", "the fit test failed and is left out of this task", error)
         if self.monitor is not None and monitored:
             features = self._measure_activations(self.monitor, context, result.samples or self.samples)
         return Measurement(result, curve, features, plan)
+
+    def fit(self, fit_test: FitTest, context: ProbeContext, samples: int | None) -> FitCurve:
+        """Return the losses of copies of the model that are fitted to samples, with the regularizers of the run."""
+        with context.show_progress("fitting a copy") as progress:
+            return fit_test.fit(context, samples, regularizers=self._runner.regularizers, progress=progress)
 
     def _measure_curvature(self, probe: Probe, context: ProbeContext, description: str) -> ProbeResult:
         """Return the result of the probe, empty where the model is not supported and the fit test suffices."""
@@ -238,7 +262,8 @@ def best_rank(report: TaskReport, history: Sequence[TaskReport]) -> float:
 def plan_of(context: ProbeContext, report: TaskReport) -> Plan | None:
     """Return the training to come in a task; ``None`` if nothing is trained or the number of steps is not known."""
     lr, steps = context.learning_rate, report.expected_steps
-    return None if lr is None or steps is None else Plan(lr, steps)
+    # The number counts the steps of all optimizers, of which each trains its own parameters.
+    return None if lr is None or steps is None else Plan(lr, max(steps // max(len(context.optimizers), 1), 1))
 
 
 def metrics_of_parts(now: ProbeResult, initial: ProbeResult, plan: Plan | None) -> dict[str, float]:

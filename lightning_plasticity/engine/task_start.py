@@ -31,6 +31,7 @@ from lightning_plasticity.distributed.agreement import (
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.explanation import explain
+from lightning_plasticity.engine.fits_at_hand import FitsAtHand
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
@@ -55,6 +56,8 @@ _RANK = "ntk_effective_rank_vs_initial"
 
 _FEW_SAMPLES = 16
 """Number of samples below which a warning says that they are few."""
+
+_WAITING = "there is no verdict yet"
 
 _ADVICE_ON_SAMPLES = "take larger batches, or pass SpectralCollapseCallback(probe_batch=...)"
 
@@ -114,6 +117,7 @@ class TaskStart:
         self._trial: Measurement | None = None
         # The initial weights on the samples of the last task, for the comparison with a repaired model.
         self._initial: Measurement | None = None
+        self._fits_at_hand: FitsAtHand | None = None
         self._best_rank = 1.0
         self._interventions_have_started = False
 
@@ -171,7 +175,7 @@ class TaskStart:
             SkippedBatchError: If the loss is not defined on this batch: the task can be measured at the next one.
         """
         self._interventions_have_started = not self._runner.interventions
-        gathering = None
+        gathering, of_rank = None, context
         with contextlib.ExitStack() as stack:
             try:
                 context = context.gather(self.measurements.samples)
@@ -189,7 +193,7 @@ class TaskStart:
                 return None
             if report is not None:
                 self._trial = None
-                self._begin_shadow(context, window=window, ends_window=ends_window)
+                self._begin_shadow(report, of_rank, window=window, ends_window=ends_window)
                 size = context.batch_size
                 is_small = fixed is None and size is not None and size < self._wanted(history)
                 if is_small and not _was_coupled(history):
@@ -205,13 +209,24 @@ class TaskStart:
         self.gathering = gathering
         return context if gathering is None else None
 
-    def _begin_shadow(self, context: ProbeContext, *, window: int, ends_window: bool) -> None:
+    def _begin_shadow(self, report: TaskReport, context: ProbeContext, *, window: int, ends_window: bool) -> None:
         """Let a fresh network train on the first batch of a task, unless the network is fresh itself."""
         self.shadow = None
-        if self.measurements.fit_test is not None and self.measurements.fit_test.live and self.initial_weights.values:
-            self.initial_weights.store(context.model)
-            self.shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
-            self.train_shadow(context, window=window, ends_window=ends_window)
+        fit_test = self.measurements.fit_test
+        if fit_test is None or not fit_test.live or not self.initial_weights.values:
+            return
+        steps = report.expected_steps
+        # Every optimizer steps once in a window of batches.
+        batches = fit_test.num_batches(None if steps is None else steps * window / max(len(context.optimizers), 1))
+        if fit_test.share is not None and steps is None:
+            self._remark(
+                report,
+                f"the length of the task is not known: the fit test compares {batches} batches, not a share of "
+                f"{fit_test.share:g}",
+            )
+        self.initial_weights.store(context.model)
+        self.shadow = ShadowRun(fit_test, self.initial_weights.values, batches)
+        self.train_shadow(context, window=window, ends_window=ends_window)
 
     def train_shadow(self, context: ProbeContext, *, window: int = 1, ends_window: bool = True) -> None:
         """Let the fresh network train on a batch, unless it has seen enough. An error ends the comparison only.
@@ -224,8 +239,10 @@ class TaskStart:
         assert self.shadow is not None
         if self.shadow.is_complete:
             return
+        regularizers = self._runner.regularizers
         try:
-            self.shadow.train(context, regularizers=self._runner.regularizers, window=window, ends_window=ends_window)
+            with all_or_none():
+                self.shadow.train(context, regularizers=regularizers, window=window, ends_window=ends_window)
         except SkippedBatchError:
             # The network is not trained on this batch either.
             return
@@ -240,18 +257,14 @@ class TaskStart:
             report: The report of the task, which holds all other numbers.
             history: The reports of all earlier tasks.
         """
-        assert self.measurements.fit_test is not None
-        report.remarks = [remark for remark in report.remarks if remark != _waiting(self.measurements.fit_test)]
+        report.remarks = [remark for remark in report.remarks if not remark.startswith(_WAITING)]
         if self.shadow is None:
             return
         shadow, self.shadow = self.shadow, None
         shadow.stop()
         batches = len(shadow.losses)
         if not shadow.is_complete:
-            self._remark(
-                report,
-                f"the task ended after {batches} of the {self.measurements.fit_test.num_steps} batches of the fit test",
-            )
+            self._remark(report, f"the task ended after {batches} of the {shadow.num_batches} batches of the fit test")
         if batches < MIN_BATCHES:
             self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
             return
@@ -264,18 +277,21 @@ class TaskStart:
         # A number that is not defined, such as the ratio of two zeros, gives no verdict.
         values = {**known, self.collapse.metric: math.nan, **values}
         message = self._judge(report, values, {**known_references, **references}, history, None)
+        # Losses may differ by rounding where ranks are of several kinds, but decisions must not.
+        state, message = broadcast_object((report.to_dict(), message))
+        vars(report).update(vars(TaskReport.from_dict(state)))
         if message is not None:
             self._errors.warn(message)
 
-    def _dry_run(self, context: ProbeContext) -> None:
-        """Run on copies, before any weight has changed, what is to run later."""
-        self._runner.dry_run(context)
-        if self.measurements.is_live and self.measurements.fit_test is not None:
-            shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
-            try:
-                shadow.train(context, regularizers=self._runner.regularizers)
-            finally:
-                shadow.stop()
+    def _try_shadow(self, context: ProbeContext) -> bool:
+        """Train a fresh network on one batch, and return whether no gradient reaches it."""
+        assert self.measurements.fit_test is not None
+        shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
+        try:
+            shadow.train(context, regularizers=self._runner.regularizers)
+            return shadow.fresh_is_dead
+        finally:
+            shadow.stop()
 
     def gather(self, context: ProbeContext, history: Sequence[TaskReport]) -> bool:
         """Add the samples of another batch to those of the task.
@@ -334,41 +350,83 @@ class TaskStart:
         self.gathering = self._trial = None
         return replace(measured, weights=None)
 
+    def measure_before_repairs(self, context: ProbeContext, report: TaskReport) -> None:
+        """Fit copies of the model to the batch at hand, if its fit test is live: a repaired one is compared with them.
+
+        Args:
+            context: The model and the batch, the same on all ranks.
+            report: The report of the task.
+        """
+        self._fits_at_hand = None
+        if not self.measurements.is_live:
+            return
+        size = context.batch_size
+        if size is not None and size < MIN_SAMPLES:
+            self._remark(
+                report,
+                f"the repaired network is not measured: the batch at hand holds {size} samples, fewer than "
+                f"{MIN_SAMPLES}",
+            )
+            return
+        whole = replace(context, whole_batch=report.coupled)
+        try:
+            with all_or_none(), context.preserve_training_state():
+                fits = FitsAtHand(self.measurements, whole, self.initial_weights.values)
+            report.before = broadcast_object(fits.before)
+        except Exception as error:
+            self._errors.record("fit_test", "the network could not be measured before its repairs", error)
+            return
+        finally:
+            context.discard_copy()
+        self._remark(report, *filter(None, [fits.remark]))
+        self._fits_at_hand = fits
+
     def measure_repaired(self, context: ProbeContext, report: TaskReport, repairs: Sequence[str]) -> bool:
         """Measure a repaired model on the samples of its task, and enter the numbers in the report.
 
         Args:
-            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned.
+            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned, or that
+                :meth:`measure_before_repairs` was called with.
             report: The report of the task.
             repairs: The names of the repairs.
 
         Returns:
-            Whether the number that the verdict depends on is worse than before.
+            Whether the number that the verdict depends on is worse than before; after a live fit test on a number that
+            training logs, the handicap.
         """
-        initial, samples = self._initial, report.metrics.get("probe_samples")
-        # After a live fit test, the samples of the start of the task are gone.
-        if initial is None or not report.metrics or self.measurements.is_live:
+        fits = self._fits_at_hand
+        if fits is None and (self.measurements.is_live or self._initial is None or not report.metrics):
             return False
-        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
         try:
             with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                measured = self.measurements.measure(same, "probing the repaired network", plan_of(same, report))
-            report.after = to_log_dict(compared(measured, initial, self._best_rank), {})
+                report.after = self._measure_again(context, report) if fits is None else fits.measure(context)
         except Exception as error:
             self._errors.record("probe", "the repaired network could not be measured", error)
             return False
         finally:
             context.discard_copy()
         report.after = broadcast_object(report.after)
-        metric = self.collapse.metric
-        before, noise = report.metrics.get(metric, math.nan), report.after.get(f"{metric}_standard_error", 0.0)
-        after = Estimate(report.after.get(metric, math.nan), standard_error=noise)
-        is_worse = self.collapse.is_worse(after, before)
-        message = f"task {report.task}: after {' and '.join(repairs)}, {_changes(report, metric)}"
+        # A number that is logged in training is not among those of the batch at hand.
+        rule = self.collapse if fits is None or self.collapse.metric in fits.before else Collapse()
+        before, noise = report.before or report.metrics, report.after.get(f"{rule.metric}_standard_error", 0.0)
+        after = Estimate(report.after.get(rule.metric, math.nan), standard_error=noise)
+        is_worse = rule.is_worse(after, before.get(rule.metric, math.nan))
+        fresh = FitCurve(report.fresh_fit_curve) if report.fresh_fit_curve else None
+        changes = _changes(before, report.after, rule.metric, fresh if fits is None else fits.fresh)
+        message = f"task {report.task}: after {' and '.join(repairs)}, {changes}"
         message += ": worse than before" if is_worse else ""
         # A repair of a healthy network, as at every task, costs something.
         (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)
         return is_worse
+
+    def _measure_again(self, context: ProbeContext, report: TaskReport) -> dict[str, float]:
+        """Return the numbers of a repaired model on the samples of its task."""
+        assert self._initial is not None
+        samples = report.metrics.get("probe_samples")
+        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
+        plan = plan_of(same, report)
+        measured = self.measurements.measure(same, "probing the repaired network", plan, may_lack_fit=True)
+        return to_log_dict(compared(measured, self._initial, self._best_rank), {})
 
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
         """Return a context on the batch that the user gives, the one of rank 0."""
@@ -396,7 +454,9 @@ class TaskStart:
                         self._trial = self.measurements.measure(context, "trying the probe")
                     if self._trial.probe.coupled or self._trial.probe.limited:
                         return None
-                    self._dry_run(context)
+                    self._runner.dry_run(context)
+                    if self.measurements.is_live:
+                        self._try_shadow(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.measurements.samples))
                 return gathering
@@ -420,7 +480,7 @@ class TaskStart:
                 with context.preserve_training_state():
                     message = self._probe_and_evaluate(report, context, history, is_initial=is_initial)
                 if not self._is_known_to_work(history):
-                    self._dry_run(context)
+                    self._runner.dry_run(context)
         except Exception as error:
             if gathering is None and isinstance(error, SkippedBatchError):
                 raise
@@ -475,7 +535,8 @@ class TaskStart:
             # The first batch alone, on the weights that the task began with, has been measured.
             measured = replace(self._trial, plan=plan)
         else:
-            measured = self.measurements.measure(context, "probing curvature", plan)
+            may_lack_fit = self._is_known_to_work(history)
+            measured = self.measurements.measure(context, "probing curvature", plan, may_lack_fit=may_lack_fit)
         now = measured.probe
         if now.coupled and gathering is not None and gathering.is_joined:
             raise ValueError("the loss of a sample depends on the other samples of its batch")
@@ -487,6 +548,8 @@ class TaskStart:
                 "probing curvature of the initial weights",
                 plan,
                 monitored=bool(measured.features),
+                fitted=measured.curve is not None,
+                may_lack_fit=True,
             )
         self._initial = initial
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
@@ -496,7 +559,9 @@ class TaskStart:
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
         if self.measurements.fit_test is not None and self.measurements.is_live and is_initial:
-            values = {**dict.fromkeys(self.measurements.fit_test.measures, 0.0), "handicap": 1.0, **values}
+            is_dead = self._try_shadow(context)
+            gaps = dict.fromkeys(self.measurements.fit_test.measures, math.inf if is_dead else 0.0)
+            values = {**gaps, "handicap": math.inf if is_dead else 1.0, **values, "fit_gap": 0.0}
             del values["fit_loss"]
         if self.measurements.probe is not None:
             report.matrix = self.measurements.probe.matrices[0]
@@ -511,13 +576,15 @@ class TaskStart:
             **by_layer,
         }
         self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
+        if measured.curve is not None and measured.curve.remark:
+            self._remark(report, measured.curve.remark)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
             self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
         if self.measurements.fit_test is not None and self.measurements.is_live:
             if is_initial:
                 return self._judge(report, values, references, history, None)
             if self.shadow is not None:
-                self._remark(report, _waiting(self.measurements.fit_test))
+                self._remark(report, _waiting(self.shadow.num_batches))
             return None
         return self._judge(report, values, references, history, now.samples)
 
@@ -574,20 +641,17 @@ class TaskStart:
                 rank_zero_info(remark if remark.startswith("task ") else f"task {report.task}: {remark}")
 
 
-def _changes(report: TaskReport, metric: str) -> str:
+def _changes(before: Mapping[str, float], after: Mapping[str, float], metric: str, fresh: FitCurve | None) -> str:
     """Return how the numbers of a task have changed by its repairs."""
-    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in report.after and name in report.metrics)
-    changes = [f"{DIAGNOSTICS[n].title} {report.metrics[n]:.3g} → {report.after[n]:.3g}" for n in names]
-    if report.fresh_fit_curve:
-        changes.append(f"fit loss of a fresh network {FitCurve(report.fresh_fit_curve).mean:.3g}")
+    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in before and name in after)
+    changes = [f"{DIAGNOSTICS[n].title} {before[n]:.3g} → {after[n]:.3g}" for n in names]
+    if fresh is not None:
+        changes.append(f"fit loss of a fresh network {fresh.mean:.3g}")
     return ", ".join(changes)
 
 
-def _waiting(fit_test: FitTest) -> str:
-    return (
-        f"there is no verdict yet: a fresh network trains beside this one on the first {fit_test.num_steps} batches of "
-        "the task"
-    )
+def _waiting(batches: int) -> str:
+    return f"{_WAITING}: a fresh network trains beside this one on the first {batches} batches of the task"
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:

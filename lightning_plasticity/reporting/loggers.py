@@ -92,9 +92,11 @@ def log_task(
         errors: Records the errors of loggers that fail.
         groups: The prefixes of the names.
     """
+    before = {f"{name}_before_repair": value for name, value in report.before.items()}
     after = {f"{name}_after_repair": value for name, value in report.after.items()}
     values = {
         **report.metrics,
+        **before,
         **after,
         "collapsed": float(report.collapsed),
         "probe_failed": float(not report.metrics),

@@ -48,12 +48,12 @@ def check_live(trainer: Trainer) -> None:
     """Check that a fresh network can be trained beside the network.
 
     Raises:
-        MisconfigurationError: If there are several processes, or weights are sharded.
+        MisconfigurationError: If weights are sharded.
     """
-    if trainer.world_size > 1 or is_model_parallel(trainer.strategy):
+    if is_model_parallel(trainer.strategy):
         raise MisconfigurationError(
-            f"FitTest(live=True) does not support {type(trainer.strategy).__name__} with {trainer.world_size} "
-            "processes: use Trainer(devices=1), or leave out live=True"
+            f"FitTest(live=True) does not support {type(trainer.strategy).__name__}, which shards weights: use "
+            "Trainer(strategy='ddp'), or leave out live=True"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_plasticity._compat import DummyLogger, compiled_methods, is_lightning
+from lightning_plasticity._compat import DummyLogger, compiled_methods, grad_scaler, is_lightning
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.distributed.sharded_weights import is_device_mesh
@@ -107,6 +108,14 @@ class TrainerContext(ProbeContext):
     @override
     def record_logged(self, model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[dict[str, float]]:
         return recorded_logs(model, name)
+
+    @override
+    def training_precision(self) -> contextlib.AbstractContextManager[None]:
+        return self.trainer.precision_plugin.train_step_context()
+
+    @override
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        return copy.deepcopy(grad_scaler(self.trainer))
 
     @override
     def preserve_training_state(self) -> contextlib.AbstractContextManager[None]:
@@ -215,7 +224,7 @@ class _QuietTrainer:
 def recorded_logs(model: nn.Module, name: str | None) -> Iterator[dict[str, float]]:
     """Yield the numbers that an isolated copy logs while it runs, each where it is logged first.
 
-    Metrics of torchmetrics start anew, so that their value is that of the batch.
+    Metrics of torchmetrics start anew, so that their value is that of the batch, on this rank.
 
     Args:
         model: The copy.
@@ -234,6 +243,7 @@ def recorded_logs(model: nn.Module, name: str | None) -> Iterator[dict[str, floa
     for metric in model.modules():
         if isinstance(metric, Metric):
             metric.reset()
+            metric.sync_on_compute = False
     for part in parts:
         part.log, part.log_dict = log, log_dict  # type: ignore[method-assign, assignment]
     try:

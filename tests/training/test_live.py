@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.engine.shadow_run import ShadowRun
 from lightning_plasticity.interventions import ShrinkPerturb
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.training.checks import check_live
 from tests.helpers.killed_run import weights_only_option
-from tests.helpers.modules import NEVER, Classifier, loader, trainer, weights
+from tests.helpers.modules import NEVER, Classifier, cross_entropy, loader, trainer, weights
 from tests.helpers.training_runs import check_identical, train
 from tests.helpers.usages import USAGES, Quartic, Usage, convolutional
 from tests.training.test_resume import assert_same
@@ -173,6 +175,7 @@ class Observer(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*a fresh network would learn this task better")
+@pytest.mark.filterwarnings("ignore:.*worse than before")
 def test_repairs_run_at_the_verdict() -> None:
     callback = live(9, rule=Collapse(above=1e-9), interventions=[ShrinkPerturb()])
     fit_twice(callback, Classifier(), observer := Observer(callback))
@@ -193,13 +196,15 @@ def test_comparison_ends_with_the_fit(batches: int, *, has_verdict: bool) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_resumed_run_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "fp16"])
+def test_resumed_run_ends_the_same(tmp_path: Path, precision: str) -> None:
     """The checkpoint is saved at the fourth of eight batches that are compared."""
 
     def fit(module: Any, callback: Any, *others: Callback, seed: int = 1, **options: Any) -> None:
         # Lightning does not restore the random numbers of dropout.
         module.net[3].p = 0.0
-        pl_trainer = trainer(callback, *others, max_epochs=3, enable_checkpointing=bool(others))
+        of_precision = fp16() if precision == "fp16" else {}
+        pl_trainer = trainer(callback, *others, max_epochs=3, enable_checkpointing=bool(others), **of_precision)
         batches = DataLoader(loader(batches=4, seed=seed).dataset, batch_size=64)
         pl_trainer.fit(module, batches, **options, **weights_only_option())
 
@@ -245,15 +250,129 @@ def test_metric_is_the_default_rule() -> None:
     assert SpectralCollapseCallback(fit_test=fit_test, collapse=NEVER).collapse == NEVER
 
 
-def test_undoing_repairs_with_live_test_is_refused() -> None:
-    with pytest.raises(ValueError, match="undo_if_worse=True measures a repaired network"):
-        live(undo_if_worse=True)
+def test_sharded_weights_are_refused() -> None:
+    sharded = trainer(live(), devices=2, strategy=ModelParallelStrategy())
+    with pytest.raises(MisconfigurationError, match=r"FitTest\(live=True\) does not support ModelParallelStrategy, wh"):
+        check_live(sharded)
 
 
-def test_several_processes_are_refused() -> None:
-    several = trainer(live(), devices=2, strategy="ddp")
-    with pytest.raises(MisconfigurationError, match=r"FitTest\(live=True\) does not support DDPStrategy with 2"):
-        check_live(several)
+class Restarting(Classifier):
+    """A classifier that does not train in its first fit, so that it begins the second one as a fresh network."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0 if self.trainer.max_steps == 1 else 0.5, momentum=0.9)
+
+
+def fp16() -> dict[str, Any]:
+    """Return options for half precision whose first gradients overflow, so that their steps are skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}], ids=str)
+def test_fresh_network_trains_in_the_precision_of_training(precision: str, options: dict[str, Any]) -> None:
+    """Both networks begin with the same weights, so that their losses must be those of training, bit for bit."""
+    module, callback, recorder = Restarting(), live(12), Recorder()
+    for steps in (1, -1):
+        of_precision = fp16() if precision == "fp16" else {"precision": precision}
+        pl_trainer = trainer(recorder, callback, max_steps=steps, **of_precision, **options)
+        pl_trainer.fit(module, loader(batches=12))
+    report = callback.history[1]
+    window = options.get("accumulate_grad_batches", 1)
+    assert report.fit_curve == report.fresh_fit_curve == tuple(window * loss for *_, loss, _ in recorder.fits[1])
+    assert report.metrics["handicap"] == 1
+    if precision == "fp16":
+        assert pl_trainer.precision_plugin.scaler.get_scale() < 2.0**22
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(40, 16), (10, 8)])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_share_of_the_task_is_compared(batches: int, expected: int, accumulated: int) -> None:
+    callback, module = SpectralCollapseCallback(collapse=NEVER, fit_test=FitTest(live=True, share=0.4)), Classifier()
+    for seed in range(2):
+        pl_trainer = trainer(callback, accumulate_grad_batches=accumulated)
+        pl_trainer.fit(module, loader(batches=batches, size=8, seed=seed))
+    assert len(callback.history[1].fresh_fit_curve) == expected
+
+
+class TwoOptimizers(Classifier):
+    """Steps two optimizers for each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[layer].parameters(), lr=0.1) for layer in (0, 2)]
+
+
+@pytest.mark.parametrize("every_n_epochs", [None, 1])
+def test_share_counts_batches_with_two_optimizers(every_n_epochs: int | None) -> None:
+    module = TwoOptimizers()
+    options = {"task_detector": TaskDetector(every_n_epochs=every_n_epochs), "loss_fn": cross_entropy}
+    callback = SpectralCollapseCallback(collapse=NEVER, fit_test=FitTest(live=True, share=0.4), **options)
+    for _ in range(2):
+        trainer(callback, max_epochs=2).fit(module, loader(batches=12, size=8))
+    length = 24 if every_n_epochs is None else 12
+    assert [report.expected_steps for report in callback.history[:2]] == [2 * length] * 2
+    assert len(callback.history[1].fresh_fit_curve) == max(round(0.4 * length), 8)
+
+
+def test_unknown_length_gets_the_default_number_and_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskDetector, "expected_steps", lambda *_: None)
+    callback, module = SpectralCollapseCallback(collapse=NEVER, fit_test=FitTest(live=True, share=0.4)), Classifier()
+    for seed in range(2):
+        trainer(callback).fit(module, loader(batches=20, size=8, seed=seed))
+    remarks = callback.history[1].remarks
+    assert "the length of the task is not known: the fit test compares 200 batches, not a share of 0.4" in remarks
+    assert "the task ended after 20 of the 200 batches of the fit test" in remarks
+
+
+class Dead(Noisy):
+    """A classifier of which no gradient reaches a weight that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for layer in (self.net[0], self.net[4]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        self.net[1].requires_grad_(requires_grad=False)
+        self.net[4].bias.requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("metric", [None, "train_acc"])
+def test_network_that_is_dead_from_the_start_is_a_collapse(metric: str | None) -> None:
+    """It is one at every task: the initial weights, which it is compared with, are as dead."""
+    module, callback = Dead(), live(metric=metric, rule=Collapse())
+    with pytest.warns(PlasticityWarning, match="task [01]: .* inf, above .*: a fresh network would learn"):
+        fit_twice(callback, module)
+    assert [report.collapsed for report in callback.history] == [True, True]
+    assert [report.metrics["handicap"] for report in callback.history] == [math.inf] * 2
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in module.parameters())
+
+
+def test_gradient_on_a_later_batch_is_enough() -> None:
+    class Gated(Classifier):
+        """A classifier that learns from every third batch only."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (batch_idx % 3 == 2) * super().training_step(batch, batch_idx) + 1
+
+    callback = live(12, rule=Collapse(above=2.0))
+    module = Gated()
+    trainer(callback, limit_train_batches=0).fit(module, loader())
+    with pytest.warns(PlasticityWarning, match="task 0: handicap inf"):
+        fit_twice(callback, module)
+    assert callback.history[1].metrics["handicap"] < 2
 
 
 def test_spectral_rule_with_live_test_is_refused() -> None:
@@ -265,6 +384,13 @@ def test_spectral_rule_with_live_test_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"live": True, "steps": 7}, "at least 8 batches"),
+        (
+            {"live": True, "steps": 0.2},
+            "steps=0.2.* must be a whole number of batches; for a share .*, write share=0.2",
+        ),
+        ({"live": True, "share": 20}, r"share=20\) must be in \(0, 1\]: a share of the task, 0.2 for its first fifth"),
+        ({"live": True, "share": 0.2, "steps": 100}, "steps=100, share=0.2.*: write one of them"),
+        ({"share": 0.2}, r"share=0.2\) is a share of the batches of the task: write live=True, too"),
         ({"metric": "train_acc"}, "live=True"),
         ({"live": True, "metric_mode": "max"}, "without metric="),
         ({"live": True, "metric": "train_acc", "metric_mode": "high"}, "must be one of"),
