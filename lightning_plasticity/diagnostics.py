@@ -309,6 +309,16 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             higher_is_better=False,
         ),
         Diagnostic(
+            "cloned_fraction",
+            "cloned fraction",
+            "share of the hidden units whose activations correlate by more than 0.95 with those of a later unit of "
+            "their layer",
+            None,
+            source="features",
+            is_fraction=True,
+            higher_is_better=False,
+        ),
+        Diagnostic(
             "effective_rank",
             "effective rank of the features",
             "exp of the entropy of the normalized singular values of the features, mean over hidden layers; at most "

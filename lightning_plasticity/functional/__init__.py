@@ -14,6 +14,7 @@ from lightning_plasticity.functional.gradients import (
 )
 from lightning_plasticity.functional.ranks import effective_rank, srank, stable_rank
 from lightning_plasticity.functional.units import (
+    cloned_fraction,
     dead_fraction,
     dormant_fraction,
     feature_norm,
@@ -23,6 +24,7 @@ from lightning_plasticity.functional.weights import isometry_deviation, weight_m
 
 __all__ = [
     "KroneckerRanks",
+    "cloned_fraction",
     "dead_fraction",
     "dormant_fraction",
     "effective_rank",
