@@ -110,6 +110,15 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             higher_is_better=False,
         ),
         Diagnostic(
+            "churn",
+            "churn",
+            "how far the first of those steps moves the outputs on other samples, relative to those on its own: root "
+            "mean square of the arguments of torch's loss functions, or of the loss where there are none",
+            None,
+            source="fit",
+            higher_is_better=False,
+        ),
+        Diagnostic(
             "live_metric_gap",
             "live metric gap",
             "with `FitTest(live=True, metric=...)`: how much better the metric of a fresh network is on the same "

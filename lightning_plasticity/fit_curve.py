@@ -25,6 +25,8 @@ class FitCurve:
             infinite after divergence.
         has_gradient: Whether a parameter had a gradient at the last step.
         batches: The losses on each batch; by default there is one.
+        churn: How much the outputs on other samples move in the first step, relative to those on the batch; ``nan`` if
+            it was not measured.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -35,6 +37,7 @@ class FitCurve:
     losses: tuple[float, ...]
     has_gradient: bool = True
     batches: tuple[tuple[float, ...], ...] = ()
+    churn: float = math.nan
 
     @classmethod
     def of(cls, curves: Sequence[FitCurve]) -> FitCurve:

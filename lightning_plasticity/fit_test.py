@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
+from lightning_plasticity.churn import StepOutputs, churn_of_steps, outputs_on
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
@@ -123,7 +124,9 @@ class FitTest:
     @property
     def measures(self) -> list[str]:
         """Names of the diagnostics that the test measures."""
-        return ["handicap", "fit_loss", "fit_gap", *([] if self.metric is None else ["live_metric_gap"])]
+        if self.live:
+            return ["handicap", "fit_loss", "fit_gap", *([] if self.metric is None else ["live_metric_gap"])]
+        return ["handicap", "fit_loss", "fit_gap", "churn"]
 
     def fit(
         self,
@@ -160,15 +163,18 @@ class FitTest:
         regularizers: Sequence[Regularizer],
         progress: Progress | None,
     ) -> FitCurve:
-        curves = []
+        curves, first_steps = [], []
         for place, batch in enumerate(batches):
+            others = batches[(place + 1) % len(batches)] if len(batches) > 1 else None
 
             def advance(done: int, place: int = place) -> None:
                 if progress is not None:
                     progress(place * self.num_steps + done, len(batches) * self.num_steps)
 
-            curves.append(self._fit_batch(context, batch, regularizers, advance))
-        return FitCurve.of(curves)
+            curve, first_step = self._fit_batch(context, batch, others, regularizers, advance)
+            curves.append(curve)
+            first_steps += first_step
+        return replace(FitCurve.of(curves), churn=churn_of_steps(first_steps))
 
     def _split(self, context: ProbeContext, samples: int) -> list[Any]:
         per_step = context.samples_per_step or context.batch_size or samples
@@ -194,13 +200,20 @@ class FitTest:
         return Cost(counter.flops, counter.calls, device_of(model), num_parameters)
 
     def _fit_batch(
-        self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]
-    ) -> FitCurve:
-        """Train a copy of the model on a batch."""
-        model, losses = context.copy_to_measure(), []
+        self,
+        context: ProbeContext,
+        batch: Any,
+        others: Any,
+        regularizers: Sequence[Regularizer],
+        advance: Callable[[int], None],
+    ) -> tuple[FitCurve, list[StepOutputs]]:
+        """Train a copy of the model on a batch, and compare its outputs on others before and after the first step."""
+        model = context.copy_to_measure()
+        losses: list[float] = []
+        outputs: list[list[Tensor]] = []
         with (
             training_trial(model),
-            in_full_precision(model, batch) as converted,
+            in_full_precision(model, [batch, others]) as (converted, converted_others),
             _started_copies(regularizers, model) as terms,
         ):
             optimizers = context.make_optimizers(model)
@@ -215,14 +228,22 @@ class FitTest:
                 complete_gradients(context, model, optimizers, terms, loss)
                 return loss.detach()
 
+            def observe() -> None:
+                if others is not None:
+                    outputs.extend(outputs_on(context, model, each) for each in (converted, converted_others))
+
+            observe()
             for step in range(self.num_steps):
                 losses.append(take_step(optimizers, compute_gradients))
+                if not step:
+                    observe()
                 advance(step + 1)
             with torch.no_grad():
                 losses.append(context.loss_on(model, converted).item())
             has_gradient = any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
             model.zero_grad()
-        return FitCurve(tuple(_until_divergence(losses)), has_gradient)
+        curve = FitCurve(tuple(_until_divergence(losses)), has_gradient)
+        return curve, [StepOutputs(*outputs)] if outputs else []
 
 
 def _fuse(optimizers: Sequence[torch.optim.Optimizer]) -> None:
