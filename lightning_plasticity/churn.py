@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.functional.outputs import movement, relative_movement
+from lightning_plasticity.isolation.attributes import preserve_attributes
 from lightning_plasticity.isolation.batches import tensors_in
-from lightning_plasticity.isolation.state import isolated_rng, preserve_buffers
+from lightning_plasticity.isolation.state import preserve_buffers, repeatable_rng
 
 _LOSSES = {getattr(F, name) for name in dir(F) if name.endswith("_loss") or "cross_entropy" in name or name == "kl_div"}
 """The loss functions of torch."""
@@ -24,64 +25,65 @@ _MAX_ENTRIES = 2**16
 """Number of entries of a tensor that are kept, evenly spaced: the outputs of a language model are large."""
 
 
-class StepOutputs(NamedTuple):
-    """The outputs of a network before and after a step, on its batch and on other samples.
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """The outputs of a network on some samples.
 
-    Each is a list of the tensors that loss functions have received, and of the loss as its last element.
+    Args:
+        tensors: What the loss functions have received.
+        loss: The loss.
     """
 
-    batch_before: list[Tensor]
-    others_before: list[Tensor]
-    batch_after: list[Tensor]
-    others_after: list[Tensor]
-
-    @property
-    def have_outputs(self) -> bool:
-        """Whether loss functions have received the same tensors before and after."""
-        shapes = [[tensor.shape for tensor in tensors] for tensors in self]
-        return len(shapes[0]) > 1 and shapes[:2] == shapes[2:]
+    tensors: list[Tensor]
+    loss: Tensor
 
 
-def outputs_on(context: ProbeContext, model: nn.Module, batch: Any) -> list[Tensor]:
-    """Return what loss functions receive from a copy of a model on a batch, and the loss, without a trace in the copy.
+def outputs_on(context: ProbeContext, model: nn.Module, batches: Sequence[Any]) -> list[Outputs]:
+    """Return the outputs of a copy of a model on each of some batches, without a trace in the copy.
 
-    Its modules are in the modes that they are in, and random numbers are the same at each call.
+    The modules are in the modes that they are in, and random numbers are the same at each call.
 
     Args:
         context: The context that the model is a copy of.
         model: The copy.
-        batch: The batch.
+        batches: The batches.
     """
-    arguments = _LossArguments()
-    with preserve_buffers(model), isolated_rng(), torch.no_grad(), arguments:
-        torch.manual_seed(0)
-        loss = context.loss_on(model, batch)
-    return [*arguments.seen, loss]
+    outputs = []
+    with preserve_buffers(model), preserve_attributes(model), repeatable_rng(), torch.no_grad():
+        for batch in batches:
+            with _LossArguments() as arguments:
+                loss = context.training_loss(model, batch)
+            outputs.append(Outputs(arguments.seen, loss))
+    return outputs
 
 
-def churn_of_steps(steps: Sequence[StepOutputs]) -> float:
-    """Return the churn over several steps, each from the same weights.
+def churn_of_step(before: Sequence[Outputs], after: Sequence[Outputs]) -> float:
+    """Return the churn of a training step.
 
     It is that of the tensors that the loss functions of torch receive, targets included, which do not move. Where the
     loss is computed in another way, it is that of the loss.
 
     Args:
-        steps: The outputs before and after each step.
+        before: The outputs on the batch of the step and on other samples.
+        after: The same after the step.
 
     Returns:
-        The result of :func:`~lightning_plasticity.functional.churn`; NaN if there is no step, if the outputs do not
-        move on the batches of the steps, or if they are not finite.
+        The result of :func:`~lightning_plasticity.functional.churn`; NaN if the outputs on the batch do not move, or
+        are not finite.
     """
-    if not steps:
-        return math.nan
-    kept = slice(-1) if all(step.have_outputs for step in steps) else slice(-1, None)
-    on_batch = [_movement(step.batch_before[kept], step.batch_after[kept]) for step in steps]
-    on_others = [_movement(step.others_before[kept], step.others_after[kept]) for step in steps]
-    return relative_movement(torch.cat(on_others), torch.cat(on_batch)).item()
+    pairs = list(zip(before, after, strict=True))
+    if all(first.tensors and _shapes(first) == _shapes(second) for first, second in pairs):
+        on_batch, on_others = (
+            torch.cat([movement(*tensors) for tensors in zip(first.tensors, second.tensors, strict=True)])
+            for first, second in pairs
+        )
+    else:
+        on_batch, on_others = (movement(first.loss, second.loss) for first, second in pairs)
+    return relative_movement(on_others, on_batch).item()
 
 
-def _movement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    return torch.cat([movement(*pair).flatten() for pair in zip(before, after, strict=True)])
+def _shapes(outputs: Outputs) -> list[torch.Size]:
+    return [tensor.shape for tensor in outputs.tensors]
 
 
 class _LossArguments(TorchFunctionMode):

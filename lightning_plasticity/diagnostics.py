@@ -112,8 +112,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
         Diagnostic(
             "churn",
             "churn",
-            "how far the first of those steps moves the outputs on other samples, relative to those on its own: root "
-            "mean square of the arguments of torch's loss functions, or of the loss where there are none",
+            "how far a training step on 16 samples moves the outputs on the next 16, relative to those on the first: "
+            "root mean square over the arguments of torch's loss functions, or the loss where there are none",
             None,
             source="fit",
             higher_is_better=False,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_positive_ints
-from lightning_plasticity.churn import StepOutputs, churn_of_steps, outputs_on
+from lightning_plasticity.churn import churn_of_step, outputs_on
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
@@ -52,6 +52,10 @@ class FitTest:
     Several batches tell how far the result depends on the samples: as many as cost about 40 training steps, and two at
     least.
 
+    The first step on the first batch also tells the churn: how far it moves the outputs on the second batch, relative to
+    those on the first (:func:`~lightning_plasticity.functional.churn`). A network that tells samples apart can change
+    its outputs on some and leave the others.
+
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
     it: both networks are compared by the later half of these batches, each before its training step. It needs no
@@ -74,7 +78,8 @@ class FitTest:
             ``live=True``; if ``metric`` is given without ``live=True``, or ``metric_mode`` without ``metric``.
 
     References:
-        Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
+        Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted. Tang et al. 2025,
+        arXiv 2506.00592, on churn.
 
     Example:
         >>> from lightning_plasticity.context import ProbeContext
@@ -163,18 +168,17 @@ class FitTest:
         regularizers: Sequence[Regularizer],
         progress: Progress | None,
     ) -> FitCurve:
-        curves, first_steps = [], []
+        curves = []
         for place, batch in enumerate(batches):
-            others = batches[(place + 1) % len(batches)] if len(batches) > 1 else None
+            # The churn of one step costs two training steps, that of all of them too many.
+            others = batches[1:2] if place == 0 else []
 
             def advance(done: int, place: int = place) -> None:
                 if progress is not None:
                     progress(place * self.num_steps + done, len(batches) * self.num_steps)
 
-            curve, first_step = self._fit_batch(context, batch, others, regularizers, advance)
-            curves.append(curve)
-            first_steps += first_step
-        return replace(FitCurve.of(curves), churn=churn_of_steps(first_steps))
+            curves.append(self._fit_batch(context, batch, others, regularizers, advance))
+        return FitCurve.of(curves)
 
     def _split(self, context: ProbeContext, samples: int) -> list[Any]:
         per_step = context.samples_per_step or context.batch_size or samples
@@ -203,19 +207,20 @@ class FitTest:
         self,
         context: ProbeContext,
         batch: Any,
-        others: Any,
+        others: Sequence[Any],
         regularizers: Sequence[Regularizer],
         advance: Callable[[int], None],
-    ) -> tuple[FitCurve, list[StepOutputs]]:
-        """Train a copy of the model on a batch, and compare its outputs on others before and after the first step."""
+    ) -> FitCurve:
+        """Train a copy of the model on a batch, and see how far the first step moves its outputs on others."""
         model = context.copy_to_measure()
         losses: list[float] = []
-        outputs: list[list[Tensor]] = []
+        churn = math.nan
         with (
             training_trial(model),
-            in_full_precision(model, [batch, others]) as (converted, converted_others),
+            in_full_precision(model, [batch, *others]) as observed,
             _started_copies(regularizers, model) as terms,
         ):
+            converted = observed[0]
             optimizers = context.make_optimizers(model)
             _fuse(optimizers)
             parameters = trained_parameters(optimizers)
@@ -228,22 +233,17 @@ class FitTest:
                 complete_gradients(context, model, optimizers, terms, loss)
                 return loss.detach()
 
-            def observe() -> None:
-                if others is not None:
-                    outputs.extend(outputs_on(context, model, each) for each in (converted, converted_others))
-
-            observe()
+            before = outputs_on(context, model, observed) if others else []
             for step in range(self.num_steps):
                 losses.append(take_step(optimizers, compute_gradients))
-                if not step:
-                    observe()
+                if others and step == 0:
+                    churn = churn_of_step(before, outputs_on(context, model, observed))
                 advance(step + 1)
             with torch.no_grad():
                 losses.append(context.loss_on(model, converted).item())
             has_gradient = any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
             model.zero_grad()
-        curve = FitCurve(tuple(_until_divergence(losses)), has_gradient)
-        return curve, [StepOutputs(*outputs)] if outputs else []
+        return FitCurve(tuple(_until_divergence(losses)), has_gradient, churn=churn)
 
 
 def _fuse(optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -466,3 +466,21 @@ def test_feature_norm_with_squares_beyond_float32(scale: float) -> None:
     features = torch.randn(64, 10) * scale
     expected = np.linalg.norm(features.double().numpy(), axis=1).mean()
     assert P.feature_norm(features).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_churn_matches_numpy() -> None:
+    before, after, batch_before, batch_after = torch.randn(4, 9, 5)
+    moved, on_batch = (after - before).double().numpy(), (batch_after - batch_before).double().numpy()
+    expected = np.sqrt((moved**2).sum(1).mean() / (on_batch**2).sum(1).mean())
+    assert P.churn(before, after, batch_before, batch_after).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_masked_outputs_do_not_move() -> None:
+    before = torch.tensor([[0.0, -math.inf]])
+    moved, still = before + 1, torch.zeros(1, 2)
+    assert P.churn(before, moved, before, moved).item() == 1
+    assert P.churn(before, moved, still, still).isnan()
+    with pytest.raises(ValueError, match="the movements of the outputs hold NaN or infinite numbers"):
+        P.churn(before, torch.zeros(1, 2), still, still + 1)
+    with pytest.raises(ValueError, match="the outputs are empty"):
+        P.churn(torch.zeros(0, 2), torch.zeros(0, 2), still, still + 1)
