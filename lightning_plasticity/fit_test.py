@@ -52,9 +52,8 @@ class FitTest:
     Several batches tell how far the result depends on the samples: as many as cost about 40 training steps, and two at
     least.
 
-    The first step on the first batch also tells the churn: how far it moves the outputs on the second batch, relative to
-    those on the first (:func:`~lightning_plasticity.functional.churn`). A network that tells samples apart can change
-    its outputs on some and leave the others.
+    The first step on the first batch also tells the churn: how far it moves the outputs on the second batch, relative
+    to those on the first (:func:`~lightning_plasticity.functional.churn`).
 
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
