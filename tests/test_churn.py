@@ -143,6 +143,10 @@ def test_loss_of_a_whole_batch_has_no_churn() -> None:
     assert np.isnan(FitTest(steps=1).fit(replace(context, whole_batch=True), 64).churn)
 
 
+def test_divergence_has_no_churn() -> None:
+    assert np.isnan(churn(mlp(), cross_entropy, lr=1e300))
+
+
 def test_random_numbers_are_repeated_and_restored() -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     drawn = []

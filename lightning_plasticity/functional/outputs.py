@@ -57,5 +57,5 @@ def movement(before: Tensor, after: Tensor) -> Tensor:
 
 def relative_movement(others: Tensor, batch: Tensor) -> Tensor:
     """Compute the churn from movements of the outputs, on other samples and on the batch; NaN if it is not defined."""
-    on_batch = batch.square().mean()
-    return torch.where(on_batch > 0, (others.square().mean() / on_batch).sqrt(), math.nan)
+    ratio = (others.square().mean() / batch.square().mean()).sqrt()
+    return torch.where(torch.isfinite(ratio), ratio, math.nan)
