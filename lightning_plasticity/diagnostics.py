@@ -110,6 +110,15 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             higher_is_better=False,
         ),
         Diagnostic(
+            "churn",
+            "churn",
+            "how far a training step on 16 samples moves the outputs on the next 16, relative to those on the first: "
+            "root mean square over the arguments of torch's loss functions, or the loss where there are none",
+            None,
+            source="fit",
+            higher_is_better=False,
+        ),
+        Diagnostic(
             "live_metric_gap",
             "live metric gap",
             "with `FitTest(live=True, metric=...)`: how much better the metric of a fresh network is on the same "
@@ -303,6 +312,16 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
             "dead_fraction",
             "dead fraction",
             "share of the hidden units that are zero on every sample",
+            None,
+            source="features",
+            is_fraction=True,
+            higher_is_better=False,
+        ),
+        Diagnostic(
+            "cloned_fraction",
+            "cloned fraction",
+            "share of the hidden units whose activations correlate by more than 0.95 with those of a later unit of "
+            "their layer",
             None,
             source="features",
             is_fraction=True,

@@ -26,6 +26,8 @@ class FitCurve:
         has_gradient: Whether a parameter had a gradient at the last step.
         batches: The losses on each batch; by default there is one.
         remark: What was done otherwise than asked, if anything.
+        churn: How far the first step on the first batch moves the outputs on the second, relative to those on the
+            first; ``nan`` if it was not measured.
 
     Example:
         >>> curve = FitCurve((4.0, 2.0, 1.0))
@@ -37,13 +39,14 @@ class FitCurve:
     has_gradient: bool = True
     batches: tuple[tuple[float, ...], ...] = ()
     remark: str = ""
+    churn: float = math.nan
 
     @classmethod
     def of(cls, curves: Sequence[FitCurve]) -> FitCurve:
         """Create the curve of several batches from the curve of each."""
         batches = tuple(curve.losses for curve in curves)
         losses = tuple(math.fsum(values) / len(values) for values in zip(*batches, strict=True))
-        return cls(losses, any(curve.has_gradient for curve in curves), batches)
+        return cls(losses, any(curve.has_gradient for curve in curves), batches, curves[0].churn)
 
     @property
     def by_batch(self) -> list[FitCurve]:

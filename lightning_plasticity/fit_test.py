@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity._validation import check_number, check_positive_ints, is_int
+from lightning_plasticity.churn import churn_of_step, outputs_on
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature.cost import Cost, ForwardCounter
 from lightning_plasticity.curvature.problem import Progress
@@ -52,6 +53,9 @@ class FitTest:
     Several batches tell how far the result depends on the samples: as many as cost about 40 training steps, and two at
     least.
 
+    The first step on the first batch also tells the churn: how far it moves the outputs on the second batch, relative
+    to those on the first (:func:`~lightning_plasticity.functional.churn`).
+
     With ``live=True`` the copy of the initial weights is instead trained beside the network, from the start of the task
     on its own batches. The verdict then comes after ``steps`` batches, or when the task ends before, and repairs with
     it: both networks are compared by the later half of these batches, each before its training step. It needs no
@@ -80,7 +84,8 @@ class FitTest:
             without ``live=True``, or ``metric_mode`` without ``metric``.
 
     References:
-        Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted.
+        Lyle et al. 2023, arXiv 2303.01486, who measure plasticity by how well probe tasks are fitted. Tang et al. 2025,
+        arXiv 2506.00592, on churn.
 
     Example:
         >>> from lightning_plasticity.context import ProbeContext
@@ -160,7 +165,9 @@ class FitTest:
     @property
     def measures(self) -> list[str]:
         """Names of the diagnostics that the test measures."""
-        return ["handicap", "fit_loss", "fit_gap", *([] if self.metric is None else ["live_metric_gap"])]
+        if self.live:
+            return ["handicap", "fit_loss", "fit_gap", *([] if self.metric is None else ["live_metric_gap"])]
+        return ["handicap", "fit_loss", "fit_gap", "churn"]
 
     def fit(
         self,
@@ -205,12 +212,14 @@ class FitTest:
     ) -> FitCurve:
         curves = []
         for place, batch in enumerate(batches):
+            # The churn of one step costs two training steps, that of all of them too many.
+            others = batches[1:2] if place == 0 else []
 
             def advance(done: int, place: int = place) -> None:
                 if progress is not None:
                     progress(place * self.num_steps + done, len(batches) * self.num_steps)
 
-            curves.append(self._fit_batch(context, batch, regularizers, advance))
+            curves.append(self._fit_batch(context, batch, others, regularizers, advance))
         return FitCurve.of(curves)
 
     def _split(self, context: ProbeContext, samples: int) -> list[Any]:
@@ -237,15 +246,23 @@ class FitTest:
         return Cost(counter.flops, counter.calls, device_of(model), num_parameters)
 
     def _fit_batch(
-        self, context: ProbeContext, batch: Any, regularizers: Sequence[Regularizer], advance: Callable[[int], None]
+        self,
+        context: ProbeContext,
+        batch: Any,
+        others: Sequence[Any],
+        regularizers: Sequence[Regularizer],
+        advance: Callable[[int], None],
     ) -> FitCurve:
-        """Train a copy of the model on a batch."""
-        model, losses = context.copy_to_measure(), []
+        """Train a copy of the model on a batch, and see how far the first step moves its outputs on others."""
+        model = context.copy_to_measure()
+        losses: list[float] = []
+        churn = math.nan
         with (
             training_trial(model),
-            in_full_precision(model, batch) as converted,
+            in_full_precision(model, [batch, *others]) as observed,
             _started_copies(regularizers, model) as terms,
         ):
+            converted = observed[0]
             optimizers = context.make_optimizers(model)
             _fuse(optimizers)
             parameters = trained_parameters(optimizers)
@@ -258,14 +275,17 @@ class FitTest:
                 complete_gradients(context, model, optimizers, terms, loss)
                 return loss.detach()
 
+            before = outputs_on(context, model, observed) if others else []
             for step in range(self.num_steps):
                 losses.append(take_step(optimizers, compute_gradients))
+                if others and step == 0:
+                    churn = churn_of_step(before, outputs_on(context, model, observed))
                 advance(step + 1)
             with torch.no_grad():
                 losses.append(context.loss_on(model, converted).item())
             has_gradient = any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
             model.zero_grad()
-        return FitCurve(tuple(_until_divergence(losses)), has_gradient)
+        return FitCurve(tuple(_until_divergence(losses)), has_gradient, churn=churn)
 
 
 def _fuse(optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -19,7 +19,7 @@ def test_readme_table_lists_every_diagnostic_in_order() -> None:
 
 def test_monitor_and_fit_test_measure_what_has_no_spectrum() -> None:
     names = [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.compute is None]
-    assert names == ["handicap", "fit_loss", "fit_gap", "live_metric_gap", *MEASURES]
+    assert names == ["handicap", "fit_loss", "fit_gap", "churn", "live_metric_gap", *MEASURES]
 
 
 def test_lower_end_of_a_wide_bracket_is_compared() -> None:

@@ -56,7 +56,8 @@ class Measurement:
     @functools.cached_property
     def values(self) -> dict[str, float]:
         """The diagnostics by name, without those that compare a network with its initial weights."""
-        fit = {} if self.curve is None else {"fit_loss": self.curve.mean}
+        fit = {} if self.curve is None else {"fit_loss": self.curve.mean, "churn": self.curve.churn}
+        fit = {name: value for name, value in fit.items() if not math.isnan(value)}
         return fit | measure(self.probe.spectra, self.features, self.probe.kernel, self.plan, self.probe.readiness)
 
 

@@ -12,8 +12,10 @@ from lightning_plasticity.functional.gradients import (
     kronecker_ranks,
     optimization_readiness,
 )
+from lightning_plasticity.functional.outputs import churn
 from lightning_plasticity.functional.ranks import effective_rank, srank, stable_rank
 from lightning_plasticity.functional.units import (
+    cloned_fraction,
     dead_fraction,
     dormant_fraction,
     feature_norm,
@@ -23,6 +25,8 @@ from lightning_plasticity.functional.weights import isometry_deviation, weight_m
 
 __all__ = [
     "KroneckerRanks",
+    "churn",
+    "cloned_fraction",
     "dead_fraction",
     "dormant_fraction",
     "effective_rank",

@@ -1,4 +1,4 @@
-"""Compute diagnostics of single units from their mean magnitudes: dormant and dead units, norms of features."""
+"""Compute diagnostics of single units: dormant, dead and cloned units, norms of features."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity._validation import check_number
-from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, sample_count
+from lightning_plasticity.functional.layouts import channel_dim_of, finite, pieces_of, rows_of, sample_count
 
 DORMANT_THRESHOLD = 0.025
 """Middle one of the values of Sokar et al. 2023: 0, 0.025 and 0.1."""
 
 GRADIENT_DORMANT_THRESHOLD = 0.01
 """Value of Liu et al. 2025."""
+
+CLONED_THRESHOLD = 0.95
+"""Value of the code of Joudaki et al. 2025."""
+
+_CONSTANT = 1e-10
+"""Share of the variance in the mean square up to which a unit is constant: its variation is rounding of float32."""
 
 
 def dormant_fraction(
@@ -69,6 +75,43 @@ def dead_fraction(activations: Tensor, *, channel_dim: int | None = None) -> Ten
         0.25
     """
     return dormant_fraction(activations, 0.0, channel_dim=channel_dim)
+
+
+def cloned_fraction(
+    activations: Tensor, threshold: float = CLONED_THRESHOLD, *, channel_dim: int | None = None
+) -> Tensor:
+    r"""Compute the fraction of the units that are clones: a later unit of the layer has nearly the same activations.
+
+    With the Pearson correlation over samples, :math:`c_{ij} = \operatorname{corr}(h_i, h_j)`, unit :math:`i` is a clone
+    if :math:`c_{ij} > \tau` for some :math:`j > i`: of :math:`k` equal units, :math:`k - 1` are clones, whatever their
+    scales. Units with equal incoming and equal outgoing weights have equal gradients, so gradient descent never tells
+    them apart again. A unit that is constant, such as a dead one, has no correlation and is no clone.
+
+    The code of the source does not subtract the mean, which makes clones of most units whose activations are positive,
+    such as those of a sigmoid.
+
+    Args:
+        activations: :math:`h`, ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. A few samples correlate by chance: take
+            10 or more.
+        threshold: :math:`\tau` in [0, 1].
+        channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
+
+    Returns:
+        A fraction in [0, 1).
+
+    Raises:
+        ValueError: If there are no samples or units, some activation is not finite, or ``threshold`` is out of range.
+
+    References:
+        Joudaki et al. 2025, "Barriers for learning in an evolving world: mathematical understanding of loss of
+        plasticity", arXiv 2510.00304.
+
+    Example:
+        >>> cloned_fraction(torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 0.0, 0.0], [2.0, 1.0, 4.0, 0.0]])).item()
+        0.25
+    """
+    rows = finite(rows_of(activations, channel_dim), "activations").double()
+    return cloned_share_of_rows(rows, valid_correlation(threshold))
 
 
 def gradient_dormant_fraction(
@@ -143,6 +186,13 @@ def magnitude_sums(activations: Tensor, channel_dim: int | None = None) -> Tenso
     return sums
 
 
+def unit_sums(activations: Tensor, channel_dim: int | None = None) -> Tensor:
+    """Sum the activations of every unit over the samples: shape ``(d,)``, float64, not finite where an entry is not."""
+    dim = channel_dim_of(activations, channel_dim)
+    parts = [rows_of(piece, dim).sum(0, dtype=torch.float64) for piece in pieces_of(activations, dim)]
+    return torch.stack(parts).sum(0)
+
+
 def norm_sum(features: Tensor, channel_dim: int | None = None) -> Tensor:
     """Sum the norms of the feature vectors, float64.
 
@@ -174,6 +224,51 @@ def dormant_share(magnitudes: Tensor, threshold: float) -> Tensor:
     return torch.where(torch.isfinite(magnitudes).all(), fraction, math.nan)
 
 
+def cloned_share(moments: Tensor, sums: Tensor, samples: Tensor | float, threshold: float) -> Tensor:
+    r"""Compute the fraction of the units that correlate with a later one from sums over samples.
+
+    Args:
+        moments: :math:`\sum_n h_n h_n^\top`, shape ``(d, d)``, float64.
+        sums: :math:`\sum_n h_n`, shape ``(d,)``, float64.
+        samples: Number of samples.
+        threshold: The correlation above which two units are clones.
+
+    Returns:
+        A fraction in [0, 1); NaN if some moment is not finite.
+    """
+    covariance = moments - sums[:, None] * sums / samples
+    scale = _scale(covariance.diagonal(), moments.diagonal())
+    fraction = _share_above(threshold, covariance * scale[:, None] * scale)
+    return torch.where(torch.isfinite(moments).all(), fraction, math.nan)
+
+
+def cloned_share_of_rows(rows: Tensor, threshold: float) -> Tensor:
+    """Compute the fraction of the units that correlate with a later one from the samples.
+
+    Args:
+        rows: The activations, ``(N, d)``, float64.
+        threshold: The correlation above which two units are clones.
+
+    Returns:
+        A fraction in [0, 1); NaN if some activation is not finite.
+    """
+    centred = rows - rows.mean(0)
+    scaled = centred * _scale(centred.square().sum(0), rows.square().sum(0))
+    # Twice as fast as in float64 where layers are wide, and rounded only after the means are subtracted.
+    scaled = scaled.float()
+    fraction = _share_above(threshold, scaled.T @ scaled)
+    return torch.where(torch.isfinite(rows).all(), fraction, math.nan)
+
+
+def _scale(centred_squares: Tensor, squares: Tensor) -> Tensor:
+    """Return the reciprocal of the length of each centred unit, 0 for a constant one."""
+    return torch.where(centred_squares > _CONSTANT * squares, centred_squares, math.inf).rsqrt()
+
+
+def _share_above(threshold: float, correlations: Tensor) -> Tensor:
+    return (correlations > threshold).triu(1).any(1).double().mean()
+
+
 def valid_threshold(threshold: float, name: str = "threshold") -> float:
     """Return the threshold.
 
@@ -181,4 +276,14 @@ def valid_threshold(threshold: float, name: str = "threshold") -> float:
         ValueError: If the threshold is not in [0, 1].
     """
     check_number("[0, 1]", None, "a fraction of the layer's mean magnitude, such as 0.025", **{name: threshold})
+    return threshold
+
+
+def valid_correlation(threshold: float) -> float:
+    """Return the threshold of a correlation.
+
+    Raises:
+        ValueError: If the threshold is not in [0, 1].
+    """
+    check_number("[0, 1]", None, "the correlation of two clones, such as 0.95", threshold=threshold)
     return threshold

@@ -3,10 +3,11 @@
 from lightning_plasticity.metrics.gradients import GradientDormantFraction, OptimizationReadiness
 from lightning_plasticity.metrics.monitor import MonitoredLayer, PlasticityMonitor
 from lightning_plasticity.metrics.ranks import EffectiveRank, SRank, StableRank
-from lightning_plasticity.metrics.units import DeadFraction, DormantFraction, FeatureNorm
+from lightning_plasticity.metrics.units import ClonedFraction, DeadFraction, DormantFraction, FeatureNorm
 from lightning_plasticity.metrics.weights import WeightMagnitude
 
 __all__ = [
+    "ClonedFraction",
     "DeadFraction",
     "DormantFraction",
     "EffectiveRank",

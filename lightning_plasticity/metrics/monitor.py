@@ -32,10 +32,14 @@ from lightning_plasticity.functional.ranks import (
     squared_ratio,
 )
 from lightning_plasticity.functional.units import (
+    CLONED_THRESHOLD,
     DORMANT_THRESHOLD,
+    cloned_share,
+    cloned_share_of_rows,
     dormant_share,
     magnitude_sums,
     norm_sum,
+    unit_sums,
     valid_threshold,
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan
@@ -44,6 +48,9 @@ MEASURES = tuple(diagnostic.name for diagnostic in diagnostics_of(["features"]))
 """All measures of a monitor, in the order in which they are reported."""
 
 _RANKS = ("effective_rank", "stable_rank", "srank")
+
+_CLONES_SAMPLES = 128
+"""Number of samples of a wide layer that its units are compared on: chance hardly correlates so many by 0.95."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,8 @@ class PlasticityMonitor(PlasticityMetric):
             module, such as an activation module or a layer without an activation function, measures what this module
             returns.
         dormant_threshold: Units of at most this share of the layer's mean magnitude are dormant, in [0, 1].
-        measures: The measures to compute, among ``dormant_fraction``, ``dead_fraction``, ``effective_rank``,
-            ``stable_rank``, ``srank`` and ``feature_norm``; all by default. The ranks cost the most.
+        measures: The measures to compute, among ``dormant_fraction``, ``dead_fraction``, ``cloned_fraction``,
+            ``effective_rank``, ``stable_rank``, ``srank`` and ``feature_norm``; all by default. The ranks cost most.
         channel_dim: The dimension that counts units, in all layers. By default it is inferred from the last layer that
             made the activations, else from the first that reads them. If neither determines it, it is taken from the
             shape, as by :func:`~lightning_plasticity.functional.layouts.channel_dim_of`, with a warning.
@@ -127,8 +134,9 @@ class PlasticityMonitor(PlasticityMetric):
             ``"raise"`` an error, or run them uncompiled while attached (``"eager"``), which changes results by rounding
             and takes longer.
         max_samples: Layers of at most that many units have exact ranks of all samples. Of wider ones that many samples
-            are kept (by each process), at random from the batches that come first.
-        max_units: Wider layers have ranks of that many random signed sums of units instead.
+            are kept (by each process), at random from the batches that come first; the first 128 of them tell which
+            units are clones.
+        max_units: Wider layers have ranks of that many random signed sums of units instead, and no cloned fraction.
         prefix: Comes before every name: with ``"plasticity/"`` all are one group in TensorBoard.
         kwargs: The arguments of :class:`torchmetrics.Metric`.
 
@@ -140,10 +148,10 @@ class PlasticityMonitor(PlasticityMetric):
             on the meta device.
 
     Shape:
-        ``compute()`` returns a dictionary of float64 numbers: ``<measure>`` over all layers (dormant and dead units as
-        a share of all units, otherwise the mean of the layers), and ``<measure>/<layer>``. NaN where activations were
-        not finite, and where no layer was measured. Log it by ``self.log_dict(monitor.compute())``, then
-        ``monitor.reset()``.
+        ``compute()`` returns a dictionary of float64 numbers: ``<measure>`` over all layers (dormant, dead and cloned
+        units as a share of all units, otherwise the mean of the layers), and ``<measure>/<layer>``. NaN where
+        activations were not finite, and where no layer was measured. Log it by
+        ``self.log_dict(monitor.compute())``, then ``monitor.reset()``.
 
     References:
         As in :mod:`lightning_plasticity.functional`.
@@ -327,7 +335,11 @@ class PlasticityMonitor(PlasticityMetric):
             )
         result = {self.prefix + measure: self._aggregate(measure, by_layer) for measure in self.measures}
         for measure in self.measures:
-            result |= {f"{self.prefix}{measure}/{layer}": values[measure] for layer, values in by_layer.items()}
+            result |= {
+                f"{self.prefix}{measure}/{layer}": values[measure]
+                for layer, values in by_layer.items()
+                if measure in values
+            }
         return result
 
     def selects(self, name: str) -> bool:
@@ -343,9 +355,11 @@ class PlasticityMonitor(PlasticityMetric):
         if "feature_norm" in self.measures:
             sums["norm_sum"] = norm_sum(activations, dim)
         units, rows = len(magnitudes), None
-        if self._ranks and units <= self.max_samples:
+        if self._needs_moments and units <= self.max_samples:
             sums["moment_sum"] = second_moments(activations, dim)
-        elif self._ranks:
+            if self._clones:
+                sums["unit_sum"] = unit_sums(activations, dim)
+        elif self._needs_moments:
             rows = rows_of(activations, dim)
             # Random samples, since every n-th one could be the same token of each sequence.
             generator = torch.Generator().manual_seed(len(rows))
@@ -386,6 +400,14 @@ class PlasticityMonitor(PlasticityMetric):
     def _ranks(self) -> bool:
         return any(rank in self.measures for rank in _RANKS)
 
+    @property
+    def _clones(self) -> bool:
+        return "cloned_fraction" in self.measures
+
+    @property
+    def _needs_moments(self) -> bool:
+        return self._ranks or self._clones
+
     def _state(self, layer: str, name: str) -> Any:
         return getattr(self, f"{layer}|{name}", None)
 
@@ -393,9 +415,10 @@ class PlasticityMonitor(PlasticityMetric):
         """Add the states of a layer, unless there are any."""
         sums = ["magnitude_sum", "samples"]
         sums += ["norm_sum"] if "feature_norm" in self.measures else []
-        sums += ["moment_sum"] if self._ranks and units <= self.max_samples else []
+        if self._needs_moments and units <= self.max_samples:
+            sums += ["moment_sum", "unit_sum"] if self._clones else ["moment_sum"]
         self._add_sums(*(name for name in (f"{layer}|{sum_}" for sum_ in sums) if name not in self._defaults))
-        if self._ranks and units > self.max_samples and f"{layer}|rows" not in self._defaults:
+        if self._needs_moments and units > self.max_samples and f"{layer}|rows" not in self._defaults:
             self.add_state(f"{layer}|rows", [], dist_reduce_fx="cat")
         self._persistent = dict.fromkeys(self._persistent, self._is_persistent)
 
@@ -411,6 +434,8 @@ class PlasticityMonitor(PlasticityMetric):
             "dormant_fraction": dormant_share(magnitudes, self.dormant_threshold),
             "dead_fraction": dormant_share(magnitudes, 0.0),
         }
+        if self._clones and len(magnitudes) <= self.max_units:
+            values["cloned_fraction"] = self._cloned_share(layer)
         if self._ranks:
             singular_values = singular_values_of_moments(self._moments(layer))
             values["effective_rank"] = entropy_rank(singular_values)
@@ -419,6 +444,13 @@ class PlasticityMonitor(PlasticityMetric):
         if "feature_norm" in self.measures:
             values["feature_norm"] = finite_or_nan(self._state(layer, "norm_sum") / samples)
         return values
+
+    def _cloned_share(self, layer: str) -> Tensor:
+        rows = self._rows(layer)
+        if rows is None:
+            moments, sums = self._state(layer, "moment_sum"), self._state(layer, "unit_sum")
+            return cloned_share(moments, sums, self._state(layer, "samples"), CLONED_THRESHOLD)
+        return cloned_share_of_rows(rows[:_CLONES_SAMPLES], CLONED_THRESHOLD)
 
     def _rows(self, layer: str) -> Tensor | None:
         """Return the samples kept of a layer that is too wide for second moments."""
@@ -435,10 +467,10 @@ class PlasticityMonitor(PlasticityMetric):
         return rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
 
     def _aggregate(self, measure: str, by_layer: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        values = [values[measure] for values in by_layer.values()]
-        if not values:
+        by_layer = {layer: values for layer, values in by_layer.items() if measure in values}
+        if not by_layer:
             return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
-        stacked = torch.stack(values)
+        stacked = torch.stack([values[measure] for values in by_layer.values()])
         if not DIAGNOSTICS[measure].is_fraction:
             return stacked.mean()
         units = stacked.new_tensor([len(self._state(layer, "magnitude_sum")) for layer in by_layer])

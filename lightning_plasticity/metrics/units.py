@@ -1,4 +1,4 @@
-"""Accumulate diagnostics of the units of one layer: dormant and dead units, norms of features."""
+"""Accumulate diagnostics of the units of one layer: dormant, dead and cloned units, norms of features."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity.functional.layouts import sample_count
+from lightning_plasticity.functional.ranks import second_moments
 from lightning_plasticity.functional.units import (
+    CLONED_THRESHOLD,
     DORMANT_THRESHOLD,
+    cloned_share,
     dormant_share,
     magnitude_sums,
     norm_sum,
+    unit_sums,
+    valid_correlation,
     valid_threshold,
 )
 from lightning_plasticity.metrics.base import PlasticityMetric, finite_or_nan, is_empty
@@ -97,6 +102,68 @@ class DeadFraction(DormantFraction):
 
     def __init__(self, *, channel_dim: int | None = None, **kwargs: Any) -> None:
         super().__init__(0.0, channel_dim=channel_dim, **kwargs)
+
+
+class ClonedFraction(PlasticityMetric):
+    """Fraction of the units of a layer that are clones (:func:`~lightning_plasticity.functional.cloned_fraction`).
+
+    The correlations are those over all samples of all batches and devices, from second moments, which take ``d × d``
+    numbers in float64.
+
+    Args:
+        threshold: The correlation above which two units are clones, in [0, 1].
+        channel_dim: The dimension that counts units; by default the last one, or 1 from four dimensions on.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``threshold`` is out of range, or an update has another number of units than those before.
+
+    Shape:
+        ``update(activations)`` takes ``(N, d)``, ``(N, T, d)`` or ``(N, C, H, W)``. ``compute()`` returns a
+        fraction, float64; NaN if there were no samples or an activation was not finite.
+
+    References:
+        Joudaki et al. 2025, arXiv 2510.00304.
+
+    Example:
+        >>> metric = ClonedFraction()
+        >>> metric.update(torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 0.0, 0.0]]))
+        >>> metric.update(torch.tensor([[2.0, 1.0, 4.0, 0.0]]))
+        >>> metric.compute().item()
+        0.25
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    moment_sum: Tensor
+    unit_sum: Tensor
+    samples: Tensor
+
+    def __init__(self, threshold: float = CLONED_THRESHOLD, *, channel_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = valid_correlation(threshold)
+        self.channel_dim = channel_dim
+        self._add_sums("moment_sum", "unit_sum", "samples")
+
+    @override
+    def update(self, activations: Tensor) -> None:
+        """Add the samples of a batch; one without samples adds nothing."""
+        if not is_empty(activations):
+            activations = activations.detach()
+            self._accumulate(
+                moment_sum=second_moments(activations, self.channel_dim),
+                unit_sum=unit_sums(activations, self.channel_dim),
+                samples=sample_count(activations, self.channel_dim),
+            )
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the fraction over all samples of all updates."""
+        if not self.moment_sum.ndim:
+            return torch.full_like(self.moment_sum, math.nan)
+        return cloned_share(self.moment_sum, self.unit_sum, self.samples, self.threshold)
 
 
 class FeatureNorm(PlasticityMetric):

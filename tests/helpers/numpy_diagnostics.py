@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -12,10 +13,12 @@ Array = np.ndarray
 
 
 def features(shape: tuple[int, ...], unit_axis: int, seed: int = 0) -> Tensor:
-    """Return features of very different magnitudes, with dead, dormant and negative units."""
+    """Return features of very different magnitudes, with dead, dormant, cloned and negative units."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([1.0, 0.0, 3.0, 0.001, 0.5, 0.0, 2.0])
     values = torch.randn(shape, generator=generator)
+    # Correlated by about 0.98.
+    values.select(unit_axis, 4).mul_(0.2).add_(values.select(unit_axis, 2))
     return values * scale.reshape([-1 if axis == unit_axis else 1 for axis in range(len(shape))])
 
 
@@ -32,6 +35,16 @@ def numpy_dormant(f: Array, threshold: float = 0.025) -> float:
 
 def numpy_dead(f: Array) -> float:
     return float(np.mean([not np.any(f[:, unit]) for unit in range(f.shape[1])]))
+
+
+def numpy_cloned(f: Array, threshold: float = 0.95) -> float:
+    units = [f[:, unit] for unit in range(f.shape[1])]
+    varying = [unit.std() > 1e-5 * np.sqrt((unit**2).mean()) for unit in units]
+    clones = set()
+    for i, j in itertools.combinations(range(len(units)), 2):
+        if varying[i] and varying[j] and np.corrcoef(units[i], units[j])[0, 1] > threshold:
+            clones.add(i)
+    return len(clones) / len(units)
 
 
 def numpy_effective_rank(f: Array) -> float:

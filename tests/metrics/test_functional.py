@@ -26,6 +26,7 @@ from lightning_plasticity.functional.ranks import (
 from tests.helpers.numpy_diagnostics import (
     Array,
     features,
+    numpy_cloned,
     numpy_dead,
     numpy_dormant,
     numpy_effective_rank,
@@ -48,6 +49,7 @@ LAYOUTS = {
 FEATURE_DIAGNOSTICS: dict[str, tuple[Callable[..., Tensor], Callable[[Array], float]]] = {
     "dormant_fraction": (P.dormant_fraction, numpy_dormant),
     "dead_fraction": (P.dead_fraction, numpy_dead),
+    "cloned_fraction": (P.cloned_fraction, numpy_cloned),
     "effective_rank": (P.effective_rank, numpy_effective_rank),
     "stable_rank": (P.stable_rank, numpy_stable_rank),
     "srank": (P.srank, numpy_srank),
@@ -86,6 +88,24 @@ def test_half_precision_sums_do_not_overflow() -> None:
 def test_dormant_fraction_thresholds(threshold: float) -> None:
     h = features((50, 7), 1)
     assert P.dormant_fraction(h, threshold).item() == numpy_dormant(h.numpy(), threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.97, 0.99])
+def test_cloned_fraction_thresholds(threshold: float) -> None:
+    h = features((50, 7), 1)
+    assert P.cloned_fraction(h, threshold).item() == numpy_cloned(h.double().numpy(), threshold)
+
+
+def test_clones_are_equal_up_to_scale_and_offset() -> None:
+    """Of three units in proportion two are clones; the opposite of a unit and a saturated unit are none."""
+    unit, other = torch.randn(2, 30).relu()
+    saturated = 1 + 1e-7 * torch.randn(30)
+    h = torch.stack([unit, 3 * unit, other, 1e-3 * unit + 5, -unit, saturated, saturated], 1)
+    assert P.cloned_fraction(h).item() == pytest.approx(2 / 7)
+
+
+def test_units_of_positive_activations_are_no_clones() -> None:
+    assert P.cloned_fraction(torch.randn(40, 9).sigmoid()).item() == 0
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.01, 0.1, 0.5])
@@ -446,3 +466,21 @@ def test_feature_norm_with_squares_beyond_float32(scale: float) -> None:
     features = torch.randn(64, 10) * scale
     expected = np.linalg.norm(features.double().numpy(), axis=1).mean()
     assert P.feature_norm(features).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_churn_matches_numpy() -> None:
+    before, after, batch_before, batch_after = torch.randn(4, 9, 5)
+    moved, on_batch = (after - before).double().numpy(), (batch_after - batch_before).double().numpy()
+    expected = np.sqrt((moved**2).sum(1).mean() / (on_batch**2).sum(1).mean())
+    assert P.churn(before, after, batch_before, batch_after).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_masked_outputs_do_not_move() -> None:
+    before = torch.tensor([[0.0, -math.inf]])
+    moved, still = before + 1, torch.zeros(1, 2)
+    assert P.churn(before, moved, before, moved).item() == 1
+    assert P.churn(before, moved, still, still).isnan()
+    with pytest.raises(ValueError, match="the movements of the outputs hold NaN or infinite numbers"):
+        P.churn(before, torch.zeros(1, 2), still, still + 1)
+    with pytest.raises(ValueError, match="the outputs are empty"):
+        P.churn(torch.zeros(0, 2), torch.zeros(0, 2), still, still + 1)

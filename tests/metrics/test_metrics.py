@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_plasticity.diagnostics import DIAGNOSTICS
 from lightning_plasticity.metrics import (
+    ClonedFraction,
     DeadFraction,
     DormantFraction,
     EffectiveRank,
@@ -32,6 +34,7 @@ from lightning_plasticity.metrics import (
 from tests.helpers.numpy_diagnostics import (
     Array,
     features,
+    numpy_cloned,
     numpy_dead,
     numpy_dormant,
     numpy_effective_rank,
@@ -92,6 +95,7 @@ def monitor_reference(batches: list[tuple[Any, ...]]) -> dict[str, Any]:
     references = {
         "dormant_fraction": numpy_dormant,
         "dead_fraction": numpy_dead,
+        "cloned_fraction": numpy_cloned,
         "effective_rank": numpy_effective_rank,
         "stable_rank": numpy_stable_rank,
         "srank": numpy_srank,
@@ -104,7 +108,7 @@ def monitor_reference(batches: list[tuple[Any, ...]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, reference in references.items():
         a, b = reference(f["a"]), reference(f["b"])
-        values[name] = (7 * a + 14 * b) / 21 if name in ("dormant_fraction", "dead_fraction") else (a + b) / 2
+        values[name] = (7 * a + 14 * b) / 21 if DIAGNOSTICS[name].is_fraction else (a + b) / 2
         values |= {f"{name}/a": a, f"{name}/b": b}
     return values
 
@@ -118,6 +122,7 @@ CONTRACTS = {
     "DormantFraction": feature_contract(DormantFraction, numpy_dormant),
     "DormantFraction-0_2": feature_contract(lambda **k: DormantFraction(0.2, **k), lambda f: numpy_dormant(f, 0.2)),
     "DeadFraction": feature_contract(DeadFraction, numpy_dead),
+    "ClonedFraction": feature_contract(ClonedFraction, numpy_cloned),
     "EffectiveRank": feature_contract(EffectiveRank, numpy_effective_rank),
     "StableRank": feature_contract(StableRank, numpy_stable_rank),
     "SRank": feature_contract(SRank, numpy_srank),
@@ -323,7 +328,9 @@ def test_compute_without_data_is_nan(contract: Contract) -> None:
         assert metric.compute().isnan()
 
 
-@pytest.mark.parametrize("name", ["DormantFraction", "DeadFraction", "EffectiveRank", "SRank", "FeatureNorm"])
+@pytest.mark.parametrize(
+    "name", ["DormantFraction", "DeadFraction", "ClonedFraction", "EffectiveRank", "SRank", "FeatureNorm"]
+)
 def test_batch_without_samples_adds_nothing(name: str) -> None:
     contract = CONTRACTS[name]
     metric, batch = contract.make(), contract.batch(0)

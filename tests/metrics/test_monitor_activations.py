@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity import PlasticityMonitor
 from tests.helpers.monitored import Block, Functional, Step, X, chained, measured_layers, mlp
-from tests.metrics.test_functional import numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
+from tests.metrics.test_functional import numpy_cloned, numpy_dead, numpy_dormant, numpy_effective_rank, numpy_srank
 
 
 class Gated(nn.Module):
@@ -44,11 +44,12 @@ def test_values_are_those_of_the_hidden_activations() -> None:
         f = h.detach().double().numpy()
         assert values[f"dormant_fraction/{name}"].item() == numpy_dormant(f)
         assert values[f"dead_fraction/{name}"].item() == numpy_dead(f)
+        assert values[f"cloned_fraction/{name}"].item() == numpy_cloned(f)
         assert values[f"effective_rank/{name}"].item() == pytest.approx(numpy_effective_rank(f), rel=1e-6)
         assert values[f"srank/{name}"].item() == numpy_srank(f)
         dead.append(numpy_dead(f))
     assert values["dead_fraction"].item() == pytest.approx((8 * dead[0] + 6 * dead[1]) / 14)
-    assert len(values) == 6 * 3
+    assert len(values) == 7 * 3
 
 
 @pytest.mark.parametrize(

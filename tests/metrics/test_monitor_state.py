@@ -14,7 +14,7 @@ from lightning_plasticity import PlasticityMonitor
 from lightning_plasticity import functional as P
 from lightning_plasticity.functional.ranks import leading_count, singular_values_of_moments
 from tests.helpers.monitored import X, mlp
-from tests.metrics.test_functional import numpy_effective_rank
+from tests.metrics.test_functional import numpy_cloned, numpy_effective_rank
 
 
 def activations(samples: int, units: int, rank: int) -> Tensor:
@@ -128,6 +128,7 @@ def test_dead_network_is_dormant_and_not_nan() -> None:
     assert values == {
         "dormant_fraction": 1,
         "dead_fraction": 1,
+        "cloned_fraction": 0,
         "effective_rank": 0,
         "stable_rank": 0,
         "srank": 0,
@@ -178,6 +179,27 @@ def test_ranks_beyond_max_samples_are_estimates() -> None:
     assert among_them.any(1).all(), "they are samples as they were"
     assert among_them.any(0).sum() == 64, "none of them twice"
     assert values["effective_rank/wide"].item() == pytest.approx(numpy_effective_rank(kept), rel=1e-6)
+
+
+def test_clones_of_wide_layers_are_found_in_some_samples() -> None:
+    h = torch.randn(300, 100)
+    h[:, 10:40] = 2 * h[:, 50:80] + 0.1 * torch.randn(300, 30)
+    monitor = PlasticityMonitor(max_samples=64, measures=["cloned_fraction"])
+    for part in h.split(100):
+        monitor.update({"wide": part, "narrow": part[:, :60]})
+    values = monitor.compute()
+    assert values["cloned_fraction/wide"].item() == numpy_cloned(h.double().numpy()) == 0.3
+    assert values["cloned_fraction/narrow"].item() == numpy_cloned(h[:, :60].double().numpy()) == 10 / 60
+    assert values["cloned_fraction"].item() == pytest.approx(40 / 160)
+
+
+def test_layers_beyond_max_units_have_no_cloned_fraction() -> None:
+    monitor = PlasticityMonitor(max_samples=16, max_units=64, measures=["cloned_fraction"])
+    monitor.update({"wide": torch.randn(32, 100), "narrow": torch.ones(32, 10)})
+    assert {name: value.item() for name, value in monitor.compute().items()} == {
+        "cloned_fraction": 0,
+        "cloned_fraction/narrow": 0,
+    }
 
 
 @pytest.mark.parametrize("rank", [3, 30])
