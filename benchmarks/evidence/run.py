@@ -185,14 +185,20 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
 
 
 def described(report: TaskReport) -> dict[str, Any]:
-    """Return the numbers, the verdict and what was done at a task."""
+    """Return the numbers but those of single layers, the verdict and what was done at a task."""
     return {
-        "metrics": {name: float(value) for name, value in report.metrics.items()},
+        "metrics": {name: rounded(value) for name, value in report.metrics.items() if "/" not in name},
+        "fit_curves": [[rounded(loss) for loss in curve] for curve in (report.fit_curve, report.fresh_fit_curve)],
         "collapsed": report.collapsed,
         "repairs": [repair.name for repair in report.repairs],
         "remarks": report.remarks,
         "errors": report.errors,
     }
+
+
+def rounded(value: float) -> float:
+    """Return a number with five digits, which keeps files short."""
+    return float(f"{value:.5g}")
 
 
 def learn(stream: Stream, network: nn.Module, optimizer: Optimizer, task: Task) -> dict[str, float]:
