@@ -29,8 +29,9 @@ import torch
 
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.page import page
+from benchmarks.evidence.results import read_tasks
 from benchmarks.evidence.streams import STREAMS
-from benchmarks.evidence.table import read_tasks, tables
+from benchmarks.evidence.table import tables
 
 # The streams that decide about the verdict get more seeds in the full run.
 SEEDS, MORE_SEEDS = range(3), range(5)

@@ -1,4 +1,4 @@
-"""Define the methods: no intervention, weight decay, and every intervention at its defaults."""
+"""Define the methods: no intervention, weight decay, every intervention at its defaults, and the live fit test."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ class Method:
         intervention: Returns a new intervention, or ``None`` for none.
         weight_decay: Coefficient of L2, as an argument of the optimizer.
         small: Whether it belongs to the small run.
+        live: Whether the fit test trains a fresh network on the first fifth of the batches of each task.
     """
 
     intervention: Callable[[], Intervention] | None = None
     weight_decay: float = 0.0
     small: bool = False
+    live: bool = False
 
     def interventions(self) -> list[Intervention]:
         """Return the interventions of a new run."""
@@ -49,6 +51,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "none": Method(small=True),
+    "live": Method(small=True, live=True),
     # The weight decay of L2ER.
     "l2": Method(weight_decay=1e-3, small=True),
     "shrink-perturb": Method(lambda: ShrinkPerturb(when="task"), small=True),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.table import TaskOfRun, tables
+from benchmarks.evidence.results import TaskOfRun
+from benchmarks.evidence.table import tables
 
 INTRODUCTION = """# Evidence
 

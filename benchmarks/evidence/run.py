@@ -25,8 +25,9 @@ from typing_extensions import override
 
 import lightning_plasticity
 from benchmarks.evidence.methods import METHODS
-from benchmarks.evidence.streams import STREAMS, Batch, Stream, Task
-from lightning_plasticity import SpectralCollapseCallback, TaskReport
+from benchmarks.evidence.stream import Batch, Stream, Task
+from benchmarks.evidence.streams import STREAMS
+from lightning_plasticity import FitTest, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import Repair
 
 VERSIONS = {
@@ -39,7 +40,7 @@ VERSIONS = {
 
 
 class Learner(LightningModule):
-    """A network that learns a stream. A last layer that grows does so at the start of a task."""
+    """A network that learns a stream. A last layer that changes does so at the start of a task."""
 
     def __init__(self, stream: Stream, weight_decay: float, seed: int) -> None:
         super().__init__()
@@ -51,6 +52,7 @@ class Learner(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss, accuracy = self.stream.evaluate(self.net, batch)
+        self.log("accuracy", accuracy)
         return {"loss": loss, "accuracy": accuracy}
 
     @override
@@ -60,7 +62,7 @@ class Learner(LightningModule):
     @override
     def on_train_epoch_start(self) -> None:
         before = list(self.parameters())
-        grow(self.net, self.stream, self.current_epoch, self.seed)
+        change_head(self.net, self.stream, self.current_epoch, self.seed)
         for optimizer in self.trainer.optimizers:
             replace_parameters(optimizer, before, list(self.parameters()))
 
@@ -68,8 +70,9 @@ class Learner(LightningModule):
 class Tasks(LightningDataModule):
     """Gives the tasks of a stream, one in each epoch of a fit, and announces them by ``task_id``."""
 
-    def __init__(self, tasks: Iterator[Task]) -> None:
+    def __init__(self, module: Learner, tasks: Iterator[Task]) -> None:
         super().__init__()
+        self._module = module
         self._tasks = tasks
         self.task_id = -1
         self.task: Task = []
@@ -79,7 +82,7 @@ class Tasks(LightningDataModule):
         assert self.trainer is not None
         if self.task_id != self.trainer.current_epoch:
             self.task_id, self.task = self.trainer.current_epoch, next(self._tasks)
-        return DataLoader(self.task, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self._module.stream.batches(self.task, self._module.net), batch_size=None)
 
 
 class Truth(Callback):
@@ -121,7 +124,7 @@ class Truth(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stream, task = self._module.stream, self._data.task
-        grow(self._initial, stream, self._data.task_id, self._module.seed)
+        change_head(self._initial, stream, self._data.task_id, self._module.seed)
         fresh = copy.deepcopy(self._initial)
         row = {
             "network": mean(self._outputs),
@@ -158,8 +161,9 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     stream, of_method = STREAMS[name], METHODS[method]
     torch.manual_seed(seed)
     module = Learner(stream, of_method.weight_decay, seed)
-    plasticity = SpectralCollapseCallback(interventions=of_method.interventions())
-    data = Tasks(stream.draw(seed))
+    fit_test = live_fit_test(stream, seed, module) if of_method.live else FitTest()
+    plasticity = SpectralCollapseCallback(fit_test=fit_test, interventions=of_method.interventions())
+    data = Tasks(module, stream.draw(seed))
     truth, clock = Truth(module, data, plasticity), Clock(plasticity)
     Trainer(
         max_epochs=tasks,
@@ -184,6 +188,12 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     }
 
 
+def live_fit_test(stream: Stream, seed: int, module: Learner) -> FitTest:
+    """Return a fit test on as many batches of each task as are a fifth of the first one."""
+    first = next(stream.draw(seed))
+    return FitTest(live=True, steps=len(stream.batches(first, module.net)) // 5, metric=stream.live_metric)
+
+
 def described(report: TaskReport) -> dict[str, Any]:
     """Return the numbers but those of single layers, the verdict and what was done at a task."""
     return {
@@ -205,7 +215,7 @@ def learn(stream: Stream, network: nn.Module, optimizer: Optimizer, task: Task) 
     """Train a network on a task in a plain loop, and return its mean loss and accuracy."""
     network.train()
     outputs = []
-    for batch in task:
+    for batch in stream.batches(task, network):
         loss, accuracy = stream.evaluate(network, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -227,20 +237,25 @@ def copy_with_optimizer(module: Learner, optimizer: Optimizer) -> tuple[nn.Modul
     return network, of_copy
 
 
-def grow(network: nn.Module, stream: Stream, task: int, seed: int) -> None:
-    """Give the last layer the outputs that a task needs; the new ones are the same for all networks of a run."""
-    if stream.outputs is None:
+def change_head(network: nn.Module, stream: Stream, task: int, seed: int) -> None:
+    """Give the last layer the outputs or the weights of a task; new ones are the same for all networks of a run."""
+    if stream.outputs is None and stream.head == "kept":
         return
     assert isinstance(network, nn.Sequential)
     old = network[-1]
     assert isinstance(old, nn.Linear)
-    if old.out_features == stream.outputs(task):
+    outputs = old.out_features if stream.outputs is None else stream.outputs(task)
+    if stream.head == "kept" and old.out_features == outputs:
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1000 * seed + task)
-        new = nn.Linear(old.in_features, stream.outputs(task))
-        new.weight[: old.out_features] = old.weight
-        new.bias[: old.out_features] = old.bias
+        new = nn.Linear(old.in_features, outputs)
+        if stream.head == "kept":
+            new.weight[: old.out_features] = old.weight
+            new.bias[: old.out_features] = old.bias
+        elif stream.head == "zero":
+            new.weight.zero_()
+            new.bias.zero_()
     network[-1] = new
 
 

@@ -10,20 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.evidence.table import (
-    TaskOfRun,
-    auc,
-    found,
-    interval,
-    lead_times,
-    rank_correlation,
-    read_tasks,
-    scores,
-    table_of_verdicts,
-    tables,
-    tasks_of,
-    told,
-)
+from benchmarks.evidence.ranking import auc, found, interval, rank_correlation, told
+from benchmarks.evidence.results import TaskOfRun, read_tasks, scores, tasks_of
+from benchmarks.evidence.table import lead_times, table_of_verdicts, tables
 
 
 def run(lacks: list[float], numbers: list[float], *, seed: int = 0, **changes: Any) -> dict[str, Any]:
