@@ -27,7 +27,7 @@ import lightning_plasticity
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.stream import Batch, Stream, Task
 from benchmarks.evidence.streams import STREAMS
-from lightning_plasticity import FitTest, SpectralCollapseCallback, TaskReport
+from lightning_plasticity import FitTest, GGNProbe, HessianProbe, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import Repair
 
 VERSIONS = {
@@ -37,6 +37,8 @@ VERSIONS = {
     "lightning_plasticity": lightning_plasticity.__version__,
     "numpy": numpy.__version__,
 }
+# The ends and the middle of the range in which the authors of arXiv 2509.22335 look for the best ε for their figure.
+EPSILONS = (0.01, 0.1, 1.0)
 
 
 class Learner(LightningModule):
@@ -85,20 +87,40 @@ class Tasks(LightningDataModule):
         return DataLoader(self._module.stream.batches(self.task, self._module.net), batch_size=None)
 
 
-class Truth(Callback):
+class Outcomes(Callback):
+    """Records the mean loss and accuracy of a task, each on a batch before the step on it.
+
+    Attributes:
+        rows: Per task these means by name of the network.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, dict[str, float]]] = []
+        self._outputs: list[dict[str, float]] = []
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._outputs.append({name: value.item() for name, value in outputs.items()})
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows.append({"network": mean(self._outputs)})
+        self._outputs = []
+
+
+class Truth(Outcomes):
     """Trains the fresh and, where there was a repair, the unrepaired network; place it before the callback.
 
     Args:
         module: The module, with its initial weights.
         data: The tasks.
         plasticity: The callback.
-
-    Attributes:
-        rows: Per task the mean loss and accuracy, each on a batch before its step, of all three networks.
     """
 
     def __init__(self, module: Learner, data: Tasks, plasticity: SpectralCollapseCallback) -> None:
-        self.rows: list[dict[str, dict[str, float]]] = []
+        super().__init__()
         self._module = module
         self._data = data
         self._plasticity = plasticity
@@ -112,27 +134,18 @@ class Truth(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            self._outputs: list[dict[str, float]] = []
             self._unrepaired = copy_with_optimizer(self._module, trainer.optimizers[0])
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._outputs.append({name: value.item() for name, value in outputs.items()})
-
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stream, task = self._module.stream, self._data.task
+        super().on_train_epoch_end(trainer, pl_module)
+        stream, task, row = self._module.stream, self._data.task, self.rows[-1]
         change_head(self._initial, stream, self._data.task_id, self._module.seed)
         fresh = copy.deepcopy(self._initial)
-        row = {
-            "network": mean(self._outputs),
-            "fresh": learn(stream, fresh, stream.optimizer(fresh.parameters(), self._module.weight_decay), task),
-        }
+        optimizer = stream.optimizer(fresh.parameters(), self._module.weight_decay)
+        row["fresh"] = learn(stream, fresh, optimizer, task)
         repaired = self._at_start & {repair.name for repair in self._plasticity.history[-1].repairs}
         row["unrepaired"] = learn(stream, *self._unrepaired, task) if repaired else row["network"]
-        self.rows.append(row)
 
 
 class Clock:
@@ -162,19 +175,12 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     module = Learner(stream, of_method.weight_decay, seed)
     fit_test = live_fit_test(stream, seed, module) if of_method.live else FitTest()
-    plasticity = SpectralCollapseCallback(fit_test=fit_test, interventions=of_method.interventions())
+    # As many steps as the ranks need not to change any more.
+    probe = HessianProbe(num_probes=2, num_steps=200) if of_method.hessian else GGNProbe()
+    plasticity = SpectralCollapseCallback(probe, fit_test=fit_test, interventions=of_method.interventions())
     data = Tasks(module, stream.draw(seed))
     truth, clock = Truth(module, data, plasticity), Clock(plasticity)
-    Trainer(
-        max_epochs=tasks,
-        reload_dataloaders_every_n_epochs=1,
-        accelerator="cpu",
-        callbacks=[truth, plasticity],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, datamodule=data)
+    fit(module, data, tasks, [truth, plasticity])
     reports = zip(plasticity.history, truth.rows, strict=True)
     return {
         "stream": name,
@@ -188,6 +194,20 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     }
 
 
+def fit(module: Learner, data: Tasks, tasks: int, callbacks: list[Callback]) -> None:
+    """Train a module on tasks."""
+    Trainer(
+        max_epochs=tasks,
+        reload_dataloaders_every_n_epochs=1,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)
+
+
 def live_fit_test(stream: Stream, seed: int, module: Learner) -> FitTest:
     """Return a fit test on as many batches of each task as are a fifth of the first one."""
     first = next(stream.draw(seed))
@@ -196,8 +216,11 @@ def live_fit_test(stream: Stream, seed: int, module: Learner) -> FitTest:
 
 def described(report: TaskReport) -> dict[str, Any]:
     """Return the numbers but those of single layers, the verdict and what was done at a task."""
+    metrics = {name: value for name, value in report.metrics.items() if "/" not in name}
+    if report.spectrum is not None and report.matrix == "hessian":
+        metrics |= {f"hessian_epsilon_rank_{epsilon}": report.spectrum.epsilon_rank(epsilon) for epsilon in EPSILONS}
     return {
-        "metrics": {name: rounded(value) for name, value in report.metrics.items() if "/" not in name},
+        "metrics": {name: rounded(value) for name, value in metrics.items()},
         "fit_curves": [[rounded(loss) for loss in curve] for curve in (report.fit_curve, report.fresh_fit_curve)],
         "collapsed": report.collapsed,
         "repairs": [repair.name for repair in report.repairs],
