@@ -41,6 +41,8 @@ class TaskOfRun:
         collapsed: The default verdict.
         scores: The numbers, each turned such that a high one means bad.
         accuracy: The online accuracy, or loss in regressions, of the network as it was trained.
+        fresh: The same of the fresh network.
+        repairs: Number of repairs at the start of the task.
         seconds: Time in the callback, mean over the tasks of the run.
     """
 
@@ -54,6 +56,8 @@ class TaskOfRun:
     scores: dict[str, float] = field(default_factory=dict)
     lack_repaired: float = math.nan
     accuracy: float = math.nan
+    fresh: float = math.nan
+    repairs: int = 0
     seconds: float = math.nan
 
     @property
@@ -82,6 +86,7 @@ def read_tasks(directory: Path) -> list[TaskOfRun]:
 def tasks_of(run: dict[str, Any]) -> list[TaskOfRun]:
     """Return the tasks of a run but the first."""
     regression = run["regression"]
+    outcome = "loss" if regression else "accuracy"
     measured = [each["metrics"] for each in run["tasks"]]
     return [
         TaskOfRun(
@@ -91,7 +96,9 @@ def tasks_of(run: dict[str, Any]) -> list[TaskOfRun]:
             regression=regression,
             collapsed=each["collapsed"],
             scores=scores(measured[: number + 1]),
-            accuracy=each["network"]["loss" if regression else "accuracy"],
+            accuracy=each["network"][outcome],
+            fresh=each["fresh"][outcome],
+            repairs=len(each["repairs"]),
             seconds=run["seconds_in_callback"] / len(measured),
         )
         for number, each in enumerate(run["tasks"])
@@ -112,9 +119,11 @@ def scores(measured: Sequence[dict[str, float]]) -> dict[str, float]:
         if "/" in name or name.endswith(NO_MEASURES):
             continue
         number = name.removesuffix("_vs_initial")
-        high_is_good = number in DIAGNOSTICS and DIAGNOSTICS[number].higher_is_better
+        # A rank at another threshold is named such as hessian_epsilon_rank@0.1.
+        diagnostic = DIAGNOSTICS.get(number.partition("@")[0])
+        high_is_good = diagnostic is not None and diagnostic.higher_is_better
         turned[name] = -value if high_is_good else value
-        if name == number and (number not in DIAGNOSTICS or not DIAGNOSTICS[number].can_be_negative):
+        if name == number and (diagnostic is None or not diagnostic.can_be_negative):
             so_far = [metrics[name] for metrics in measured if not math.isnan(metrics.get(name, math.nan))]
             best = (max if high_is_good else min)(so_far, default=math.nan)
             ratio = value / best if best else (0.0 if high_is_good else math.inf * value if value else 1.0)

@@ -218,7 +218,7 @@ def described(report: TaskReport) -> dict[str, Any]:
     """Return the numbers but those of single layers, the verdict and what was done at a task."""
     metrics = {name: value for name, value in report.metrics.items() if "/" not in name}
     if report.spectrum is not None and report.matrix == "hessian":
-        metrics |= {f"hessian_epsilon_rank_{epsilon}": report.spectrum.epsilon_rank(epsilon) for epsilon in EPSILONS}
+        metrics |= {f"hessian_epsilon_rank@{epsilon}": report.spectrum.epsilon_rank(epsilon) for epsilon in EPSILONS}
     return {
         "metrics": {name: rounded(value) for name, value in metrics.items()},
         "fit_curves": [[rounded(loss) for loss in curve] for curve in (report.fit_curve, report.fresh_fit_curve)],
