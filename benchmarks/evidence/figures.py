@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.ranking import Told
 from benchmarks.evidence.results import TaskOfRun
-from benchmarks.evidence.table import MOST_NUMBERS, by_stream, decimal, methods_by_lack, numbers_by_auc, verdicts
+from benchmarks.evidence.table import (
+    MOST_NUMBERS,
+    by_stream,
+    decimal,
+    methods_by_lack,
+    numbers_by_auc,
+    trained,
+    verdicts,
+)
 
 # Streams that are long enough to see a course.
 DRAWN = (
@@ -27,7 +35,7 @@ def draw(tasks: Sequence[TaskOfRun], directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     figures = {
         "courses": courses(verdicts(tasks, repaired=False)),
-        "methods": heat_map(verdicts(tasks)),
+        "methods": heat_map(trained(tasks)),
         "numbers": areas(numbers_by_auc(verdicts(tasks))),
     }
     for name, figure in figures.items():

@@ -37,6 +37,7 @@ class Method:
         intervention: Returns a new intervention, or ``None`` for none.
         weight_decay: Coefficient of L2, as an argument of the optimizer.
         small: Whether it belongs to the small run.
+        measured: Whether the callback measures and judges, or only runs the intervention.
         live: Whether the fit test trains a fresh network on the first fifth of the batches of each task.
         hessian: Whether the Hessian is measured, too.
     """
@@ -44,6 +45,7 @@ class Method:
     intervention: Callable[[], Intervention] | None = None
     weight_decay: float = 0.0
     small: bool = False
+    measured: bool = False
     live: bool = False
     hessian: bool = False
 
@@ -79,14 +81,14 @@ CANDIDATES: dict[str, tuple[Method, ...]] = {
 """Three settings of every intervention that has one: an equal budget."""
 
 METHODS: dict[str, Method] = {
-    "none": Method(small=True),
-    "live": Method(small=True, live=True),
-    "hessian": Method(hessian=True),
+    "none": Method(small=True, measured=True),
+    "live": Method(small=True, measured=True, live=True),
+    "hessian": Method(measured=True, hessian=True),
     # The weight decay of L2ER.
-    "l2": Method(weight_decay=1e-3, small=True),
-    "shrink-perturb": Method(lambda: ShrinkPerturb(when="task"), small=True),
-    "redo": Method(lambda: ReDo(when=100), small=True),
-    "shrink-perturb-on-collapse": Method(ShrinkPerturb),
+    "l2": Method(weight_decay=1e-3, small=True, measured=True),
+    "shrink-perturb": Method(lambda: ShrinkPerturb(when="task"), small=True, measured=True),
+    "redo": Method(lambda: ReDo(when=100), small=True, measured=True),
+    "shrink-perturb-on-collapse": Method(ShrinkPerturb, measured=True),
     "regrama": Method(lambda: ReGraMa(when=100)),
     "reset": Method(lambda: Reset(when="task")),
     "reset-last": Method(lambda: Reset(last=1, when="task")),

@@ -21,6 +21,7 @@ from benchmarks.evidence.table import (
     table_of_methods,
     table_of_numbers,
     table_of_verdicts,
+    trained,
     verdicts,
 )
 
@@ -98,6 +99,7 @@ def page(tasks: Sequence[TaskOfRun]) -> str:
     rest = {name: each for name, each in numbers.items() if name not in best}
     bad, healthy = sum(task.bad for task in every), sum(task.healthy for task in every)
     live = [task for task in tasks if task.method == "live"]
+    measured = ", ".join(dict.fromkeys(task.method for task in every))
     hessian = [task for task in tasks if task.method == "hessian"]
     return f"""{INTRODUCTION}
 ## Results
@@ -118,7 +120,7 @@ Of the bad tasks, of the healthy ones, and of those between. The lead is the med
 
 ### Which number tells
 
-{len(every)} tasks of all methods, {bad} bad and {healthy} healthy ones. The interval holds 95 % of a bootstrap over the
+{len(every)} tasks of {measured}: {bad} bad and {healthy} healthy ones. The interval holds 95 % of a bootstrap over the
 seeds of each stream; the rank correlation is the mean over the streams.
 
 {table_of_numbers(best)}
@@ -151,20 +153,21 @@ makes its own data, that by the loss.
 Lack in the last tenth of the tasks, above 0 if a fresh network is better: difference of the online accuracy, in
 regressions logarithm of the ratio of the losses. In brackets the change of the network's own performance from the first
 tenth to the last. The best methods, beside none on the same streams, come first. The last column is the time in the
-callback a task, measurements included, in seconds of one CPU core. Names with `-tuned` are the best of three settings
+callback a task, in seconds of one CPU core: for {measured} with all measurements at their defaults, for the others
+without. Names with `-tuned` are the best of three settings
 (`benchmarks/evidence/tuning.py`): chosen by the final accuracy on random-labels and permuted-digits with another seed;
 all others are the defaults, with `when="task"` for repairs and every 100 steps for ReDo and ReGraMa.
 
 ![Lack at the end of each stream](images/evidence-methods.png)
 
-{table_of_methods(every)}
+{table_of_methods(trained(tasks))}
 
 ### Beside published numbers
 
 No stream here has a published protocol: tasks are smaller and fewer, so that a run takes seconds. The nearest one:
 
 {PUBLISHED}
-{mnist_row(every)}
+{mnist_row(trained(tasks))}
 
 ### Does the rank of the Hessian fall first?
 

@@ -87,7 +87,8 @@ def tasks_of(run: dict[str, Any]) -> list[TaskOfRun]:
     """Return the tasks of a run but the first."""
     regression = run["regression"]
     outcome = "loss" if regression else "accuracy"
-    measured = [each["metrics"] for each in run["tasks"]]
+    # Without a fit test, nothing but dormant units was measured.
+    measured = [each["metrics"] if "handicap" in each["metrics"] else {} for each in run["tasks"]]
     return [
         TaskOfRun(
             *(run["stream"], run["method"], run["seed"], number),

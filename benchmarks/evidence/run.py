@@ -11,7 +11,7 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_plasticity
-from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.methods import METHODS, Method
 from benchmarks.evidence.stream import Batch, Stream, Task
 from benchmarks.evidence.streams import STREAMS
-from lightning_plasticity import FitTest, GGNProbe, HessianProbe, SpectralCollapseCallback, TaskReport
+from lightning_plasticity import Collapse, FitTest, GGNProbe, HessianProbe, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import Repair
 
 VERSIONS = {
@@ -117,10 +117,18 @@ class Truth(Outcomes):
         module: The module, with its initial weights.
         data: The tasks.
         plasticity: The callback.
+        fresh: The outcomes of the fresh network, if they are known.
     """
 
-    def __init__(self, module: Learner, data: Tasks, plasticity: SpectralCollapseCallback) -> None:
+    def __init__(
+        self,
+        module: Learner,
+        data: Tasks,
+        plasticity: SpectralCollapseCallback,
+        fresh: Sequence[dict[str, float]] | None = None,
+    ) -> None:
         super().__init__()
+        self._fresh = fresh
         self._module = module
         self._data = data
         self._plasticity = plasticity
@@ -128,7 +136,7 @@ class Truth(Outcomes):
         self._at_start = {
             each.name
             for each in plasticity.interventions
-            if isinstance(each, Repair) and not isinstance(each.when, int)
+            if plasticity.fit_test is not None and isinstance(each, Repair) and not isinstance(each.when, int)
         }
 
     @override
@@ -140,12 +148,15 @@ class Truth(Outcomes):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         stream, task, row = self._module.stream, self._data.task, self.rows[-1]
-        change_head(self._initial, stream, self._data.task_id, self._module.seed)
-        fresh = copy.deepcopy(self._initial)
-        optimizer = stream.optimizer(fresh.parameters(), self._module.weight_decay)
-        row["fresh"] = learn(stream, fresh, optimizer, task)
+        row["fresh"] = self._learn_fresh(task) if self._fresh is None else self._fresh[self._data.task_id]
         repaired = self._at_start & {repair.name for repair in self._plasticity.history[-1].repairs}
         row["unrepaired"] = learn(stream, *self._unrepaired, task) if repaired else row["network"]
+
+    def _learn_fresh(self, task: Task) -> dict[str, float]:
+        stream = self._module.stream
+        change_head(self._initial, stream, self._data.task_id, self._module.seed)
+        network = copy.deepcopy(self._initial)
+        return learn(stream, network, stream.optimizer(network.parameters(), self._module.weight_decay), task)
 
 
 class Clock:
@@ -168,18 +179,26 @@ class Clock:
         return timed
 
 
-def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
-    """Train on the tasks of a stream, and return the numbers, verdicts and truth of each."""
+def run(
+    name: str, method: str, seed: int, tasks: int, fresh: Sequence[dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """Train on the tasks of a stream, and return the numbers, verdicts and truth of each.
+
+    Args:
+        name: Name of the stream.
+        method: Name of the method.
+        seed: Seed of the run.
+        tasks: Number of tasks.
+        fresh: The outcomes of the fresh network, from another run with this seed and weight decay. By default it is
+            trained.
+    """
     began = time.perf_counter()
     stream, of_method = STREAMS[name], METHODS[method]
     torch.manual_seed(seed)
     module = Learner(stream, of_method.weight_decay, seed)
-    fit_test = live_fit_test(stream, seed, module) if of_method.live else FitTest()
-    # As many steps as the ranks need not to change any more.
-    probe = HessianProbe(num_probes=2, num_steps=200) if of_method.hessian else GGNProbe()
-    plasticity = SpectralCollapseCallback(probe, fit_test=fit_test, interventions=of_method.interventions())
+    plasticity = callback_of(of_method, stream, seed, module)
     data = Tasks(module, stream.draw(seed))
-    truth, clock = Truth(module, data, plasticity), Clock(plasticity)
+    truth, clock = Truth(module, data, plasticity, fresh), Clock(plasticity)
     fit(module, data, tasks, [truth, plasticity])
     reports = zip(plasticity.history, truth.rows, strict=True)
     return {
@@ -206,6 +225,18 @@ def fit(module: Learner, data: Tasks, tasks: int, callbacks: list[Callback]) -> 
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, datamodule=data)
+
+
+def callback_of(method: Method, stream: Stream, seed: int, module: Learner) -> SpectralCollapseCallback:
+    """Return the callback of a new run."""
+    if not method.measured:
+        # No measurement costs less than that of dormant units; more than all of them is no collapse.
+        rule = Collapse("dormant_fraction", above=1.0)
+        return SpectralCollapseCallback(None, fit_test=None, collapse=rule, interventions=method.interventions())
+    # As many steps as the ranks need not to change any more.
+    probe = HessianProbe(num_probes=2, num_steps=200) if method.hessian else GGNProbe()
+    fit_test = live_fit_test(stream, seed, module) if method.live else FitTest()
+    return SpectralCollapseCallback(probe, fit_test=fit_test, interventions=method.interventions())
 
 
 def live_fit_test(stream: Stream, seed: int, module: Learner) -> FitTest:

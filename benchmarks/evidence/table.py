@@ -21,9 +21,14 @@ SHOWN_BY_STREAM = (
 MOST_NUMBERS = 15
 
 
+def trained(tasks: Iterable[TaskOfRun]) -> list[TaskOfRun]:
+    """Return the tasks of all methods, each once: other measurements train the same network again."""
+    return [task for task in tasks if task.method not in OTHER_MEASUREMENTS]
+
+
 def verdicts(tasks: Iterable[TaskOfRun], *, repaired: bool = True) -> list[TaskOfRun]:
     """Return the tasks with a default verdict, of all methods or only of runs without an intervention."""
-    return [task for task in tasks if (task.method not in OTHER_MEASUREMENTS if repaired else task.method == "none")]
+    return [task for task in trained(tasks) if task.scores and (repaired or task.method == "none")]
 
 
 def by_stream(tasks: Iterable[TaskOfRun]) -> dict[str, list[TaskOfRun]]:
@@ -48,7 +53,7 @@ def tables(tasks: Sequence[TaskOfRun]) -> str:
             table_of_verdicts(verdicts(tasks, repaired=False)),
             table_of_numbers(numbers),
             table_by_stream(numbers),
-            table_of_methods(verdicts(tasks)),
+            table_of_methods(trained(tasks)),
         ]
     )
 

@@ -25,17 +25,13 @@ TUNING_STREAMS, SEED = ("random-labels", "permuted-digits"), 100
 def final_accuracy(name: str, method: Method) -> float:
     """Return the mean online accuracy of the last quarter of the tasks of a stream."""
     # Only in the processes, since Lightning takes seconds to import.
-    from benchmarks.evidence.run import Learner, Outcomes, Tasks, fit
-    from lightning_plasticity import Collapse, SpectralCollapseCallback
+    from benchmarks.evidence.run import Learner, Outcomes, Tasks, callback_of, fit
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     stream = STREAMS[name]
     torch.manual_seed(SEED)
     module, outcomes = Learner(stream, method.weight_decay, SEED), Outcomes()
-    # Nothing but the interventions: no measurement costs less than that of dormant units.
-    callback = SpectralCollapseCallback(
-        None, fit_test=None, collapse=Collapse("dormant_fraction", above=1.0), interventions=method.interventions()
-    )
+    callback = callback_of(method, stream, SEED, module)
     fit(module, Tasks(module, stream.draw(SEED)), stream.small, [outcomes, callback])
     last = outcomes.rows[-(stream.small // 4) :]
     return statistics.fmean(row["network"]["accuracy"] for row in last)

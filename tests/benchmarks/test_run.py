@@ -54,6 +54,18 @@ def test_repaired_and_unrepaired_networks_differ(monkeypatch: pytest.MonkeyPatch
     assert second["unrepaired"]["accuracy"] > second["network"]["accuracy"] + 0.1
 
 
+@pytest.mark.slow
+def test_fresh_networks_are_trained_once_for_all_methods(tmp_path: Path) -> None:
+    fresh = {"loss": 1.0, "accuracy": 0.25}
+    known = Run("same-digits", "none", 0, 2)
+    known.path(tmp_path).write_text(json.dumps({"tasks": [{"fresh": fresh}] * 2}))
+    train_all([Run("same-digits", "weight-clipping", 0, 2)], tmp_path, 1)
+    result = json.loads((tmp_path / "same-digits.weight-clipping.0.json").read_text())
+    assert [task["fresh"] for task in result["tasks"]] == [fresh] * 2
+    # Nothing was measured, so there is no verdict to judge.
+    assert all(not task.scores and task.lack_repaired < 0 for task in tasks_of(result))
+
+
 def test_growing_networks_are_measured_at_every_task() -> None:
     result = evidence.run("class-incremental", "none", 0, 3)
     assert all(task["metrics"] and not task["errors"] for task in result["tasks"])
