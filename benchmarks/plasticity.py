@@ -4,7 +4,7 @@
 of ``benchmarks.evidence.methods``, each run on one thread of the CPU in one of ``--jobs`` processes, and write one JSON
 file a run. Runs whose file exists are skipped, so a stopped command goes on where it was; small and full runs need
 different directories. ``--table DIR`` prints the tables of ``benchmarks.evidence.table`` from all files of a directory,
-and ``--page DIR FILE`` writes them with an explanation.
+and ``--page DIR FILE`` writes them with an explanation, and figures to ``images`` beside the file.
 
 A file holds every number of every ``TaskReport.metrics``, the verdict, and the truth beside each task:
 ``benchmarks.evidence.run``.
@@ -22,15 +22,17 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.evidence.figures import draw
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.page import page
+from benchmarks.evidence.results import read_tasks
 from benchmarks.evidence.streams import STREAMS
-from benchmarks.evidence.table import read_tasks, tables
+from benchmarks.evidence.table import tables
 
 # The streams that decide about the verdict get more seeds in the full run.
 SEEDS, MORE_SEEDS = range(3), range(5)
@@ -61,11 +63,19 @@ class Run:
 
         # Lightning sets the level when it is imported.
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        result = run(self.stream, self.method, self.seed, self.tasks)
+        result = run(self.stream, self.method, self.seed, self.tasks, self._known(directory))
         part = self.path(directory).with_suffix(".part")
         part.write_text(json.dumps(result))
         part.replace(self.path(directory))
         return float(result["seconds"])
+
+    def _known(self, directory: Path) -> list[dict[str, float]] | None:
+        """Return the outcomes of the fresh network, if a run without an intervention has trained the same one."""
+        path = replace(self, method="none").path(directory)
+        if METHODS[self.method].weight_decay or not path.exists():
+            return None
+        fresh = [task["fresh"] for task in json.loads(path.read_text())["tasks"]]
+        return fresh if len(fresh) >= self.tasks else None
 
 
 def prepare_process() -> None:
@@ -120,7 +130,7 @@ def main() -> int:
     what.add_argument("--small", action="store_true", help="few tasks, four methods, one seed")
     what.add_argument("--full", action="store_true", help="all methods, and three seeds or five")
     what.add_argument("--table", type=Path, metavar="DIR", help="print the tables of the runs in a directory")
-    what.add_argument("--page", type=Path, nargs=2, metavar=("DIR", "FILE"), help="write them, explained, to a file")
+    what.add_argument("--page", type=Path, nargs=2, metavar=("DIR", "FILE"), help="write them, explained, with figures")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--streams", nargs="+", choices=STREAMS, metavar="STREAM", help=", ".join(STREAMS))
@@ -132,7 +142,9 @@ def main() -> int:
         return 0
     if options.page:
         directory, file = options.page
-        file.write_text(page(read_tasks(directory)), encoding="utf-8")
+        tasks = read_tasks(directory)
+        file.write_text(page(tasks), encoding="utf-8")
+        draw(tasks, file.parent / "images")
         return 0
     if options.out is None:
         parser.error("--out DIR is missing: where the files go")

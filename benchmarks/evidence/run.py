@@ -11,7 +11,7 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_plasticity
-from benchmarks.evidence.methods import METHODS
-from benchmarks.evidence.streams import STREAMS, Batch, Stream, Task
-from lightning_plasticity import SpectralCollapseCallback, TaskReport
+from benchmarks.evidence.methods import METHODS, Method
+from benchmarks.evidence.stream import Batch, Stream, Task
+from benchmarks.evidence.streams import STREAMS
+from lightning_plasticity import Collapse, FitTest, GGNProbe, HessianProbe, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import Repair
 
 VERSIONS = {
@@ -36,10 +37,12 @@ VERSIONS = {
     "lightning_plasticity": lightning_plasticity.__version__,
     "numpy": numpy.__version__,
 }
+# The ends and the middle of the range in which the authors of arXiv 2509.22335 look for the best ε for their figure.
+EPSILONS = (0.01, 0.1, 1.0)
 
 
 class Learner(LightningModule):
-    """A network that learns a stream. A last layer that grows does so at the start of a task."""
+    """A network that learns a stream. A last layer that changes does so at the start of a task."""
 
     def __init__(self, stream: Stream, weight_decay: float, seed: int) -> None:
         super().__init__()
@@ -51,6 +54,7 @@ class Learner(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss, accuracy = self.stream.evaluate(self.net, batch)
+        self.log("accuracy", accuracy)
         return {"loss": loss, "accuracy": accuracy}
 
     @override
@@ -60,7 +64,7 @@ class Learner(LightningModule):
     @override
     def on_train_epoch_start(self) -> None:
         before = list(self.parameters())
-        grow(self.net, self.stream, self.current_epoch, self.seed)
+        change_head(self.net, self.stream, self.current_epoch, self.seed)
         for optimizer in self.trainer.optimizers:
             replace_parameters(optimizer, before, list(self.parameters()))
 
@@ -68,8 +72,9 @@ class Learner(LightningModule):
 class Tasks(LightningDataModule):
     """Gives the tasks of a stream, one in each epoch of a fit, and announces them by ``task_id``."""
 
-    def __init__(self, tasks: Iterator[Task]) -> None:
+    def __init__(self, module: Learner, tasks: Iterator[Task]) -> None:
         super().__init__()
+        self._module = module
         self._tasks = tasks
         self.task_id = -1
         self.task: Task = []
@@ -79,38 +84,19 @@ class Tasks(LightningDataModule):
         assert self.trainer is not None
         if self.task_id != self.trainer.current_epoch:
             self.task_id, self.task = self.trainer.current_epoch, next(self._tasks)
-        return DataLoader(self.task, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self._module.stream.batches(self.task, self._module.net), batch_size=None)
 
 
-class Truth(Callback):
-    """Trains the fresh and, where there was a repair, the unrepaired network; place it before the callback.
-
-    Args:
-        module: The module, with its initial weights.
-        data: The tasks.
-        plasticity: The callback.
+class Outcomes(Callback):
+    """Records the mean loss and accuracy of a task, each on a batch before the step on it.
 
     Attributes:
-        rows: Per task the mean loss and accuracy, each on a batch before its step, of all three networks.
+        rows: Per task these means by name of the network.
     """
 
-    def __init__(self, module: Learner, data: Tasks, plasticity: SpectralCollapseCallback) -> None:
+    def __init__(self) -> None:
         self.rows: list[dict[str, dict[str, float]]] = []
-        self._module = module
-        self._data = data
-        self._plasticity = plasticity
-        self._initial = copy.deepcopy(module.net)
-        self._at_start = {
-            each.name
-            for each in plasticity.interventions
-            if isinstance(each, Repair) and not isinstance(each.when, int)
-        }
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self._outputs: list[dict[str, float]] = []
-            self._unrepaired = copy_with_optimizer(self._module, trainer.optimizers[0])
+        self._outputs: list[dict[str, float]] = []
 
     @override
     def on_train_batch_end(
@@ -120,16 +106,57 @@ class Truth(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stream, task = self._module.stream, self._data.task
-        grow(self._initial, stream, self._data.task_id, self._module.seed)
-        fresh = copy.deepcopy(self._initial)
-        row = {
-            "network": mean(self._outputs),
-            "fresh": learn(stream, fresh, stream.optimizer(fresh.parameters(), self._module.weight_decay), task),
+        self.rows.append({"network": mean(self._outputs)})
+        self._outputs = []
+
+
+class Truth(Outcomes):
+    """Trains the fresh and, where there was a repair, the unrepaired network; place it before the callback.
+
+    Args:
+        module: The module, with its initial weights.
+        data: The tasks.
+        plasticity: The callback.
+        fresh: The outcomes of the fresh network, if they are known.
+    """
+
+    def __init__(
+        self,
+        module: Learner,
+        data: Tasks,
+        plasticity: SpectralCollapseCallback,
+        fresh: Sequence[dict[str, float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._fresh = fresh
+        self._module = module
+        self._data = data
+        self._plasticity = plasticity
+        self._initial = copy.deepcopy(module.net)
+        self._at_start = {
+            each.name
+            for each in plasticity.interventions
+            if plasticity.fit_test is not None and isinstance(each, Repair) and not isinstance(each.when, int)
         }
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._unrepaired = copy_with_optimizer(self._module, trainer.optimizers[0])
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        stream, task, row = self._module.stream, self._data.task, self.rows[-1]
+        row["fresh"] = self._learn_fresh(task) if self._fresh is None else self._fresh[self._data.task_id]
         repaired = self._at_start & {repair.name for repair in self._plasticity.history[-1].repairs}
         row["unrepaired"] = learn(stream, *self._unrepaired, task) if repaired else row["network"]
-        self.rows.append(row)
+
+    def _learn_fresh(self, task: Task) -> dict[str, float]:
+        stream = self._module.stream
+        change_head(self._initial, stream, self._data.task_id, self._module.seed)
+        network = copy.deepcopy(self._initial)
+        return learn(stream, network, stream.optimizer(network.parameters(), self._module.weight_decay), task)
 
 
 class Clock:
@@ -152,25 +179,27 @@ class Clock:
         return timed
 
 
-def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
-    """Train on the tasks of a stream, and return the numbers, verdicts and truth of each."""
+def run(
+    name: str, method: str, seed: int, tasks: int, fresh: Sequence[dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """Train on the tasks of a stream, and return the numbers, verdicts and truth of each.
+
+    Args:
+        name: Name of the stream.
+        method: Name of the method.
+        seed: Seed of the run.
+        tasks: Number of tasks.
+        fresh: The outcomes of the fresh network, from another run with this seed and weight decay. By default it is
+            trained.
+    """
     began = time.perf_counter()
     stream, of_method = STREAMS[name], METHODS[method]
     torch.manual_seed(seed)
     module = Learner(stream, of_method.weight_decay, seed)
-    plasticity = SpectralCollapseCallback(interventions=of_method.interventions())
-    data = Tasks(stream.draw(seed))
-    truth, clock = Truth(module, data, plasticity), Clock(plasticity)
-    Trainer(
-        max_epochs=tasks,
-        reload_dataloaders_every_n_epochs=1,
-        accelerator="cpu",
-        callbacks=[truth, plasticity],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, datamodule=data)
+    plasticity = callback_of(of_method, stream, seed, module)
+    data = Tasks(module, stream.draw(seed))
+    truth, clock = Truth(module, data, plasticity, fresh), Clock(plasticity)
+    fit(module, data, tasks, [truth, plasticity])
     reports = zip(plasticity.history, truth.rows, strict=True)
     return {
         "stream": name,
@@ -184,10 +213,46 @@ def run(name: str, method: str, seed: int, tasks: int) -> dict[str, Any]:
     }
 
 
+def fit(module: Learner, data: Tasks, tasks: int, callbacks: list[Callback]) -> None:
+    """Train a module on tasks."""
+    Trainer(
+        max_epochs=tasks,
+        reload_dataloaders_every_n_epochs=1,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)
+
+
+def callback_of(method: Method, stream: Stream, seed: int, module: Learner) -> SpectralCollapseCallback:
+    """Return the callback of a new run."""
+    if not method.measured:
+        # No measurement costs less than that of dormant units; more than all of them is no collapse.
+        rule = Collapse("dormant_fraction", above=1.0)
+        return SpectralCollapseCallback(None, fit_test=None, collapse=rule, interventions=method.interventions())
+    # As many steps as the ranks need not to change any more.
+    probe = HessianProbe(num_probes=2, num_steps=200) if method.hessian else GGNProbe()
+    fit_test = live_fit_test(stream, seed, module) if method.live else FitTest()
+    return SpectralCollapseCallback(probe, fit_test=fit_test, interventions=method.interventions())
+
+
+def live_fit_test(stream: Stream, seed: int, module: Learner) -> FitTest:
+    """Return a fit test on as many batches of each task as are a fifth of the first one."""
+    first = next(stream.draw(seed))
+    return FitTest(live=True, steps=len(stream.batches(first, module.net)) // 5, metric=stream.live_metric)
+
+
 def described(report: TaskReport) -> dict[str, Any]:
-    """Return the numbers, the verdict and what was done at a task."""
+    """Return the numbers but those of single layers, the verdict and what was done at a task."""
+    metrics = {name: value for name, value in report.metrics.items() if "/" not in name}
+    if report.spectrum is not None and report.matrix == "hessian":
+        metrics |= {f"hessian_epsilon_rank@{epsilon}": report.spectrum.epsilon_rank(epsilon) for epsilon in EPSILONS}
     return {
-        "metrics": {name: float(value) for name, value in report.metrics.items()},
+        "metrics": {name: rounded(value) for name, value in metrics.items()},
+        "fit_curves": [[rounded(loss) for loss in curve] for curve in (report.fit_curve, report.fresh_fit_curve)],
         "collapsed": report.collapsed,
         "repairs": [repair.name for repair in report.repairs],
         "remarks": report.remarks,
@@ -195,11 +260,16 @@ def described(report: TaskReport) -> dict[str, Any]:
     }
 
 
+def rounded(value: float) -> float:
+    """Return a number with five digits, which keeps files short."""
+    return float(f"{value:.5g}")
+
+
 def learn(stream: Stream, network: nn.Module, optimizer: Optimizer, task: Task) -> dict[str, float]:
     """Train a network on a task in a plain loop, and return its mean loss and accuracy."""
     network.train()
     outputs = []
-    for batch in task:
+    for batch in stream.batches(task, network):
         loss, accuracy = stream.evaluate(network, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -221,20 +291,25 @@ def copy_with_optimizer(module: Learner, optimizer: Optimizer) -> tuple[nn.Modul
     return network, of_copy
 
 
-def grow(network: nn.Module, stream: Stream, task: int, seed: int) -> None:
-    """Give the last layer the outputs that a task needs; the new ones are the same for all networks of a run."""
-    if stream.outputs is None:
+def change_head(network: nn.Module, stream: Stream, task: int, seed: int) -> None:
+    """Give the last layer the outputs or the weights of a task; new ones are the same for all networks of a run."""
+    if stream.outputs is None and stream.head == "kept":
         return
     assert isinstance(network, nn.Sequential)
     old = network[-1]
     assert isinstance(old, nn.Linear)
-    if old.out_features == stream.outputs(task):
+    outputs = old.out_features if stream.outputs is None else stream.outputs(task)
+    if stream.head == "kept" and old.out_features == outputs:
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1000 * seed + task)
-        new = nn.Linear(old.in_features, stream.outputs(task))
-        new.weight[: old.out_features] = old.weight
-        new.bias[: old.out_features] = old.bias
+        new = nn.Linear(old.in_features, outputs)
+        if stream.head == "kept":
+            new.weight[: old.out_features] = old.weight
+            new.bias[: old.out_features] = old.bias
+        elif stream.head == "zero":
+            new.weight.zero_()
+            new.bias.zero_()
     network[-1] = new
 
 

