@@ -203,7 +203,7 @@ class SpectralCollapseCallback(Callback):
         if not isinstance(monitor, bool | PlasticityMonitor):
             raise TypeError(f"monitor={monitor!r} must be True, False or a PlasticityMonitor")
         if not isinstance(collapse, Collapse):
-            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.15)")
+            raise TypeError(f"collapse={collapse!r} must be an instance of Collapse, such as Collapse(above=1.25)")
         if fit_test is not None and not isinstance(fit_test, FitTest):
             raise TypeError(f"fit_test={fit_test!r} must be an instance of FitTest, or None")
         if fit_test is not None and fit_test.metric is not None and collapse == Collapse():

@@ -13,7 +13,7 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, Diagnostic, is_resolve
 
 Reference = Literal["best", "initial", "first"]
 
-_HANDICAP = 1.15
+_HANDICAP = 1.25
 """Handicap above which a fresh network is better off."""
 
 _METRIC_GAP = 0.05
@@ -52,7 +52,7 @@ class Collapse:
     """The rule for an alarm: a diagnostic at the start of a task is beyond a threshold.
 
     By default the alarm means that a fresh network would learn the task better: the handicap of the network is above
-    1.15 by more than its standard error. The threshold was chosen on some streams of tasks and confirmed on others; see
+    1.25 by more than its standard error. The threshold was chosen on some streams of tasks and confirmed on others; see
     docs/evidence.md.
 
     The verdict is inconclusive if the diagnostic is the rank of an estimated spectrum and is not resolved, if the
@@ -63,7 +63,7 @@ class Collapse:
         below: The threshold of a diagnostic that falls in a collapse: a fraction of the reference, in (0, 1], by
             default 0.8. Without a reference, the value itself.
         above: The threshold of a diagnostic that rises in a collapse, such as ``"dormant_fraction"``: a multiple of the
-            reference. Without a reference, the value itself. By default 1.15 for the handicap, and 0.05 for
+            reference. Without a reference, the value itself. By default 1.25 for the handicap, and 0.05 for
             ``"live_metric_gap"``.
         relative_to: The reference: ``"best"``, the best value at the start of any task so far, this one included;
             ``"initial"``, the value of the network's initial weights on the same batch; ``"first"``, the value at the

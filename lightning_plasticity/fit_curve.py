@@ -46,7 +46,7 @@ class FitCurve:
         """Create the curve of several batches from the curve of each."""
         batches = tuple(curve.losses for curve in curves)
         losses = tuple(math.fsum(values) / len(values) for values in zip(*batches, strict=True))
-        return cls(losses, any(curve.has_gradient for curve in curves), batches, curves[0].churn)
+        return cls(losses, any(curve.has_gradient for curve in curves), batches, churn=curves[0].churn)
 
     @property
     def by_batch(self) -> list[FitCurve]:

@@ -139,7 +139,7 @@ def test_collapse_warns_once_and_is_repaired() -> None:
     deactivate_hidden_units(module)
     before = weights(module)
     with pytest.warns(
-        PlasticityWarning, match=r"task 1: handicap .*, above 1.15: a fresh network would learn"
+        PlasticityWarning, match=r"task 1: handicap .*, above 1.25: a fresh network would learn"
     ) as caught:
         trainer(callback, max_epochs=3).fit(module, loader())
     assert sum(issubclass(warning.category, PlasticityWarning) for warning in caught) == 1

@@ -131,20 +131,20 @@ def test_signed_metric_has_an_absolute_threshold() -> None:
 
 def test_default_alarm_is_a_handicap_clearly_above_one() -> None:
     rule = Collapse()
-    assert not rule.evaluate(1.14, earlier=[0.1, 0.2], initial=math.nan).collapsed
-    assert rule.evaluate(1.16, earlier=[], initial=math.nan).collapsed
+    assert not rule.evaluate(1.24, earlier=[0.1, 0.2], initial=math.nan).collapsed
+    assert rule.evaluate(1.26, earlier=[], initial=math.nan).collapsed
     assert rule.evaluate(math.inf, earlier=[], initial=math.nan).collapsed
     for error, collapsed in ((0.04, True), (0.06, False)):
-        noisy = Estimate(1.2, standard_error=error)
+        noisy = Estimate(1.3, standard_error=error)
         assert rule.evaluate(noisy, earlier=[], initial=math.nan).collapsed is collapsed
 
 
 def test_message_of_the_default_alarm_says_what_it_means() -> None:
     verdict = Collapse().evaluate(1.714, earlier=[1.0, 1.1], initial=math.nan, explanation="fit loss 2 instead of 1")
     assert verdict.message == (
-        "task 2: handicap 1.71, above 1.15: a fresh network would learn this task better (fit loss 2 instead of 1)"
+        "task 2: handicap 1.71, above 1.25: a fresh network would learn this task better (fit loss 2 instead of 1)"
     )
-    assert Collapse().evaluate(1.1, earlier=[], initial=math.nan).message == "task 0: handicap 1.1, not above 1.15"
+    assert Collapse().evaluate(1.1, earlier=[], initial=math.nan).message == "task 0: handicap 1.1, not above 1.25"
 
 
 @pytest.mark.parametrize(

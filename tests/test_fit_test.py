@@ -495,7 +495,7 @@ def test_dead_network_is_a_collapse_at_its_first_task() -> None:
             layer.weight.zero_()
             layer.bias.zero_()
     module.net[2].bias.requires_grad_(False)
-    with pytest.warns(PlasticityWarning, match="task 0: handicap inf, above 1.15: a fresh network would learn this"):
+    with pytest.warns(PlasticityWarning, match="task 0: handicap inf, above 1.25: a fresh network would learn this"):
         trainer(callback, max_steps=1).fit(module, loader())
     report = callback.history[0]
     assert report.collapsed
