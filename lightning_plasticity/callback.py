@@ -284,7 +284,7 @@ class SpectralCollapseCallback(Callback):
     @property
     def collapse(self) -> Collapse:
         """The rule for an alarm."""
-        return self._task_start.collapse
+        return self._task_start.verdicts.collapse
 
     @property
     def fit_test(self) -> FitTest | None:
@@ -365,7 +365,7 @@ class SpectralCollapseCallback(Callback):
         with _lightning_errors():
             if self._task_start.gathering is not None and not starts_task:
                 self._gather(TrainerContext.of(trainer, pl_module, batch, 0, self._loss_fn))
-            if self._task_start.shadow is not None and not starts_task:
+            if self._task_start.live.is_running and not starts_task:
                 self._train_shadow(TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn))
             if starts_task or self._task_start.needs_start(trainer.optimizers):
                 context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
@@ -472,7 +472,7 @@ class SpectralCollapseCallback(Callback):
             "history": [report.to_dict() for report in self.history],
             "initial": self._task_start.initial_weights.state_dict(),
             "gathering": None if self._task_start.gathering is None else self._task_start.gathering.state_dict(),
-            "shadow": None if self._task_start.shadow is None else self._task_start.shadow.state_dict(),
+            "shadow": self._task_start.live.state_dict(),
             "steps": self._steps,
             "monitored": self._step_monitor.last,
             "tasks": self._tasks.state_dict(),
@@ -494,7 +494,7 @@ class SpectralCollapseCallback(Callback):
         self._task_start.initial_weights.load_state_dict(state_dict["initial"])
         gathering = state_dict["gathering"]
         self._task_start.gathering = None if gathering is None else Gathering.from_state(gathering)
-        self._task_start.restore_shadow(state_dict["shadow"])
+        self._task_start.live.load_state_dict(state_dict["shadow"])
         self._steps = state_dict["steps"]
         self._step_monitor.last = state_dict["monitored"]
         self._tasks.load_state_dict(state_dict["tasks"])
@@ -526,7 +526,8 @@ class SpectralCollapseCallback(Callback):
             self._step_monitor.begin(context.model, self._steps)
         except BaseException as error:
             if starts_task:
-                self._task_start.gathering = self._task_start.shadow = None
+                self._task_start.gathering = None
+                self._task_start.live.cancel()
             if not self.history:
                 self._task_start.initial_weights.clear()
             if isinstance(error, SkippedBatchError):
@@ -565,10 +566,9 @@ class SpectralCollapseCallback(Callback):
 
     def _train_shadow(self, context: TrainerContext) -> None:
         """Let the fresh network train on the batch, and compare the networks if they have seen enough."""
-        task_start = self._task_start
         with self._tasks.paused():
-            task_start.train_shadow(context, **_accumulation(context))
-        if task_start.gathering is None and (task_start.shadow is None or task_start.shadow.is_complete):
+            self._task_start.live.train(context, **_accumulation(context))
+        if self._task_start.gathering is None and self._task_start.live.is_complete:
             self._compare(context)
 
     def _complete(self, context: TrainerContext, *, may_repair: bool = True) -> None:
@@ -580,14 +580,14 @@ class SpectralCollapseCallback(Callback):
         """
         if self._task_start.gathering is not None:
             self._measure_gathered(context, may_repair=may_repair)
-        if self._task_start.shadow is not None:
+        if self._task_start.live.is_running:
             self._compare(context, may_repair=may_repair)
 
     def _compare(self, context: TrainerContext, *, may_repair: bool = True) -> None:
         """Compare the network with the fresh one, run the repairs that are due and log."""
         report = self.history[-1]
         self._share_errors()
-        self._task_start.compare(report, self.history[:-1])
+        self._task_start.live.compare(report, self.history[:-1])
         repair_context: ProbeContext = context
         if may_repair and self._runner.due_at_task_start(report.task, collapsed=report.collapsed):
             repair_context = context.gather(self._task_start.measurements.samples)
@@ -635,11 +635,11 @@ class SpectralCollapseCallback(Callback):
         """Run the repairs that are due and measure the network again, and undo them if that is worse."""
         is_due = self._runner.due_at_task_start(report.task, collapsed=report.collapsed)
         if is_due:
-            self._task_start.measure_before_repairs(context, report)
+            self._task_start.repair_check.measure_before(context, report)
         state = TrainingState(context.model, context.optimizers) if self._undo_if_worse and is_due else None
         repairs = self._runner.at_task_start(context, report.task, self._steps, collapsed=report.collapsed)
         if repairs:
-            is_worse = self._task_start.measure_repaired(context, report, [repair.name for repair in repairs])
+            is_worse = self._task_start.repair_check.measure_after(context, report, [repair.name for repair in repairs])
             if is_worse and state is not None:
                 state.restore()
                 repairs = [replace(repair, undone=True) for repair in repairs]

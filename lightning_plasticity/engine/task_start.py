@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_plasticity.collapse import MIN_SAMPLES, Collapse
+from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.curvature import Estimate
 from lightning_plasticity.diagnostics import (
-    DIAGNOSTICS,
-    resolved_value,
     to_log_dict,
 )
 from lightning_plasticity.distributed.agreement import (
@@ -30,11 +27,10 @@ from lightning_plasticity.distributed.agreement import (
 )
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.engine.explanation import explain
-from lightning_plasticity.engine.fits_at_hand import FitsAtHand
 from lightning_plasticity.engine.gathering import Gathering
 from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
+from lightning_plasticity.engine.live_comparison import LiveComparison
 from lightning_plasticity.engine.measurements import (
     Measurement,
     Measurements,
@@ -43,23 +39,14 @@ from lightning_plasticity.engine.measurements import (
     metrics_of_parts,
     plan_of,
 )
-from lightning_plasticity.engine.shadow_run import ShadowRun
-from lightning_plasticity.fit_curve import FitCurve
-from lightning_plasticity.fit_test import MIN_BATCHES, FitTest
+from lightning_plasticity.engine.repair_check import Fresh, RepairCheck
+from lightning_plasticity.engine.verdicts import Verdicts
+from lightning_plasticity.fit_test import FitTest
 from lightning_plasticity.isolation.batches import to_device
-from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError, rank_zero_info
+from lightning_plasticity.messages import SkippedBatchError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import Probe
 from lightning_plasticity.reports import TaskReport
-
-_RANK = "ntk_effective_rank_vs_initial"
-
-_FEW_SAMPLES = 16
-"""Number of samples below which a warning says that they are few."""
-
-_WAITING = "there is no verdict yet"
-
-_ADVICE_ON_SAMPLES = "take larger batches, or pass SpectralCollapseCallback(probe_batch=...)"
 
 
 class TaskStart:
@@ -68,8 +55,7 @@ class TaskStart:
     Where the first batch of a task holds fewer samples than the probe takes, those of the next batches are gathered,
     too, and then measured on the weights that the task began with.
 
-    A live fit test gives its verdict later, too: a fresh network trains beside the network on the first batches of the
-    task, and :meth:`compare` fills in the result. The first task begins with a fresh network, and needs no other.
+    A live fit test gives its verdict later, too: see :class:`LiveComparison`.
 
     The first measurement must succeed. After that, an error is a warning and an entry in the report, and training goes
     on.
@@ -95,7 +81,7 @@ class TaskStart:
         runner: InterventionRunner,
         errors: ErrorLog,
     ) -> None:
-        self.collapse = collapse
+        self.verdicts = Verdicts(collapse)
         self.measurements = Measurements(
             probe,
             fit_test,
@@ -106,39 +92,25 @@ class TaskStart:
             errors=errors,
         )
         self.initial_weights = InitialWeights()
+        self.live = LiveComparison(fit_test, self.initial_weights, runner=runner, verdicts=self.verdicts, errors=errors)
+        self.repair_check = RepairCheck(self.measurements, self.initial_weights, verdicts=self.verdicts, errors=errors)
         self.gathering: Gathering | None = None
         """The samples of the last task, as long as they are too few to be measured."""
-        self.shadow: ShadowRun | None = None
-        """The fresh network that trains beside the network, as long as they have not been compared."""
         self._runner = runner
         self._errors = errors
-        self._warned_of_few_samples = False
-        self._logged_remarks: set[str] = set()
         self._trial: Measurement | None = None
-        # The initial weights on the samples of the last task, for the comparison with a repaired model.
-        self._initial: Measurement | None = None
-        self._fits_at_hand: FitsAtHand | None = None
-        self._best_rank = 1.0
         self._interventions_have_started = False
 
     @property
     def is_waiting(self) -> bool:
         """Whether the report of the last task waits for samples or for the comparison with a fresh network."""
-        return self.gathering is not None or self.shadow is not None
+        return self.gathering is not None or self.live.is_running
 
     def begin_fit(self) -> None:
         """Let the probe be checked and the interventions start at the first batch of a fit."""
-        # A copy that an interrupted fit has left belongs to its Trainer.
-        self.restore_shadow(None if self.shadow is None else self.shadow.state_dict())
+        self.live.begin_fit()
         self.measurements.begin_fit()
         self._interventions_have_started = False
-
-    def restore_shadow(self, state: Mapping[str, Any] | None) -> None:
-        """Restore the fresh network from its ``state_dict()``; ``None`` if there is none."""
-        self.shadow = None
-        if self.measurements.fit_test is not None and state is not None:
-            self.shadow = ShadowRun(self.measurements.fit_test, {})
-            self.shadow.load_state_dict(state)
 
     def needs_start(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Return whether interventions must be started before the next batch, which these optimizers train on."""
@@ -162,10 +134,10 @@ class TaskStart:
             context: The model and the first batch.
             history: The reports of all earlier tasks.
             report: The report of the new task, to be filled in now or, if :attr:`is_waiting`, by
-                :meth:`measure_gathered` and :meth:`compare`; ``None`` in the middle of a task.
+                :meth:`measure_gathered` and :attr:`live`; ``None`` in the middle of a task.
             probe_batch: Returns a batch of so many samples to measure on, instead of those of the task.
-            window: As in :meth:`train_shadow`.
-            ends_window: As in :meth:`train_shadow`.
+            window: As in :meth:`LiveComparison.train`.
+            ends_window: As in :meth:`LiveComparison.train`.
 
         Returns:
             The context for the repairs of the task; ``None`` if no task starts, if it is measured later, or if nothing
@@ -193,7 +165,7 @@ class TaskStart:
                 return None
             if report is not None:
                 self._trial = None
-                self._begin_shadow(report, of_rank, window=window, ends_window=ends_window)
+                self.live.begin(report, of_rank, window=window, ends_window=ends_window)
                 size = context.batch_size
                 is_small = fixed is None and size is not None and size < self._wanted(history)
                 if is_small and not _was_coupled(history):
@@ -208,90 +180,6 @@ class TaskStart:
             return None
         self.gathering = gathering
         return context if gathering is None else None
-
-    def _begin_shadow(self, report: TaskReport, context: ProbeContext, *, window: int, ends_window: bool) -> None:
-        """Let a fresh network train on the first batch of a task, unless the network is fresh itself."""
-        self.shadow = None
-        fit_test = self.measurements.fit_test
-        if fit_test is None or not fit_test.live or not self.initial_weights.values:
-            return
-        steps = report.expected_steps
-        # Every optimizer steps once in a window of batches.
-        batches = fit_test.num_batches(None if steps is None else steps * window / max(len(context.optimizers), 1))
-        if fit_test.share is not None and steps is None:
-            self._remark(
-                report,
-                f"the length of the task is not known: the fit test compares {batches} batches, not a share of "
-                f"{fit_test.share:g}",
-            )
-        self.initial_weights.store(context.model)
-        self.shadow = ShadowRun(fit_test, self.initial_weights.values, batches)
-        self.train_shadow(context, window=window, ends_window=ends_window)
-
-    def train_shadow(self, context: ProbeContext, *, window: int = 1, ends_window: bool = True) -> None:
-        """Let the fresh network train on a batch, unless it has seen enough. An error ends the comparison only.
-
-        Args:
-            context: The network and the batch, before the network is trained on it.
-            window: Number of batches over which gradients are accumulated.
-            ends_window: Whether the optimizers step after this batch.
-        """
-        assert self.shadow is not None
-        if self.shadow.is_complete:
-            return
-        regularizers = self._runner.regularizers
-        try:
-            with all_or_none():
-                self.shadow.train(context, regularizers=regularizers, window=window, ends_window=ends_window)
-        except SkippedBatchError:
-            # The network is not trained on this batch either.
-            return
-        except Exception as error:
-            self.shadow = None
-            self._errors.record("fit_test", "a fresh network could not be trained beside this one: no verdict", error)
-
-    def compare(self, report: TaskReport, history: Sequence[TaskReport]) -> None:
-        """Compare the network with the fresh one on the batches so far, and enter the verdict in the report.
-
-        Args:
-            report: The report of the task, which holds all other numbers.
-            history: The reports of all earlier tasks.
-        """
-        report.remarks = [remark for remark in report.remarks if not remark.startswith(_WAITING)]
-        if self.shadow is None:
-            return
-        shadow, self.shadow = self.shadow, None
-        shadow.stop()
-        batches = len(shadow.losses)
-        if not shadow.is_complete:
-            self._remark(report, f"the task ended after {batches} of the {shadow.num_batches} batches of the fit test")
-        if batches < MIN_BATCHES:
-            self._remark(report, f"there is no verdict on fewer than {MIN_BATCHES} batches")
-            return
-        report.fit_curve, report.fresh_fit_curve = tuple(shadow.losses), tuple(shadow.fresh_losses)
-        values, references = shadow.compare()
-        known = {name: report.metrics[name] for name in DIAGNOSTICS if name in report.metrics}
-        ratios = {name: report.metrics.get(f"{name}_vs_initial", 0.0) for name in known}
-        known_references = {name: value / ratios[name] for name, value in known.items() if ratios[name]}
-        report.metrics = {**to_log_dict(values, references), **report.metrics}
-        # A number that is not defined, such as the ratio of two zeros, gives no verdict.
-        values = {**known, self.collapse.metric: math.nan, **values}
-        message = self._judge(report, values, {**known_references, **references}, history, None)
-        # Losses may differ by rounding where ranks are of several kinds, but decisions must not.
-        state, message = broadcast_object((report.to_dict(), message))
-        vars(report).update(vars(TaskReport.from_dict(state)))
-        if message is not None:
-            self._errors.warn(message)
-
-    def _try_shadow(self, context: ProbeContext) -> bool:
-        """Train a fresh network on one batch, and return whether no gradient reaches it."""
-        assert self.measurements.fit_test is not None
-        shadow = ShadowRun(self.measurements.fit_test, self.initial_weights.values)
-        try:
-            shadow.train(context, regularizers=self._runner.regularizers)
-            return shadow.fresh_is_dead
-        finally:
-            shadow.stop()
 
     def gather(self, context: ProbeContext, history: Sequence[TaskReport]) -> bool:
         """Add the samples of another batch to those of the task.
@@ -350,84 +238,6 @@ class TaskStart:
         self.gathering = self._trial = None
         return replace(measured, weights=None)
 
-    def measure_before_repairs(self, context: ProbeContext, report: TaskReport) -> None:
-        """Fit copies of the model to the batch at hand, if its fit test is live: a repaired one is compared with them.
-
-        Args:
-            context: The model and the batch, the same on all ranks.
-            report: The report of the task.
-        """
-        self._fits_at_hand = None
-        if not self.measurements.is_live:
-            return
-        size = context.batch_size
-        if size is not None and size < MIN_SAMPLES:
-            self._remark(
-                report,
-                f"the repaired network is not measured: the batch at hand holds {size} samples, fewer than "
-                f"{MIN_SAMPLES}",
-            )
-            return
-        whole = replace(context, whole_batch=report.coupled)
-        try:
-            with all_or_none(), context.preserve_training_state():
-                fits = FitsAtHand(self.measurements, whole, self.initial_weights.values)
-            report.before = broadcast_object(fits.before)
-        except Exception as error:
-            self._errors.record("fit_test", "the network could not be measured before its repairs", error)
-            return
-        finally:
-            context.discard_copy()
-        self._remark(report, *filter(None, [fits.remark]))
-        self._fits_at_hand = fits
-
-    def measure_repaired(self, context: ProbeContext, report: TaskReport, repairs: Sequence[str]) -> bool:
-        """Measure a repaired model on the samples of its task, and enter the numbers in the report.
-
-        Args:
-            context: The context that :meth:`measure_and_start` or :meth:`measure_gathered` returned, or that
-                :meth:`measure_before_repairs` was called with.
-            report: The report of the task.
-            repairs: The names of the repairs.
-
-        Returns:
-            Whether the number that the verdict depends on is worse than before; after a live fit test on a number that
-            training logs, the handicap.
-        """
-        fits = self._fits_at_hand
-        if fits is None and (self.measurements.is_live or self._initial is None or not report.metrics):
-            return False
-        try:
-            with gather_full_parameters(context.model), all_or_none(), context.preserve_training_state():
-                report.after = self._measure_again(context, report) if fits is None else fits.measure(context)
-        except Exception as error:
-            self._errors.record("probe", "the repaired network could not be measured", error)
-            return False
-        finally:
-            context.discard_copy()
-        report.after = broadcast_object(report.after)
-        # A number that is logged in training is not among those of the batch at hand.
-        rule = self.collapse if fits is None or self.collapse.metric in fits.before else Collapse()
-        before, noise = report.before or report.metrics, report.after.get(f"{rule.metric}_standard_error", 0.0)
-        after = Estimate(report.after.get(rule.metric, math.nan), standard_error=noise)
-        is_worse = rule.is_worse(after, before.get(rule.metric, math.nan))
-        fresh = FitCurve(report.fresh_fit_curve) if report.fresh_fit_curve else None
-        changes = _changes(before, report.after, rule.metric, fresh if fits is None else fits.fresh)
-        message = f"task {report.task}: after {' and '.join(repairs)}, {changes}"
-        message += ": worse than before" if is_worse else ""
-        # A repair of a healthy network, as at every task, costs something.
-        (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)
-        return is_worse
-
-    def _measure_again(self, context: ProbeContext, report: TaskReport) -> dict[str, float]:
-        """Return the numbers of a repaired model on the samples of its task."""
-        assert self._initial is not None
-        samples = report.metrics.get("probe_samples")
-        same = replace(context, max_samples=None if samples is None else int(samples), whole_batch=report.coupled)
-        plan = plan_of(same, report)
-        measured = self.measurements.measure(same, "probing the repaired network", plan, may_lack_fit=True)
-        return to_log_dict(compared(measured, self._initial, self._best_rank), {})
-
     def _fixed(self, context: ProbeContext, probe_batch: Callable[[int], Any]) -> ProbeContext:
         """Return a context on the batch that the user gives, the one of rank 0."""
         with all_or_none():
@@ -456,7 +266,7 @@ class TaskStart:
                         return None
                     self._runner.dry_run(context)
                     if self.measurements.is_live:
-                        self._try_shadow(context)
+                        self.live.is_dead(context)
                 gathering = Gathering.begin(context.model, self.initial_weights.values if is_initial else None)
                 gathering.add(context.samples(self.measurements.samples))
                 return gathering
@@ -551,15 +361,14 @@ class TaskStart:
                 fitted=measured.curve is not None,
                 may_lack_fit=True,
             )
-        self._initial = initial
         report.outputs, report.trained_parameters = now.outputs, _fingerprint(context.trained_parameters)
         report.metrics = {} if now.samples is None else {"probe_samples": float(now.samples)}
-        self._best_rank = best_rank(report, history)
-        values, references = compared(measured, initial, self._best_rank), initial.values
+        fresh = self.repair_check.fresh = Fresh(initial, best_rank(report, history))
+        values, references = compared(measured, initial, fresh.best_rank), initial.values
         if measured.curve is not None and initial.curve is not None:
             report.fit_curve, report.fresh_fit_curve = measured.curve.losses, initial.curve.losses
         if self.measurements.fit_test is not None and self.measurements.is_live and is_initial:
-            is_dead = self._try_shadow(context)
+            is_dead = self.live.is_dead(context)
             gaps = dict.fromkeys(self.measurements.fit_test.measures, math.inf if is_dead else 0.0)
             values = {**gaps, "handicap": math.inf if is_dead else 1.0, **values, "fit_gap": 0.0}
             del values["fit_loss"]
@@ -575,83 +384,19 @@ class TaskStart:
             **about_batch,
             **by_layer,
         }
-        self._remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
+        self.verdicts.remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
         if measured.curve is not None and measured.curve.remark:
-            self._remark(report, measured.curve.remark)
+            self.verdicts.remark(report, measured.curve.remark)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
-            self._remark(report, "numbers of the fast directions are left out: the length of the task is not known")
+            self.verdicts.remark(
+                report, "numbers of the fast directions are left out: the length of the task is not known"
+            )
         if self.measurements.fit_test is not None and self.measurements.is_live:
             if is_initial:
-                return self._judge(report, values, references, history, None)
-            if self.shadow is not None:
-                self._remark(report, _waiting(self.shadow.num_batches))
+                return self.verdicts.enter(report, values, references, history, None)
+            self.live.announce(report)
             return None
-        return self._judge(report, values, references, history, now.samples)
-
-    def _judge(
-        self,
-        report: TaskReport,
-        values: Mapping[str, float],
-        references: Mapping[str, float],
-        history: Sequence[TaskReport],
-        samples: int | None,
-    ) -> str | None:
-        """Enter the verdict in a report that holds all numbers, and return the text of a warning, if any."""
-        metric = self.collapse.metric
-        measured = [earlier for earlier in history if earlier.metrics]
-        # A fit test may run and yet define no number, as where both copies diverge.
-        if metric not in values and not measured and DIAGNOSTICS[metric].source != "fit":
-            raise MisconfigurationError(
-                f"Collapse(metric={metric!r}) watches what could not be measured ({'; '.join(report.remarks)}): choose "
-                f"one of {[name for name in values if name != metric]}"
-            )
-        compared = measured if self.collapse.compares_tasks else []
-        differences = [report.differences(earlier) for earlier in compared]
-        verdict = self.collapse.evaluate(
-            values.get(metric, math.nan),
-            earlier=[
-                None if report.differences(earlier) else resolved_value(earlier.metrics, metric) for earlier in history
-            ],
-            initial=references.get(metric, math.nan),
-            samples=samples,
-            differences=" and ".join(differences[-1]) if differences and all(differences) else "",
-            explanation=explain(values, references, history),
-        )
-        report.collapsed = verdict.collapsed
-        is_first_of_few = samples is not None and samples < _FEW_SAMPLES and not self._warned_of_few_samples
-        self._warned_of_few_samples |= is_first_of_few
-        if verdict.inconclusive or (differences and all(differences)):
-            self._remark(report, verdict.message)
-        if samples is not None and samples < MIN_SAMPLES:
-            return f"{verdict.message}: {_ADVICE_ON_SAMPLES}" if is_first_of_few else None
-        messages = [verdict.message] if verdict.collapsed or verdict.inconclusive else []
-        if is_first_of_few:
-            messages.append(
-                f"task {report.task} was measured on {samples} samples: below {_FEW_SAMPLES}, the numbers depend on "
-                f"which samples were drawn, and an alarm may be false: {_ADVICE_ON_SAMPLES}"
-            )
-        return "; ".join(messages) or None
-
-    def _remark(self, report: TaskReport, *remarks: str) -> None:
-        """Add remarks to the report, and to the log on rank 0 if they are new."""
-        for remark in remarks:
-            report.remarks.append(remark)
-            if remark not in self._logged_remarks:
-                self._logged_remarks.add(remark)
-                rank_zero_info(remark if remark.startswith("task ") else f"task {report.task}: {remark}")
-
-
-def _changes(before: Mapping[str, float], after: Mapping[str, float], metric: str, fresh: FitCurve | None) -> str:
-    """Return how the numbers of a task have changed by its repairs."""
-    names = dict.fromkeys(name for name in (metric, "fit_loss") if name in before and name in after)
-    changes = [f"{DIAGNOSTICS[n].title} {before[n]:.3g} → {after[n]:.3g}" for n in names]
-    if fresh is not None:
-        changes.append(f"fit loss of a fresh network {fresh.mean:.3g}")
-    return ", ".join(changes)
-
-
-def _waiting(batches: int) -> str:
-    return f"{_WAITING}: a fresh network trains beside this one on the first {batches} batches of the task"
+        return self.verdicts.enter(report, values, references, history, now.samples)
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:
