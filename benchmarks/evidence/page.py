@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.evidence.results import TaskOfRun
+from benchmarks.evidence.results import LIMITS, TaskOfRun
 from benchmarks.evidence.table import (
     MOST_NUMBERS,
     by_stream,
+    decimal,
     first_tenth,
     last_tenth,
+    methods_by_lack,
     numbers_by_auc,
     table_by_stream,
     table_of_goals,
@@ -65,11 +68,12 @@ not repaired learns it too, and the verdict is held against that copy.
 ## How the rule was chosen
 
 The handicap is the ratio of the fit losses of the network and of the fresh one, divided by the power 0.3 of the share
-that is left of the rank of the tangent kernel. Its constants are 20 steps on up to four batches of 16 samples, this
-exponent, and the threshold 1.25 beyond the standard error over the batches. They were chosen on other code, plain loops
-without the callback: random labels, permuted digits, permuted MNIST, bit-flipping and alike tasks, each without a
-repair and with ReDo or shrink-perturb, one seed, 432 tasks, 128 of them bad. There the rule has an AUC of 0.965 and
-finds 80 % of the bad tasks at 3 % false alarms. What was tried and left:
+that is left of the rank of the tangent kernel, but not more than 1 plus the fit gap. It was chosen in two steps.
+
+First on other code, plain loops without the callback: random labels, permuted digits, permuted MNIST, bit-flipping and
+alike tasks, each without a repair and with ReDo or shrink-perturb, one seed, 432 tasks, 128 of them bad. The ratio and
+the rank, with 20 steps on up to four batches of 16 samples and a threshold of 1.25 beyond the standard error over the
+batches, had an AUC of 0.965 there and found 80 % of the bad tasks at 3 % false alarms. What was tried and left:
 
 | instead | AUC | found at 3 % |
 |---|---|---|
@@ -82,8 +86,13 @@ finds 80 % of the bad tasks at 3 % false alarms. What was tried and left:
 | the mean over this task and the one before | 0.950 | 69 % |
 | the smaller of this task and the one before | 0.925 | 63 % |
 
-The streams class-pairs (with any head), drifting-regression, label-swap, slow-drift, warm-start, class-incremental,
-texts and pendulum were not used.
+Then on this code, on runs of random-labels, permuted-digits, permuted-mnist, class-pairs, bit-flipping and label-swap
+without a repair, with ReDo or with shrink-perturb: the alarm rang at 8 % of the healthy tasks, nearly always on
+permuted MNIST, where a fresh network soon has so little loss that a small lag multiplies it. Hence the limit by the
+gap, the threshold of 1.15, and 12 steps, which cost less. That nothing rings on drifting-regression, slow-drift,
+same-digits, warm-start and class-incremental was known then, too.
+
+The streams class-pairs-new-head, class-pairs-zero-head, texts and pendulum were not used in either step.
 """
 
 PUBLISHED = """| permuted MNIST, mean online accuracy | tasks | none | L2 | L2-ER | spectral | continual backprop |
@@ -154,13 +163,15 @@ Lack in the last tenth of the tasks, above 0 if a fresh network is better: diffe
 regressions logarithm of the ratio of the losses. In brackets the change of the network's own performance from the first
 tenth to the last. The best methods, beside none on the same streams, come first. The last column is the time in the
 callback a task, in seconds of one CPU core: for {measured} with all measurements at their defaults, for the others
-without. Names with `-tuned` are the best of three settings
-(`benchmarks/evidence/tuning.py`): chosen by the final accuracy on random-labels and permuted-digits with another seed;
-all others are the defaults, with `when="task"` for repairs and every 100 steps for ReDo and ReGraMa.
+without. All
+settings are the defaults, with `when="task"` for repairs and every 100 steps for ReDo and ReGraMa. Settings can be
+chosen by `python -m benchmarks.evidence.tuning`; no runs with chosen settings are here yet.
 
 ![Lack at the end of each stream](images/evidence-methods.png)
 
 {table_of_methods(trained(tasks))}
+
+{remaining_losses(trained(tasks))}
 
 ### Beside published numbers
 
@@ -210,6 +221,20 @@ def early_alarms(tasks: Sequence[TaskOfRun]) -> str:
         f"{len(false)} healthy tasks ring: {shown}. At {better} of them the fresh network is better, but by less than "
         "the limit."
     )
+
+
+def remaining_losses(tasks: Sequence[TaskOfRun]) -> str:
+    """Return what does not hold: on each stream with a loss, the methods that leave more than half of it."""
+    methods, streams, lacks = methods_by_lack(tasks)
+    lines = ["What does not hold: methods that leave more than half of the lack on streams with a lack above .05.", ""]
+    for stream in streams:
+        plain = lacks.get(("none", stream), math.nan)
+        if not plain > LIMITS[0]:
+            continue
+        failed = [method for method in methods if method != "none" and lacks.get((method, stream), 0.0) > plain / 2]
+        shown = ", ".join(f"{method} {decimal(lacks[method, stream])}" for method in failed) or "none"
+        lines.append(f"- {stream} ({decimal(plain)} without an intervention): {shown}")
+    return "\n".join(lines)
 
 
 def mnist_row(tasks: Sequence[TaskOfRun]) -> str:

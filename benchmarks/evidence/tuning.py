@@ -1,8 +1,7 @@
 """Choose a setting of every intervention. Run: python -m benchmarks.evidence.tuning.
 
 Each of three settings of a method (``CANDIDATES``) learns the first tasks of two streams, with a seed that no other run
-has. The best one has the highest online accuracy over the last quarter of them, in the mean of both streams. These are
-``TUNED`` in ``benchmarks.evidence.methods``.
+has. The best one has the highest online accuracy over the last quarter of them, in the mean of both streams.
 """
 
 from __future__ import annotations
