@@ -67,8 +67,8 @@ def table_of_goals(tasks: Sequence[TaskOfRun]) -> str:
         of_streams = [area for area, _ in handicap.by_stream.values() if not math.isnan(area)]
         columns.append(
             [
-                decimal(handicap.auc),
-                decimal(min(of_streams, default=math.nan)),
+                f"{handicap.auc:.3f}",
+                f"{min(of_streams, default=math.nan):.3f}",
                 percent(ringing([task for task in group if task.healthy])),
                 percent(ringing([task for task in group if task.bad])),
                 f"{sum(task.collapsed for task in group if task.stream in ALIKE)} of "
@@ -88,7 +88,7 @@ def table_of_goals(tasks: Sequence[TaskOfRun]) -> str:
         ("a logged accuracy", "live_metric_gap", "at least .98"),
         ("the loss", "handicap", "at least .95"),
     ):
-        lines.append(f"| AUC of the live fit test by {what} | {goal} | {decimal(told(live, name).auc)} | |")
+        lines.append(f"| AUC of the live fit test by {what} | {goal} | {told(live, name).auc:.3f} | |")
     return "\n".join(lines)
 
 
