@@ -38,7 +38,7 @@ class Nothing(Repair):
 
 
 def test_networks_without_change_learn_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "nothing", Method(lambda: Nothing(when="task"), weight_decay=1e-3))
+    monkeypatch.setitem(METHODS, "nothing", Method(lambda: Nothing(when="task"), weight_decay=1e-3, measured=True))
     tasks = evidence.run("same-digits", "nothing", 0, 3)["tasks"]
     assert [task["repairs"] for task in tasks] == [[], ["Nothing"], ["Nothing"]]
     assert all(task["unrepaired"] == task["network"] for task in tasks)
@@ -48,7 +48,7 @@ def test_networks_without_change_learn_as_the_trainer_does(monkeypatch: pytest.M
 
 
 def test_repaired_and_unrepaired_networks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "reset", Method(lambda: ShrinkPerturb(s=1.0, when="task")))
+    monkeypatch.setitem(METHODS, "reset", Method(lambda: ShrinkPerturb(s=1.0, when="task"), measured=True))
     first, second = evidence.run("same-digits", "reset", 0, 2)["tasks"]
     assert first["unrepaired"] == first["network"]
     assert second["unrepaired"]["accuracy"] > second["network"]["accuracy"] + 0.1
