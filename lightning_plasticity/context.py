@@ -27,6 +27,7 @@ from lightning_plasticity.isolation.module_copy import copy_module
 from lightning_plasticity.isolation.precision import HALF
 from lightning_plasticity.isolation.reusable_copy import ReusableCopy
 from lightning_plasticity.isolation.state import default_dtype
+from lightning_plasticity.isolation.weights import trained_names
 from lightning_plasticity.messages import MisconfigurationError
 
 
@@ -125,10 +126,7 @@ class ProbeContext:
         return next((rate for rate in rates if rate > 0), None)
 
     def _find_trained(self, full_parameters: Mapping[Tensor, nn.Parameter]) -> set[str]:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}
-        names = {name: id(parameter) in held for name, parameter in self.model.named_parameters()}
-        return {name for name in names if names[name] or not any(names.values())}
+        return trained_names(self.model, self.optimizers, full_parameters)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,36 @@ from torch import Tensor, nn
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def all_names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return all names of each parameter and buffer of a model: a tied one has several."""
+    names: dict[Tensor, list[str]] = {}
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            names.setdefault(tensor, []).append(name)
+    return names
+
+
+def trained_names(
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    full_parameters: Mapping[Tensor, nn.Parameter] | None = None,
+) -> set[str]:
+    """Return the names of the parameters that optimizers hold; of all where they hold none of the model.
+
+    A target network is not trained, although its parameters may require gradients.
+
+    Args:
+        model: The model.
+        optimizers: The optimizers.
+        full_parameters: The full parameter for each sharded one that the optimizers hold.
+    """
+    full_parameters = full_parameters or {}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}
+    names = {name: id(parameter) in held for name, parameter in model.named_parameters()}
+    return {name for name in names if names[name] or not any(names.values())}
 
 
 def load_weights(copy: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> None:
