@@ -81,6 +81,24 @@ class ProbeContext:
         """
         return self._reusable_copy.get(self._copy_model, self.model, self.weights)
 
+    def check_copy(self, model: nn.Module) -> None:
+        """Check that a copy may be trained or repaired: it shares no trained parameter with the model.
+
+        Args:
+            model: The copy.
+
+        Raises:
+            MisconfigurationError: If it does, as where ``__deepcopy__`` returns the network itself.
+        """
+        trained = self.trained_parameters
+        for name, parameter in model.named_parameters():
+            if parameter is trained.get(name):
+                raise MisconfigurationError(
+                    f"copy.deepcopy({type(self.model).__name__}) shares the parameter {name!r} with the original, so "
+                    "that copies can be neither trained nor repaired: let __deepcopy__ copy it, or pass fit_test=None "
+                    "and no repairs"
+                )
+
     def discard_copy(self) -> None:
         """Free the memory of the copy that was measured."""
         self._reusable_copy.discard()

@@ -27,7 +27,7 @@ from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
 from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.state import isolated_rng
-from lightning_plasticity.messages import MisconfigurationError, rank_zero_warn
+from lightning_plasticity.messages import rank_zero_warn
 
 _MAX_SAMPLES = 256
 """Number of samples, of all ranks together, that repairs between tasks run the model on."""
@@ -358,18 +358,10 @@ class InterventionRunner:
 
 
 def _copy_for_rehearsal(context: ProbeContext) -> nn.Module:
-    """Return a copy of the model in which the parameters that no optimizer holds are frozen.
-
-    Raises:
-        MisconfigurationError: If the copy shares a trained parameter with the model, which the rehearsal would change.
-    """
+    """Return a copy of the model in which the parameters that no optimizer holds are frozen."""
     model, trained = context.copy(), context.trained_parameters
+    context.check_copy(model)
     for name, parameter in model.named_parameters():
-        if parameter is trained.get(name):
-            raise MisconfigurationError(
-                f"copy.deepcopy({type(context.model).__name__}) shares the parameter {name!r} with the original, so "
-                "that repairs cannot be tried on a copy: let __deepcopy__ copy it, or leave the repairs out"
-            )
         parameter.requires_grad_(name in trained)
     return model
 

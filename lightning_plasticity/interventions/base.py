@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import check_number, is_int
-from lightning_plasticity.interventions.selection import Patterns, check_patterns, selected_tensors
+from lightning_plasticity._validation import check_number, is_int, is_str_list
+from lightning_plasticity.interventions.selection import Patterns, check_patterns, find_module, selected_tensors
 from lightning_plasticity.interventions.units.groups import Forward
+from lightning_plasticity.interventions.weights.linear_layers import (
+    LinearParameter,
+    computed_layers,
+    linear_parameters,
+)
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 from lightning_plasticity.isolation.weights import trained_names
 from lightning_plasticity.messages import constructor_call
@@ -116,6 +122,9 @@ class Intervention:
 
     include: Patterns = None
     exclude: Patterns = None
+    _has_named_computed_layers = False
+    # The names of the parameters that were trained at the start, for hooks without a context.
+    _trained: Collection[str] | None = None
 
     def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
         check_patterns(self.name, include=include, exclude=exclude)
@@ -156,6 +165,7 @@ class Intervention:
             initial: The initial weights of the model by name, for interventions that draw fresh values. By default
                 those that the model has at the first start.
         """
+        self._trained = trained_names(model, optimizers) if optimizers else None
         self.prepare(model, InterventionContext(optimizers, forward, make_copy=make_copy, initial=initial))
 
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
@@ -174,12 +184,12 @@ class Intervention:
 
         Args:
             model: The model, or a copy of it.
-            context: What is known about the training.
+            context: What is known about the training; by default what was known at :meth:`start`.
 
         Raises:
             ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
         """
-        trained = None if context is None else context.trained
+        trained = self._trained if context is None else context.trained
         if trained is None and context is not None and context.optimizers:
             trained = trained_names(model, context.optimizers)
         parameters = {
@@ -191,6 +201,24 @@ class Intervention:
             return parameters
         selected = selected_tensors(self.name, model, self.include, self.exclude)
         return {name: parameter for name, parameter in parameters.items() if parameter in selected}
+
+    def linear_parameters(self, model: nn.Module, context: InterventionContext) -> dict[str, LinearParameter]:
+        """Return the weights and biases of linear layers among :meth:`selected_parameters`, by name.
+
+        Warns:
+            UserWarning: If layers are left out because their weights are computed from other tensors; once.
+        """
+        selected = set(self.selected_parameters(model, context).values())
+        left_out = () if self._has_named_computed_layers else computed_layers(model)
+        computed = [name for name in left_out if selected.intersection(model.get_submodule(name).parameters())]
+        if computed:
+            warnings.warn(
+                f"{self.name} leaves out {computed}, whose weights are computed from other tensors, such as by a "
+                "parametrization or a pruning mask",
+                stacklevel=2,
+            )
+        self._has_named_computed_layers = True
+        return linear_parameters(model, selected)
 
     def duplicate(self) -> Self:
         """Return a new intervention with the same arguments and a copy of the stored state, for a copy of the model."""
@@ -213,6 +241,11 @@ class Repair(Intervention, ABC):
     Args:
         when: When the callback runs it: ``"collapse"``, when a collapse is detected; ``"task"``, at the start of every
             task but the first; or a number ``n``, every ``n`` optimizer steps. Without effect on :meth:`repair`.
+        include: As for every intervention.
+        exclude: As for every intervention.
+        also: Modules that follow others: ``{"target": "online"}`` copies the parameters and buffers of the module
+            ``online`` to the module ``target`` after a repair. Copies that no optimizer trains stay as they are
+            otherwise.
 
     Raises:
         ValueError: If ``when`` has another value, or one that this repair does not support.
@@ -221,8 +254,20 @@ class Repair(Intervention, ABC):
     occasions: ClassVar[tuple[str, ...]] = ("collapse", "task", "steps")
     """The kinds of ``when`` that this repair supports; ``"steps"`` stands for a number."""
 
-    def __init__(self, when: When = "collapse", *, include: Patterns = None, exclude: Patterns = None) -> None:
+    also: Mapping[str, str] | None = None
+
+    def __init__(
+        self,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(include, exclude)
+        if also is not None and not (isinstance(also, Mapping) and is_str_list([*also, *also.values()], at_least=0)):
+            raise ValueError(f"{self.name}(also={also!r}) must be a dict, such as {{'target': 'online'}}, or None")
+        self.also = None if also is None else dict(also)
         if is_int(when):
             supported = "steps" in self.occasions and when > 0
         else:
@@ -272,6 +317,9 @@ class Repair(Intervention, ABC):
         update = self.plan(model_to_run, context)
         if model_to_run is not model:
             update = update.transfer(source=model_to_run, target=model)
+        for follower, leader in (self.also or {}).items():
+            modules = [find_module(self.name, "also", name, model) for name in (follower, leader)]
+            update = update.followed_by(*modules)
         return apply_update(self.name, update, optimizers)
 
     @abstractmethod

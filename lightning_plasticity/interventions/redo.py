@@ -36,8 +36,9 @@ class _ThresholdReset(RemembersInitialWeights, Repair):
         when: When,
         include: Patterns,
         exclude: Patterns,
+        also: Mapping[str, str] | None,
     ) -> None:
-        Repair.__init__(self, when, include=include, exclude=exclude)
+        Repair.__init__(self, when, include=include, exclude=exclude, also=also)
         self.remember_given(initial)
         check_number("[0, inf]", self.name, "a share of the mean", threshold=threshold)
         self.threshold = threshold
@@ -81,6 +82,7 @@ class ReDo(_ThresholdReset):
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
         include: Names of the layers whose units are reset to act on, with wildcards; by default all.
         exclude: Names of layers whose units stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``forward`` is not given or activations are not
@@ -106,8 +108,9 @@ class ReDo(_ThresholdReset):
         *,
         include: Patterns = None,
         exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(threshold, initial, when, include, exclude)
+        super().__init__(threshold, initial, when, include, exclude, also)
 
     @override
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
@@ -133,6 +136,7 @@ class ReGraMa(_ThresholdReset):
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
         include: Names of the layers whose units are reset to act on, with wildcards; by default all.
         exclude: Names of layers whose units stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``loss`` is not given or gradients are not finite.
@@ -158,8 +162,9 @@ class ReGraMa(_ThresholdReset):
         *,
         include: Patterns = None,
         exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(threshold, initial, when, include, exclude)
+        super().__init__(threshold, initial, when, include, exclude, also)
 
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:

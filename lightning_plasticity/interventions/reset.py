@@ -38,6 +38,7 @@ class Reset(RemembersInitialWeights, Repair):
             has stored at its first batch, or those at :meth:`start`; without either, ``reset_parameters`` draws.
         include: Names of the modules and parameters among them to act on, with wildcards; by default all.
         exclude: Names of those that stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``layers`` is empty, ``last`` is less than 1, or both are given; at the repair, if a name matches
@@ -63,8 +64,9 @@ class Reset(RemembersInitialWeights, Repair):
         initial: Mapping[str, Tensor] | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        Repair.__init__(self, when, include=include, exclude=exclude)
+        Repair.__init__(self, when, include=include, exclude=exclude, also=also)
         self.remember_given(initial)
         if layers is not None and not is_str_list(layers):
             raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -54,6 +54,24 @@ def selected_tensors(owner: str, model: nn.Module, include: Patterns, exclude: P
     return included - _matching(owner, "exclude", exclude or (), model, names)
 
 
+def find_module(owner: str, argument: str, name: str, model: nn.Module) -> nn.Module:
+    """Return the module of a name.
+
+    Args:
+        owner: The class whose constructor takes the name, for the message.
+        argument: The argument, for the message.
+        name: The name.
+        model: The model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules:
+        raise ValueError(f"{owner}({argument}=...): {_no_match(name, 'module', model, modules)}")
+    return modules[name]
+
+
 def matches(name: str, pattern: str) -> bool:
     """Return whether a pattern matches a name, or the name of a module that it is in.
 
@@ -76,13 +94,14 @@ def _matching(
     known |= {name for tensor_names in names.values() for name in tensor_names}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            nearest = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0) if known else []
-            raise ValueError(
-                f"{owner}({argument}=...): {pattern!r} matches no module or parameter of {type(model).__name__}; the "
-                f"nearest names are {nearest}"
-            )
+            raise ValueError(f"{owner}({argument}=...): {_no_match(pattern, 'module or parameter', model, known)}")
     return {
         tensor
         for tensor, tensor_names in names.items()
         if any(matches(name, pattern) for name in tensor_names for pattern in patterns)
     }
+
+
+def _no_match(name: str, kind: str, model: nn.Module, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0)
+    return f"{name!r} matches no {kind} of {type(model).__name__}; the nearest names are {nearest}"

@@ -31,6 +31,7 @@ class ShrinkPerturb(RemembersInitialWeights, Repair):
             has stored at its first batch, or those at :meth:`start`; without either, ``reset_parameters`` draws.
         include: Names of the modules and parameters to act on, with wildcards; by default all.
         exclude: Names of those that stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``s`` is outside (0, 1]; at the repair, if a pattern matches nothing, or a parameter has neither
@@ -53,8 +54,9 @@ class ShrinkPerturb(RemembersInitialWeights, Repair):
         initial: Mapping[str, Tensor] | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        Repair.__init__(self, when, include=include, exclude=exclude)
+        Repair.__init__(self, when, include=include, exclude=exclude, also=also)
         self.remember_given(initial)
         check_number("(0, 1]", self.name, "the share of the way to fresh weights", s=s)
         self.s = s

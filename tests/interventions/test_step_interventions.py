@@ -475,6 +475,7 @@ def test_complex_and_empty_parameters_do_no_harm(make: Callable[[], StepInterven
     assert all(torch.isfinite(torch.view_as_real(p)).all() for p in model[0].parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.* leaves out")
 @pytest.mark.parametrize("name", ["WeightClipping", "NormalizeAndProject", "HareTortoise"])
 def test_weights_of_parametrized_layers_are_not_computed(name: str) -> None:
     """Spectral normalisation takes a power iteration whenever its weight is computed."""

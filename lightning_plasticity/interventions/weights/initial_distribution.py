@@ -53,8 +53,18 @@ def fresh_values(
     """
     if not tensors:
         return {}
-    if initial is None:
-        return reset_values(model, tensors, generator)
+    result = reset_values(model, tensors, generator) if initial is None else _drawn(model, tensors, initial, generator)
+    # Parameters that are views of the same memory must not be written to with different values.
+    first = {(tensor.data_ptr(), tensor.shape): tensor for tensor in reversed(result)}
+    return {tensor: result[first[tensor.data_ptr(), tensor.shape]] for tensor in result}
+
+
+def _drawn(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+) -> dict[Tensor, Tensor]:
     norms = norm_parameters(model)
     result: dict[Tensor, Tensor] = {}
     for tensor, values in initial_values(model, tensors, initial).items():
