@@ -31,7 +31,7 @@ from lightning_plasticity.interventions import (
     WeightClipping,
 )
 from tests.helpers.interventions import INTERVENTIONS, Row, for_each, select
-from tests.helpers.modules import WITHOUT_FIT_TEST, Classifier, loader, trainer
+from tests.helpers.modules import WITHOUT_FIT_TEST, Classifier, MemoryLogger, loader, trainer
 
 X = torch.ones(6, 4)
 
@@ -293,3 +293,26 @@ def test_networks_that_copies_share_are_refused(arguments: dict[str, Any]) -> No
     with pytest.raises(MisconfigurationException, match=r"shares the parameter 'net.0.weight' with the original"):
         trainer(callback, max_steps=3).fit(module, loader())
     assert not changed(module, before)
+
+
+class Bootstrapped(WithTarget):
+    """Runs its target network in each step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            goal = self.target(batch[0])
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - goal).square().mean()
+
+
+@pytest.mark.parametrize("trains_target", [False, True])
+def test_target_networks_are_not_monitored(trains_target: bool) -> None:
+    class Module(Bootstrapped):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters() if trains_target else self.net.parameters(), lr=0.1)
+
+    callback, logger = SpectralCollapseCallback(monitor_every_n_steps=1), MemoryLogger()
+    trainer(callback, max_steps=2, logger=logger).fit(Module(), loader())
+    for names in (callback.history[0].metrics, {name for row in logger.rows for name in row}):
+        monitored = {name.partition("/")[2] for name in names if "dormant_fraction/" in name}
+        assert any("target.0" in name for name in monitored) == trains_target
+        assert any("net.0" in name for name in monitored)
