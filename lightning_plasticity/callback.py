@@ -370,7 +370,7 @@ class SpectralCollapseCallback(Callback):
             if starts_task or self._task_start.needs_start(trainer.optimizers):
                 context = TrainerContext.of(trainer, pl_module, batch, batch_idx, self._loss_fn)
                 self._start(context, starts_task=starts_task)
-            self._step_monitor.begin(pl_module, self._steps)
+            self._step_monitor.begin(pl_module, self._steps, trainer.optimizers)
 
     @override
     def on_train_batch_end(
@@ -523,7 +523,7 @@ class SpectralCollapseCallback(Callback):
                 repair_context = self._task_start.measure_and_start(
                     context, self.history, report, self._fixed_batch_of(context), **_accumulation(context)
                 )
-            self._step_monitor.begin(context.model, self._steps)
+            self._step_monitor.begin(context.model, self._steps, context.optimizers)
         except BaseException as error:
             if starts_task:
                 self._task_start.gathering = None

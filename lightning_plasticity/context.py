@@ -27,6 +27,7 @@ from lightning_plasticity.isolation.module_copy import copy_module
 from lightning_plasticity.isolation.precision import HALF
 from lightning_plasticity.isolation.reusable_copy import ReusableCopy
 from lightning_plasticity.isolation.state import default_dtype
+from lightning_plasticity.isolation.weights import trained_names
 from lightning_plasticity.messages import MisconfigurationError
 
 
@@ -80,6 +81,24 @@ class ProbeContext:
         """
         return self._reusable_copy.get(self._copy_model, self.model, self.weights)
 
+    def check_copy(self, model: nn.Module) -> None:
+        """Check that a copy may be trained or repaired: it shares no trained parameter with the model.
+
+        Args:
+            model: The copy.
+
+        Raises:
+            MisconfigurationError: If it does, as where ``__deepcopy__`` returns the network itself.
+        """
+        trained = self.trained_parameters
+        for name, parameter in model.named_parameters():
+            if parameter is trained.get(name):
+                raise MisconfigurationError(
+                    f"copy.deepcopy({type(self.model).__name__}) shares the parameter {name!r} with the original, so "
+                    "that copies can be neither trained nor repaired: let __deepcopy__ copy it, or pass fit_test=None "
+                    "and no repairs"
+                )
+
     def discard_copy(self) -> None:
         """Free the memory of the copy that was measured."""
         self._reusable_copy.discard()
@@ -125,10 +144,7 @@ class ProbeContext:
         return next((rate for rate in rates if rate > 0), None)
 
     def _find_trained(self, full_parameters: Mapping[Tensor, nn.Parameter]) -> set[str]:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}
-        names = {name: id(parameter) in held for name, parameter in self.model.named_parameters()}
-        return {name for name in names if names[name] or not any(names.values())}
+        return trained_names(self.model, self.optimizers, full_parameters)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a copy of the model on the batch."""

@@ -255,6 +255,7 @@ class FitTest:
     ) -> FitCurve:
         """Train a copy of the model on a batch, and see how far the first step moves its outputs on others."""
         model = context.copy_to_measure()
+        context.check_copy(model)
         losses: list[float] = []
         churn = math.nan
         with (

@@ -30,6 +30,33 @@ NORM_LAYERS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Layers whose parameters are a scale around 1 and a bias around 0."""
 
 
+def is_norm_layer(module: nn.Module) -> bool:
+    """Return whether a module is a norm layer: one of :data:`NORM_LAYERS`, or one of another package.
+
+    Those are modules with "norm" in the name of their class and with parameters that are vectors.
+
+    Example:
+        >>> import torch
+        >>> class LlamaRMSNorm(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.ones(size))
+        >>> is_norm_layer(LlamaRMSNorm(4)), is_norm_layer(nn.BatchNorm2d(4)), is_norm_layer(nn.Linear(4, 4))
+        (True, True, False)
+    """
+    if isinstance(module, NORM_LAYERS):
+        return True
+    if "norm" not in type(module).__name__.lower():
+        return False
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return bool(shapes) and all(max(shape, default=1) == shape.numel() for shape in shapes)
+
+
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of the norm layers of a model."""
+    return {p for module in model.modules() if is_norm_layer(module) for p in module.parameters(recurse=False)}
+
+
 def input_channel_dim(layer: nn.Module) -> int:
     """Return the dimension of the input of a linear or convolution layer that counts channels, from the end.
 

@@ -158,7 +158,7 @@ def test_repair_on_collapse_equals_manual_repair() -> None:
     class ManuallyRepaired(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if batch_idx == 0 and self.trainer.current_epoch == 0 and self.repair_now:
-                ShrinkPerturb().repair(
+                ShrinkPerturb(initial=initial).repair(
                     self, optimizers=self.trainer.optimizers, generator=torch.Generator().manual_seed(1000)
                 )
 
@@ -166,6 +166,7 @@ def test_repair_on_collapse_equals_manual_repair() -> None:
     for manual in (False, True):
         torch.manual_seed(0)
         module = ManuallyRepaired()
+        initial = {name: value.clone() for name, value in module.state_dict().items()}
         callbacks = [] if manual else [SpectralCollapseCallback(interventions=[ShrinkPerturb()])]
         module.repair_now = False
         trainer(*callbacks).fit(module, loader())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_plasticity.distributed.agreement import (
     sync_errors,
 )
 from lightning_plasticity.engine.error_log import ErrorLog
+from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.regularizer_gradients import penalty_gradients
 from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
@@ -67,6 +68,8 @@ class InterventionRunner:
         self.repairs = [i for i in interventions if isinstance(i, Repair)]
         self.step_interventions = [i for i in interventions if isinstance(i, StepIntervention)]
         self.regularizers = [i for i in interventions if isinstance(i, Regularizer)]
+        self.initial_weights = InitialWeights()
+        """The weights that fresh values are drawn from."""
         self._errors = errors
         self._counter = StepCounter()
         # The step interventions and regularizers that were started for this task.
@@ -115,7 +118,13 @@ class InterventionRunner:
         with context.preserve_training_state():
             for repair in self.repairs:
                 generator = torch.Generator().manual_seed(0)
-                report = repair.repair(context.copy(), forward=context.loss, loss=context.loss, generator=generator)
+                report = repair.repair(
+                    _copy_for_rehearsal(context),
+                    forward=context.loss,
+                    loss=context.loss,
+                    generator=generator,
+                    initial=self._initial(context),
+                )
                 _check_report(repair, report)
 
     def needs_restart(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
@@ -132,7 +141,13 @@ class InterventionRunner:
                 continue
             try:
                 with all_or_none(), context.preserve_training_state():
-                    intervention.start(context.model, forward=context.loss, make_copy=context.copy)
+                    intervention.start(
+                        context.model,
+                        forward=context.loss,
+                        make_copy=context.copy,
+                        optimizers=context.optimizers,
+                        initial=self._initial(context),
+                    )
                 self._started.append(intervention)
             except Exception as error:
                 if not self._has_worked:
@@ -286,12 +301,24 @@ class InterventionRunner:
             raise_local_error(error)
         return True
 
+    def _initial(self, context: ProbeContext) -> Mapping[str, Tensor] | None:
+        """Return the initial weights, those of parameters that are new since the last task included."""
+        if not self.initial_weights.values:
+            return None
+        self.initial_weights.store(context.model)
+        return self.initial_weights.values
+
     def _repair(self, context: ProbeContext, due: Sequence[int], step: int, seed: int) -> list[RepairReport]:
         reports = []
         for number in due:
             repair, generator = self.repairs[number], torch.Generator().manual_seed(seed + number)
             act = partial(
-                repair.repair, context.model, optimizers=context.optimizers, loss=context.loss, generator=generator
+                repair.repair,
+                context.model,
+                optimizers=context.optimizers,
+                loss=context.loss,
+                generator=generator,
+                initial=self._initial(context),
             )
             report = self._run_guarded(repair, context, act)
             if report is not None:
@@ -328,6 +355,15 @@ class InterventionRunner:
         )
         for regularizer in self.regularizers:
             self._record(regularizer, "is left out of steps", reason)
+
+
+def _copy_for_rehearsal(context: ProbeContext) -> nn.Module:
+    """Return a copy of the model in which the parameters that no optimizer holds are frozen."""
+    model, trained = context.copy(), context.trained_parameters
+    context.check_copy(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model
 
 
 def _trained_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> set[_ParameterKey]:

@@ -26,6 +26,7 @@ from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import measure_activations
 from lightning_plasticity.fit_curve import FitCurve, compare_fits
 from lightning_plasticity.fit_test import FitTest
+from lightning_plasticity.isolation.weights import untrained_copies
 from lightning_plasticity.messages import MisconfigurationError, SkippedBatchError
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe, ProbeResult
@@ -219,7 +220,11 @@ class Measurements:
         metric_is_monitored = self.collapse.metric in monitor.measures
         try:
             features = measure_activations(
-                monitor, context.copy_to_measure(), context.samples(samples), context.loss_on
+                monitor,
+                context.copy_to_measure(),
+                context.samples(samples),
+                context.loss_on,
+                untrained_copies(context.model, context.trained_parameters),
             )
             if not features and metric_is_monitored:
                 raise MisconfigurationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from lightning_plasticity.distributed.agreement import all_or_none, all_reduce_sum
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.isolation.state import device_of, probe_mode
+from lightning_plasticity.isolation.weights import trained_names, untrained_copies
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.metrics import PlasticityMonitor
 
 
 def measure_activations(
-    monitor: PlasticityMonitor, model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]
+    monitor: PlasticityMonitor,
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    left_out: Collection[str] = (),
 ) -> dict[str, float]:
     """Return the measures of a monitor on one forward pass in evaluation mode.
 
@@ -27,12 +32,14 @@ def measure_activations(
         model: A copy of the model.
         batch: The batch, on the device of the model.
         loss_fn: Runs the model on the batch.
+        left_out: Names of modules that are not measured, such as target networks.
 
     Returns:
         Each measure over all layers, and of each layer as ``<measure>/<layer>``; empty if no hidden layer ran.
     """
     monitor = copy.deepcopy(monitor)
     monitor.reset()
+    monitor.left_out = left_out
     # All ranks have the same samples. torchmetrics reads sync_on_compute in its constructor only.
     monitor._to_sync = False
     # Everything runs uncompiled in a probe.
@@ -75,8 +82,13 @@ class StepMonitor:
         """The optimizer step of the last measurement; a part of checkpoints."""
         self._has_succeeded = False
 
-    def begin(self, model: nn.Module, step: int) -> None:
+    def begin(self, model: nn.Module, step: int, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         """Attach the monitor to the model, if a measurement is due.
+
+        Args:
+            model: The model.
+            step: The number of optimizer steps so far.
+            optimizers: The optimizers: copies of the network that none of them trains are not measured.
 
         Raises:
             MisconfigurationError: If the model cannot be monitored, and never could.
@@ -92,6 +104,7 @@ class StepMonitor:
         try:
             with all_or_none():
                 self._monitor.reset()
+                self._monitor.left_out = untrained_copies(model, trained_names(model, optimizers))
                 self._monitor.to(device_of(model))
                 self._monitor.attach(model)
         except Exception as error:

@@ -176,6 +176,7 @@ class ShadowRun:
     def _make_copy(self, context: ProbeContext, regularizers: Sequence[Regularizer]) -> None:
         with isolated(context.model):
             model = context.copy()
+            context.check_copy(model)
             load_weights(model, context.model, self._weights)
             self._optimizers = context.make_optimizers(model)
             self._regularizers = [regularizer.duplicate() for regularizer in regularizers]

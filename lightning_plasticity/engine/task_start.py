@@ -28,7 +28,6 @@ from lightning_plasticity.distributed.agreement import (
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.engine.gathering import Gathering
-from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.live_comparison import LiveComparison
 from lightning_plasticity.engine.measurements import (
@@ -91,7 +90,7 @@ class TaskStart:
             runner=runner,
             errors=errors,
         )
-        self.initial_weights = InitialWeights()
+        self.initial_weights = runner.initial_weights
         self.live = LiveComparison(fit_test, self.initial_weights, runner=runner, verdicts=self.verdicts, errors=errors)
         self.repair_check = RepairCheck(self.measurements, self.initial_weights, verdicts=self.verdicts, errors=errors)
         self.gathering: Gathering | None = None

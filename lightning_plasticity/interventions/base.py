@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +14,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import check_number, is_int
+from lightning_plasticity._validation import check_number, is_int, is_str_list
+from lightning_plasticity.interventions.selection import Patterns, check_patterns, find_module, selected_tensors
 from lightning_plasticity.interventions.units.groups import Forward
+from lightning_plasticity.interventions.weights.linear_layers import (
+    LinearParameter,
+    computed_layers,
+    linear_parameters,
+)
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
+from lightning_plasticity.isolation.weights import trained_names
 from lightning_plasticity.messages import constructor_call
 
 When = int | str
@@ -36,6 +44,10 @@ class InterventionContext:
         losses: One loss function per mini-batch.
         make_copy: Makes a copy of the model; see :meth:`model_to_run`.
         generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
+        initial: The initial weights of the model by name, to draw fresh values from; by default each layer's
+            ``reset_parameters`` draws them.
+        trained: Names of the parameters that are trained; by default those that the optimizers hold. It must be given
+            where the model is a copy.
     """
 
     optimizers: Sequence[torch.optim.Optimizer] = ()
@@ -43,6 +55,8 @@ class InterventionContext:
     losses: Sequence[Loss] = ()
     make_copy: Callable[[], nn.Module] | None = None
     generator: torch.Generator | None = None
+    initial: Mapping[str, Tensor] | None = None
+    trained: Collection[str] | None = None
 
     def model_to_run(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model where ``make_copy`` is given, else the model itself.
@@ -96,7 +110,26 @@ class Intervention:
 
     Each kind has its public methods here, once. Subclasses implement hooks that take the model and an
     :class:`InterventionContext`: :meth:`prepare`, and the hook of their kind.
+
+    Args:
+        include: Names of the modules and parameters to act on, with ``*``, ``?`` and ``[...]`` as wildcards; a module
+            stands for all that is in it. By default all.
+        exclude: Names of those that stay as they are.
+
+    Raises:
+        ValueError: If ``include`` or ``exclude`` is no list of names.
     """
+
+    include: Patterns = None
+    exclude: Patterns = None
+    _has_named_computed_layers = False
+    # The names of the parameters that were trained at the start, for hooks without a context.
+    _trained: Collection[str] | None = None
+
+    def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
+        check_patterns(self.name, include=include, exclude=exclude)
+        self.include = None if include is None else list(include)
+        self.exclude = None if exclude is None else list(exclude)
 
     @override
     def __repr__(self) -> str:
@@ -115,6 +148,8 @@ class Intervention:
         *,
         forward: Forward | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Prepare for training: store initial weights, find units, register hooks.
 
@@ -126,14 +161,64 @@ class Intervention:
             forward: Runs one representative forward pass and returns the outputs, for interventions on units.
             make_copy: Makes a copy of the model to run ``forward`` on, where running the model itself would have side
                 effects, such as on counters or logged values. By default the model is run.
+            optimizers: The optimizers. Parameters that none of them holds are left alone; by default no frozen ones.
+            initial: The initial weights of the model by name, for interventions that draw fresh values. By default
+                those that the model has at the first start.
         """
-        self.prepare(model, InterventionContext(forward=forward, make_copy=make_copy))
+        self._trained = trained_names(model, optimizers) if optimizers else None
+        self.prepare(model, InterventionContext(optimizers, forward, make_copy=make_copy, initial=initial))
 
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
         """Implement :meth:`start`. The default does nothing."""
 
     def stop(self) -> None:
         """Remove all hooks. The stored state is kept."""
+
+    def selected_parameters(
+        self, model: nn.Module, context: InterventionContext | None = None
+    ) -> dict[str, nn.Parameter]:
+        """Return the parameters to act on: those that are trained and that ``include`` and ``exclude`` leave.
+
+        A parameter that requires a gradient, but that no optimizer holds, is not trained, such as that of a target
+        network.
+
+        Args:
+            model: The model, or a copy of it.
+            context: What is known about the training; by default what was known at :meth:`start`.
+
+        Raises:
+            ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
+        """
+        trained = self._trained if context is None else context.trained
+        if trained is None and context is not None and context.optimizers:
+            trained = trained_names(model, context.optimizers)
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (trained is None or name in trained)
+        }
+        if self.include is None and self.exclude is None:
+            return parameters
+        selected = selected_tensors(self.name, model, self.include, self.exclude)
+        return {name: parameter for name, parameter in parameters.items() if parameter in selected}
+
+    def linear_parameters(self, model: nn.Module, context: InterventionContext) -> dict[str, LinearParameter]:
+        """Return the weights and biases of linear layers among :meth:`selected_parameters`, by name.
+
+        Warns:
+            UserWarning: If layers are left out because their weights are computed from other tensors; once.
+        """
+        selected = set(self.selected_parameters(model, context).values())
+        left_out = () if self._has_named_computed_layers else computed_layers(model)
+        computed = [name for name in left_out if selected.intersection(model.get_submodule(name).parameters())]
+        if computed:
+            warnings.warn(
+                f"{self.name} leaves out {computed}, whose weights are computed from other tensors, such as by a "
+                "parametrization or a pruning mask",
+                stacklevel=2,
+            )
+        self._has_named_computed_layers = True
+        return linear_parameters(model, selected)
 
     def duplicate(self) -> Self:
         """Return a new intervention with the same arguments and a copy of the stored state, for a copy of the model."""
@@ -156,6 +241,11 @@ class Repair(Intervention, ABC):
     Args:
         when: When the callback runs it: ``"collapse"``, when a collapse is detected; ``"task"``, at the start of every
             task but the first; or a number ``n``, every ``n`` optimizer steps. Without effect on :meth:`repair`.
+        include: As for every intervention.
+        exclude: As for every intervention.
+        also: Modules that follow others: ``{"target": "online"}`` copies the parameters and buffers of the module
+            ``online`` to the module ``target`` after a repair. Copies that no optimizer trains stay as they are
+            otherwise.
 
     Raises:
         ValueError: If ``when`` has another value, or one that this repair does not support.
@@ -164,7 +254,20 @@ class Repair(Intervention, ABC):
     occasions: ClassVar[tuple[str, ...]] = ("collapse", "task", "steps")
     """The kinds of ``when`` that this repair supports; ``"steps"`` stands for a number."""
 
-    def __init__(self, when: When = "collapse") -> None:
+    also: Mapping[str, str] | None = None
+
+    def __init__(
+        self,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(include, exclude)
+        if also is not None and not (isinstance(also, Mapping) and is_str_list([*also, *also.values()], at_least=0)):
+            raise ValueError(f"{self.name}(also={also!r}) must be a dict, such as {{'target': 'online'}}, or None")
+        self.also = None if also is None else dict(also)
         if is_int(when):
             supported = "steps" in self.occasions and when > 0
         else:
@@ -184,6 +287,7 @@ class Repair(Intervention, ABC):
         loss: Loss | Sequence[Loss] | None = None,
         generator: torch.Generator | None = None,
         make_copy: Callable[[], nn.Module] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> RepairReport:
         """Change the model in place, completely or not at all, and reset the optimizer state of re-initialised weights.
 
@@ -198,15 +302,24 @@ class Repair(Intervention, ABC):
             generator: Source of the random numbers (a CPU generator); by default one seeded from torch's global one.
             make_copy: Makes a copy of the model to run ``forward`` and ``loss`` on, where running the model itself
                 would have side effects, such as on counters or logged values. By default the model is run.
+            initial: The initial weights of the model by name, for repairs that draw fresh values. Arguments of the
+                constructor and the weights at :meth:`start` come first; without any, ``reset_parameters`` draws.
 
         Returns:
             The units and the number of parameters that changed.
         """
         losses = [loss] if callable(loss) else list(loss or ())
         model_to_run = model if make_copy is None else make_copy()
-        update = self.plan(model_to_run, InterventionContext(optimizers, forward, losses, generator=generator))
+        trained = trained_names(model, optimizers)
+        context = InterventionContext(
+            optimizers, forward, losses, generator=generator, initial=initial, trained=trained
+        )
+        update = self.plan(model_to_run, context)
         if model_to_run is not model:
             update = update.transfer(source=model_to_run, target=model)
+        for follower, leader in (self.also or {}).items():
+            modules = [find_module(self.name, "also", name, model) for name in (follower, leader)]
+            update = update.followed_by(*modules)
         return apply_update(self.name, update, optimizers)
 
     @abstractmethod
@@ -286,7 +399,8 @@ class Regularizer(Intervention, ABC):
         ValueError: If ``coefficient`` is negative or not finite.
     """
 
-    def __init__(self, coefficient: float) -> None:
+    def __init__(self, coefficient: float, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(include, exclude)
         check_number("[0, inf)", self.name, coefficient=coefficient)
         self.coefficient = coefficient
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import check_choice, check_number
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
@@ -31,10 +32,10 @@ class ContinualBackprop(UnitReplacement):
     are the outgoing weights after the step, and :math:`a_i` is the age of the unit in steps. Where a unit has several
     columns (behind a flatten) or several consumers, their terms add up. In each step and layer, ``replacement_rate``
     times the number of units older than ``maturity_threshold`` is added to a counter; for every whole number in it, the
-    mature unit of the lowest :math:`\hat u` is replaced: incoming weights from its layer's own initialisation, outgoing
-    weights zero, utility and age zero, and the optimizer state of those entries is reset. Dead units are replaced
-    without changing any bit of the output. :func:`~lightning_plasticity.interventions.describe_units` lists the layers
-    with units.
+    mature unit of the lowest :math:`\hat u` is replaced: incoming weights drawn from the initial entries of the same
+    tensor, outgoing weights zero, utility and age zero, and the optimizer state of those entries is reset. Dead units
+    are replaced without changing any bit of the output. :func:`~lightning_plasticity.interventions.describe_units`
+    lists the layers with units.
 
     All micro-batches since the last :meth:`after_step` count as one batch, even those whose step was skipped: call it
     once after each optimizer step that was not skipped. A layer that was not called in between stays as it is, and its
@@ -48,8 +49,10 @@ class ContinualBackprop(UnitReplacement):
             consumers, so that their mean inputs stay the same. Off, as in the published results: there the mean was
             cleared before it was used. Consumers without bias are not corrected.
         seed: Seed of the random numbers that new weights are drawn with.
-        initial: ``state_dict()`` of the model before training: new weights are drawn from the distribution of these;
-            by default by each layer's ``reset_parameters``.
+        initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
+            has stored at its first batch, or those at :meth:`start`.
+        include: Names of the layers whose units are replaced, with wildcards; by default all.
+        exclude: Names of layers whose units stay as they are.
 
     Raises:
         ValueError: If an argument is out of range; at the start, if ``forward`` is not given or the model has no units.
@@ -84,9 +87,13 @@ class ContinualBackprop(UnitReplacement):
         transfer_bias: bool = False,
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
     ) -> None:
         check_choice((True, False), self.name, transfer_bias=transfer_bias)
-        super().__init__(_absolute_and_signed_sums if transfer_bias else _absolute_sums, seed, initial)
+        super().__init__(
+            _absolute_and_signed_sums if transfer_bias else _absolute_sums, seed, initial, include, exclude
+        )
         check_number("[0, 1]", self.name, "a share of the units", replacement_rate=replacement_rate)
         check_number("[0, inf]", self.name, "a number of steps", maturity_threshold=maturity_threshold)
         check_number("[0, 1)", self.name, decay=decay)
@@ -146,9 +153,14 @@ class ContinualBackprop(UnitReplacement):
 
     @override
     def plan_replacement(
-        self, model: nn.Module, units: Units, records: Mapping[str, Record], chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        units: Units,
+        records: Mapping[str, Record],
+        chosen: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor] | None,
     ) -> WeightUpdate:
-        update = super().plan_replacement(model, units, records, chosen)
+        update = super().plan_replacement(model, units, records, chosen, initial)
         if self.transfer_bias:
             totals: dict[nn.Parameter, Tensor] = {}
             for layer, replaced in chosen.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Loss, Repair, When
-from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, linear_parameters
+from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.interventions.weights.linear_layers import LinearParameter
 from lightning_plasticity.interventions.weights.updates import WeightUpdate, keep_optimizer_state
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.layers import CONVOLUTIONS, RECURRENT_LAYERS
@@ -39,6 +40,9 @@ class DASH(Repair):
         alpha: :math:`\alpha`, the weight of the latest mini-batch, in (0, 1]. Without effect on a single mini-batch.
         shrinkage: :math:`\lambda`, the smallest factor, in [0, 1].
         when: When the callback runs it: on ``"collapse"`` or at every ``"task"``.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If an argument is outside its range; at the repair, if ``loss`` is not given or gradients are not
@@ -60,8 +64,17 @@ class DASH(Repair):
 
     occasions = ("collapse", "task")
 
-    def __init__(self, alpha: float = 0.3, shrinkage: float = 0.3, when: When = "collapse") -> None:
-        super().__init__(when)
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        shrinkage: float = 0.3,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(when, include=include, exclude=exclude, also=also)
         check_number("(0, 1]", self.name, "the weight of the latest mini-batch", alpha=alpha)
         check_number("[0, 1]", self.name, "the smallest factor", shrinkage=shrinkage)
         self.alpha, self.shrinkage = alpha, shrinkage
@@ -69,7 +82,7 @@ class DASH(Repair):
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         losses = context.require_losses(self.name)
-        layers = linear_parameters(model)
+        layers = self.linear_parameters(model, context)
         shrunk = {name: part for name, part in layers.items() if not isinstance(part.layer, RECURRENT_LAYERS)}
         directions = self._descent_directions(model, losses, [part.parameter for part in shrunk.values()])
         values: dict[Tensor, Tensor] = {}

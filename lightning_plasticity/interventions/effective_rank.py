@@ -14,7 +14,8 @@ from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
-from lightning_plasticity.interventions.base import InterventionContext, Regularizer, StepIntervention
+from lightning_plasticity.interventions.base import Intervention, InterventionContext, Regularizer, StepIntervention
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.matrices import at_least_float32
 from lightning_plasticity.isolation.state import probe_mode
@@ -52,6 +53,8 @@ class EffectiveRankRegularizer(StepIntervention):
             minibatch is measured by one extra forward pass at the start, and from then on at each step.
         max_norm: Largest norm of the gradient, as a safeguard. That of some new networks with ReLU and tanh was 8 to
             400, and up to 3000 with weights ten times smaller.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If an argument is out of range; at the step, if ``forward`` is not given, the model has no hidden
@@ -72,7 +75,16 @@ class EffectiveRankRegularizer(StepIntervention):
         True
     """
 
-    def __init__(self, learning_rate: float = 1e-3, every_n_samples: int = 500, max_norm: float = 1000) -> None:
+    def __init__(
+        self,
+        learning_rate: float = 1e-3,
+        every_n_samples: int = 500,
+        max_norm: float = 1000,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        Intervention.__init__(self, include, exclude)
         check_number("[0, inf)", self.name, learning_rate=learning_rate)
         check_positive_ints(self.name, every_n_samples=every_n_samples)
         check_number("(0, inf]", self.name, "float('inf') never clips", max_norm=max_norm)
@@ -98,7 +110,7 @@ class EffectiveRankRegularizer(StepIntervention):
         assert self._samples_per_batch is not None
         self._pending.append(_bind_closure(forward))
         if len(self._pending) * self._samples_per_batch >= self.every_n_samples:
-            self._ascend(model, context.model_to_run(model))
+            self._ascend(model, context.model_to_run(model), context)
 
     @override
     def stop(self) -> None:
@@ -128,8 +140,8 @@ class EffectiveRankRegularizer(StepIntervention):
         self._samples_per_batch = state["samples_per_batch"]
         self._pending = []
 
-    def _ascend(self, model: nn.Module, model_to_run: nn.Module) -> None:
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    def _ascend(self, model: nn.Module, model_to_run: nn.Module, context: InterventionContext) -> None:
+        parameters = self.selected_parameters(model, context)
         parameters_to_run = dict(model_to_run.named_parameters())
         # Discard the pending minibatches first, so that one that fails does not fail again at the next step.
         pending, self._pending = self._pending, []
@@ -173,6 +185,8 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
         weight_decay: :math:`w`, the factor of the L2 penalty.
         every_n_samples: Number of samples per process between two such steps, rounded up to whole minibatches.
         max_norm: Largest norm of their gradient, as a safeguard.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -195,10 +209,13 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
         weight_decay: float = 1e-3,
         every_n_samples: int = 500,
         max_norm: float = 1000,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
     ) -> None:
         check_number("[0, inf)", self.name, weight_decay=weight_decay)
         EffectiveRankRegularizer.__init__(self, learning_rate, every_n_samples, max_norm)
-        Regularizer.__init__(self, weight_decay)
+        Regularizer.__init__(self, weight_decay, include=include, exclude=exclude)
 
     @property
     def weight_decay(self) -> float:
@@ -208,9 +225,7 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         """Compute the L2 term, coefficient included: a scalar with a graph."""
-        terms = [
-            at_least_float32(parameter).square().sum() for parameter in model.parameters() if parameter.requires_grad
-        ]
+        terms = [at_least_float32(parameter).square().sum() for parameter in self.selected_parameters(model).values()]
         if not terms:
             raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")
         return 0.5 * self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_positive_ints
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
-from lightning_plasticity.interventions.weights.linear_layers import LinearParameter, weights
+from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.interventions.weights.linear_layers import LinearParameter
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
@@ -43,6 +45,9 @@ class FIRE(Repair):
     Args:
         iterations: Number of iterations, at least 1.
         when: When the callback runs it: on ``"collapse"`` or at every ``"task"``.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``iterations`` is less than 1; at the repair, if a weight is not finite.
@@ -61,8 +66,16 @@ class FIRE(Repair):
 
     occasions = ("collapse", "task")
 
-    def __init__(self, iterations: int = 10, when: When = "collapse") -> None:
-        super().__init__(when)
+    def __init__(
+        self,
+        iterations: int = 10,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(when, include=include, exclude=exclude, also=also)
         check_positive_ints(self.name, iterations=iterations)
         self.iterations = iterations
 
@@ -70,8 +83,8 @@ class FIRE(Repair):
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         kept = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         values: dict[Tensor, Tensor] = {}
-        for name, weight in weights(model).items():
-            if id(weight.parameter) in kept:
+        for name, weight in self.linear_parameters(model, context).items():
+            if weight.is_bias or id(weight.parameter) in kept:
                 continue
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise ValueError(f"FIRE: {name!r} holds values that are not finite")

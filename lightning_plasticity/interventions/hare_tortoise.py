@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
+from lightning_plasticity.interventions.selection import Patterns, selected_tensors
 from lightning_plasticity.interventions.weights.updates import (
     RepairReport,
     WeightUpdate,
@@ -36,6 +37,8 @@ class HareTortoise(StepIntervention):
         decay: Decay of the average, :math:`\beta`, in [0, 1).
         every_n_steps: Steps from one reset to the next, :math:`k`. The paper resets every ten epochs; 2000 steps are
             ten epochs of its CIFAR-10, in batches of 256.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If ``decay`` or ``every_n_steps`` is out of range.
@@ -53,7 +56,15 @@ class HareTortoise(StepIntervention):
         (1, 1.0)
     """
 
-    def __init__(self, decay: float = 0.999, every_n_steps: int = 2000) -> None:
+    def __init__(
+        self,
+        decay: float = 0.999,
+        every_n_steps: int = 2000,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        super().__init__(include, exclude)
         check_number("[0, 1)", self.name, "the share of the average that stays", decay=decay)
         check_positive_ints(self.name, every_n_steps=every_n_steps)
         self.decay, self.every_n_steps = decay, every_n_steps
@@ -62,7 +73,7 @@ class HareTortoise(StepIntervention):
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
-        for name, tensor in _averaged_tensors(model).items():
+        for name, tensor in self._averaged_tensors(model, context).items():
             if name not in self.tortoise or self.tortoise[name].shape != tensor.shape:
                 dtype = torch.promote_types(tensor.dtype, torch.float32)
                 self.tortoise[name] = tensor.detach().to(dtype, copy=True)
@@ -70,7 +81,7 @@ class HareTortoise(StepIntervention):
     @override
     @torch.no_grad()
     def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
-        hare = _averaged_tensors(model)
+        hare = self._averaged_tensors(model, context)
         same_shape = {n for n, x in hare.items() if n in self.tortoise and self.tortoise[n].shape == x.shape}
         self._require_start(hare, same_shape)
         for name, tensor in hare.items():
@@ -91,18 +102,19 @@ class HareTortoise(StepIntervention):
         self.steps = state["steps"]
         self.tortoise = {name: slow.clone() for name, slow in state["tortoise"].items()}
 
-
-def _averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return trainable parameters and running statistics of norm layers, by name; shared ones under their first."""
-    names: dict[Tensor, str] = {}
-    for prefix, module in model.named_modules():
-        parameters = dict(module.named_parameters(prefix, recurse=False))
-        trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        if isinstance(module, NORM_LAYERS) and (trainable or not parameters):
-            statistics = dict(module.named_buffers(prefix, recurse=False))
-        else:
-            statistics = {}
-        for name, tensor in {**trainable, **statistics}.items():
-            if tensor.is_floating_point() or tensor.is_complex():
-                names.setdefault(tensor, name)
-    return {name: tensor for tensor, name in names.items()}
+    def _averaged_tensors(self, model: nn.Module, context: InterventionContext) -> dict[str, Tensor]:
+        """Return the parameters to act on and the running statistics of norm layers, by name."""
+        selected = set(self.selected_parameters(model, context).values())
+        buffers = selected_tensors(self.name, model, self.include, self.exclude)
+        names: dict[Tensor, str] = {}
+        for prefix, module in model.named_modules():
+            parameters = dict(module.named_parameters(prefix, recurse=False))
+            trainable = {name: parameter for name, parameter in parameters.items() if parameter in selected}
+            if isinstance(module, NORM_LAYERS) and (trainable or not parameters):
+                statistics = {n: b for n, b in module.named_buffers(prefix, recurse=False) if b in buffers}
+            else:
+                statistics = {}
+            for name, tensor in {**trainable, **statistics}.items():
+                if tensor.is_floating_point() or tensor.is_complex():
+                    names.setdefault(tensor, name)
+        return {name: tensor for tensor, name in names.items()}

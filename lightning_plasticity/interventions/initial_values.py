@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import InterventionContext, Regularizer
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.matrices import at_least_float32
 
 
@@ -20,8 +21,8 @@ class InitialValueRegularizer(Regularizer):
     Tied parameters count once.
     """
 
-    def __init__(self, coefficient: float) -> None:
-        super().__init__(coefficient)
+    def __init__(self, coefficient: float, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(coefficient, include=include, exclude=exclude)
         self._initial: dict[str, Tensor] = {}
 
     @override
@@ -62,8 +63,8 @@ class InitialValueRegularizer(Regularizer):
         """Return the parameters to regularize, by name."""
         return {
             name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.is_floating_point()
+            for name, parameter in self.selected_parameters(model).items()
+            if parameter.is_floating_point()
         }
 
     def reference(self, parameter: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
-from lightning_plasticity.layers import NORM_LAYERS
+from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.layers import norm_parameters
 
 
 class L2Init(InitialValueRegularizer):
@@ -21,6 +22,8 @@ class L2Init(InitialValueRegularizer):
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`. The gradient is :math:`\lambda (\theta - \theta_0)`.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If ``coefficient`` is negative.
@@ -39,14 +42,13 @@ class L2Init(InitialValueRegularizer):
         0.3
     """
 
-    def __init__(self, coefficient: float = 1e-2) -> None:
-        super().__init__(coefficient)
+    def __init__(self, coefficient: float = 1e-2, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(coefficient, include=include, exclude=exclude)
 
     @override
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        norm_layers = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
-        excluded = {id(parameter) for layer in norm_layers for parameter in layer.parameters()}
-        return {n: parameter for n, parameter in super().parameters(model).items() if id(parameter) not in excluded}
+        norms = norm_parameters(model)
+        return {name: parameter for name, parameter in super().parameters(model).items() if parameter not in norms}
 
     @override
     def distance(self, parameter: Tensor, initial: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
-from lightning_plasticity.interventions.weights.linear_layers import weights
+from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.interventions.weights.linear_layers import LinearParameter
 
 
 class NormalizeAndProject(StepIntervention):
@@ -31,6 +32,10 @@ class NormalizeAndProject(StepIntervention):
     ``start(model)`` stores the norms: call it before the first training step, and again when a weight is new or has
     another shape.
 
+    Args:
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
+
     Raises:
         ValueError: At the start, if a weight is not finite.
 
@@ -48,13 +53,15 @@ class NormalizeAndProject(StepIntervention):
         tensor([[3., 4.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(include, exclude)
         self.norms: dict[str, float] = {}
         self._shapes: dict[str, list[int]] = {}
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
-        new = {name: w.parameter for name, w in weights(model).items() if not self._fits(name, w.parameter)}
+        matrices = self._weights(model, context)
+        new = {name: w.parameter for name, w in matrices.items() if not self._fits(name, w.parameter)}
         norms = {name: _norm(parameter).item() for name, parameter in new.items()}
         for name, norm in norms.items():
             if not math.isfinite(norm):
@@ -65,7 +72,7 @@ class NormalizeAndProject(StepIntervention):
     @override
     @torch.no_grad()
     def step(self, model: nn.Module, context: InterventionContext) -> None:
-        matrices = weights(model)
+        matrices = self._weights(model, context)
         self._require_start(matrices, {name for name, weight in matrices.items() if self._fits(name, weight.parameter)})
         for name, weight in matrices.items():
             if self.norms[name] > 0:
@@ -81,6 +88,9 @@ class NormalizeAndProject(StepIntervention):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.norms, self._shapes = dict(state["norms"]), dict(state["shapes"])
+
+    def _weights(self, model: nn.Module, context: InterventionContext) -> dict[str, LinearParameter]:
+        return {name: weight for name, weight in self.linear_parameters(model, context).items() if not weight.is_bias}
 
     def _fits(self, name: str, parameter: nn.Parameter) -> bool:
         return name in self.norms and self._shapes[name] == list(parameter.shape)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_number, is_str_list
+from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import Regularizer
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
@@ -28,8 +27,9 @@ class Parseval(Regularizer):
         coefficient: Factor of the term, :math:`\lambda`. The paper's networks are 64 units wide; the term grows with
             the width.
         gain: The singular values at the minimum. The paper uses √2, the gain of its initialisation.
-        exclude: Names of the layers to leave out, with all submodules. By default the last one that has a matrix, in
-            the order of registration: name the output layers where that is another one, or several.
+        exclude: Names of the modules to leave out, with wildcards. By default the last one that has a matrix, in the
+            order of registration: name the output layers where that is another one, or several.
+        include: Names of the modules and parameters that count, with wildcards; by default all.
 
     Raises:
         ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if the model has no such
@@ -46,29 +46,26 @@ class Parseval(Regularizer):
         9.0
     """
 
-    def __init__(self, coefficient: float = 1e-3, gain: float = 1, exclude: Sequence[str] | None = None) -> None:
-        super().__init__(coefficient)
+    def __init__(
+        self,
+        coefficient: float = 1e-3,
+        gain: float = 1,
+        exclude: Patterns = None,
+        include: Patterns = None,
+    ) -> None:
+        super().__init__(coefficient, include=include, exclude=exclude)
         check_number("(0, inf)", self.name, "the singular values at the minimum", gain=gain)
-        if exclude is not None and not is_str_list(exclude, at_least=0):
-            raise ValueError(f"Parseval(exclude={exclude!r}) must be a list of names, such as ['head'], or None")
         self.gain = gain
-        self.exclude = None if exclude is None else tuple(exclude)
 
     @override
     def penalty(self, model: nn.Module) -> Tensor:
-        layers = {name: layer.matrices for name, layer in weight_matrices(model).items() if layer.matrices}
-        excluded = (*layers,)[-1:] if self.exclude is None else self.exclude
-        missing = set(excluded) - {name for name, _ in model.named_modules()}
-        if missing:
-            raise ValueError(f"Parseval: there is no layer {sorted(missing)} in {type(model).__name__}")
-        terms = [
-            self._term(matrix)
-            for name, matrices in layers.items()
-            if not any(name == other or name.startswith(f"{other}.") for other in excluded)
-            for matrix in matrices.values()
-        ]
+        selected = set(self.selected_parameters(model).values())
+        layers = [layer.matrices for layer in weight_matrices(model, selected).values() if layer.matrices]
+        kept = layers[:-1] if self.exclude is None else layers
+        terms = [self._term(matrix) for matrices in kept for matrix in matrices.values()]
         if not terms:
-            raise ValueError(f"Parseval: {type(model).__name__} has no trainable matrix apart from {list(excluded)}")
+            left_out = "the last" if self.exclude is None else str(self.exclude)
+            raise ValueError(f"Parseval: {type(model).__name__} has no trainable matrix apart from {left_out}")
         return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def _term(self, matrix: Tensor) -> Tensor:

@@ -14,31 +14,42 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
+from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.dependency_graph import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
+from lightning_plasticity.interventions.units.selected_units import select_units
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
-from lightning_plasticity.interventions.weights.initialization import copy_initial
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.layers import input_channel_dim, weight_by_output
 
 
-class _ThresholdReset(Repair):
+class _ThresholdReset(RemembersInitialWeights, Repair):
     """Reset the units whose score is at most ``threshold`` times the mean score of their layer."""
 
-    def __init__(self, threshold: float, initial: Mapping[str, Tensor] | None, when: When) -> None:
-        super().__init__(when)
+    def __init__(
+        self,
+        threshold: float,
+        initial: Mapping[str, Tensor] | None,
+        when: When,
+        include: Patterns,
+        exclude: Patterns,
+        also: Mapping[str, str] | None,
+    ) -> None:
+        Repair.__init__(self, when, include=include, exclude=exclude, also=also)
+        self.remember_given(initial)
         check_number("[0, inf]", self.name, "a share of the mean", threshold=threshold)
         self.threshold = threshold
-        self.initial = copy_initial(self.name, initial)
 
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         units = describe_units(model, context.require_forward(self.name, "repair"))
+        units = select_units(self, units, model, context)
         scores = {layer: all_reduce_mean(s, layer) for layer, s in self.scores(model, units, context).items()}
         dormant = {layer: self._dormant_units(layer, score) for layer, score in scores.items()}
-        return plan_reset(model, units, dormant, context.generator, self.initial)
+        return plan_reset(model, units, dormant, context.generator, self.initial_weights(context))
 
     @abstractmethod
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
@@ -59,17 +70,19 @@ class ReDo(_ThresholdReset):
 
     :math:`h_i` is the input that a unit gives to its consumers, the layers that read it (after activation, norm and
     pooling, averaged over samples and positions; the largest where several layers read it), in evaluation mode. In a
-    layer whose activations are all zero all units count as dormant. Dormant units get incoming weights from their
-    layer's own initialisation and outgoing weights of zero, and the optimizer state of those entries is reset. If they
-    were dead, the output of the network stays the same, to the last bit.
+    layer whose activations are all zero all units count as dormant. Dormant units get incoming weights drawn from the
+    initial entries of the same tensor and outgoing weights of zero, and the optimizer state of those entries is reset.
+    If they were dead, the output of the network stays the same, to the last bit.
     :func:`~lightning_plasticity.interventions.describe_units` lists the units of a model that can be reset.
 
     Args:
         threshold: :math:`\tau`, as a share of the layer's mean.
-        initial: ``state_dict()`` of the model before training: incoming weights are drawn from the distribution of the
-            initial weights of the same tensor. By default they are drawn by the layer's ``reset_parameters``, which
-            ignores an initialisation applied by hand.
+        initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
+            has stored at its first batch, or those at :meth:`start`; without either, ``reset_parameters`` draws.
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        include: Names of the layers whose units are reset to act on, with wildcards; by default all.
+        exclude: Names of layers whose units stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``forward`` is not given or activations are not
@@ -88,9 +101,16 @@ class ReDo(_ThresholdReset):
     """
 
     def __init__(
-        self, threshold: float = 0.025, initial: Mapping[str, Tensor] | None = None, when: When = "collapse"
+        self,
+        threshold: float = 0.025,
+        initial: Mapping[str, Tensor] | None = None,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(threshold, initial, when)
+        super().__init__(threshold, initial, when, include, exclude, also)
 
     @override
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
@@ -114,6 +134,9 @@ class ReGraMa(_ThresholdReset):
         threshold: :math:`\tau`, as a share of the layer's mean.
         initial: ``state_dict()`` of the model before training, to draw new weights from, as for :class:`ReDo`.
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        include: Names of the layers whose units are reset to act on, with wildcards; by default all.
+        exclude: Names of layers whose units stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``threshold`` is negative; at the repair, if ``loss`` is not given or gradients are not finite.
@@ -132,9 +155,16 @@ class ReGraMa(_ThresholdReset):
     """
 
     def __init__(
-        self, threshold: float = 0.01, initial: Mapping[str, Tensor] | None = None, when: When = "collapse"
+        self,
+        threshold: float = 0.01,
+        initial: Mapping[str, Tensor] | None = None,
+        when: When = "collapse",
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(threshold, initial, when)
+        super().__init__(threshold, initial, when, include, exclude, also)
 
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:

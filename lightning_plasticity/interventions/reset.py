@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import is_int, is_str_list
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
+from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import Forward
-from lightning_plasticity.interventions.weights.initialization import fresh_values
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.layers import NORM_LAYERS
+from lightning_plasticity.layers import BATCH_NORMS, is_norm_layer
 
 
-class Reset(Repair):
-    """Re-initialise the whole network, or some layers, by each layer's own ``reset_parameters``.
+class Reset(RemembersInitialWeights, Repair):
+    """Re-initialise the whole network, or some layers.
 
-    Norm layers go back to scale 1 and bias 0, running statistics to mean 0 and variance 1. Frozen parameters are left
-    as they are.
+    Each parameter gets a random permutation of its own initial entries; entries that do not start at random, such as
+    biases of zero, get their initial value back, and so do norm layers and their running statistics: mostly scale 1 and
+    bias 0, mean 0 and variance 1. Frozen parameters and other buffers are left as they are.
 
     Args:
         layers: Names of modules, with ``*`` and ``?`` as wildcards; submodules of a named module are reset with it.
@@ -32,6 +34,11 @@ class Reset(Repair):
             after the first of the counted layers are reset with them. Of two heads, the one that is called last is the
             last layer: name such layers instead.
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
+            has stored at its first batch, or those at :meth:`start`; without either, ``reset_parameters`` draws.
+        include: Names of the modules and parameters among them to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
+        also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
         ValueError: If ``layers`` is empty, ``last`` is less than 1, or both are given; at the repair, if a name matches
@@ -48,8 +55,19 @@ class Reset(Repair):
         8
     """
 
-    def __init__(self, layers: Sequence[str] | None = None, last: int | None = None, when: When = "collapse") -> None:
-        super().__init__(when)
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        last: int | None = None,
+        when: When = "collapse",
+        *,
+        initial: Mapping[str, Tensor] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        Repair.__init__(self, when, include=include, exclude=exclude, also=also)
+        self.remember_given(initial)
         if layers is not None and not is_str_list(layers):
             raise ValueError(f"Reset(layers={layers!r}) must be a list of module names, or None for all")
         if last is not None and (not is_int(last) or last < 1):
@@ -64,7 +82,15 @@ class Reset(Repair):
             selected = self._named_layers(model)
         else:
             selected = _last_layers(model, context.require_forward("Reset(last=...)", "repair"), self.last)
-        return WeightUpdate(fresh_values(model, selected, context.generator))
+        chosen = set(self.selected_parameters(model, context).values())
+        tensors: dict[str, Tensor] = {}
+        for path, module in selected.items():
+            held = dict(module.named_parameters(recurse=False))
+            is_frozen = bool(held) and not any(parameter in chosen for parameter in held.values())
+            parts = {key: parameter for key, parameter in held.items() if parameter in chosen}
+            statistics = {} if is_frozen or not isinstance(module, BATCH_NORMS) else dict(module.named_buffers())
+            tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in {**parts, **statistics}.items()}
+        return WeightUpdate(self.fresh_values(model, tensors, context))
 
     def _named_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(model.named_modules())
@@ -82,7 +108,7 @@ class Reset(Repair):
 
 def _last_layers(model: nn.Module, forward: Forward, last: int) -> dict[str, nn.Module]:
     called = _modules_in_call_order(model, forward)
-    layers = [module for module in called if not isinstance(module, (*NORM_LAYERS, nn.PReLU))]
+    layers = [module for module in called if not (is_norm_layer(module) or isinstance(module, nn.PReLU))]
     if len(layers) < last:
         raise ValueError(f"Reset(last={last}) must be at most {len(layers)}, the number of layers with parameters")
     selected = {part for module in called[called.index(layers[-last]) :] for part in module.modules()}

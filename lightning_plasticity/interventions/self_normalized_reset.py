@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import check_number, check_positive_ints
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
@@ -28,8 +29,8 @@ class SelfNormalizedReset(UnitReplacement):
     the paper, with the present silence counted among the unit's own, so that the probability of resetting a unit whose
     behaviour does not change is at most :math:`\eta` for each of its silences. The test needs :math:`1/\eta - 1` past
     silences; until then, and in any case, a silence of ``cap`` samples is enough. A reset unit has incoming weights
-    from the layer's own initialisation, outgoing weights of zero and no past silences; the optimizer state of those
-    entries is reset. Dead units are reset without changing any bit of the output.
+    from the initial entries of the same tensor, outgoing weights of zero and no past silences; the optimizer state of
+    those entries is reset. Dead units are reset without changing any bit of the output.
     :func:`~lightning_plasticity.interventions.describe_units` lists the layers with units.
 
     The rule is made for ReLU: units that are never exactly zero, such as those of GELU, hardly ever meet it.
@@ -50,8 +51,10 @@ class SelfNormalizedReset(UnitReplacement):
         rejection: Level of the test, :math:`\eta`, in (0, 1): the smaller, the more unusual a silence must be.
         cap: Silence, in samples, after which a unit is reset in any case.
         seed: Seed of the random numbers that new weights are drawn with.
-        initial: ``state_dict()`` of the model before training: new weights are drawn from the distribution of these;
-            by default by each layer's ``reset_parameters``.
+        initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
+            has stored at its first batch, or those at :meth:`start`.
+        include: Names of the layers whose units are replaced, with wildcards; by default all.
+        exclude: Names of layers whose units stay as they are.
 
     Raises:
         ValueError: If an argument is out of range; at the start, if ``forward`` is not given or the model has no units.
@@ -83,8 +86,10 @@ class SelfNormalizedReset(UnitReplacement):
         *,
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
     ) -> None:
-        super().__init__(_firings, seed, initial)
+        super().__init__(_firings, seed, initial, include, exclude)
         check_number("(0, 1)", self.name, "a share of a unit's silences", rejection=rejection)
         check_positive_ints(self.name, cap=cap)
         self.rejection = rejection

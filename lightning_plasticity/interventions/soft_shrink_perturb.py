@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_number, check_positive_ints, check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
-from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, fresh_values
-from lightning_plasticity.layers import NORM_LAYERS
+from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
+from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.interventions.weights.initial_distribution import constants, initial_values
+from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
+from lightning_plasticity.isolation.weights import named_tensors
+from lightning_plasticity.layers import norm_parameters
 
-_DRAWS = 8
-"""Number of fresh draws from which the standard deviation is estimated: a bias has few entries."""
 
-
-class SoftShrinkPerturb(StepIntervention):
+class SoftShrinkPerturb(RemembersInitialWeights, StepIntervention):
     r"""Shrink all weights a little after each optimizer step, and add a little noise.
 
     .. math:: \theta \leftarrow \lambda\,\theta + \sigma\, s \odot \xi, \qquad \xi \sim \mathcal N(0, 1)
 
-    with :math:`s` the standard deviation of the tensor's own initialisation, estimated at the start from draws of its
-    layer's ``reset_parameters``: tensors that start as a constant, such as zero biases, get no noise. Without a
+    with :math:`s` the standard deviation of the tensor's own initial entries. Entries that do not start at random, such
+    as biases of zero and scales of one, get no noise, and go towards their initial value instead of zero. Without a
     gradient, the standard deviation of weights tends to :math:`\sigma / \sqrt{1 - \lambda^2}` times their initial one:
     0.0007 times with the defaults, 1 times with :math:`\sigma = \sqrt{1 - \lambda^2}`.
 
@@ -41,10 +43,14 @@ class SoftShrinkPerturb(StepIntervention):
         noise: Size of the noise, as a share of the initial standard deviation, :math:`\sigma`, at least 0.
         every_n_steps: Number of steps that are applied at once, :math:`n`, at least 1.
         seed: Seed of the noise.
+        initial: ``state_dict()`` of the model before training, whose scale the noise has. By default the weights that
+            the callback has stored at its first batch, or those at :meth:`start`.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
-        ValueError: If ``shrink``, ``noise`` or ``every_n_steps`` is out of range; at the start, if a module with
-            trainable parameters has no ``reset_parameters``.
+        ValueError: If ``shrink``, ``noise`` or ``every_n_steps`` is out of range; at the start, if a pattern
+            matches nothing.
 
     References:
         Juliani and Ash 2024, arXiv 2405.19153, with the defaults; noise after each step also in Dohare et al. 2024,
@@ -59,7 +65,19 @@ class SoftShrinkPerturb(StepIntervention):
         True
     """
 
-    def __init__(self, shrink: float = 1 - 1e-6, noise: float = 1e-6, every_n_steps: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shrink: float = 1 - 1e-6,
+        noise: float = 1e-6,
+        every_n_steps: int = 1,
+        seed: int = 0,
+        *,
+        initial: Mapping[str, Tensor] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        super().__init__(include, exclude)
+        self.remember_given(initial)
         check_number("[0, 1]", self.name, "the share of the weights that stays", shrink=shrink)
         check_number("[0, inf)", self.name, noise=noise)
         check_positive_ints(self.name, every_n_steps=every_n_steps)
@@ -69,29 +87,36 @@ class SoftShrinkPerturb(StepIntervention):
         self.generator = PicklableGenerator()
         self.generator.manual_seed(seed)
         self.scales: dict[str, Tensor] = {}
+        # The values that entries go towards, of tensors with any but zero.
+        self.centers: dict[str, Tensor] = {}
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
-        parameters = _perturbed(model)
+        parameters = self._perturbed(model, context)
         new = {n: p for n, p in parameters.items() if n not in self.scales or self.scales[n].shape not in ((), p.shape)}
-        if not new:
-            return
-        modules = {name: module for name, module in model.named_modules() if not isinstance(module, NORM_LAYERS)}
-        generator = torch.Generator().manual_seed(self.seed)
-        draws = [fresh_values(model, modules, generator) for _ in range(_DRAWS)]
-        self.scales |= {name: _scale(torch.stack([draw[p] for draw in draws])) for name, p in new.items()}
+        given = context.initial if self.initial is None else self.initial
+        values = initial_values(model, new, dict(named_tensors(model)) if given is None else given)
+        for name, parameter in new.items():
+            fixed = constants(values[parameter]) if values[parameter].shape == parameter.shape else None
+            self.scales[name] = _scale(values[parameter], fixed)
+            self.centers.pop(name, None)
+            if fixed is not None and bool(values[parameter][fixed].any()):
+                self.centers[name] = values[parameter].masked_fill(~fixed, 0)
 
     @override
     @torch.no_grad()
     def step(self, model: nn.Module, context: InterventionContext) -> None:
-        parameters = _perturbed(model)
+        parameters = self._perturbed(model, context)
         self._require_start(parameters, self.scales)
         self.steps += 1
         if self.steps % self.every_n_steps:
             return
         noise = self.noise * math.sqrt(sum(self.shrink ** (2 * i) for i in range(self.every_n_steps)))
+        shrink = self.shrink**self.every_n_steps
         for name, parameter in parameters.items():
-            parameter.mul_(self.shrink**self.every_n_steps)
+            parameter.mul_(shrink)
+            if name in self.centers:
+                parameter.add_(self.centers[name].to(parameter), alpha=1 - shrink)
             if noise:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 draw = torch.randn(parameter.shape, generator=self.generator, dtype=dtype)
@@ -99,27 +124,31 @@ class SoftShrinkPerturb(StepIntervention):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        scales = {name: scale.clone() for name, scale in self.scales.items()}
-        return {"steps": self.steps, "scales": scales, "generator": self.generator.get_state()}
+        return {
+            "steps": self.steps,
+            "scales": {name: scale.clone() for name, scale in self.scales.items()},
+            "centers": {name: center.clone() for name, center in self.centers.items()},
+            "generator": self.generator.get_state(),
+        }
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.scales = {name: scale.clone().cpu() for name, scale in state["scales"].items()}
+        self.centers = {name: center.clone().cpu() for name, center in state["centers"].items()}
         self.generator.set_state(state["generator"].cpu())
 
+    def _perturbed(self, model: nn.Module, context: InterventionContext) -> dict[str, nn.Parameter]:
+        """Return the parameters to act on, all but those of norm layers, by name."""
+        norms = norm_parameters(model)
+        return {name: p for name, p in self.selected_parameters(model, context).items() if p not in norms}
 
-def _perturbed(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of all but norm layers, by name."""
-    norms = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in norms}
 
-
-def _scale(draws: Tensor) -> Tensor:
-    """Compute the standard deviation of fresh values, ``(draws, ...)``: one for all entries, zero for constant ones."""
-    draws = draws.to(torch.promote_types(draws.dtype, torch.float32))
-    constant = (draws == draws[0]).all(0)
-    if bool(constant.all()):
+def _scale(initial: Tensor, fixed: Tensor | None) -> Tensor:
+    """Compute the standard deviation of the entries that are not fixed: one for all, zero for fixed ones."""
+    wide = initial.to(torch.promote_types(initial.dtype, torch.float32))
+    if initial.numel() < 2 or (fixed is not None and bool(fixed.all())):
         return torch.zeros(())
-    std = draws[:, ~constant].std(correction=0)
-    return torch.where(constant, 0, std) if bool(constant.any()) else std
+    if fixed is None:
+        return wide.std(correction=0)
+    return torch.where(fixed, 0, wide[~fixed].std(correction=0))

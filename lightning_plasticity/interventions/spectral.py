@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 _FIRST_ITERATIONS = 20
@@ -41,6 +42,8 @@ class SpectralRegularizer(Regularizer):
         coefficient: Factor of the term, :math:`\lambda`.
         power: Exponent of the singular values, :math:`k`, at least 1.
         exact: Use singular value decompositions instead; many times slower.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If ``coefficient`` or ``power`` is out of range; at the call, if the model has no trainable layer.
@@ -57,8 +60,16 @@ class SpectralRegularizer(Regularizer):
         13.0
     """
 
-    def __init__(self, coefficient: float = 1e-3, power: float = 2, exact: bool = False) -> None:
-        super().__init__(coefficient)
+    def __init__(
+        self,
+        coefficient: float = 1e-3,
+        power: float = 2,
+        exact: bool = False,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+    ) -> None:
+        super().__init__(coefficient, include=include, exclude=exclude)
         check_number("[1, inf)", self.name, "it is 2 in the paper", power=power)
         check_choice((True, False), self.name, exact=exact)
         self.power = power
@@ -68,7 +79,7 @@ class SpectralRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms: list[Tensor] = []
-        for layer in weight_matrices(model).values():
+        for layer in weight_matrices(model, set(self.selected_parameters(model).values())).values():
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
             terms += [bias.square().sum().pow(self.power) for bias in layer.biases]

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
+from lightning_plasticity.interventions.selection import Patterns
 
 
 class WassersteinInit(InitialValueRegularizer):
@@ -22,6 +23,8 @@ class WassersteinInit(InitialValueRegularizer):
 
     Args:
         coefficient: Factor of the term, :math:`\lambda`.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If ``coefficient`` is negative.
@@ -41,8 +44,8 @@ class WassersteinInit(InitialValueRegularizer):
         0.0
     """
 
-    def __init__(self, coefficient: float = 1e-2) -> None:
-        super().__init__(coefficient)
+    def __init__(self, coefficient: float = 1e-2, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(coefficient, include=include, exclude=exclude)
 
     @override
     def reference(self, parameter: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
-from lightning_plasticity.interventions.weights.linear_layers import linear_parameters
+from lightning_plasticity.interventions.selection import Patterns
 
 
 class WeightClipping(StepIntervention):
@@ -30,6 +30,8 @@ class WeightClipping(StepIntervention):
 
     Args:
         kappa: :math:`\kappa`, greater than 0. The paper tunes it for each problem, from 1 to 5.
+        include: Names of the modules and parameters to act on, with wildcards; by default all.
+        exclude: Names of those that stay as they are.
 
     Raises:
         ValueError: If ``kappa`` is not greater than 0 and finite.
@@ -46,13 +48,14 @@ class WeightClipping(StepIntervention):
         tensor([[-1.0000,  0.5000,  1.0000,  0.0000]])
     """
 
-    def __init__(self, kappa: float = 2.0) -> None:
+    def __init__(self, kappa: float = 2.0, *, include: Patterns = None, exclude: Patterns = None) -> None:
+        super().__init__(include, exclude)
         check_number("(0, inf)", self.name, kappa=kappa)
         self.kappa = kappa
 
     @override
     @torch.no_grad()
     def step(self, model: nn.Module, context: InterventionContext) -> None:
-        for part in linear_parameters(model).values():
+        for part in self.linear_parameters(model, context).values():
             bound = self.kappa / math.sqrt(part.fan_in)
             part.parameter.clamp_(-bound, bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -187,6 +187,8 @@ class PlasticityMonitor(PlasticityMetric):
         if not isinstance(prefix, str):
             raise TypeError(f"prefix={prefix!r} must be a string")
         self.patterns = None if layers is None else list(layers)
+        self.left_out: Collection[str] = ()
+        """Names of modules whose layers are not measured, unless ``layers`` names them."""
         self.dormant_threshold = valid_threshold(dormant_threshold, "dormant_threshold")
         self.measures = [measure for measure in MEASURES if measure in measures]
         self.channel_dim = channel_dim
@@ -345,7 +347,9 @@ class PlasticityMonitor(PlasticityMetric):
     def selects(self, name: str) -> bool:
         """Return whether to measure a layer."""
         self._offered.add(name)
-        return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        if self.patterns is None:
+            return not any(name == module or name.startswith(f"{module}.") for module in self.left_out)
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> _Statistics:
         """Return the statistics of the activations of one layer."""

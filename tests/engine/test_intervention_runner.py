@@ -148,6 +148,7 @@ def test_unit_reset_at_collapse_equals_one_by_hand(intervention: ReDo | ReGraMa,
         forward=lambda model: model.net(first[0]),
         loss=lambda model: F.cross_entropy(model.net(first[0]), first[1]),
         generator=torch.Generator().manual_seed(0),
+        initial=module.state_dict(),
     )
     with pytest.warns(PlasticityWarning):
         trainer(callback, max_steps=1, logger=logger).fit(module, DataLoader(TensorDataset(*first), batch_size=64))

@@ -112,6 +112,8 @@ class ManualRepair(Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.steps_before_fit = self.step
+        # The initial weights, which later starts keep.
+        self.repair.start(module)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         previous, self.step = self.step, self.steps_before_fit + trainer.global_step

@@ -150,7 +150,7 @@ def test_repair_is_all_or_nothing(intervention: Repair) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model[0], optimizer, torch.ones(2, 3))
     before, state = values(model), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"Bare '1' holds the parameter 'scale' but has no reset_parameters\(\)"):
+    with pytest.raises(ValueError, match=r"Bare '1' holds the parameter 'scale', which no reset_parameters\(\)"):
         intervention.repair(model, optimizers=[optimizer])
     torch.testing.assert_close(values(model), before, rtol=0, atol=0)
     torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)

@@ -15,11 +15,14 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
+from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
+from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.dependency_graph import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
+from lightning_plasticity.interventions.units.selected_units import select_units
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
-from lightning_plasticity.interventions.weights.initialization import PicklableGenerator, copy_initial
+from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 from lightning_plasticity.isolation.weights import named_tensors
 
@@ -27,7 +30,7 @@ Record = dict[str, Tensor]
 """The stored state of one layer's units. Never changed in place."""
 
 
-class UnitReplacement(StepIntervention):
+class UnitReplacement(RemembersInitialWeights, StepIntervention):
     """An intervention that records the inputs of each unit's consumers, and re-initialises the units that a rule picks.
 
     Each layer has one record. It is updated once per optimizer step, from all forward passes in training mode with
@@ -42,16 +45,27 @@ class UnitReplacement(StepIntervention):
         statistic: The statistic of the consumers' inputs to sum up: a function of a module, not a method, since copies
             of the model copy their hooks and everything that these refer to.
         seed: Seed of the random numbers that new weights are drawn with.
-        initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
+        initial: Initial parameters and buffers by name, to draw from, as for
+            :class:`~lightning_plasticity.interventions.ReDo`.
+        include: Names of the layers whose units are replaced, with wildcards; by default all.
+        exclude: Names of layers whose units stay as they are.
     """
 
-    def __init__(self, statistic: Statistic, seed: int, initial: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self,
+        statistic: Statistic,
+        seed: int,
+        initial: Mapping[str, Tensor] | None,
+        include: Patterns,
+        exclude: Patterns,
+    ) -> None:
+        super().__init__(include, exclude)
         check_seed(seed, self.name)
         self.seed = seed
-        self.initial = copy_initial(self.name, initial)
+        self.remember_given(initial)
         self._statistic = statistic
         self._records: dict[str, Record] = {}
-        self._fresh = _FreshUnits(seed, self.initial)
+        self._fresh = _FreshUnits(seed)
         self._hooked: _HookedModel | None = None
         self._traced: _TracedModel | None = None
 
@@ -63,6 +77,9 @@ class UnitReplacement(StepIntervention):
             return
         self.stop()
         self._add_records(units)
+        tensors = named_tensors(model)
+        names = dict.fromkeys(name for group in units.groups.values() for name in group.incoming)
+        self.remember({name: tensors[name] for name in names}, context)
         channels = {name: len(index) for group in units.groups.values() for name, index in group.consumers.items()}
         statistics = UnitStatistics(model, channels, self._statistic)
         self._hooked = _HookedModel(weakref.ref(model), _parameter_shapes(model), units, statistics)
@@ -103,19 +120,21 @@ class UnitReplacement(StepIntervention):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"layers": {layer: dict(record) for layer, record in self._records.items()}, **self._fresh.state_dict()}
+        layers = {layer: dict(record) for layer, record in self._records.items()}
+        return {"layers": layers, **self._fresh.state_dict(), **super().state_dict()}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._records = {layer: dict(record) for layer, record in state["layers"].items()}
         self._fresh.load_state_dict(state)
+        super().load_state_dict(state)
         if self._hooked is not None:
             self._add_records(self._hooked.units)
             self._hooked.statistics.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the model from copies: they have no hooks on it, and weak references cannot be pickled."""
-        return {**vars(self), "_hooked": None, "_traced": None}
+        return {**vars(self), "_hooked": None, "_traced": None, "_of_run": None}
 
     @abstractmethod
     def new_record(self, group: UnitGroup) -> Record:
@@ -139,10 +158,15 @@ class UnitReplacement(StepIntervention):
         """Return the record after some units were re-initialised."""
 
     def plan_replacement(
-        self, model: nn.Module, units: Units, records: Mapping[str, Record], chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        units: Units,
+        records: Mapping[str, Record],
+        chosen: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor] | None,
     ) -> WeightUpdate:
         """Return the new weights of the chosen units; change nothing in the model."""
-        return plan_reset_from(model, units, chosen, self._fresh.take(model, units, chosen))
+        return plan_reset_from(model, units, chosen, self._fresh.take(model, units, chosen, initial))
 
     def _replace_units(
         self,
@@ -157,7 +181,7 @@ class UnitReplacement(StepIntervention):
             return None
         fresh_before = self._fresh.state_dict()
         try:
-            update = self.plan_replacement(model, units, records, chosen)
+            update = self.plan_replacement(model, units, records, chosen, self.initial_weights(context))
             report = apply_update(self.name, update, context.optimizers)
         except BaseException:
             self._fresh.load_state_dict(fresh_before)
@@ -173,7 +197,7 @@ class UnitReplacement(StepIntervention):
             if traced.model() is model and traced.shapes == _parameter_shapes(model):
                 return traced.units
         forward = context.require_forward(self.name, "start")
-        units = describe_units(context.model_to_run(model), forward)
+        units = select_units(self, describe_units(context.model_to_run(model), forward), model, context)
         if not units.groups:
             reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in units.excluded.items())
             raise ValueError(
@@ -221,15 +245,16 @@ class _FreshUnits:
     values are kept on the CPU: as much memory as the incoming weights of all layers with units.
     """
 
-    def __init__(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
-        self._initial = initial
+    def __init__(self, seed: int) -> None:
         self._generator = PicklableGenerator()
         self._generator.manual_seed(seed)
         self._before = self._generator.get_state()
         self._values: dict[str, Tensor] = {}
         self._used: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take(
+        self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
         """Return values by name of the tensor, in which the chosen units are fresh."""
         tensors = named_tensors(model)
         names = {name for layer in chosen for name in units.groups[layer].incoming}
@@ -237,12 +262,12 @@ class _FreshUnits:
             # No draw yet, a checkpoint was loaded, or a layer is new or has grown: repeat the draw, in which all other
             # layers get the same values again.
             self._generator.set_state(self._before)
-            self._draw(model, units)
+            self._draw(model, units, initial)
         none = torch.tensor([], dtype=torch.long)
         if any(bool(torch.isin(new, self._used.get(layer, none)).any()) for layer, new in chosen.items()):
             self._used = {}
             self._before = self._generator.get_state()
-            self._draw(model, units)
+            self._draw(model, units, initial)
         self._used = self._used | {
             layer: torch.cat([self._used.get(layer, none), new]) for layer, new in chosen.items()
         }
@@ -258,7 +283,7 @@ class _FreshUnits:
         # The next use repeats the draw, with the same values.
         self._values = {}
 
-    def _draw(self, model: nn.Module, units: Units) -> None:
+    def _draw(self, model: nn.Module, units: Units, initial: Mapping[str, Tensor] | None) -> None:
         # Take one number per draw, whatever its size, so that the next draw does not depend on the heads in use.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
-        self._values = fresh_incoming(model, units, units.groups, generator, self._initial)
+        self._values = fresh_incoming(model, units, units.groups, generator, initial)

@@ -1,4 +1,4 @@
-"""Plan the reset of units: fresh incoming weights from the layer's own initialisation, outgoing weights of zero."""
+"""Plan the reset of units: fresh incoming weights from their initial distribution, outgoing weights of zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions.units.groups import Units, unit_indices, unit_mask
-from lightning_plasticity.interventions.weights.initialization import fresh_values, resampled_values
+from lightning_plasticity.interventions.weights.initial_distribution import fresh_values
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
 from lightning_plasticity.isolation.weights import named_tensors
 
@@ -27,7 +27,7 @@ def plan_reset(
         units: Its units.
         chosen: The units to reset, ``(count,)``, by name of the layer; may be empty tensors.
         generator: A CPU generator; by default one seeded from torch's global one.
-        initial: Initial parameters and buffers by name, to resample; by default each layer's ``reset_parameters``.
+        initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
 
     Returns:
         The update to apply to the model.
@@ -49,13 +49,7 @@ def fresh_incoming(
     """Draw the incoming tensors of all units of the given layers, whole, by name of the tensor."""
     tensors = named_tensors(model)
     names = dict.fromkeys(name for layer in layers for name in units.groups[layer].incoming)
-    if not names:
-        return {}
-    if initial is not None:
-        drawn = resampled_values({name: tensors[name] for name in names}, initial, generator)
-    else:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-        drawn = fresh_values(model, {name: model.get_submodule(name) for name in modules}, generator)
+    drawn = fresh_values(model, {name: tensors[name] for name in names}, initial, generator)
     return {name: drawn[tensors[name]] for name in names}
 
 

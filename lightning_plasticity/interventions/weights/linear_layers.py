@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -37,31 +38,55 @@ class LinearParameter:
         return "bias" in self.key
 
 
-def linear_parameters(model: nn.Module) -> dict[str, LinearParameter]:
+def linear_parameters(model: nn.Module, selected: Container[Tensor] | None = None) -> dict[str, LinearParameter]:
     """Return the weights and biases of linear, convolution, attention and recurrent layers, by name.
 
     This leaves out parameters that are frozen, complex, empty, lazy or shared with an embedding, layers whose
-    parameters are computed from others (:mod:`torch.nn.utils.parametrize`), and layers of any other kind. Parameters
-    that several layers share appear once.
+    weights are computed from other tensors (:func:`computed_layers`), biases included, and layers of any other kind.
+    Parameters that several layers share appear once.
+
+    Args:
+        model: The model.
+        selected: The parameters to return; by default all.
     """
     result: dict[str, LinearParameter] = {}
     seen = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}
     for prefix, layer in model.named_modules():
-        # Reading the weight of a parametrized layer may change it.
-        if not isinstance(layer, LINEAR_LAYERS) or is_parametrized(layer):
+        if not isinstance(layer, LINEAR_LAYERS) or is_computed(layer):
             continue
         for key, parameter in layer.named_parameters(recurse=False):
             weight = _weight_of(layer, key) if _KEYS.fullmatch(key) else None
-            if weight is not None and id(parameter) not in seen and _is_trained(parameter):
+            if weight is not None and id(parameter) not in seen and _is_trained(parameter, selected):
                 seen.add(id(parameter))
                 name = f"{prefix}.{key}" if prefix else key
                 result[name] = LinearParameter(layer, key, parameter, weight[0].numel())
     return result
 
 
-def weights(model: nn.Module) -> dict[str, LinearParameter]:
+def weights(model: nn.Module, selected: Container[Tensor] | None = None) -> dict[str, LinearParameter]:
     """Return the weights among :func:`linear_parameters`, by name."""
-    return {name: weight for name, weight in linear_parameters(model).items() if not weight.is_bias}
+    return {name: weight for name, weight in linear_parameters(model, selected).items() if not weight.is_bias}
+
+
+def is_computed(layer: nn.Module) -> bool:
+    """Return whether a weight of a layer is computed from other tensors: by a parametrization, or by a hook.
+
+    Hooks are those of :mod:`torch.nn.utils.prune` and of torch's old ``weight_norm`` and ``spectral_norm``. Reading
+    such a weight may change it, and a new value would be lost at the next forward pass.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> is_computed(nn.Linear(2, 2)), is_computed(prune.identity(nn.Linear(2, 2), "weight"))
+        (False, True)
+    """
+    # A hook that computes a weight assigns it as a plain attribute.
+    plain = (key for key, value in vars(layer).items() if isinstance(value, Tensor))
+    return is_parametrized(layer) or any(_KEYS.fullmatch(key) for key in plain)
+
+
+def computed_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of which a weight :func:`is_computed`."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, LINEAR_LAYERS) and is_computed(layer)]
 
 
 def _weight_of(layer: nn.Module, key: str) -> Tensor | None:
@@ -74,5 +99,7 @@ def _weight_of(layer: nn.Module, key: str) -> Tensor | None:
     return next((w for w in candidates if isinstance(w, Tensor) and not is_lazy(w) and w.numel() > 0), None)
 
 
-def _is_trained(parameter: Tensor) -> bool:
+def _is_trained(parameter: Tensor, selected: Container[Tensor] | None) -> bool:
+    if selected is not None and parameter not in selected:
+        return False
     return parameter.requires_grad and parameter.is_floating_point() and not is_lazy(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class LayerWeights:
     scales: list[Tensor] = field(default_factory=list)
 
 
-def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
+def weight_matrices(model: nn.Module, selected: Container[Tensor] | None = None) -> dict[str, LayerWeights]:
     """Return the weights of each layer of a model as matrices, in the order in which the layers are registered.
 
     Any module with a ``weight`` of two dimensions or more counts as a layer, and its ``bias`` as a bias. Kernels are
@@ -42,6 +42,7 @@ def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
 
     Args:
         model: The model.
+        selected: The parameters that count; by default all.
 
     Returns:
         The layers that have trainable weights, by name.
@@ -53,7 +54,7 @@ def weight_matrices(model: nn.Module) -> dict[str, LayerWeights]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         layer = LayerWeights()
-        for name, tensor in _trainable_tensors(module, seen):
+        for name, tensor in _trainable_tensors(module, seen, selected):
             _add(layer, module, f"{path}.{name}" if path else name, name, tensor)
         if layer.matrices or layer.biases or layer.scales:
             layers[path] = layer
@@ -67,20 +68,26 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _trainable_tensors(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _trainable_tensors(
+    module: nn.Module, seen: set[int], selected: Container[Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the trainable weights and biases of a module itself, without the ``id`` of any in ``seen``."""
     for name in _tensor_names(module):
         if parametrize.is_parametrized(module, name):
             originals = module.get_submodule(f"parametrizations.{name}")
-            if any(parameter.requires_grad for parameter in originals.parameters()):
+            if any(_counts(parameter, selected) for parameter in originals.parameters()):
                 # In training mode, spectral_norm would advance its power iteration.
                 with eval_mode(originals):
                     yield name, getattr(module, name)
         else:
             parameter = module._parameters[name]
-            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+            if parameter is not None and _counts(parameter, selected) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield name, parameter
+
+
+def _counts(parameter: Tensor, selected: Container[Tensor] | None) -> bool:
+    return parameter.requires_grad and (selected is None or parameter in selected)
 
 
 def _tensor_names(module: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,39 @@ class WeightUpdate:
             return {targets[tensor]: value for tensor, value in by_tensor.items()}
 
         return WeightUpdate(rekey(self.values), rekey(self.reset_state_mask), self.units, rekey(self.parts))
+
+    def followed_by(self, follower: nn.Module, leader: nn.Module) -> WeightUpdate:
+        """Return this update, and one of a module to the parameters and buffers that another has after it.
+
+        An update without values is returned as it is.
+
+        Args:
+            follower: The module that is copied to.
+            leader: The module that is copied.
+
+        Raises:
+            ValueError: If the parameters and buffers of both have not the same names and shapes.
+        """
+        if not self.values and not self.parts:
+            return self
+        copies, originals = named_tensors(follower), named_tensors(leader)
+        if {n: t.shape for n, t in copies.items()} != {n: t.shape for n, t in originals.items()}:
+            raise ValueError(
+                f"a {type(follower).__name__} cannot follow a {type(leader).__name__}: their parameters and buffers "
+                "differ in name or shape"
+            )
+        values = {copies[name]: self._value_of(original) for name, original in originals.items()}
+        return replace(self, values={**self.values, **values})
+
+    def _value_of(self, tensor: Tensor) -> Tensor:
+        """Return the value of a tensor after the update."""
+        if tensor in self.values:
+            return self.values[tensor]
+        value = tensor.detach()
+        if tensor not in self.parts:
+            return value
+        part = self.parts[tensor]
+        return value.flatten().index_copy(0, part.positions.to(value.device), part.values.to(value)).view(value.shape)
 
 
 def keep_optimizer_state(values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
