@@ -296,14 +296,14 @@ MODELS = [
         Shared,
         (8, 4),
         {},
-        {"first": "joined with the units of 'shared'", "shared": "used 2 times", "head": "logits"},
+        {"first": "joined with the units of 'shared'", "shared": "joined with the units of 'first'"},
     ),
     Model(
-        "tied", Tied, (8, 4), {"hidden": (6, ("mid",))}, {"embed": "'embed.weight' is used 2 times", "mid": "an output"}
+        "tied", Tied, (8, 4), {"hidden": (6, ("mid",))}, {"embed": "'embed.weight' is used 2 times", "mid": "logits"}
     ),
-    Model("gated", Gated, (8, 4), {}, {"gate": "gate: joined with the units of 'up'", "up": "gate", "down": "logits"}),
+    Model("gated", Gated, (8, 4), {"gate": (6, ("down",))}, {"up": "part of the units of 'gate'", "down": "logits"}),
     Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),
-    Model("channels last", ChannelsLast, (4, 1, 6, 6), {}, {"conv": "mixed, or reordered", "head": "logits"}),
+    Model("channels last", ChannelsLast, (4, 1, 6, 6), {"conv": (4, ("head",))}, {"head": "logits"}),
     Model("softmax", Softmaxed, (8, 4), {}, {"first": "mixed", "second": "logits"}),
     Model("frozen", frozen, (8, 4), {"2": (5, ("4",))}, {"0": "'0.weight' is frozen", "4": "logits"}),
 ]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions import ReDo, Units, describe_units
@@ -285,15 +284,6 @@ def test_forward_without_a_graph_raises() -> None:
         describe_units(nn.Linear(4, 2), lambda model: 3)
 
 
-def test_torch_pruning_error_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise TypeError("'int' and 'NoneType'")
-
-    monkeypatch.setattr(tp.DependencyGraph, "_build_dependency", fail)
-    with pytest.raises(ValueError, match=r"^torch-pruning cannot follow Encoder: TypeError: 'int' and 'NoneType'"):
-        describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
-
-
 def test_forward_error_passes_through_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         describe_units(nn.Linear(4, 2), lambda model: model(torch.randn(2, 5)))
@@ -404,8 +394,6 @@ def test_unit_indices_match_unit_mask(case: Model) -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_units_read_by_an_lstm_with_projections_are_excluded() -> None:
-    """torch-pruning follows the units through the LSTM to channels that its reader does not have."""
-
     class Projected(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
-from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.discovery import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
