@@ -382,9 +382,10 @@ def _inputs(is_barrier: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _random_output(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an output in which no unit is dead: the first sample positive, the others normal."""
+    """Draw an output in which no unit is dead: positive in the first sample, negative in the second, else normal."""
     values = torch.randn(output.shape, generator=generator)
-    values[:1] = torch.rand(values[:1].shape, generator=generator) + 0.5
+    for sample, sign in enumerate((1, -1)[: len(values)] if values.ndim > 1 else ()):
+        values[sample] = sign * (torch.rand(values[sample].shape, generator=generator) + 0.5)
     return values.to(output)
 
 
