@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from typing_extensions import Self, override
 from lightning_plasticity._validation import check_number, is_int
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
-from lightning_plasticity.messages import constructor_call
+from lightning_plasticity.messages import constructor_call, rank_zero_warn
 
 When = int | str
 """The occasion on which the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or
@@ -98,6 +98,9 @@ class Intervention:
     :class:`InterventionContext`: :meth:`prepare`, and the hook of their kind.
     """
 
+    rests_because: str | None = None
+    """Why it has nothing to act on in the model that it last saw, as a sentence; ``None`` if it has."""
+
     @override
     def __repr__(self) -> str:
         """Return the constructor call with the current values, without arguments that are ``None``."""
@@ -148,6 +151,25 @@ class Intervention:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`."""
+
+    def _rest(self, model: nn.Module, skipped: Mapping[str, str]) -> None:
+        """Warn that there is nothing to act on, unless that was the last warning.
+
+        Args:
+            model: The model.
+            skipped: Why layers are left out, by name of the layer.
+
+        Warns:
+            PlasticityWarning: On rank 0.
+        """
+        reasons = "; ".join(f"{layer or '(model)'!r}: {reason}" for layer, reason in skipped.items())
+        message = (
+            f"{self.name} rests, since {type(model).__name__} has nothing that it acts on: "
+            f"{reasons or 'there are no layers with weights that are trained'}"
+        )
+        if message != self.rests_because:
+            rank_zero_warn(message, stacklevel=4)
+        self.rests_because = message
 
 
 class Repair(Intervention, ABC):
@@ -200,11 +222,18 @@ class Repair(Intervention, ABC):
                 would have side effects, such as on counters or logged values. By default the model is run.
 
         Returns:
-            The units and the number of parameters that changed.
+            The units and the number of parameters that changed, and the layers that were left out.
+
+        Warns:
+            PlasticityWarning: Once, if the model has nothing that the repair acts on.
         """
         losses = [loss] if callable(loss) else list(loss or ())
         model_to_run = model if make_copy is None else make_copy()
         update = self.plan(model_to_run, InterventionContext(optimizers, forward, losses, generator=generator))
+        if update.has_no_target:
+            self._rest(model, update.skipped)
+        else:
+            self.rests_because = None
         if model_to_run is not model:
             update = update.transfer(source=model_to_run, target=model)
         return apply_update(self.name, update, optimizers)

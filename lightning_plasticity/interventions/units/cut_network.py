@@ -96,8 +96,9 @@ class CutNetwork:
         self.use_counts = self._run_whole()
         generator = torch.Generator().manual_seed(0)
         self._values = {
-            name: [tuple(_random_output(call.output, generator) for _ in range(2)) for call in self.calls[name]]
-            for name in self.layers
+            name: [tuple(_random_output(call.output, generator) for _ in range(2)) for call in calls]
+            for name, calls in self.calls.items()
+            if name in self.layers
         }
         self._run_reference()
 

@@ -81,6 +81,8 @@ class UnitReplacement(StepIntervention):
                 f"{self.name}.after_step(model) comes before start(model, forward=lambda model: model(inputs)), which "
                 "must be called once for this model, before the first training step"
             )
+        if not hooked.units.groups:
+            return None
         statistics = hooked.statistics.reduce()
         if hooked.statistics.hooks_never_ran(model, statistics):
             raise RuntimeError(
@@ -174,11 +176,10 @@ class UnitReplacement(StepIntervention):
                 return traced.units
         forward = context.require_forward(self.name, "start")
         units = describe_units(context.model_to_run(model), forward)
-        if not units.groups:
-            reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in units.excluded.items())
-            raise ValueError(
-                f"{self.name}: {type(model).__name__} has no units to reset ({reasons or 'it has no layers'})"
-            )
+        if units.groups:
+            self.rests_because = None
+        else:
+            self._rest(model, units.excluded)
         self._traced = _TracedModel(weakref.ref(model), _parameter_shapes(model), units)
         return units
 
