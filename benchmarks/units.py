@@ -184,9 +184,9 @@ class Row:
 
 
 def _kind(layer: str) -> str:
-    """Return the last parts of the name of a layer that are not numbers, or the whole name."""
-    words = [part for part in layer.split(".") if not part.isdigit()]
-    return words[-1] if not layer[-1].isdigit() else ".".join([*words[-1:], layer.rpartition(".")[2]])
+    """Return the last part of the name of a layer, or the last two if it is a number."""
+    parts = layer.split(".")
+    return parts[-1] if not parts[-1].isdigit() else ".".join(parts[-2:])
 
 
 def _range(sizes: list[int]) -> str:

@@ -334,9 +334,7 @@ class CutNetwork:
     def _reached(self, tensors: list[Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
         """Return the channels with a derivative that is not zero, by layer or passage."""
         places = [(name, x) for part in (self._leaves, self._tapped) for name, xs in part.items() for x in xs]
-        gradients = torch.autograd.grad(
-            tensors, [x for _, x in places], weights, retain_graph=True, allow_unused=True, materialize_grads=False
-        )
+        gradients = self._gradients(tensors, [x for _, x in places], weights)
         found: dict[str, Tensor] = {}
         for (name, x), gradient in zip(places, gradients, strict=True):
             if gradient is not None:
@@ -352,10 +350,16 @@ class CutNetwork:
         if not floating:
             return set()
         places = [(name, x) for name, xs in self._leaves.items() for x in xs]
-        gradients = torch.autograd.grad(
-            floating, [x for _, x in places], list(map(torch.ones_like, floating)), retain_graph=True, allow_unused=True
-        )
+        gradients = self._gradients(floating, [x for _, x in places], list(map(torch.ones_like, floating)))
         return {name for (name, _), gradient in zip(places, gradients, strict=True) if gradient is not None}
+
+    def _gradients(
+        self, outputs: list[Tensor], inputs: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiate in the graph of the reference run; ``None`` where there is no path."""
+        # An activation checkpoint calls its layers again.
+        with self._cut(lambda *_: None, lambda name, number: self._values[name][number][0].clone().requires_grad_()):
+            return torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
 
 
 def passage_channel_dim(passage: nn.Module) -> int:

@@ -239,10 +239,10 @@ class _Discovery:
         for reader in readers:
             if reader in network.barriers:
                 raise NotResettableError(f"{_kind_of_barrier(network.barriers[reader])} {reader!r} reads it")
-        if is_mixed:
-            raise NotResettableError(self._mixing(bundle, readers))
         if not self.partition.unresolved.isdisjoint(bundle.unit_numbers.tolist()):
             raise NotResettableError("too many units: they could not be told apart in the number of passes allowed")
+        if is_mixed:
+            raise NotResettableError(self._mixing(bundle, readers))
         for layer in bundle.producers:
             self._check_layer(layer, network.layers[layer])
         is_read = torch.cat([torch.isin(units, bundle.unit_numbers) for units in inputs.values()])
