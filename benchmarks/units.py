@@ -211,9 +211,9 @@ def measure(case: Case) -> Row:
     torch.manual_seed(0)
     model, forward = case.build()
     model.eval()
-    began = time.perf_counter()
+    began = time.process_time()
     units = describe_units(model, forward)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     silence(model, units)
     with torch.no_grad():

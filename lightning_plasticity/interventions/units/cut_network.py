@@ -137,7 +137,7 @@ class CutNetwork:
         changed = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.readers.sizes.items()}
 
         def compare(name: str, number: int, inputs: list[Tensor]) -> None:
-            if name in changed:
+            if name in changed and not self._sources[name].isdisjoint(perturbed):
                 changed[name] |= self._changed(name, number, inputs)
 
         # With gradients: without, nn.TransformerEncoderLayer does not call its layers.
@@ -182,7 +182,7 @@ class CutNetwork:
 
     def producers_of(self, name: str) -> set[str]:
         """Return the layers whose outputs reach the input of a layer or barrier."""
-        return self._connected([x for x in self._inputs[name] if x.requires_grad])
+        return self._sources[name]
 
     def producers_of_passage(self, name: str) -> set[str]:
         """Return the layers whose outputs reach a passage."""
@@ -254,6 +254,7 @@ class CutNetwork:
         )
         self.producers = Numbering({name: x[0].shape[self._dim(name)] for name, x in self._leaves.items()})
         self.passages = Numbering({name: x[0].shape[self._dim(name)] for name, x in self._tapped.items()})
+        self._sources = {name: self._connected(self._inputs[name]) for name in self.readers.sizes}
         self.output_producers = self._connected(outputs)
 
     def _run(self) -> list[Tensor]:
@@ -395,7 +396,9 @@ def _random_output(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _differs(x: Tensor, y: Tensor) -> Tensor:
-    return (x != y) & ~((x != x) & (y != y))
+    differs = x != y
+    # Two NaNs do not differ.
+    return differs & ~(x.isnan() & y.isnan()) if bool(differs.any()) else differs
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
