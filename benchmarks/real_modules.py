@@ -52,7 +52,7 @@ DEPENDENCIES = "dependencies of lightning-plasticity"
 PACKAGES: dict[str, tuple[str, ...]] = {
     DEPENDENCIES: (
         *("torch", "lightning", "pytorch-lightning", "lightning-utilities", "numpy", "typing-extensions"),
-        *("torchmetrics", "pyhessian", "tensorboard", "torch-pruning", "matplotlib"),
+        *("torchmetrics", "pyhessian", "tensorboard", "matplotlib"),
     ),
     "own": (),
     "lightning": (),

@@ -629,6 +629,9 @@ class SpectralCollapseCallback(Callback):
                 self._step_monitor.postpone()
             with self._tasks.paused():
                 self._repair(context, report)
+            for repair in report.repairs:
+                if not repair.undone:
+                    log_step(trainer.loggers, repair.numbers(), self._steps, self._errors, self._groups)
         log_task(trainer.loggers, report, self._errors, self._groups)
 
     def _repair(self, context: ProbeContext, report: TaskReport) -> None:

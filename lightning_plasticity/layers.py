@@ -57,6 +57,31 @@ def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for module in model.modules() if is_norm_layer(module) for p in module.parameters(recurse=False)}
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer is the ``Conv1D`` of transformers: linear, with a weight of shape ``(in, out)``.
+
+    It is recognised by its name and its attribute ``nf``, the number of outputs.
+    """
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Return whether a layer is a convolution that computes each of its outputs from one input."""
+    return isinstance(layer, CONVOLUTIONS) and not layer.transposed and layer.groups == layer.in_channels > 1
+
+
+def is_grouped_transposed(layer: nn.Module) -> bool:
+    """Return whether a layer is a transposed convolution in groups."""
+    return isinstance(layer, TRANSPOSED_CONVOLUTIONS) and layer.groups > 1
+
+
+def has_units(layer: nn.Module) -> bool:
+    """Return whether a layer is of a kind that computes units: linear, or a convolution that mixes channels."""
+    if isinstance(layer, CONVOLUTIONS):
+        return not (is_depthwise(layer) or is_grouped_transposed(layer))
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
 def input_channel_dim(layer: nn.Module) -> int:
     """Return the dimension of the input of a linear or convolution layer that counts channels, from the end.
 
@@ -64,8 +89,7 @@ def input_channel_dim(layer: nn.Module) -> int:
         >>> input_channel_dim(nn.Linear(3, 2)), input_channel_dim(nn.Conv2d(3, 2, kernel_size=1))
         (-1, -3)
     """
-    # A kernel has one dimension more than an image: (out, in, *spatial) against (channels, *spatial).
-    return -1 if isinstance(layer, nn.Linear) else 1 - next(layer.parameters()).ndim
+    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
 
 
 def weight_output_dim(layer: nn.Module) -> int:
@@ -75,19 +99,22 @@ def weight_output_dim(layer: nn.Module) -> int:
         >>> weight_output_dim(nn.Conv1d(3, 2, kernel_size=1)), weight_output_dim(nn.ConvTranspose1d(3, 2, 1))
         (0, 1)
     """
-    return 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
+    return 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer) else 0
 
 
 def weight_by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight, or a tensor of its shape, with one row per output: ``(out, in / groups, *spatial)``.
 
-    Only the weights of transposed convolutions have another layout; the others are returned as they are.
+    Only the weights of transposed convolutions and of ``Conv1D`` have another layout; the others are returned as they
+    are.
 
     Example:
         >>> layer = nn.ConvTranspose1d(4, 6, kernel_size=5, groups=2)
         >>> layer.weight.shape, weight_by_output(layer, layer.weight).shape
         (torch.Size([4, 3, 5]), torch.Size([6, 2, 5]))
     """
+    if is_conv1d(layer):
+        return weight.T
     if not isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         return weight
     by_group: Tensor = weight.unflatten(0, (layer.groups, -1))
@@ -110,7 +137,7 @@ def broadcast_inputs(layer: nn.Module, values: Tensor) -> Tensor:
     """
     weight: Any = layer.weight
     trailing = [1] * (weight.ndim - 2)
-    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(layer):
         return values.view(-1, 1, *trailing)
     groups: Any = getattr(layer, "groups", 1)
     # All outputs of a group read the same inputs; without groups, one row stands for all of them.

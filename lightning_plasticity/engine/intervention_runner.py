@@ -27,7 +27,7 @@ from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
 from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
 from lightning_plasticity.isolation.state import isolated_rng
-from lightning_plasticity.messages import rank_zero_warn
+from lightning_plasticity.messages import rank_zero_info, rank_zero_warn
 
 _MAX_SAMPLES = 256
 """Number of samples, of all ranks together, that repairs between tasks run the model on."""
@@ -156,6 +156,10 @@ class InterventionRunner:
                 _sync_state([intervention])
         self._has_worked = self._has_worked or self._dry_run_regularizers(context)
 
+    def resting(self) -> list[str]:
+        """Return why interventions have nothing to act on, a sentence for each of those that have not."""
+        return [i.rests_because for i in self.interventions if i.rests_because is not None]
+
     def at_task_start(self, context: ProbeContext, task: int, step: int, *, collapsed: bool) -> list[RepairReport]:
         """Run the repairs that are due at the start of a task and return their reports."""
         due = self.due_at_task_start(task, collapsed=collapsed)
@@ -228,7 +232,7 @@ class InterventionRunner:
             step: The number after the batch.
 
         Returns:
-            The reports of the repairs, and numbers of the step interventions to be logged.
+            The reports of the repairs, and numbers of all of them to be logged.
         """
         numbers: dict[str, float] = {}
         steps, untracked = self._counter.pop_steps()
@@ -239,8 +243,7 @@ class InterventionRunner:
                 act = partial(intervention.after_step, context.model, context.optimizers)
                 report = self._run_guarded(intervention, context, act, weights=list(context.model.parameters()))
                 if report is not None and report.units:
-                    count = sum(len(units) for units in report.units.values())
-                    numbers[f"{self.name_of(intervention)}/units"] = float(count)
+                    numbers |= dataclasses.replace(report, name=self.name_of(intervention)).numbers()
         due = [
             number
             for number, repair in enumerate(self.repairs)
@@ -248,7 +251,8 @@ class InterventionRunner:
         ]
         if due:
             context = context.gather(_MAX_SAMPLES)
-        return self._repair(context, due, step, seed=2**32 + 1000 * step), numbers
+        repairs = self._repair(context, due, step, seed=2**32 + 1000 * step)
+        return repairs, {**numbers, **{name: number for report in repairs for name, number in report.numbers().items()}}
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the state of all interventions, for checkpoints."""
@@ -323,6 +327,7 @@ class InterventionRunner:
             report = self._run_guarded(repair, context, act)
             if report is not None:
                 reports.append(dataclasses.replace(report, name=self.name_of(repair), step=step))
+                rank_zero_info(f"step {step}: {reports[-1]}")
         return reports
 
     def _run_guarded(

@@ -175,6 +175,8 @@ class TaskStart:
                     self._trial = None
             self._runner.start(context)
         self._interventions_have_started = True
+        if report is not None:
+            report.remarks += self._runner.resting()
         if report is None:
             return None
         self.gathering = gathering

@@ -24,7 +24,7 @@ from lightning_plasticity.interventions.weights.linear_layers import (
 )
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 from lightning_plasticity.isolation.weights import trained_names
-from lightning_plasticity.messages import constructor_call
+from lightning_plasticity.messages import constructor_call, rank_zero_warn
 
 When = int | str
 """The occasion on which the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or
@@ -125,6 +125,9 @@ class Intervention:
     _has_named_computed_layers = False
     # The names of the parameters that were trained at the start, for hooks without a context.
     _trained: Collection[str] | None = None
+
+    rests_because: str | None = None
+    """Why it has nothing to act on in the model that it last saw, as a sentence; ``None`` if it has."""
 
     def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
         check_patterns(self.name, include=include, exclude=exclude)
@@ -234,6 +237,25 @@ class Intervention:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`."""
 
+    def _rest(self, model: nn.Module, skipped: Mapping[str, str]) -> None:
+        """Warn that there is nothing to act on, unless that was the last warning.
+
+        Args:
+            model: The model.
+            skipped: Why layers are left out, by name of the layer.
+
+        Warns:
+            PlasticityWarning: On rank 0.
+        """
+        reasons = "; ".join(f"{layer or '(model)'!r}: {reason}" for layer, reason in skipped.items())
+        message = (
+            f"{self.name} rests, since {type(model).__name__} has nothing that it acts on: "
+            f"{reasons or 'there are no layers with weights that are trained'}"
+        )
+        if message != self.rests_because:
+            rank_zero_warn(message, stacklevel=4)
+        self.rests_because = message
+
 
 class Repair(Intervention, ABC):
     """An intervention that changes the weights at once. Subclasses implement :meth:`plan`.
@@ -306,7 +328,10 @@ class Repair(Intervention, ABC):
                 constructor and the weights at :meth:`start` come first; without any, ``reset_parameters`` draws.
 
         Returns:
-            The units and the number of parameters that changed.
+            The units and the number of parameters that changed, and the layers that were left out.
+
+        Warns:
+            PlasticityWarning: Once, if the model has nothing that the repair acts on.
         """
         losses = [loss] if callable(loss) else list(loss or ())
         model_to_run = model if make_copy is None else make_copy()
@@ -315,6 +340,10 @@ class Repair(Intervention, ABC):
             optimizers, forward, losses, generator=generator, initial=initial, trained=trained
         )
         update = self.plan(model_to_run, context)
+        if update.has_no_target:
+            self._rest(model, update.skipped)
+        else:
+            self.rests_because = None
         if model_to_run is not model:
             update = update.transfer(source=model_to_run, target=model)
         for follower, leader in (self.also or {}).items():

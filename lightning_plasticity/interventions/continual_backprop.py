@@ -55,9 +55,12 @@ class ContinualBackprop(UnitReplacement):
         exclude: Names of layers whose units stay as they are.
 
     Raises:
-        ValueError: If an argument is out of range; at the start, if ``forward`` is not given or the model has no units.
+        ValueError: If an argument is out of range; at the start, if ``forward`` is not given.
         RuntimeError: If :meth:`after_step` comes before :meth:`start`, or the hooks record nothing of layers that are
             trained: in evaluation mode, or in code that was compiled before the start.
+
+    Warns:
+        PlasticityWarning: At the start, if the model has no units, with the reasons; it rests then.
 
     References:
         Dohare et al. 2024, Nature 632, arXiv 2306.13812.

@@ -83,15 +83,21 @@ class FIRE(Repair):
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         kept = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         values: dict[Tensor, Tensor] = {}
+        skipped: dict[str, str] = {}
         for name, weight in self.linear_parameters(model, context).items():
-            if weight.is_bias or id(weight.parameter) in kept:
+            if weight.is_bias:
+                continue
+            if id(weight.parameter) in kept:
+                skipped[name] = "output of attention: only queries and keys are projected"
                 continue
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise ValueError(f"FIRE: {name!r} holds values that are not finite")
             new = self._new_weight(weight)
             if new is not None:
                 values[weight.parameter] = new
-        return WeightUpdate(values)
+            else:
+                skipped[name] = f"{type(weight.layer).__name__}: neither linear nor a convolution that mixes channels"
+        return WeightUpdate(values, skipped=skipped)
 
     def _new_weight(self, weight: LinearParameter) -> Tensor | None:
         """Compute the new values of a weight; ``None`` for one that stays."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,14 +16,14 @@ from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.interventions.base import InterventionContext, Repair, When
 from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.discovery import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
 from lightning_plasticity.interventions.units.selected_units import select_units
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.layers import input_channel_dim, weight_by_output
+from lightning_plasticity.layers import has_units, input_channel_dim, weight_by_output
 
 
 class _ThresholdReset(RemembersInitialWeights, Repair):
@@ -175,27 +175,40 @@ class ReGraMa(_ThresholdReset):
     @override
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
         loss = context.require_mean_loss(self.name)
-        weights = {layer: model.get_parameter(f"{layer}.weight" if layer else "weight") for layer in units.groups}
-        if not weights:
+        names = [name for group in units.groups.values() for name in _weights(model, group)]
+        if not names:
             return {}
         with probe_mode(model):
-            gradients = torch.autograd.grad(loss(model), list(weights.values()), materialize_grads=True)
-        return {
-            layer: _mean_abs(weight_by_output(model.get_submodule(layer), gradient), dim=0)
-            for layer, gradient in zip(units.groups, gradients, strict=True)
-        }
+            values = torch.autograd.grad(loss(model), list(map(model.get_parameter, names)), materialize_grads=True)
+        gradients = dict(zip(names, values, strict=True))
+        return {layer: _mean_gradients(model, group, gradients) for layer, group in units.groups.items()}
 
 
-def _mean_activations(model: nn.Module, group: UnitGroup, inputs: Mapping[str, Tensor]) -> Tensor:
+def _weights(model: nn.Module, group: UnitGroup) -> list[str]:
+    """Return the names of the weights of the layers that compute the units."""
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in group.incoming}
+    return [name for name, layer in layers.items() if name.rpartition(".")[2] == "weight" and has_units(layer)]
+
+
+def _mean_gradients(model: nn.Module, group: UnitGroup, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Compute the mean absolute gradient of each unit's incoming weights."""
+    sums = torch.zeros(group.num_units, dtype=torch.float64)
+    counts = torch.zeros(group.num_units, dtype=torch.float64)
+    for name in _weights(model, group):
+        rows = weight_by_output(model.get_submodule(name.rpartition(".")[0]), gradients[name]).flatten(1)
+        sums += by_unit(rows.double().abs().sum(1).cpu(), group.incoming[name].flatten(), group.num_units)
+        counts += by_unit(sums.new_full((len(rows),), rows.shape[1]), group.incoming[name].flatten(), group.num_units)
+    return sums / counts
+
+
+def _mean_activations(model: nn.Module, group: UnitGroup, inputs: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """Compute the mean absolute activation of each unit, the largest over the layers that read it."""
     by_consumer = []
     for name, unit_index in group.consumers.items():
-        means = _mean_abs(inputs[name], input_channel_dim(model.get_submodule(name)))
+        dim = input_channel_dim(model.get_submodule(name))
+        # A layer may be called several times.
+        values = torch.cat([x.detach().movedim(dim, 0).flatten(1) for x in inputs[name]], dim=1)
         channels_per_unit = unit_index[unit_index >= 0].bincount(minlength=group.num_units)
+        means = values.double().abs().mean(1).cpu()
         by_consumer.append(by_unit(means, unit_index, group.num_units) / channels_per_unit)
     return torch.stack(by_consumer).amax(0)
-
-
-def _mean_abs(x: Tensor, dim: int) -> Tensor:
-    """Compute the mean absolute value over all dimensions but one, on the CPU in float64."""
-    return x.detach().double().abs().movedim(dim, 0).flatten(1).mean(1).cpu()

@@ -105,7 +105,7 @@ def test_interventions_restart_only_for_new_parameters() -> None:
 
 
 @for_each(select(StepIntervention, on_units=True))
-def test_start_failing_at_a_later_task_only_warns(row: Row) -> None:
+def test_task_without_units_lets_it_rest(row: Row) -> None:
     class Two(Classifier):
         task = 0
 
@@ -120,12 +120,11 @@ def test_start_failing_at_a_later_task_only_warns(row: Row) -> None:
     callback, module = SpectralCollapseCallback(collapse=NEVER, interventions=[row.make()], monitor=False), Two()
     trainer(callback).fit(module, loader())
     module.task = 1
-    with pytest.warns(
-        PlasticityWarning, match="could not be started and is off for this task, training goes on: .* has no units"
-    ):
+    with pytest.warns(PlasticityWarning, match="rests, since Two has nothing that it acts on: .*'second': logits"):
         trainer(callback).fit(module, loader())
     module.task = 0
     trainer(callback).fit(module, loader())
+    assert ["rests" in "".join(report.remarks) for report in callback.history] == [False, True, False]
     assert (len(callback.history), hooks(module)) == (3, 0)
 
 

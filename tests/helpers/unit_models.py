@@ -173,6 +173,99 @@ class Gated(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class FusedGated(nn.Module):
+    """Computes gate and values in one layer, behind an RMSNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(4, 6), nn.RMSNorm(6)
+        self.both, self.down, self.head = nn.Linear(6, 10), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        gate, up = self.both(self.norm(h)).chunk(2, -1)
+        return self.head(h + self.down(F.silu(gate) * up))
+
+
+class Conv1D(nn.Module):
+    """A linear layer with a weight of shape ``(in, out)``, as in GPT-2 of transformers."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.3)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class FusedAttention(nn.Module):
+    """A block with queries, keys and values from one ``Conv1D``, as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.qkv, self.out = nn.Linear(4, 6), nn.LayerNorm(6), Conv1D(18, 6), Conv1D(6, 6)
+        self.norm2, self.up, self.down, self.head = nn.LayerNorm(6), Conv1D(7, 6), Conv1D(6, 7), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        heads = self.qkv(self.norm(h)).unflatten(-1, (3, 3, 2)).movedim(-3, 0).transpose(-2, -3)
+        h = h + self.out(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(-2, -3).flatten(-2))
+        return self.head(h + self.down(F.gelu(self.up(self.norm2(h)))))
+
+
+class RotaryAttention(nn.Module):
+    """Rotates queries and keys, and shares each head of keys and values between two heads of queries, as in Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(4, 8), nn.RMSNorm(8)
+        self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2])[:, None] / torch.tensor([1.0, 100.0])
+        left, right = x.chunk(2, -1)
+        return x * angles.cos().repeat(1, 2) + torch.cat([-right, left], -1) * angles.sin().repeat(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = (part(self.norm(h)).unflatten(-1, (-1, 4)).transpose(-2, -3) for part in (self.q, self.k, self.v))
+        k, v = self.rotate(k).repeat_interleave(2, -3), v.repeat_interleave(2, -3)
+        scores = (self.rotate(q) @ k.transpose(-1, -2) / 2).softmax(-1)
+        return self.head(h + self.out((scores @ v).transpose(-2, -3).flatten(-2)))
+
+
+class SqueezeExcite(nn.Module):
+    """Scales channels by a gate that is computed from their means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.squeeze, self.excite, self.project = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.conv(x)))
+        gate = self.excite(F.relu(self.squeeze(h.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.project(h * gate)
+
+
+class CalledTwice(nn.Module):
+    """Calls the same network on two views, as contrastive methods do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), self.net(x.flip(0) * 2)
+
+
 class Concatenated(nn.Module):
     """Concatenates two layers for a third."""
 
@@ -296,14 +389,57 @@ MODELS = [
         Shared,
         (8, 4),
         {},
-        {"first": "joined with the units of 'shared'", "shared": "used 2 times", "head": "logits"},
+        {"first": "joined with the units of 'shared'", "shared": "joined with the units of 'first'"},
     ),
     Model(
-        "tied", Tied, (8, 4), {"hidden": (6, ("mid",))}, {"embed": "'embed.weight' is used 2 times", "mid": "an output"}
+        "tied", Tied, (8, 4), {"hidden": (6, ("mid",))}, {"embed": "'embed.weight' is used 2 times", "mid": "logits"}
     ),
-    Model("gated", Gated, (8, 4), {}, {"gate": "gate: joined with the units of 'up'", "up": "gate", "down": "logits"}),
+    Model("gated", Gated, (8, 4), {"gate": (6, ("down",))}, {"up": "part of the units of 'gate'", "down": "logits"}),
+    Model(
+        "fused gate",
+        FusedGated,
+        (8, 4),
+        {"both": (5, ("down",))},
+        {"embed": "joined with the units of 'down'", "down": "joined with the units of 'embed'"},
+    ),
+    Model(
+        "attention, Conv1D",
+        FusedAttention,
+        (3, 5, 4),
+        {"qkv": (3, ("out",)), "up": (7, ("down",))},
+        {"embed": "residual stream", "out": "residual stream", "down": "residual stream"},
+    ),
+    Model(
+        "rotary attention",
+        RotaryAttention,
+        (3, 5, 4),
+        {"v": (2, ("out",))},
+        {"q": "part of the units of 'v'", "k": "part of the units of 'v'", "embed": "residual stream"},
+    ),
+    Model(
+        "squeeze-excite",
+        SqueezeExcite,
+        (3, 2, 5, 5),
+        {"conv": (6, ("squeeze", "project")), "squeeze": (3, ("excite",))},
+        {"excite": "part of the units of 'conv'", "project": "logits"},
+    ),
+    Model(
+        "pixel shuffle",
+        lambda: nn.Sequential(nn.Conv2d(2, 12, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(3, 2, 1)),
+        (3, 2, 5, 5),
+        {"0": (3, ("3",))},
+        {"3": "logits"},
+    ),
+    Model(
+        "group norm",
+        lambda: nn.Sequential(nn.Conv2d(2, 12, 3), nn.GroupNorm(4, 12), nn.ReLU(), nn.Conv2d(12, 2, 1)),
+        (3, 2, 5, 5),
+        {"0": (4, ("3",))},
+        {"3": "logits"},
+    ),
+    Model("called twice", CalledTwice, (8, 4), {"net.0": (6, ("net.2",))}, {"net.2": "logits"}),
     Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),
-    Model("channels last", ChannelsLast, (4, 1, 6, 6), {}, {"conv": "mixed, or reordered", "head": "logits"}),
+    Model("channels last", ChannelsLast, (4, 1, 6, 6), {"conv": (4, ("head",))}, {"head": "logits"}),
     Model("softmax", Softmaxed, (8, 4), {}, {"first": "mixed", "second": "logits"}),
     Model("frozen", frozen, (8, 4), {"2": (5, ("4",))}, {"0": "'0.weight' is frozen", "4": "logits"}),
 ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity import PlasticityWarning
 from lightning_plasticity.interventions import ContinualBackprop, SelfNormalizedReset, describe_units
 from lightning_plasticity.interventions.units.unit_replacement import UnitReplacement
 from lightning_plasticity.interventions.weights import updates
@@ -231,8 +232,21 @@ def test_missing_arguments_raise(make: Callable[..., UnitReplacement]) -> None:
         intervention.after_step(model)
     with pytest.raises(ValueError, match=r"needs a forward pass of the model: start\(model, forward=lambda"):
         intervention.start(model)
-    with pytest.raises(ValueError, match=r"Linear has no units to reset \(.*logits: no layer reads it\)"):
-        intervention.start(nn.Linear(4, 2), forward=lambda model: model(batch(0)))
+
+
+@EVERY
+def test_model_without_units_lets_it_rest(make: Callable[..., UnitReplacement]) -> None:
+    intervention, model = make(), nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(PlasticityWarning, match=r"rests, since Linear has nothing .*\(model\)': logits"):
+        intervention.start(model, forward=lambda model: model(batch(0)))
+    intervention.start(model, forward=lambda model: model(batch(0)))
+    model(batch(0)).sum().backward()
+    optimizer.step()
+    assert intervention.after_step(model, [optimizer]) is None
+    model = nn.Sequential(model, nn.ReLU(), nn.Linear(2, 1))
+    intervention.start(model, forward=lambda model: model(batch(0)))
+    assert intervention.rests_because is None
 
 
 @EVERY

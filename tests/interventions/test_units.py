@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_plasticity.interventions import ReDo, Units, describe_units
+from lightning_plasticity.interventions.units import partition
+from lightning_plasticity.interventions.units.cut_network import CutNetwork
 from lightning_plasticity.interventions.units.groups import unit_indices, unit_mask
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.updates import apply_update
@@ -285,15 +287,6 @@ def test_forward_without_a_graph_raises() -> None:
         describe_units(nn.Linear(4, 2), lambda model: 3)
 
 
-def test_torch_pruning_error_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise TypeError("'int' and 'NoneType'")
-
-    monkeypatch.setattr(tp.DependencyGraph, "_build_dependency", fail)
-    with pytest.raises(ValueError, match=r"^torch-pruning cannot follow Encoder: TypeError: 'int' and 'NoneType'"):
-        describe_units(Encoder(), lambda model: model(torch.randn(2, 5)))
-
-
 def test_forward_error_passes_through_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         describe_units(nn.Linear(4, 2), lambda model: model(torch.randn(2, 5)))
@@ -404,8 +397,6 @@ def test_unit_indices_match_unit_mask(case: Model) -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_units_read_by_an_lstm_with_projections_are_excluded() -> None:
-    """torch-pruning follows the units through the LSTM to channels that its reader does not have."""
-
     class Projected(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -420,3 +411,45 @@ def test_units_read_by_an_lstm_with_projections_are_excluded() -> None:
 
     model, x = Projected(), torch.randn(16, 6)
     assert list(describe_units(model, forward=lambda model: model(x)).groups) == ["hidden"]
+
+
+def test_units_inside_an_activation_checkpoint_are_found() -> None:
+    """A checkpoint calls its layers a second time, in the backward pass."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.block = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            logits: Tensor = self.head(h + checkpoint(self.block, h, use_reentrant=False))
+            return logits
+
+    x = torch.randn(8, 4)
+    units = describe_units(Checkpointed(), lambda model: model(x))
+    assert {layer: list(group.consumers) for layer, group in units.groups.items()} == {"block.1": ["block.3"]}
+
+
+def test_number_of_passes_grows_with_the_logarithm_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    targets = CutNetwork.targets
+
+    def counted(self: CutNetwork, channels: Tensor) -> Tensor:
+        passes[-1] += 1
+        return targets(self, channels)
+
+    monkeypatch.setattr(CutNetwork, "targets", counted)
+    for width in (16, 1024):
+        passes.append(0)
+        model, x = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2)), torch.randn(4, 4)
+        describe_units(model, lambda model, x=x: model(x))  # type: ignore[misc]
+    assert passes[1] - passes[0] == 6
+
+
+def test_layers_that_take_too_many_passes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_ROUNDS", 0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    units = describe_units(model, lambda model: model(torch.randn(8, 4)))
+    assert units.excluded["0"].startswith("too many units: they could not be told apart")

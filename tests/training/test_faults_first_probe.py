@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from lightning_plasticity import Collapse, PlasticityMonitor, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import (
     L2ER,
-    ContinualBackprop,
     EffectiveRankRegularizer,
     Reset,
-    SelfNormalizedReset,
     ShrinkPerturb,
 )
 from tests.helpers.faults import FailingLoss, NoUnits, ZeroPenalty
@@ -54,8 +52,6 @@ class Counted(Reset):
     ("arguments", "message"),
     [
         ({"interventions": [ShrinkPerturb(), Reset(layers=["encoder"])]}, "'encoder' matches no module"),
-        ({"interventions": [ShrinkPerturb(), ContinualBackprop()]}, "ContinualBackprop: NoUnits has no units"),
-        ({"interventions": [ShrinkPerturb(), SelfNormalizedReset()]}, "SelfNormalizedReset: NoUnits has no units"),
         ({"interventions": [ShrinkPerturb(), EffectiveRankRegularizer()]}, "there are no hidden features"),
         ({"interventions": [ShrinkPerturb(), L2ER()]}, "there are no hidden features"),
         ({"interventions": [ShrinkPerturb(), NotFinite()]}, "a gradient is not finite"),

@@ -122,7 +122,7 @@ class _StatisticsHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        x = _input(args, kwargs).detach()
+        x = layer_input(args, kwargs).detach()
         if not x.numel():
             return
         # One sample, without a batch dimension.
@@ -143,21 +143,21 @@ class _StatisticsHook:
 
 
 @contextlib.contextmanager
-def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the input of each of the given layers in its last call.
+def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the inputs of each of the given layers.
 
     Yields:
-        The inputs by name of the layer, filled while the layers are called.
+        The inputs of all calls by name of the layer, filled while the layers are called.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name] = _input(args, kwargs)
+            inputs[name].append(layer_input(args, kwargs).clone())
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in layers]
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True) for name in inputs]
     try:
         yield inputs
     finally:
@@ -165,8 +165,9 @@ def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[st
             handle.remove()
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x: Tensor = args[0] if args else kwargs["input"]
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a call of a linear or convolution layer."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 

@@ -17,7 +17,7 @@ from lightning_plasticity._validation import check_seed
 from lightning_plasticity.interventions.base import InterventionContext, StepIntervention
 from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.units.dependency_graph import describe_units
+from lightning_plasticity.interventions.units.discovery import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
 from lightning_plasticity.interventions.units.selected_units import select_units
@@ -98,6 +98,8 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
                 f"{self.name}.after_step(model) comes before start(model, forward=lambda model: model(inputs)), which "
                 "must be called once for this model, before the first training step"
             )
+        if not hooked.units.groups:
+            return None
         statistics = hooked.statistics.reduce()
         if hooked.statistics.hooks_never_ran(model, statistics):
             raise RuntimeError(
@@ -198,11 +200,10 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
                 return traced.units
         forward = context.require_forward(self.name, "start")
         units = select_units(self, describe_units(context.model_to_run(model), forward), model, context)
-        if not units.groups:
-            reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in units.excluded.items())
-            raise ValueError(
-                f"{self.name}: {type(model).__name__} has no units to reset ({reasons or 'it has no layers'})"
-            )
+        if units.groups:
+            self.rests_because = None
+        else:
+            self._rest(model, units.excluded)
         self._traced = _TracedModel(weakref.ref(model), _parameter_shapes(model), units)
         return units
 

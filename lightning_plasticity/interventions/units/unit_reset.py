@@ -93,7 +93,8 @@ def plan_reset_from(
         parts[tensors[name]] = SparseUpdate(
             torch.cat([redrawn, zeroed]), torch.cat([values, values.new_zeros(len(zeroed))])
         )
-    return WeightUpdate({}, units=chosen, parts=parts)
+    candidates = sum(group.num_units for group in units.groups.values())
+    return WeightUpdate({}, units=chosen, parts=parts, candidates=candidates, skipped=units.excluded)
 
 
 def _check_indices(units: Units, chosen: Mapping[str, Tensor]) -> None:

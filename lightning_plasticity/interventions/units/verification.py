@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from lightning_plasticity.interventions.units.layer_statistics import recorded_i
 from lightning_plasticity.isolation.state import probe_mode
 from lightning_plasticity.layers import BATCH_NORMS, input_channel_dim
 
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """Difference, relative and absolute, up to which two samples count as equal. Genuine differences are of order one."""
 
-_Observation = tuple[list[Tensor], dict[str, Tensor]]
-"""The outputs of a forward pass, and the inputs of the consumers by name."""
+_Observation = tuple[list[Tensor], dict[str, list[Tensor]]]
+"""The outputs of a forward pass, and the inputs of all calls of the consumers by name."""
 
 
 @contextlib.contextmanager
@@ -37,13 +38,13 @@ def randomized_weights(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has lazy layers that were never called: call it once first")
     with probe_mode(model):
         try:
-            _seed()
+            generator = torch.Generator().manual_seed(0)
             for module in model.modules():
                 if isinstance(module, BATCH_NORMS):
                     module.reset_running_stats()
             for parameter, value, _ in parameters:
                 if value.is_floating_point():
-                    parameter.data = _random_like(value)
+                    parameter.data = _random_like(value, generator)
                     parameter.requires_grad_(True)
             yield
         finally:
@@ -52,81 +53,129 @@ def randomized_weights(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(trainable)
 
 
-def verify_group(model: nn.Module, forward: Forward, tensors: Mapping[str, Tensor], group: UnitGroup) -> None:
-    """Check by forward passes that the units of a group can be reset one by one.
+def verify_groups(
+    model: nn.Module, forward: Forward, tensors: Mapping[str, Tensor], candidates: Sequence[Candidate]
+) -> dict[str, str]:
+    """Check by forward passes that the units of groups can be reset one by one.
 
-    Each half of the units is changed in turn, and the channels of the other half must stay the same.
+    Each half of the units is changed in turn, and the channels of the other half must stay the same. All groups are
+    changed at once; if the check fails, it is repeated with each half of them.
 
     Args:
         model: The model, with random weights.
         forward: Runs one forward pass.
         tensors: Parameters and buffers of the model by name.
-        group: The units, as the dependency graph describes them.
+        candidates: The groups, as they were found.
 
-    Raises:
-        NotResettableError: If the outputs depend on the units by other paths than the consumers, or the consumers'
-            inputs are not one separate channel (or block of channels) for each unit.
+    Returns:
+        The reasons against groups, by name of the layer: the outputs depend on the units by other paths than the
+        consumers, or the consumers' inputs are not one separate channel (or block of channels) for each unit.
+    """
+    if not candidates:
+        return {}
+    try:
+        for half in (0, 1):
+            chosen = [
+                torch.randperm(candidate.group.num_units, generator=torch.Generator().manual_seed(number))[half::2]
+                for number, candidate in enumerate(candidates)
+            ]
+            _verify_units(model, forward, tensors, candidates, chosen)
+    except NotResettableError as reason:
+        if len(candidates) == 1:
+            return {candidates[0].group.layer: str(reason)}
+        middle = len(candidates) // 2
+        parts = (candidates[:middle], candidates[middle:])
+        reasons = [verify_groups(model, forward, tensors, part) for part in parts]
+        return {**reasons[0], **reasons[1]}
+    return {}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A group of units to verify.
+
+    Args:
+        group: The units.
+        switch: Names of the incoming tensors that turn the units off where they are zero.
     """
 
-    def observe() -> _Observation:
-        _seed()
-        with torch.no_grad(), recorded_inputs(model, group.consumers) as inputs:
-            outputs = model_outputs(model, forward)
-        return outputs, inputs
-
-    order = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(0))
-    for units in (order[::2], order[1::2]):
-        if len(units):
-            _verify_units(model, observe, tensors, group, units)
+    group: UnitGroup
+    switch: Collection[str]
 
 
 def _verify_units(
     model: nn.Module,
-    observe: Callable[[], _Observation],
+    forward: Forward,
     tensors: Mapping[str, Tensor],
-    group: UnitGroup,
-    units: Tensor,
+    candidates: Sequence[Candidate],
+    chosen: Sequence[Tensor],
 ) -> None:
-    """Check some units of a group, by observations with their columns at zero and with their rows at zero."""
-    random_incoming = {name: _random_like(tensors[name]) for name in group.incoming}
-    zero_rows = {
-        name: torch.zeros_like(tensors[name]) for name in group.incoming if name.rpartition(".")[0] == group.layer
-    }
-    zero_columns = {name: torch.zeros_like(tensors[name]) for name in group.outgoing}
-    with _replaced_entries(tensors, group.outgoing, units, zero_columns):
-        outputs, inputs = observe()
-        with _replaced_entries(tensors, group.incoming, units, random_incoming):
-            new_outputs, new_inputs = observe()
-    with _replaced_entries(tensors, group.incoming, units, zero_rows):
+    """Check some units of each group, by observations with their columns at zero and with their rows at zero."""
+    groups = [candidate.group for candidate in candidates]
+    consumers = dict.fromkeys(name for group in groups for name in group.consumers)
+
+    def masks(unit_indices: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for unit_index, units in zip(unit_indices, chosen, strict=True):
+            for name, index in unit_index.items():
+                mask = unit_mask(index, units, tensors[name].shape)
+                result[name] = result[name] | mask if name in result else mask
+        return result
+
+    def observe() -> _Observation:
+        seed_generators()
+        with torch.no_grad(), recorded_inputs(model, consumers) as inputs:
+            outputs = model_outputs(model, forward)
+        return outputs, inputs
+
+    # Not the seed that the weights were drawn with.
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = masks(group.incoming for group in groups), masks(group.outgoing for group in groups)
+    switches = masks(
+        {name: index for name, index in candidate.group.incoming.items() if name in candidate.switch}
+        for candidate in candidates
+    )
+    random_rows = {name: _random_like(tensors[name], generator) for name in rows}
+    with _replaced_entries(tensors, switches):
         _, silent_inputs = observe()
+    # Where the columns of one unit cross the row of another, the zeros win.
+    with _replaced_entries(tensors, columns):
+        outputs, inputs = observe()
+    with _replaced_entries(tensors, rows, random_rows), _replaced_entries(tensors, columns):
+        new_outputs, new_inputs = observe()
     if not all(bool(torch.isfinite(output).all()) for output in outputs if output.is_floating_point()):
         raise NotResettableError("could not be tested: forward(model) is not finite with random weights")
-    for name, unit_index in group.consumers.items():
+    selected = {name: torch.zeros(0) for name in consumers}
+    for group, units in zip(groups, chosen, strict=True):
+        for name, unit_index in group.consumers.items():
+            mask = torch.isin(unit_index, units)
+            selected[name] = selected[name] | mask if len(selected[name]) else mask
+    for name, mask in selected.items():
         dim = input_channel_dim(model.get_submodule(name))
-        selected = torch.isin(unit_index, units).to(inputs[name].device)
-        channels, other_channels = selected.nonzero().flatten(), (~selected).nonzero().flatten()
-        before, after = (x.index_select(dim, other_channels) for x in (inputs[name], new_inputs[name]))
-        if not torch.equal(before, after):
-            raise NotResettableError(f"its units are mixed, or reordered, before {name!r} reads them")
-        silent = silent_inputs[name].index_select(dim, channels)
-        batched = silent.ndim > -dim
-        if batched and not torch.allclose(silent, silent[:1].expand_as(silent), rtol=_TOLERANCE, atol=_TOLERANCE):
-            raise NotResettableError(f"{name!r} reads more than its units: a residual stream, a gate or noise")
+        channels, other_channels = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        for silent, before, after in zip(silent_inputs[name], inputs[name], new_inputs[name], strict=True):
+            if not torch.equal(*(x.index_select(dim, other_channels.to(x.device)) for x in (before, after))):
+                raise NotResettableError(f"its units are mixed, or reordered, before {name!r} reads them")
+            if not _same_for_all_samples(silent.index_select(dim, channels.to(silent.device)), dim):
+                raise NotResettableError(f"{name!r} reads more than its units: a residual stream, a gate or noise")
     if len(outputs) != len(new_outputs) or not all(map(torch.equal, outputs, new_outputs)):
-        raise NotResettableError(
-            f"its units reach the output by other ways than {', '.join(map(repr, group.consumers))}"
-        )
+        raise NotResettableError(f"its units reach the output by other ways than {', '.join(map(repr, consumers))}")
+
+
+def _same_for_all_samples(x: Tensor, channel_dim: int) -> bool:
+    """Return whether all samples of an input are equal; one without a batch dimension is."""
+    return x.ndim == -channel_dim or torch.allclose(x, x[:1].expand_as(x), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @contextlib.contextmanager
 def _replaced_entries(
-    tensors: Mapping[str, Tensor], unit_index: Mapping[str, Tensor], units: Tensor, values: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Replace the entries of some units by those of ``values``; restore them on exit."""
-    before = {name: tensors[name].data for name in values}
-    for name, value in values.items():
-        mask = unit_mask(unit_index[name], units, value.shape).to(value.device)
-        tensors[name].data = torch.where(mask, value, before[name])
+    """Replace entries of tensors, by those of ``values`` or by zero; restore them on exit."""
+    before = {name: tensors[name].data for name in masks}
+    for name, mask in masks.items():
+        value = torch.zeros_like(before[name]) if values is None else values[name]
+        tensors[name].data = torch.where(mask.to(value.device), value, before[name])
     try:
         yield
     finally:
@@ -134,19 +183,20 @@ def _replaced_entries(
             tensors[name].data = value
 
 
-def _seed() -> None:
+def seed_generators() -> None:
+    """Seed torch's generators, so that every forward pass draws the same random numbers."""
     # torch.manual_seed would also seed a GPU that is initialised only later.
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
 
 
-def _random_like(value: Tensor) -> Tensor:
+def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Draw weights of variance 1 / fan-in, and uniform biases and scales in [0.5, 1.5)."""
     if value.ndim > 1:
         fan_in = value[0].numel()
-        return torch.randn(value.shape).div(fan_in**0.5).to(value)
-    return torch.rand(value.shape).add(0.5).to(value)
+        return torch.randn(value.shape, generator=generator).div(fan_in**0.5).to(value)
+    return torch.rand(value.shape, generator=generator).add(0.5).to(value)
 
 
 def model_outputs(model: nn.Module, forward: Forward) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_plasticity.distributed.agreement import sync_errors
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state, rollback_on_error
@@ -27,6 +28,13 @@ class RepairReport:
         num_parameters_changed: Number of entries of parameters with a new value.
         step: Optimizer steps taken before it, over all fits; ``None`` outside of the callback.
         undone: Whether it was undone, since the numbers of the task were worse after it.
+        candidates: Number of units that could have been re-initialised; ``None`` for interventions that do not work by
+            units.
+        skipped: Why layers were left out, by name of the layer.
+
+    Example:
+        >>> print(RepairReport("ReDo", {"0": torch.tensor([3])}, 12, candidates=8, skipped={"2": "logits"}))
+        ReDo: 1 of 8 units in '0' (1), 12 parameters changed; 1 layer left out
     """
 
     name: str
@@ -34,10 +42,29 @@ class RepairReport:
     num_parameters_changed: int = 0
     step: int | None = None
     undone: bool = False
+    candidates: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @override
+    def __str__(self) -> str:
+        """Return a line for the log."""
+        counts = {layer: len(units) for layer, units in self.units.items()}
+        parts = [] if self.candidates is None else [f"{sum(counts.values())} of {self.candidates} units"]
+        if counts:
+            parts[-1:] = [" ".join([*parts, "in", ", ".join(f"{layer!r} ({n})" for layer, n in counts.items())])]
+        parts.append(f"{self.num_parameters_changed} parameters changed")
+        left_out = f"; {len(self.skipped)} layer{'s' * (len(self.skipped) > 1)} left out" if self.skipped else ""
+        return f"{self.name}: {', '.join(parts)}{left_out}"
+
+    def numbers(self) -> dict[str, float]:
+        """Return what is logged of it: ``<name>/units``, or ``<name>/parameters`` where it does not work by units."""
+        if self.candidates is None and not self.units:
+            return {f"{self.name}/parameters": float(self.num_parameters_changed)}
+        return {f"{self.name}/units": float(sum(map(len, self.units.values())))}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python and tensors, for checkpoints."""
-        return {**vars(self), "units": dict(self.units)}
+        return {**vars(self), "units": dict(self.units), "skipped": dict(self.skipped)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> RepairReport:
@@ -71,12 +98,21 @@ class WeightUpdate:
         units: The units that are re-initialised, by layer name, for the report.
         parts: New values of few entries of a tensor that is not in ``values``; the work is in proportion to their
             number.
+        candidates: Number of units that could be re-initialised; ``None`` for updates that do not work by units.
+        skipped: Why layers were left out, by name of the layer, for the report.
     """
 
     values: dict[Tensor, Tensor]
     reset_state_mask: dict[Tensor, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[Tensor, SparseUpdate] = field(default_factory=dict)
+    candidates: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_no_target(self) -> bool:
+        """Whether there was nothing in the model that the update could have changed."""
+        return not (self.values or self.parts) if self.candidates is None else not self.candidates
 
     def transfer(self, *, source: nn.Module, target: nn.Module) -> WeightUpdate:
         """Return the same update for another model, where this one was computed on a copy of it."""
@@ -85,7 +121,12 @@ class WeightUpdate:
         def rekey(by_tensor: Mapping[Tensor, _Value]) -> dict[Tensor, _Value]:
             return {targets[tensor]: value for tensor, value in by_tensor.items()}
 
-        return WeightUpdate(rekey(self.values), rekey(self.reset_state_mask), self.units, rekey(self.parts))
+        return replace(
+            self,
+            values=rekey(self.values),
+            reset_state_mask=rekey(self.reset_state_mask),
+            parts=rekey(self.parts),
+        )
 
     def followed_by(self, follower: nn.Module, leader: nn.Module) -> WeightUpdate:
         """Return this update, and one of a module to the parameters and buffers that another has after it.
@@ -163,7 +204,7 @@ def apply_update(name: str, update: WeightUpdate, optimizers: Sequence[torch.opt
             reset_state(optimizer, entries_to_reset)
         sync_errors()
     count = sum(number for old, number in counts.items() if isinstance(old, nn.Parameter))
-    return RepairReport(name, update.units, count)
+    return RepairReport(name, update.units, count, candidates=update.candidates, skipped=update.skipped)
 
 
 def _entries_to_reset(
