@@ -351,7 +351,7 @@ def test_manual_optimization_needs_a_loss_fn() -> None:
 @pytest.mark.parametrize("max_rows", [2, 64 * 3 - 1])
 def test_more_outputs_than_max_rows_are_measured_by_products(max_rows: int) -> None:
     module = FirstBatchRecorder()
-    callback = SpectralCollapseCallback(GGNProbe(max_rows=max_rows))
+    callback = SpectralCollapseCallback(GGNProbe(max_rows=max_rows, max_steps=60))
     trainer(callback).fit(module, loader())
     copy = Classifier()
     copy.load_state_dict(module.first_state)

@@ -205,8 +205,10 @@ def measure_within_budget(
             reason = f"the exact spectra would be too costly ({error})"
         if reason is not None:
             steps, products = _affordable_products(recorded.cost, recorded.num_outputs, budget)
-            if steps > budget.steps and not fewest_products:
-                raise TooCostlyError(steps, budget, budget.steps / steps)
+            fixed = _fewest_products_in_steps(recorded.cost, replace(recorded.cost, flops=0), 0, budget)
+            # Fewer samples do not help where the products of a small network are too costly on any.
+            if fixed < budget.steps < steps and not fewest_products:
+                raise TooCostlyError(steps, budget, (budget.steps - fixed) / (steps - fixed))
             try:
                 with explained_errors():
                     whole, measure_part = multiply(recorded, 0), multiply
@@ -274,10 +276,15 @@ def _by_products(
 
 def _affordable_products(cost: Cost, rows: int, budget: Budget) -> tuple[float, int]:
     """Return the training steps of the fewest products, and the number of products to take, at least as many."""
-    steps = cost.in_steps(cost.kernel_product(rows), budget)
+    steps = _fewest_products_in_steps(cost, cost, rows, budget)
     # The first forward pass and the graph of the products take as long as two of them.
-    affordable = int(budget.steps / steps) - 2
-    return (_FEWEST_PRODUCTS + 2) * steps, min(max(affordable, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
+    affordable = int(budget.steps / steps * (_FEWEST_PRODUCTS + 2)) - 2
+    return steps, min(max(affordable, _FEWEST_PRODUCTS), _MOST_PRODUCTS)
+
+
+def _fewest_products_in_steps(cost: Cost, cost_of_products: Cost, rows: int, budget: Budget) -> float:
+    """Return the training steps, by one cost, of the fewest products, by another."""
+    return (_FEWEST_PRODUCTS + 2) * cost.in_steps(cost_of_products.kernel_product(rows), budget)
 
 
 @dataclass(frozen=True, eq=False)
