@@ -177,7 +177,7 @@ def test_all_measurements_start_from_the_same_state(state: str, probe: Probe, mo
     assert first.metrics["ggn_trace"] == second.metrics["ggn_trace"]
 
 
-@pytest.mark.filterwarnings("ignore:task 0 was measured on 8 samples")
+@pytest.mark.filterwarnings("ignore:task 0 was measured on")
 def test_fewer_samples_are_measured_on_unchanged_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the samples cost too much, fewer are taken: the loss that was computed before left no trace."""
     monkeypatch.setattr("lightning_plasticity.probes._FEWEST_EXACT_SAMPLES", 8)
