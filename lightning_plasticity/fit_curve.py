@@ -153,8 +153,8 @@ def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> d
     left of the rank of the tangent kernel, which sees what a few steps do not; and the gap is that of
     :meth:`FitCurve.gap_to`. It limits the ratio where the fresh network soon has hardly any loss, so that a small lag
     multiplies it. The standard error is that of the ratio, over the batches, as far as it can change the smaller of the
-    two. Losses that are not positive are compared by the gap alone. A network that no gradient reaches, and that is no
-    better than its initial weights, has an infinite handicap.
+    two. Losses that are not positive are compared by the gap alone, and their standard error is that of the gap. A
+    network that no gradient reaches, and that is no better than its initial weights, has an infinite handicap.
 
     Args:
         curve: The losses of the network.
@@ -178,12 +178,14 @@ def compare_fits(curve: FitCurve, fresh: FitCurve, rank_share: float = 1.0) -> d
 
 
 def _ratio(curve: FitCurve, fresh: FitCurve) -> Estimate:
-    """Return the ratio of the losses, with its standard error over the batches."""
+    """Return the ratio of the losses, or 1 plus the gap, with its standard error over the batches."""
     pairs = [(one.mean, other.mean) for one, other in zip(curve.by_batch, fresh.by_batch, strict=True)]
     if curve.is_dead and curve.mean >= fresh.mean:
         return Estimate(math.inf)
     if not all(mean > 0 and other > 0 for mean, other in pairs):
-        return Estimate(1 + curve.gap_to(fresh))
+        gaps = [(mean - other) / fresh.gain for mean, other in pairs] if fresh.gain > 0 else []
+        deviation = statistics.stdev(gaps) if len(gaps) > 1 and all(map(math.isfinite, gaps)) else 0.0
+        return Estimate(1 + curve.gap_to(fresh), standard_error=deviation / math.sqrt(len(pairs)))
     if not all(math.isfinite(mean) and math.isfinite(other) for mean, other in pairs):
         return Estimate(curve.mean / fresh.mean)
     logarithms = [math.log(mean / other) for mean, other in pairs]

@@ -48,6 +48,17 @@ def test_batches_are_compared_one_by_one() -> None:
     assert values["fit_gap"] == pytest.approx((means[0] - means[1]) / (fresh[:, 0].mean() - means[1]), rel=1e-12)
 
 
+def test_negative_losses_have_standard_error() -> None:
+    batches = np.array([[0.0, -1.0, -2.0], [1.0, -0.5, -1.0], [0.5, 0.0, -1.0]])
+    fresh = np.array([[1.0, -2.0, -3.0], [2.0, -1.0, -2.0], [1.5, -1.0, -2.0]])
+    handicap = compare_fits(curve_of(batches), curve_of(fresh))["handicap"]
+    means, fresh_means = batches[:, :-1].mean(1), fresh[:, :-1].mean(1)
+    gaps = (means - fresh_means) / (fresh[:, 0] - fresh_means).mean()
+    assert handicap == pytest.approx(1 + gaps.mean(), rel=1e-12)
+    assert isinstance(handicap, Estimate)
+    assert handicap.standard_error == pytest.approx(gaps.std(ddof=1) / np.sqrt(3), rel=1e-12)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
 def test_share_of_the_rank_raises_the_handicap(share: float) -> None:
     curve, fresh = FitCurve((2.0, 1.5, 1.0)), FitCurve((2.0, 1.0, 0.5))

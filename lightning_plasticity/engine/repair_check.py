@@ -96,8 +96,9 @@ class RepairCheck:
             repairs: The names of the repairs.
 
         Returns:
-            Whether the number that the verdict depends on is worse than before; after a live fit test on a number that
-            training logs, the handicap.
+            Whether the number that the verdict depends on is worse than before. After a live fit test, whether the
+            handicap on the batch at hand is, and a fresh network is better there, too: a network that has trained on
+            the task always loses something by a repair.
         """
         fits = self._fits_at_hand
         if fits is None and (self._measurements.is_live or self.fresh is None or not report.metrics):
@@ -116,9 +117,13 @@ class RepairCheck:
         before, noise = report.before or report.metrics, report.after.get(f"{rule.metric}_standard_error", 0.0)
         after = Estimate(report.after.get(rule.metric, math.nan), standard_error=noise)
         is_worse = rule.is_worse(after, before.get(rule.metric, math.nan))
+        if fits is not None and is_worse:
+            handicap = Estimate(report.after.get("handicap", math.nan), standard_error=noise)
+            is_worse = Collapse().evaluate(handicap, earlier=[], initial=math.nan).collapsed
         fresh = FitCurve(report.fresh_fit_curve) if report.fresh_fit_curve else None
         changes = _changes(before, report.after, rule.metric, fresh if fits is None else fits.fresh)
-        message = f"task {report.task}: after {' and '.join(repairs)}, {changes}"
+        where = "" if fits is None else "on the batch at hand, "
+        message = f"task {report.task}: after {' and '.join(repairs)}, {where}{changes}"
         message += ": worse than before" if is_worse else ""
         # A repair of a healthy network, as at every task, costs something.
         (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)

@@ -42,7 +42,8 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None],
             continue
         shard = sharded_like(parameter, gradient.detach())
         if parameter.grad is None:
-            parameter.grad = (factor * shard).to(parameter.dtype)
+            # In the layout of the parameter, which fused optimizers assume.
+            parameter.grad = torch.zeros_like(parameter).add_(shard, alpha=factor)
         elif parameter.grad.is_sparse:
             # nn.Embedding(sparse=True): a dense tensor cannot be added to a sparse one in place.
             parameter.grad = (factor * shard + parameter.grad).to(parameter.dtype)

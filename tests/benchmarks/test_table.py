@@ -171,8 +171,15 @@ def test_live_tasks_count_for_no_default_verdict() -> None:
     live = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.9, 0.1], method="live"))
     repaired = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.9, 0.9], method="redo"))
     lines = table_of_goals([*plain, *live, *repaired]).splitlines()
-    assert "| bad tasks that ring | at least 80 % | 100.0 % | 50.0 % |" in lines
-    assert "| healthy tasks that ring | at most 3 % | 0.0 % | 0.0 % |" in lines
+    assert "| bad tasks that ring | at least 80 % | 100.0 % | – | 50.0 % |" in lines
+    assert "| healthy tasks that ring | at most 3 % | 0.0 % | – | 0.0 % |" in lines
+
+
+def test_new_seeds_have_a_column_of_their_own() -> None:
+    first = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.1, 0.9]))
+    new = tasks_of(run([0.0, 0.3, 0.0], [1.0, 0.9, 0.9], seed=3))
+    lines = table_of_goals([*first, *new]).splitlines()
+    assert "| bad tasks that ring | at least 80 % | 50.0 % | 0.0 % | 50.0 % |" in lines
 
 
 def test_lack_at_the_end_is_that_of_the_last_tenth() -> None:

@@ -20,10 +20,14 @@ from lightning_plasticity.functional import optimization_readiness
 N = 6
 
 
-def tokens(shape: str) -> tuple[nn.Module, Any, Any]:
+WIDE = 20_000
+"""Width at which passes cost more than all else."""
+
+
+def tokens(shape: str, width: int = 8) -> tuple[nn.Module, Any, Any]:
     """Return a network with outputs at 5 positions, a batch, and a loss that receives them in a given shape."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 4)).double()
     x, y = torch.randn(N, 5, 3, dtype=torch.float64), torch.randint(4, (N, 5))
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,8 +158,8 @@ def test_operations_of_recurrent_layers_are_counted() -> None:
     assert counter.flops == 2 * 14 * (4 * 5 * 3 + 4 * 5 * 5)
 
 
-def within(steps: float, *, samples_per_step: float = 1.0, **options: Any) -> KernelMeasurement:
-    model, batch, loss_fn = tokens("flattened")
+def within(steps: float, *, samples_per_step: float = 1.0, width: int = 8, **options: Any) -> KernelMeasurement:
+    model, batch, loss_fn = tokens("flattened", width)
     return measure_within_budget(
         model,
         batch,
@@ -181,14 +185,20 @@ def test_budget_chooses_the_way() -> None:
     assert "max_rows=100" in by_products.no_gauss_newton
     fewest = within(1, max_rows=100, fewest_products=True)
     assert fewest.products <= 12
-    with pytest.raises(TooCostlyError, match="training steps, more than 1"):
-        within(1, max_rows=100)
+    with pytest.raises(TooCostlyError, match="training steps, more than 10"):
+        within(10, max_rows=100, width=WIDE)
+
+
+def test_fewer_samples_are_no_way_out_of_fixed_costs() -> None:
+    small = within(1, max_rows=100)
+    assert small.products == 9
+    assert small.over_budget
 
 
 def test_larger_training_steps_allow_more() -> None:
     """The budget is in training steps: if these have more samples, the measurement may take longer."""
     with pytest.raises(TooCostlyError) as small:
-        within(1, max_rows=100, samples_per_step=0.5)
+        within(10, max_rows=100, width=WIDE, samples_per_step=1.0)
     with pytest.raises(TooCostlyError) as large:
-        within(1, max_rows=100, samples_per_step=2.0)
-    assert large.value.steps < small.value.steps
+        within(10, max_rows=100, width=WIDE, samples_per_step=1.5)
+    assert small.value.affordable < large.value.affordable < 1

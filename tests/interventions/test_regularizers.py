@@ -21,6 +21,7 @@ from lightning_plasticity.interventions import (
     SpectralRegularizer,
     WassersteinInit,
 )
+from lightning_plasticity.interventions.penalty_gradients import accumulate
 from tests.helpers.unit_models import Encoder, Functional, ResNet, TwoHeads
 
 MAKERS: dict[str, Callable[[], Regularizer]] = {
@@ -698,3 +699,11 @@ def test_initial_values_stay_float32_for_bfloat16_models(make: type[L2Init]) -> 
 def test_bad_arguments_are_named(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_penalty_gradient_serves_fused_optimizer() -> None:
+    gradient = torch.arange(-7.0, 8.0).reshape(3, 5).t()
+    parameter = nn.Parameter(torch.zeros(5, 3))
+    accumulate([parameter], [gradient], 2.0)
+    torch.optim.Adam([parameter], 0.1, fused=True).step()
+    torch.testing.assert_close(parameter.detach(), -0.1 * gradient.sign(), atol=1e-6, rtol=0)

@@ -41,7 +41,7 @@ def named_paths(document: str) -> Iterator[Path]:
     text = re.sub(r"https?://\S+", "", (ROOT / document).read_text(encoding="utf-8"))
     bases = [Path(), Path("lightning_plasticity"), Path(document).parent]
     words = re.findall(r"(?:\.\.?/)?[\w.-]+(?:/[\w.-]+)*/?(?![<\"])", text)
-    modules = [f"{word.replace('.', '/')}.py" for word in re.findall(r"(?<!\w)(benchmarks\.\w+)", text)]
+    modules = [f"{word.replace('.', '/')}.py" for word in re.findall(r"(?<!\w)(benchmarks(?:\.\w+)+)", text)]
     for word in dict.fromkeys([*words, *modules]):
         path = word.rstrip(".")
         is_path = path.endswith("/") or re.search(r"\w\.(py|md|png|yaml|toml|txt|cff)$", path)

@@ -62,7 +62,7 @@ def test_worse_repair_is_reported_and_undone(metric: str | None, *, undo: bool) 
     callback = recorder(metric=metric, rule=rule, interventions=[Multiply(30.0)], undo_if_worse=undo)
     with pytest.warns(PlasticityWarning) as warned:
         fit_two_tasks(callback)
-    pattern = r"task 1: after Multiply, handicap .* → .*, fit loss .* → .*, fit loss of a fresh network .*: worse than"
+    pattern = r"task 1: after Multiply, on the batch at hand, handicap .* → .*, fit loss .* → .*, .*: worse than before"
     assert any(re.search(pattern, str(warning.message)) for warning in warned)
     report = callback.history[1]
     assert report.after["handicap"] > report.before["handicap"]
@@ -76,6 +76,16 @@ def test_undone_repair_leaves_training_as_it_was() -> None:
     plain = fit_two_tasks(recorder(rule=NEVER))
     for one, other in zip(repaired.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_repaired_network_that_beats_a_fresh_one_is_not_worse() -> None:
+    """Of the weights that have trained on the task, a part is always lost."""
+    callback = recorder(rule=ALWAYS, interventions=[Multiply(0.99)], undo_if_worse=True)
+    with pytest.warns(PlasticityWarning, match="a fresh network would learn"):
+        fit_two_tasks(callback)
+    report = callback.history[1]
+    assert report.before["handicap"] != report.after["handicap"] < 1.25
+    assert [repair.undone for repair in report.repairs] == [False]
 
 
 def test_batch_of_one_measures_no_repair() -> None:
