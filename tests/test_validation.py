@@ -50,7 +50,7 @@ def test_values_that_are_not_lists_of_names_raise(kind: Callable[..., Any], name
 def test_parseval_exclude_must_be_a_list_of_names(value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"Parseval(exclude={value!r}) must be a list of names")):
         Parseval(exclude=value)
-    assert Parseval(exclude=[]).exclude == ()
+    assert Parseval(exclude=[]).exclude == []
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])

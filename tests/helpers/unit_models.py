@@ -437,6 +437,13 @@ MODELS = [
         {"0": (4, ("3",))},
         {"3": "logits"},
     ),
+    Model(
+        "norm at the end",
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3)),
+        (8, 4),
+        {"0": (6, ("2",))},
+        {"2": "logits"},
+    ),
     Model("called twice", CalledTwice, (8, 4), {"net.0": (6, ("net.2",))}, {"net.2": "logits"}),
     Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),
     Model("channels last", ChannelsLast, (4, 1, 6, 6), {"conv": (4, ("head",))}, {"head": "logits"}),

@@ -213,7 +213,7 @@ class Spy(Repair):
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
         self.loss = context.require_mean_loss(self.name)(model).item()
         self.losses = [loss(model).item() for loss in context.losses]
-        return WeightUpdate({})
+        return WeightUpdate({}, candidates=1)
 
 
 def test_other_repairs_take_the_mean_of_several_losses() -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_plasticity import SpectralCollapseCallback
+from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import (
     DASH,
     FIRE,
@@ -114,7 +114,7 @@ def test_penalties_count_no_target_network(row: Row) -> None:
     torch.testing.assert_close(penalty, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
+@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant", "ignore:Reset rests")
 @for_each(ACTIVE)
 def test_excluded_layers_stay_as_they_are(row: Row) -> None:
     model = Agent()
@@ -164,7 +164,8 @@ def test_any_name_of_a_tied_tensor_counts() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
     model["head"].weight = model["embedding"].weight
     before = copy.deepcopy(model.state_dict())
-    ShrinkPerturb(exclude=["head"]).repair(model)
+    with pytest.warns(PlasticityWarning, match="ShrinkPerturb rests, since ModuleDict has nothing that it acts on"):
+        ShrinkPerturb(exclude=["head"]).repair(model)
     assert not changed(model, before)
     ShrinkPerturb(include=["head.weight"]).repair(model)
     assert changed(model, before) == {"embedding.weight", "head.weight"}
@@ -241,7 +242,7 @@ def test_followers_that_do_not_fit_are_refused(also: dict[str, str], message: st
 
 def test_units_of_a_layer_that_is_excluded_are_listed() -> None:
     model = Agent().online
-    with pytest.raises(ValueError, match="'0': it is excluded, or no optimizer trains it"):
+    with pytest.warns(PlasticityWarning, match="'0': it is excluded, or no optimizer trains it"):
         ContinualBackprop(exclude=["*"]).start(model, forward=forward)
 
 

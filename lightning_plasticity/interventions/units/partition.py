@@ -88,8 +88,11 @@ class _Classes:
     def __init__(self, network: CutNetwork) -> None:
         self._network = network
         of_reader, of_producer = _connected_layers(network)
+        # A passage that no layer reads, as at the end of the network, belongs to no class.
         of_passage = {
-            name: next((of_producer[layer] for layer in network.producers_of_passage(name)), NONE)
+            name: next(
+                (of_producer[layer] for layer in network.producers_of_passage(name) if layer in of_producer), NONE
+            )
             for name in network.passages.sizes
         }
         self._labels = [
