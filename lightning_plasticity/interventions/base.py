@@ -187,12 +187,13 @@ class Intervention:
 
         Args:
             model: The model, or a copy of it.
-            context: What is known about the training; by default what was known at :meth:`start`.
+            context: What is known about the training, unless it was known at :meth:`start`.
 
         Raises:
             ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
         """
-        trained = self._trained if context is None else context.trained
+        trained = self._trained if context is None or context.trained is None else context.trained
+        # Not at every step.
         if trained is None and context is not None and context.optimizers:
             trained = trained_names(model, context.optimizers)
         parameters = {

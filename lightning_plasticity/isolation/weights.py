@@ -41,7 +41,8 @@ def trained_names(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(full_parameters.get(parameter, parameter)) for group in groups for parameter in group["params"]}
     names = {name: id(parameter) in held for name, parameter in model.named_parameters()}
-    return {name for name in names if names[name] or not any(names.values())}
+    holds_none = not any(names.values())
+    return {name for name, is_held in names.items() if is_held or holds_none}
 
 
 def untrained_copies(model: nn.Module, trained: Collection[str]) -> list[str]:
