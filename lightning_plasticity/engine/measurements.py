@@ -47,12 +47,14 @@ class Measurement:
         curve: The losses of the fit test, if there is one.
         features: What the monitor has measured, by name.
         plan: The training to come, if it is known.
+        fitted_samples: Number of samples that the fit test could take, if it is known.
     """
 
     probe: ProbeResult
     curve: FitCurve | None
     features: dict[str, float]
     plan: Plan | None = None
+    fitted_samples: int | None = None
 
     @functools.cached_property
     def values(self) -> dict[str, float]:
@@ -175,9 +177,9 @@ class Measurements:
         else:
             result = self._measure_curvature(self.probe, context, description)
         curve, features = None, {}
+        # The spectra may be too costly for all samples.
+        samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
         if self.fit_test is not None and not self.is_live and fitted:
-            # The spectra may be too costly for all samples.
-            samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
             try:
                 curve = self.fit(self.fit_test, replace(context, whole_batch=result.coupled), samples)
             except Exception as error:
@@ -186,7 +188,7 @@ class Measurements:
                 self._errors.record("fit_test", "the fit test failed and is left out of this task", error)
         if self.monitor is not None and monitored:
             features = self._measure_activations(self.monitor, context, result.samples or self.samples)
-        return Measurement(result, curve, features, plan)
+        return Measurement(result, curve, features, plan, samples)
 
     def fit(self, fit_test: FitTest, context: ProbeContext, samples: int | None) -> FitCurve:
         """Return the losses of copies of the model that are fitted to samples, with the regularizers of the run."""

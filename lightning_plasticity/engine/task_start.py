@@ -14,9 +14,7 @@ from torch import nn
 
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.diagnostics import (
-    to_log_dict,
-)
+from lightning_plasticity.diagnostics import DIAGNOSTICS, to_log_dict
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
@@ -397,7 +395,9 @@ class TaskStart:
                 return self.verdicts.enter(report, values, references, history, None)
             self.live.announce(report)
             return None
-        return self.verdicts.enter(report, values, references, history, now.samples)
+        rests_on_fit = DIAGNOSTICS[self.verdicts.collapse.metric].source == "fit"
+        samples = measured.fitted_samples if rests_on_fit else now.samples
+        return self.verdicts.enter(report, values, references, history, samples)
 
 
 def _last_measured(history: Sequence[TaskReport]) -> TaskReport | None:

@@ -219,3 +219,12 @@ def test_hidden_layers_are_measured_on_the_samples_of_the_probe() -> None:
     now, initial = (by_name["effective_rank"] for by_name in reversed(values))
     assert callback.history[1].metrics["effective_rank_vs_initial"] == now / initial
     assert callback.history[0].metrics["probe_samples"] < 64
+
+
+def test_verdict_of_the_fit_test_rests_on_all_samples() -> None:
+    """There is no warning of few samples where only the spectra were measured on them."""
+    callback = SpectralCollapseCallback(GGNProbe(max_steps=15))
+    trainer(callback).fit(Tagger(), Batches(sequences(64)))
+    (report,) = callback.history
+    assert report.metrics["probe_samples"] < 16
+    assert report.fit_curve
