@@ -165,8 +165,7 @@ regressions logarithm of the ratio of the losses. In brackets the change of the 
 tenth to the last. The best methods, beside none on the same streams, come first. The last column is the time in the
 callback a task, in seconds of one CPU core: for {measured} with all measurements at their defaults, for the others
 without. All settings are the defaults, with `when="task"` for repairs and every 100 steps for ReDo and ReGraMa.
-Settings can be compared by `python -m benchmarks.evidence.tuning`; no runs with chosen settings are here yet. In the
-runs of shrink-perturb-on-collapse, repairs followed an alarm at 1.15.
+Settings can be compared by `python -m benchmarks.evidence.tuning`; no runs with chosen settings are here yet.
 
 ![Lack at the end of each stream](images/evidence-methods.png)
 
