@@ -142,6 +142,63 @@ class BothWays(nn.Module):
         return self.head(F.relu(self.hidden(self.lstm(x)[0][:, -1])))
 
 
+class SharedActivation(nn.Module):
+    """Has one PReLU, with one slope, after layers of different widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.activation = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.second(self.activation(self.first(x)))))
+
+
+class SharedNorm(nn.Module):
+    """Has one norm after two layers."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.second(F.relu(self.norm(self.first(x)))))))
+
+
+class NormOfWeights(nn.Module):
+    """Returns a number that measures its input, in spite of its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
+
+
+class ScaledOutputs(nn.Module):
+    """Multiplies its outputs by one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.side, self.head = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(6, 3)
+        self.size = NormOfWeights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.first(x))) * self.size(self.side(x))
+
+
+class Experts(nn.Module):
+    """Sends each sample to one of two layers, and only if a gate of that sample is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.left, self.right = nn.Linear(4, 1), nn.Linear(4, 6), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_left = self.gate(x)[:, 0] > 0
+        hidden = torch.zeros(len(x), 6).masked_scatter(is_left[:, None], self.left(x[is_left]))
+        return self.head(F.relu(hidden.masked_scatter(~is_left[:, None], self.right(x[~is_left]))))
+
+
 class Shared(nn.Module):
     """Calls one layer twice."""
 
@@ -443,6 +500,42 @@ MODELS = [
         (8, 4),
         {"0": (6, ("2",))},
         {"2": "logits"},
+    ),
+    Model("norm alone", lambda: nn.Sequential(nn.BatchNorm1d(4)), (8, 4), {}, {}),
+    Model(
+        "shared activation",
+        SharedActivation,
+        (8, 4),
+        {"first": (6, ("second",)), "second": (5, ("head",))},
+        {"head": "logits"},
+    ),
+    Model(
+        "shared norm",
+        SharedNorm,
+        (8, 4),
+        {},
+        {"first": "'norm' also follows 'second'", "second": "'norm' also follows 'first'", "head": "logits"},
+    ),
+    Model(
+        "shared norm, not affine",
+        lambda: SharedNorm(affine=False),
+        (8, 4),
+        {},
+        {"first": "'norm' also follows 'second'", "second": "'norm' also follows 'first'", "head": "logits"},
+    ),
+    Model(
+        "norm of no width",
+        ScaledOutputs,
+        (8, 4),
+        {"first": (6, ("head",))},
+        {"side": "no layer reads it", "head": "logits"},
+    ),
+    Model(
+        "experts",
+        Experts,
+        (8, 4),
+        {},
+        {"gate": "has no gradient", "left": "depends on", "right": "depends on", "head": "logits"},
     ),
     Model("called twice", CalledTwice, (8, 4), {"net.0": (6, ("net.2",))}, {"net.2": "logits"}),
     Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),

@@ -188,6 +188,10 @@ class CutNetwork:
         """Return the layers whose outputs reach a passage."""
         return self._connected(self._tapped[name])
 
+    def is_called_again(self, name: str) -> bool:
+        """Return whether a passage is called more than once in a forward pass."""
+        return len(self._tapped[name]) > 1
+
     def _run_whole(self) -> Counter[int]:
         """Run the whole network, record the calls, and count the uses of parameters."""
 
@@ -253,6 +257,9 @@ class CutNetwork:
             }
         )
         self.producers = Numbering({name: x[0].shape[self._dim(name)] for name, x in self._leaves.items()})
+        widths = {name: {_size(x, self._dim(name)) for x in outputs} for name, outputs in self._tapped.items()}
+        # Nothing in a passage belongs to one unit if the passage follows layers of several widths.
+        self._tapped = {name: self._tapped[name] for name, found in widths.items() if len(found) == 1 and all(found)}
         self.passages = Numbering({name: x[0].shape[self._dim(name)] for name, x in self._tapped.items()})
         self._sources = {name: self._connected(self._inputs[name]) for name in self.readers.sizes}
         self.output_producers = self._connected(outputs)
@@ -358,6 +365,8 @@ class CutNetwork:
         self, outputs: list[Tensor], inputs: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Differentiate in the graph of the reference run; ``None`` where there is no path."""
+        if not inputs:
+            return ()
         # An activation checkpoint calls its layers again.
         with self._cut(lambda *_: None, lambda name, number: self._values[name][number][0].clone().requires_grad_()):
             return torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True)
@@ -385,6 +394,11 @@ def is_norm(module: nn.Module) -> bool:
 
 def _inputs(is_barrier: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return nested_tensors([args, kwargs]) if is_barrier else [layer_input(args, kwargs)]
+
+
+def _size(x: Tensor, dim: int) -> int:
+    """Return the size of a tensor in a dimension, 0 if it has no such dimension."""
+    return x.shape[dim] if -x.ndim <= dim < x.ndim else 0
 
 
 def _random_output(output: Tensor, generator: torch.Generator) -> Tensor:

@@ -51,7 +51,8 @@ def describe_units(model: nn.Module, forward: Forward) -> Units:
 
     Therefore a reset of dead units, whose columns are zero on all data, does not change any bit of the network's
     output. This excludes the logits; residual streams; layers read by a LayerNorm or RMSNorm, since their statistics
-    over units would change; recurrent layers and ``nn.MultiheadAttention``; tied, computed and frozen weights.
+    over units would change; recurrent layers and ``nn.MultiheadAttention``; tied, computed and frozen weights; layers
+    that share a norm, or whose samples are chosen by other layers, as experts.
 
     The work is bounded: the number of passes is in proportion to the logarithm of the number of units, and a layer
     whose units could not be told apart by then is left out.
@@ -191,6 +192,8 @@ class _Discovery:
             raise NotResettableError("its weight is computed from other parameters")
         if name not in self.network.calls:
             raise NotResettableError("not called as a layer in forward(model)")
+        if name not in self.network.producers.sizes:
+            raise NotResettableError("whether it is called, or on which samples, depends on what other layers return")
         self._check_parameter(f"{name}.weight" if name else "weight")
 
     def _check_parameter(self, name: str) -> None:
@@ -202,6 +205,15 @@ class _Discovery:
             raise NotResettableError(f"what forward(model) returns has no gradient by {name!r}")
         if uses > max(1, len(self.network.calls.get(layer, ()))):
             raise NotResettableError(f"shared or tied: {name!r} is used {uses} times")
+
+    def _check_passages(self, bundle: _Bundle) -> None:
+        """Check that no norm, PReLU or depthwise convolution has entries for these units and for others at once."""
+        for name, units in self.partition.passages.items():
+            if not self.network.is_called_again(name) or not self._passage_entries(name, units):
+                continue
+            producers = self.network.producers_of_passage(name)
+            if not producers.isdisjoint(bundle.producers) and (others := producers - bundle.producers.keys()):
+                raise NotResettableError(f"shared or tied: {name!r} also follows {_listed(sorted(others))}")
 
     def _bundle(self, name: str) -> _Bundle | None:
         """Return the layers that have units in common with a layer, and all their units; ``None`` if it has none."""
@@ -245,6 +257,7 @@ class _Discovery:
             raise NotResettableError(self._mixing(bundle, readers))
         for layer in bundle.producers:
             self._check_layer(layer, network.layers[layer])
+        self._check_passages(bundle)
         is_read = torch.cat([torch.isin(units, bundle.unit_numbers) for units in inputs.values()])
         switches = [layer for layer in whole if not several or bool(network.silent(is_read, {layer})[is_read].all())]
         if not switches:
