@@ -251,7 +251,7 @@ class Intervention:
         reasons = "; ".join(f"{layer or '(model)'!r}: {reason}" for layer, reason in skipped.items())
         message = (
             f"{self.name} rests, since {type(model).__name__} has nothing that it acts on: "
-            f"{reasons or 'there are no layers with weights that are trained'}"
+            f"{reasons or 'its arguments select no weights that are trained'}"
         )
         if message != self.rests_because:
             rank_zero_warn(message, stacklevel=4)

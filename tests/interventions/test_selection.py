@@ -164,7 +164,8 @@ def test_any_name_of_a_tied_tensor_counts() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
     model["head"].weight = model["embedding"].weight
     before = copy.deepcopy(model.state_dict())
-    with pytest.warns(PlasticityWarning, match="ShrinkPerturb rests, since ModuleDict has nothing that it acts on"):
+    reason = "ModuleDict has nothing that it acts on: its arguments select no weights that are trained"
+    with pytest.warns(PlasticityWarning, match=f"ShrinkPerturb rests, since {reason}"):
         ShrinkPerturb(exclude=["head"]).repair(model)
     assert not changed(model, before)
     ShrinkPerturb(include=["head.weight"]).repair(model)
