@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
-from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
 from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, weight_by_output
@@ -120,28 +120,34 @@ class ContinualBackprop(UnitReplacement):
         return record
 
     @override
-    def update_record(
-        self, model: nn.Module, group: UnitGroup, record: Record, statistics: Mapping[str, LayerStatistics]
-    ) -> tuple[Record, Tensor]:
-        contribution = torch.zeros(group.num_units, dtype=torch.float64)
-        new = dict(record)
-        for name, inputs in statistics.items():
-            means = inputs.sums / inputs.num_values
-            terms = means[0] * _outgoing_weights(model.get_submodule(name)).cpu().double()
-            contribution += by_unit(terms, group.consumers[name], group.num_units)
+    def update_records(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        records: Mapping[str, Record],
+        statistics: Mapping[str, LayerStatistics],
+    ) -> tuple[dict[str, Record], dict[str, Tensor]]:
+        pooled = self.pool(groups, statistics)
+        activations = [statistics[name].sums[0] / statistics[name].num_values for name in pooled.consumers]
+        outgoing = [_outgoing_weights(model.get_submodule(name)).cpu() for name in pooled.consumers]
+        contributions = pooled.by_unit([a * w for a, w in zip(activations, outgoing, strict=True)])
+        before = [records[group.layer] for group in groups]
+        utilities = self._moving_average(torch.cat([record["utility"] for record in before]), contributions)
+        ages = torch.cat([record["age"] for record in before]) + 1
+        new: dict[str, Record] = {}
+        chosen: dict[str, Tensor] = {}
+        split = zip(groups, before, utilities.split(pooled.sizes), ages.split(pooled.sizes), strict=True)
+        for group, record, utility, age in split:
+            mature = age > self.maturity_threshold
+            counter = record["counter"] + self.replacement_rate * int(mature.count_nonzero())
+            count = int(counter)
+            new[group.layer] = {**record, "utility": utility, "age": age, "counter": counter - count}
             if self.transfer_bias:
-                key = _mean_input_key(name)
-                new[key] = self._moving_average(record[key], means[1])
-        new["utility"] = self._moving_average(record["utility"], contribution)
-        new["age"] = record["age"] + 1
-        mature = new["age"] > self.maturity_threshold
-        counter = record["counter"] + self.replacement_rate * int(mature.count_nonzero())
-        count = int(counter)
-        new["counter"] = counter - count
-        if not count:
-            return new, torch.tensor([], dtype=torch.long)
-        utility = (new["utility"] / self._bias_correction(new)).masked_fill(~mature, torch.inf)
-        return new, utility.argsort(stable=True)[:count].sort().values
+                new[group.layer] |= self._mean_inputs(group, record, statistics)
+            if count:
+                corrected = (utility / self._bias_correction(age)).masked_fill(~mature, torch.inf)
+                chosen[group.layer] = corrected.argsort(stable=True)[:count].sort().values
+        return new, chosen
 
     @override
     def restart_record(self, group: UnitGroup, record: Record, units: Tensor) -> Record:
@@ -177,15 +183,23 @@ class ContinualBackprop(UnitReplacement):
     def _moving_average(self, before: Tensor, now: Tensor) -> Tensor:
         return self.decay * before + (1 - self.decay) * now
 
-    def _bias_correction(self, record: Record) -> Tensor:
+    def _bias_correction(self, age: Tensor) -> Tensor:
         """Compute the factor by which averages that start at zero are too small, as in Adam."""
-        return 1 - self.decay ** record["age"].double()
+        return 1 - self.decay ** age.double()
+
+    def _mean_inputs(self, group: UnitGroup, record: Record, statistics: Mapping[str, LayerStatistics]) -> Record:
+        """Return the moving averages of what the consumers that were called read."""
+        called = {name: statistics[name] for name in group.consumers if name in statistics}
+        return {
+            _mean_input_key(name): self._moving_average(record[_mean_input_key(name)], x.sums[1] / x.num_values)
+            for name, x in called.items()
+        }
 
     def _bias_transfers(
         self, model: nn.Module, group: UnitGroup, record: Record, units: Tensor
     ) -> dict[nn.Parameter, Tensor]:
         """Compute the mean contribution of units to each consumer, which its bias takes over."""
-        correction = self._bias_correction(record)
+        correction = self._bias_correction(record["age"])
         transfers = {}
         for name, unit_index in group.consumers.items():
             consumer = model.get_submodule(name)
@@ -226,14 +240,13 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
-    groups_of_rows = weight.unflatten(0, (groups, -1))
-    columns = torch.cat([_sum_of_absolute_rows(rows, dtype) for rows in groups_of_rows])
+    columns = torch.cat([_sum_of_absolute_rows(rows, dtype) for rows in weight.chunk(groups)])
     return columns.flatten(1).sum(1) if columns.ndim > 1 else columns
 
 
 def _sum_of_absolute_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute ``rows.abs().sum(0)``, on the CPU in chunks that stay in its cache, which is twice as fast."""
-    if rows.device.type != "cpu":
+    """Compute ``rows.abs().sum(0)``, on the CPU in chunks that stay in its cache, which is up to twice as fast."""
+    if rows.device.type != "cpu" or len(rows) <= 2 * _ROWS_PER_CHUNK:
         return rows.abs().sum(0, dtype=dtype)
     buffer, total = torch.empty_like(rows[:_ROWS_PER_CHUNK]), rows.new_zeros(rows.shape[1:], dtype=dtype)
     for chunk in rows.split(_ROWS_PER_CHUNK):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number, check_positive_ints
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup
-from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 
 _BUCKETS_PER_OCTAVE = 8
@@ -104,40 +104,53 @@ class SelfNormalizedReset(UnitReplacement):
         return {
             "silence": torch.zeros(group.num_units, dtype=torch.long),
             "past silences": torch.zeros(group.num_units, len(self._buckets), dtype=torch.int32),
+            "longest silence": torch.full((group.num_units,), self.cap),
         }
 
     @override
-    def update_record(
-        self, model: nn.Module, group: UnitGroup, record: Record, statistics: Mapping[str, LayerStatistics]
-    ) -> tuple[Record, Tensor]:
-        firings = [by_unit(x.sums[0], group.consumers[name], group.num_units) for name, x in statistics.items()]
-        fired = torch.stack(firings).sum(0) > 0
-        samples = int(max(inputs.num_samples for inputs in statistics.values()))
-        before, past = record["silence"], record["past silences"].clone()
-        ended = (fired & (before > 0)).nonzero().flatten()
-        past[ended, self._bucket(before[ended])] += 1
-        silence = torch.where(fired, 0, before + samples)
-        silent = (silence > 0).nonzero().flatten()
-        counts, bucket = past[silent], self._bucket(silence[silent])
-        num_longer = counts.masked_fill(torch.arange(counts.shape[1]) < bucket[:, None], 0).sum(1)
-        unusual = (1 + num_longer) <= self.rejection * (1 + counts.sum(1))
-        return (
-            {"silence": silence, "past silences": past},
-            silent[unusual | (silence[silent] >= self.cap)],
-        )
+    def update_records(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        records: Mapping[str, Record],
+        statistics: Mapping[str, LayerStatistics],
+    ) -> tuple[dict[str, Record], dict[str, Tensor]]:
+        pooled = self.pool(groups, statistics)
+        fired = pooled.by_unit([statistics[name].sums[0] for name in pooled.consumers]) > 0
+        new: dict[str, Record] = {}
+        chosen: dict[str, Tensor] = {}
+        for group, layer_fired in zip(groups, fired.split(pooled.sizes), strict=True):
+            record = records[group.layer]
+            samples = int(max(statistics[name].num_samples for name in group.consumers if name in statistics))
+            silence = (record["silence"] + samples).masked_fill(layer_fired, 0)
+            ended = (layer_fired & (record["silence"] > 0)).nonzero().flatten()
+            new[group.layer] = {**record, "silence": silence}
+            if len(ended):
+                new[group.layer] |= self._add_silences(record, ended)
+            chosen[group.layer] = (silence >= new[group.layer]["longest silence"]).nonzero().flatten()
+        return new, chosen
 
     @override
     def restart_record(self, group: UnitGroup, record: Record, units: Tensor) -> Record:
-        return {key: value.index_fill(0, units, 0) for key, value in record.items()}
+        new = self.new_record(group)
+        return {key: value.index_copy(0, units, new[key][units]) for key, value in record.items()}
 
-    def _bucket(self, silence: Tensor) -> Tensor:
-        return torch.searchsorted(self._buckets, silence, right=True) - 1
+    def _add_silences(self, record: Record, units: Tensor) -> Record:
+        """Count the silences of these units, which have ended, and return how long the next ones may be."""
+        bucket = torch.searchsorted(self._buckets, record["silence"][units], right=True) - 1
+        past = record["past silences"].index_put((units, bucket), torch.tensor(1, dtype=torch.int32), accumulate=True)
+        counts = past[units].long()
+        num_longer = counts.flip(1).cumsum(1).flip(1)
+        is_usual = 1 + num_longer > self.rejection * (1 + counts.sum(1, keepdim=True))
+        # The number of longer silences falls from bucket to bucket, so the usual ones come first.
+        longest = torch.cat([self._buckets, torch.tensor([self.cap])])[is_usual.sum(1)]
+        return {"past silences": past, "longest silence": record["longest silence"].index_copy(0, units, longest)}
 
 
 def _firings(x: Tensor, dim: int) -> Tensor:
     peaks = x.amax(other_dims(x, dim))
-    # NaN and infinite activations are errors, not silences: pass them on.
-    return torch.where(peaks.isfinite(), (peaks > 0).float(), torch.nan)[None]
+    # NaN and infinite activations are errors, not silences: zero times them is NaN.
+    return ((peaks > 0) + 0 * peaks)[None]
 
 
 def _buckets(cap: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_plasticity.interventions import ReDo, Repair, Reset, ShrinkPerturb, SoftShrinkPerturb
-from lightning_plasticity.interventions.weights.initial_distribution import permuted
+from lightning_plasticity.interventions.weights.initial_distribution import InitialDistribution
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -138,16 +138,16 @@ def test_full_replacement_has_the_initial_scale(make: Callable[[], nn.Module], r
 
 def test_draw_is_a_permutation_of_the_entries() -> None:
     initial = torch.randn(30, 20, generator=generator())
-    drawn = permuted(initial, initial.shape, generator(1))
+    drawn = InitialDistribution(initial).permuted(initial.shape, generator(1))
     assert torch.equal(drawn.flatten().sort().values, initial.flatten().sort().values)
     assert (drawn == initial).double().mean() < 0.05
-    assert torch.equal(drawn, permuted(initial, initial.shape, generator(1)))
+    assert torch.equal(drawn, InitialDistribution(initial).permuted(initial.shape, generator(1)))
 
 
 def test_every_entry_goes_everywhere() -> None:
     counts, initial = torch.zeros(6, 6), torch.arange(6.0).view(2, 3)
     for seed in range(600):
-        drawn = permuted(initial, initial.shape, generator(seed)).flatten().long()
+        drawn = InitialDistribution(initial).permuted(initial.shape, generator(seed)).flatten().long()
         counts[torch.arange(6), drawn] += 1
     assert (counts / 100 - 1).abs().max() < 0.5, "each about 100 times, 5 standard deviations are 0.46"
 
@@ -155,7 +155,7 @@ def test_every_entry_goes_everywhere() -> None:
 @pytest.mark.parametrize("shape", [(40, 20), (20, 40), (32, 4, 3, 3)])
 def test_orthogonal_matrices_stay_orthogonal(shape: tuple[int, ...]) -> None:
     initial = nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64), gain=1.7)
-    drawn = permuted(initial, initial.shape, generator())
+    drawn = InitialDistribution(initial).permuted(initial.shape, generator())
     assert not torch.equal(drawn, initial)
     singular_values = torch.linalg.svdvals(drawn.flatten(1))
     torch.testing.assert_close(singular_values, torch.full_like(singular_values, 1.7))
@@ -174,21 +174,21 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("initial", CONSTANTS.values(), ids=CONSTANTS)
 def test_constants_stay_constants(initial: Tensor) -> None:
-    assert torch.equal(permuted(initial, initial.shape, generator()), initial)
+    assert torch.equal(InitialDistribution(initial).permuted(initial.shape, generator()), initial)
 
 
 def test_constants_keep_their_places() -> None:
     embedding, gates = nn.Embedding(9, 50, padding_idx=4).weight.detach(), torch.randn(40)
     gates[10:20] = 1
     for initial, fixed in ((embedding, embedding == 0), (gates, gates == 1)):
-        drawn = permuted(initial, initial.shape, generator())
+        drawn = InitialDistribution(initial).permuted(initial.shape, generator())
         assert torch.equal(drawn == initial, fixed)
 
 
 def test_half_precision_is_permuted_too() -> None:
     """In bfloat16 many entries are equal by chance."""
     initial = nn.Linear(100, 100).weight.detach().bfloat16()
-    drawn = permuted(initial, initial.shape, generator())
+    drawn = InitialDistribution(initial).permuted(initial.shape, generator())
     assert (drawn != initial).double().mean() > 0.9
     assert torch.equal(drawn.flatten().sort().values, initial.flatten().sort().values)
 

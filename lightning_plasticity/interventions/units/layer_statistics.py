@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed.agreement import all_reduce_sum
+from lightning_plasticity.interventions.units.groups import UnitGroup
 from lightning_plasticity.layers import input_channel_dim
 
 Statistic = Callable[[Tensor, int], Tensor]
@@ -25,11 +27,13 @@ class LayerStatistics:
         sums: The statistic, summed over calls and processes, ``(statistics, channels)``, on the CPU in float64.
         num_values: Number of values of each channel, over all samples and positions.
         num_samples: Number of samples: the length of the first dimension.
+        is_finite: Whether all sums are finite.
     """
 
     sums: Tensor
     num_values: float
     num_samples: float
+    is_finite: bool = True
 
 
 class UnitStatistics:
@@ -64,15 +68,24 @@ class UnitStatistics:
         Layers that were not called are missing. A collective operation: call it in all processes at the same point. The
         only method that waits for the device.
         """
-        packed = [hook.packed() for hook in self._hooks.values()]
-        local = torch.cat([vector.to(packed[0].device) for vector in packed])
+        hooks = list(self._hooks.values())
+        device = hooks[0].sums.device
+        counts = hooks[0].sums.new_tensor([count for hook in hooks for count in (hook.num_values, hook.num_samples)])
+        local = torch.cat([counts, *[hook.sums.flatten().to(device) for hook in hooks]])
         total = all_reduce_sum(local, ", ".join(self._hooks)).cpu().double()
-        result = {}
-        for (name, hook), vector in zip(self._hooks.items(), total.split(list(map(len, packed))), strict=True):
-            num_values, num_samples = vector[:2].tolist()
-            if num_values:
-                result[name] = LayerStatistics(vector[2:].view_as(hook.zeros), num_values, num_samples)
-        return result
+        counts, *sums = total.split([len(counts), *[hook.sums.numel() for hook in hooks]])
+        numbers = counts.tolist()
+        # Layer by layer only if there is one that is not.
+        all_finite = math.isfinite(total.sum().item())
+        return {
+            name: LayerStatistics(
+                vector.view_as(hook.sums), num_values, num_samples, all_finite or bool(vector.isfinite().all())
+            )
+            for (name, hook), vector, num_values, num_samples in zip(
+                self._hooks.items(), sums, numbers[::2], numbers[1::2], strict=True
+            )
+            if num_values
+        }
 
     def hooks_never_ran(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> bool:
         """Return whether the layers are trained although their hooks do not run. Call it once after every step.
@@ -128,18 +141,14 @@ class _StatisticsHook:
         # One sample, without a batch dimension.
         if x.ndim == -self.dim:
             x = x[None]
-        with torch.no_grad():
-            self.sums = self.sums + self.statistic(x, self.dim).to(self.zeros)
+        sums = self.statistic(x, self.dim).to(self.zeros)
+        self.sums = self.sums + sums if self.num_values else sums
         self.num_values += x.numel() // x.shape[self.dim]
         self.num_samples += len(x)
 
     def reset(self) -> None:
         self.sums = self.zeros
         self.num_values = self.num_samples = 0
-
-    def packed(self) -> Tensor:
-        """Return the numbers of values and samples and the sums as one vector."""
-        return torch.cat([self.zeros.new_tensor([self.num_values, self.num_samples]), self.sums.flatten()])
 
 
 @contextlib.contextmanager
@@ -184,4 +193,35 @@ def by_unit(values: Tensor, unit_index: Tensor, num_units: int) -> Tensor:
         unit_index: The unit of each channel, -1 for channels of none.
         num_units: Number of units.
     """
-    return values.new_zeros(num_units).index_add_(0, unit_index[unit_index >= 0], values[unit_index >= 0])
+    # The last entry collects the channels of no unit.
+    return values.new_zeros(num_units + 1).index_add_(0, unit_index % (num_units + 1), values)[:-1]
+
+
+class PooledUnits:
+    """The units of several layers, one after the other, so that one operation serves all of them.
+
+    Args:
+        groups: The layers.
+        called: Names of the consumers that count.
+    """
+
+    def __init__(self, groups: Sequence[UnitGroup], called: Container[str]) -> None:
+        self.sizes = [group.num_units for group in groups]
+        self.num_units = sum(self.sizes)
+        self.consumers: list[str] = []
+        """The consumers that were called, once for each layer that they read."""
+        offset, indices = 0, []
+        for group in groups:
+            for name, unit_index in group.consumers.items():
+                if name in called:
+                    self.consumers.append(name)
+                    indices.append(torch.where(unit_index < 0, -1, unit_index + offset))
+            offset += group.num_units
+        self.unit_index = torch.cat(indices)
+        """The unit of each channel of these consumers, -1 for channels of none."""
+        self._is_one_to_one = torch.equal(self.unit_index, torch.arange(self.num_units))
+
+    def by_unit(self, values: Sequence[Tensor]) -> Tensor:
+        """Sum values of the channels of each consumer over the channels of each unit."""
+        joined = torch.cat(list(values))
+        return joined if self._is_one_to_one else by_unit(joined, self.unit_index, self.num_units)

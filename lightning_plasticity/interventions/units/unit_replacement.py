@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -19,9 +18,15 @@ from lightning_plasticity.interventions.remembered_weights import RemembersIniti
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.discovery import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
-from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, Statistic, UnitStatistics
+from lightning_plasticity.interventions.units.layer_statistics import (
+    LayerStatistics,
+    PooledUnits,
+    Statistic,
+    UnitStatistics,
+)
 from lightning_plasticity.interventions.units.selected_units import select_units
-from lightning_plasticity.interventions.units.unit_reset import fresh_incoming, plan_reset_from
+from lightning_plasticity.interventions.units.unit_reset import plan_reset
+from lightning_plasticity.interventions.weights.initial_distribution import InitialDistribution
 from lightning_plasticity.interventions.weights.initialization import PicklableGenerator
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 from lightning_plasticity.isolation.weights import named_tensors
@@ -39,7 +44,7 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
     called since, or if its consumers read values that are not finite. Where several layers read a unit, those that were
     called count. The records are part of the state; statistics since the last step are not, like gradients.
 
-    Subclasses implement :meth:`new_record`, :meth:`update_record` and :meth:`restart_record`.
+    Subclasses implement :meth:`new_record`, :meth:`update_records` and :meth:`restart_record`.
 
     Args:
         statistic: The statistic of the consumers' inputs to sum up: a function of a module, not a method, since copies
@@ -65,9 +70,12 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         self.remember_given(initial)
         self._statistic = statistic
         self._records: dict[str, Record] = {}
-        self._fresh = _FreshUnits(seed)
+        self._generator = PicklableGenerator()
+        self._generator.manual_seed(seed)
+        self._distributions: dict[str, InitialDistribution] = {}
         self._hooked: _HookedModel | None = None
         self._traced: _TracedModel | None = None
+        self._pooled: tuple[object, PooledUnits] | None = None
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
@@ -108,13 +116,8 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
                 "discards it), and record nothing in evaluation mode (model.train() ends it); or these layers are not "
                 "used, and their weights change for another reason"
             )
-        records, chosen = {}, {}
-        for layer, group in hooked.units.groups.items():
-            called = {name: statistics[name] for name in group.consumers if name in statistics}
-            if not all(bool(inputs.sums.isfinite().all()) for inputs in called.values()):
-                warnings.warn(f"{self.name}: {layer!r} is skipped, values are not finite", stacklevel=3)
-            elif called:
-                records[layer], chosen[layer] = self.update_record(model, group, self._records[layer], called)
+        observed = [group for group in hooked.units.groups.values() if self._is_observed(group, statistics)]
+        records, chosen = self.update_records(model, observed, self._records, statistics) if observed else ({}, {})
         report = self._replace_units(hooked.units, model, context, records, chosen)
         self._records.update(records)
         hooked.statistics.reset()
@@ -123,12 +126,12 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
     @override
     def state_dict(self) -> dict[str, Any]:
         layers = {layer: dict(record) for layer, record in self._records.items()}
-        return {"layers": layers, **self._fresh.state_dict(), **super().state_dict()}
+        return {"layers": layers, "generator": self._generator.get_state(), **super().state_dict()}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._records = {layer: dict(record) for layer, record in state["layers"].items()}
-        self._fresh.load_state_dict(state)
+        self._generator.set_state(state["generator"].cpu())
         super().load_state_dict(state)
         if self._hooked is not None:
             self._add_records(self._hooked.units)
@@ -136,22 +139,26 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the model from copies: they have no hooks on it, and weak references cannot be pickled."""
-        return {**vars(self), "_hooked": None, "_traced": None, "_of_run": None}
+        return {**vars(self), "_hooked": None, "_traced": None, "_pooled": None, "_distributions": {}, "_of_run": None}
 
     @abstractmethod
     def new_record(self, group: UnitGroup) -> Record:
         """Return the record of a layer whose units are all new."""
 
     @abstractmethod
-    def update_record(
-        self, model: nn.Module, group: UnitGroup, record: Record, statistics: Mapping[str, LayerStatistics]
-    ) -> tuple[Record, Tensor]:
-        """Return the record after a step, and the units to re-initialise.
+    def update_records(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        records: Mapping[str, Record],
+        statistics: Mapping[str, LayerStatistics],
+    ) -> tuple[dict[str, Record], dict[str, Tensor]]:
+        """Return the records after a step, and the units to re-initialise, each by name of the layer.
 
         Args:
             model: The model, after the step.
-            group: The layer's units.
-            record: The layer's record before the step.
+            groups: The layers of which at least one consumer was called.
+            records: The records of all layers before the step, by name.
             statistics: Statistics of the inputs of the consumers that were called, by name.
         """
 
@@ -168,7 +175,22 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         initial: Mapping[str, Tensor] | None,
     ) -> WeightUpdate:
         """Return the new weights of the chosen units; change nothing in the model."""
-        return plan_reset_from(model, units, chosen, self._fresh.take(model, units, chosen, initial))
+        return plan_reset(model, units, chosen, self._generator, initial, self._distributions)
+
+    def pool(self, groups: Sequence[UnitGroup], called: Mapping[str, LayerStatistics]) -> PooledUnits:
+        """Return the units of the given layers, one after the other; the last result is kept."""
+        key = [*groups], [*called]
+        if self._pooled is None or self._pooled[0] != key:
+            self._pooled = key, PooledUnits(groups, called)
+        return self._pooled[1]
+
+    def _is_observed(self, group: UnitGroup, statistics: Mapping[str, LayerStatistics]) -> bool:
+        """Return whether a consumer of the layer was called, and all that were read finite values."""
+        called = [statistics[name] for name in group.consumers if name in statistics]
+        is_finite = all(inputs.is_finite for inputs in called)
+        if not is_finite:
+            warnings.warn(f"{self.name}: {group.layer!r} is skipped, values are not finite", stacklevel=4)
+        return bool(called) and is_finite
 
     def _replace_units(
         self,
@@ -181,12 +203,12 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         chosen = {layer: replaced for layer, replaced in chosen.items() if len(replaced)}
         if not chosen:
             return None
-        fresh_before = self._fresh.state_dict()
+        generator_before = self._generator.get_state()
         try:
             update = self.plan_replacement(model, units, records, chosen, self.initial_weights(context))
             report = apply_update(self.name, update, context.optimizers)
         except BaseException:
-            self._fresh.load_state_dict(fresh_before)
+            self._generator.set_state(generator_before)
             raise
         for layer, replaced in chosen.items():
             records[layer] = self.restart_record(units.groups[layer], records[layer], replaced)
@@ -237,54 +259,3 @@ class _HookedModel(_TracedModel):
 
 def _parameter_shapes(model: nn.Module) -> object:
     return [(name, parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()]
-
-
-class _FreshUnits:
-    """Fresh incoming values for one unit after the other, from draws of whole layers: each unit of a draw is used once.
-
-    ``reset_parameters`` draws whole layers, not single units, and a draw costs as much as a few training steps. The
-    values are kept on the CPU: as much memory as the incoming weights of all layers with units.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._generator = PicklableGenerator()
-        self._generator.manual_seed(seed)
-        self._before = self._generator.get_state()
-        self._values: dict[str, Tensor] = {}
-        self._used: dict[str, Tensor] = {}
-
-    def take(
-        self, model: nn.Module, units: Units, chosen: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]:
-        """Return values by name of the tensor, in which the chosen units are fresh."""
-        tensors = named_tensors(model)
-        names = {name for layer in chosen for name in units.groups[layer].incoming}
-        if any(name not in self._values or self._values[name].shape != tensors[name].shape for name in names):
-            # No draw yet, a checkpoint was loaded, or a layer is new or has grown: repeat the draw, in which all other
-            # layers get the same values again.
-            self._generator.set_state(self._before)
-            self._draw(model, units, initial)
-        none = torch.tensor([], dtype=torch.long)
-        if any(bool(torch.isin(new, self._used.get(layer, none)).any()) for layer, new in chosen.items()):
-            self._used = {}
-            self._before = self._generator.get_state()
-            self._draw(model, units, initial)
-        self._used = self._used | {
-            layer: torch.cat([self._used.get(layer, none), new]) for layer, new in chosen.items()
-        }
-        return self._values
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._before, "used": self._used}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._before = state["generator"].cpu()
-        self._generator.set_state(self._before)
-        self._used = dict(state["used"])
-        # The next use repeats the draw, with the same values.
-        self._values = {}
-
-    def _draw(self, model: nn.Module, units: Units, initial: Mapping[str, Tensor] | None) -> None:
-        # Take one number per draw, whatever its size, so that the next draw does not depend on the heads in use.
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
-        self._values = fresh_incoming(model, units, units.groups, generator, initial)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions.units.groups import Units, unit_indices, unit_mask
-from lightning_plasticity.interventions.weights.initial_distribution import fresh_values
+from lightning_plasticity.interventions.weights.initial_distribution import InitialDistribution, fresh_entries
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
 from lightning_plasticity.isolation.weights import named_tensors
 
@@ -19,42 +19,7 @@ def plan_reset(
     chosen: Mapping[str, Tensor],
     generator: torch.Generator | None,
     initial: Mapping[str, Tensor] | None = None,
-) -> WeightUpdate:
-    """Plan the reset of units with newly drawn incoming weights: see :func:`plan_reset_from`.
-
-    Args:
-        model: The model.
-        units: Its units.
-        chosen: The units to reset, ``(count,)``, by name of the layer; may be empty tensors.
-        generator: A CPU generator; by default one seeded from torch's global one.
-        initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
-
-    Returns:
-        The update to apply to the model.
-
-    Raises:
-        ValueError: If the units of a layer cannot be reset, or an index is out of range.
-    """
-    layers = [layer for layer, indices in chosen.items() if layer in units.groups and len(indices)]
-    return plan_reset_from(model, units, chosen, fresh_incoming(model, units, layers, generator, initial))
-
-
-def fresh_incoming(
-    model: nn.Module,
-    units: Units,
-    layers: Iterable[str],
-    generator: torch.Generator | None,
-    initial: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Draw the incoming tensors of all units of the given layers, whole, by name of the tensor."""
-    tensors = named_tensors(model)
-    names = dict.fromkeys(name for layer in layers for name in units.groups[layer].incoming)
-    drawn = fresh_values(model, {name: tensors[name] for name in names}, initial, generator)
-    return {name: drawn[tensors[name]] for name in names}
-
-
-def plan_reset_from(
-    model: nn.Module, units: Units, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
+    known: dict[str, InitialDistribution] | None = None,
 ) -> WeightUpdate:
     """Plan the reset of units: their incoming entries get fresh values, their outgoing entries become zero.
 
@@ -64,7 +29,9 @@ def plan_reset_from(
         model: The model.
         units: Its units.
         chosen: The units to reset, ``(count,)``, by name of the layer; may be empty tensors.
-        fresh: Values for the incoming tensors, whole, by name.
+        generator: A CPU generator; by default one seeded from torch's global one.
+        initial: Initial parameters and buffers by name, to draw from; by default each layer's ``reset_parameters``.
+        known: As for :func:`fresh_entries`.
 
     Returns:
         The update to apply to the model.
@@ -82,16 +49,21 @@ def plan_reset_from(
             incoming.setdefault(name, []).append((unit_index, indices))
         for name, unit_index in units.groups[layer].outgoing.items():
             outgoing.setdefault(name, []).append((unit_index, indices))
-    parts: dict[Tensor, SparseUpdate] = {}
-    for name in {**incoming, **outgoing}:
+    redrawn: dict[str, Tensor] = {}
+    for name, selections in incoming.items():
         shape = tensors[name].shape
-        redrawn = _entries(incoming.get(name, []), shape)
-        zeroed = _entries(outgoing.get(name, []), shape)
+        entries = _entries(selections, shape)
         for unit_index, indices in outgoing.get(name, []):
-            redrawn = redrawn[~unit_mask(unit_index, indices, shape)[torch.unravel_index(redrawn, shape)]]
-        values = fresh[name][torch.unravel_index(redrawn, shape)] if len(redrawn) else torch.zeros(0)
+            entries = entries[~unit_mask(unit_index, indices, shape)[torch.unravel_index(entries, shape)]]
+        redrawn[name] = entries
+    fresh = fresh_entries(model, redrawn, initial, generator, known)
+    zeroed = {name: _entries(selections, tensors[name].shape) for name, selections in outgoing.items()}
+    none = torch.tensor([], dtype=torch.long)
+    parts: dict[Tensor, SparseUpdate] = {}
+    for name in {**redrawn, **zeroed}:
+        values, zeros = fresh.get(name, torch.zeros(0)), zeroed.get(name, none)
         parts[tensors[name]] = SparseUpdate(
-            torch.cat([redrawn, zeroed]), torch.cat([values, values.new_zeros(len(zeroed))])
+            torch.cat([redrawn.get(name, none), zeros]), torch.cat([values, values.new_zeros(len(zeros))])
         )
     candidates = sum(group.num_units for group in units.groups.values())
     return WeightUpdate({}, units=chosen, parts=parts, candidates=candidates, skipped=units.excluded)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.interventions.weights.initialization import reset_values
-from lightning_plasticity.isolation.weights import all_names
+from lightning_plasticity.isolation.weights import all_names, named_tensors
 from lightning_plasticity.layers import norm_parameters
 
 _COMMON = 0.1
@@ -32,10 +34,10 @@ def fresh_values(
 ) -> dict[Tensor, Tensor]:
     """Draw new values for parameters and buffers of a model, from its initial weights where they are known.
 
-    A parameter gets a random permutation of its initial entries, by :func:`permuted`: whatever initialised it, the
-    distribution is the same, and so are mean and standard deviation, to the last digit. This includes parameters that
-    no layer initialises, such as tokens, positions and scales, and those that a weight is computed from, such as by a
-    parametrization or a pruning mask. Norm layers and buffers start from values that are not random: they get their
+    A parameter gets a random permutation of its initial entries, by :class:`InitialDistribution`: whatever initialised
+    it, the distribution is the same, and so are mean and standard deviation, to the last digit. This includes
+    parameters that no layer initialises, such as tokens, positions and scales, and those that a weight is computed
+    from, such as by a parametrization or a pruning mask. Norm layers and buffers start from values that are not random: they get their
     initial values back, each its own. Without initial weights, :func:`reset_values` draws the values.
 
     Args:
@@ -59,6 +61,49 @@ def fresh_values(
     return {tensor: result[first[tensor.data_ptr(), tensor.shape]] for tensor in result}
 
 
+def fresh_entries(
+    model: nn.Module,
+    positions: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor] | None,
+    generator: torch.Generator | None,
+    known: dict[str, InitialDistribution] | None = None,
+) -> dict[str, Tensor]:
+    """Draw new values for some entries of parameters and buffers, such as those of a unit.
+
+    The values are distributed as those of :func:`fresh_values`. The cost is proportional to the number of entries,
+    unless ``reset_parameters`` must draw whole layers.
+
+    Args:
+        model: The whole model.
+        positions: Indices into the flattened tensors, by name.
+        initial: As for :func:`fresh_values`.
+        generator: As for :func:`fresh_values`.
+        known: The distributions found in earlier calls; those of this call are added.
+
+    Returns:
+        The values at these positions, on the CPU, by name.
+    """
+    tensors = named_tensors(model)
+    some = {name: tensors[name] for name in positions}
+    if initial is None:
+        drawn = fresh_values(model, some, None, generator)
+        return {name: drawn[tensors[name]].flatten()[where] for name, where in positions.items()}
+    norms = norm_parameters(model)
+    values = initial_values(model, some, initial)
+    known = {} if known is None else known
+    result = {}
+    for name, where in positions.items():
+        tensor = tensors[name]
+        before = values[tensor]
+        if name not in known or known[name].initial.data_ptr() != before.data_ptr():
+            known[name] = InitialDistribution(before)
+        if _is_drawn(tensor, before, norms):
+            result[name] = known[name].entries(where, tensor.shape, generator)
+        else:
+            result[name] = before.flatten()[where]
+    return result
+
+
 def _drawn(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -66,14 +111,16 @@ def _drawn(
     generator: torch.Generator | None,
 ) -> dict[Tensor, Tensor]:
     norms = norm_parameters(model)
-    result: dict[Tensor, Tensor] = {}
-    for tensor, values in initial_values(model, tensors, initial).items():
-        is_drawn = isinstance(tensor, nn.Parameter) and tensor not in norms
-        if is_drawn or values.shape != tensor.shape:
-            result[tensor] = permuted(values, tensor.shape, generator)
-        else:
-            result[tensor] = values.clone()
-    return result
+    return {
+        tensor: InitialDistribution(values).permuted(tensor.shape, generator)
+        if _is_drawn(tensor, values, norms)
+        else values.clone()
+        for tensor, values in initial_values(model, tensors, initial).items()
+    }
+
+
+def _is_drawn(tensor: Tensor, initial: Tensor, norms: Container[Tensor]) -> bool:
+    return (isinstance(tensor, nn.Parameter) and tensor not in norms) or initial.shape != tensor.shape
 
 
 def initial_values(
@@ -116,38 +163,85 @@ def _former_names(names: list[str]) -> list[str]:
     return former + names
 
 
-def permuted(initial: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    """Return the initial entries of a tensor in random order, with :func:`constants` in their places.
+@dataclass(frozen=True, eq=False)
+class InitialDistribution:
+    """The distribution that the initial entries of a tensor were drawn from.
 
-    Common initialisations draw all entries of a tensor from one distribution, so that any selection of the permuted
-    entries, such as the row of a unit, has that distribution. For a tensor that has another shape now, entries are
-    drawn with replacement. A tensor of one entry gets its initial value.
-
-    The entries of an orthogonal matrix depend on each other: its rows and its columns are permuted instead, which keeps
-    all singular values. Kernels count as matrices with one row per output.
+    Common initialisations draw all entries of a tensor from one distribution, so that any selection of the entries,
+    such as the row of a unit, has that distribution. The :func:`constants` among them stay in their places. The entries
+    of an orthogonal matrix depend on each other: its rows and its columns are drawn instead. Kernels count as matrices
+    with one row per output.
 
     Args:
         initial: The initial values, on the CPU.
-        shape: Shape of the tensor.
-        generator: A CPU generator; by default one seeded from torch's global one.
 
     Example:
-        >>> permuted(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), torch.Size([2, 3]), None)[0]  # a padding row
+        >>> initial = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])  # the first row is a padding
+        >>> InitialDistribution(initial).permuted(initial.shape)[0]
         tensor([0., 0., 0.])
     """
-    if initial.shape != shape:
-        chosen = torch.randint(initial.numel(), (shape.numel(),), generator=generator)
-        return initial.flatten()[chosen].view(shape)
-    fixed = constants(initial)
-    if fixed is None and _is_orthogonal(initial):
-        matrix = initial.flatten(1)
-        rows, columns = (torch.randperm(size, generator=generator) for size in matrix.shape)
-        return matrix[rows][:, columns].view(shape)
-    if fixed is None:
-        return initial.flatten()[torch.randperm(initial.numel(), generator=generator)].view(shape)
-    result, drawn = initial.clone(), initial[~fixed]
-    result[~fixed] = drawn[torch.randperm(len(drawn), generator=generator)]
-    return result
+
+    initial: Tensor
+
+    def permuted(self, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
+        """Return the entries in random order; those of an orthogonal matrix keep its singular values.
+
+        For a tensor that has another shape now, entries are drawn with replacement. A tensor of one entry gets its
+        initial value.
+
+        Args:
+            shape: Shape of the tensor.
+            generator: A CPU generator; by default one seeded from torch's global one.
+        """
+        if self.initial.shape != shape or self._is_orthogonal:
+            return self.entries(torch.arange(shape.numel()), shape, generator).view(shape)
+        order = torch.randperm(len(self._random), generator=generator)
+        if self._fixed is None:
+            return self._random[order].view(shape)
+        result = self.initial.clone()
+        result[~self._fixed] = self._random[order]
+        return result
+
+    def entries(self, positions: Tensor, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
+        """Return values for some entries: initial entries, drawn with replacement.
+
+        Those of an orthogonal matrix come from rows and columns in random order.
+
+        Args:
+            positions: Indices into the flattened tensor, ``(count,)``.
+            shape: Shape of the tensor.
+            generator: A CPU generator; by default one seeded from torch's global one.
+        """
+        if self.initial.shape != shape:
+            return self.initial.flatten()[_integers(self.initial.numel(), positions, generator)]
+        if self._is_orthogonal:
+            matrix = self.initial.flatten(1)
+            rows, columns = (torch.randperm(size, generator=generator) for size in matrix.shape)
+            return matrix[rows[positions // matrix.shape[1]], columns[positions % matrix.shape[1]]]
+        if self._fixed is None:
+            return self._random[_integers(len(self._random), positions, generator)]
+        values = self.initial.flatten()[positions]
+        drawn = ~self._fixed.flatten()[positions]
+        values[drawn] = self._random[_integers(len(self._random), positions[drawn], generator)]
+        return values
+
+    @cached_property
+    def _fixed(self) -> Tensor | None:
+        return constants(self.initial)
+
+    @cached_property
+    def _random(self) -> Tensor:
+        """The entries that are not constant, flattened."""
+        return self.initial.flatten() if self._fixed is None else self.initial[~self._fixed]
+
+    @cached_property
+    def _is_orthogonal(self) -> bool:
+        return self._fixed is None and _is_orthogonal(self.initial)
+
+
+def _integers(stop: int, positions: Tensor, generator: torch.Generator | None) -> Tensor:
+    # Without entries to draw from, there are none to draw.
+    return torch.randint(max(stop, 1), positions.shape, generator=generator)
 
 
 def constants(initial: Tensor) -> Tensor | None:
@@ -179,12 +273,8 @@ def _common_values(entries: Tensor) -> list[Tensor]:
     if len(entries) > _SAMPLE:
         # The same sample each time, so that it does not change the numbers that are drawn.
         sample = entries[torch.randint(len(entries), (_SAMPLE,), generator=torch.Generator().manual_seed(0))]
-    candidates: list[Tensor] = []
-    frequent = (sample[:, None] == sample).sum(1) >= max(2, _COMMON / 2 * len(sample))
-    rest = sample[frequent]
-    while len(rest):
-        candidates.append(rest[0])
-        rest = rest[rest != rest[0]]
+    distinct, counts = sample.unique(return_counts=True)
+    candidates = distinct[counts >= max(2, _COMMON / 2 * len(sample))]
     return [value for value in candidates if (entries == value).sum() >= max(2, _COMMON * len(entries))]
 
 
