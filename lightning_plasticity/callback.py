@@ -407,8 +407,11 @@ class SpectralCollapseCallback(Callback):
     ) -> None:
         accumulation = trainer.accumulate_grad_batches if pl_module.automatic_optimization else None
         scale = gradient_scale(trainer, optimizer)
-        penalties = self._runner.before_step(pl_module, optimizer, accumulation=accumulation, scale=scale)
-        if penalties and is_logging_step(trainer):
+        is_logged = is_logging_step(trainer)
+        penalties = self._runner.before_step(
+            pl_module, optimizer, accumulation=accumulation, scale=scale, with_values=is_logged
+        )
+        if penalties and is_logged:
             values = {name: penalty.item() for name, penalty in penalties.items()}
             log_step(trainer.loggers, values, self._steps, self._errors, self._groups)
 

@@ -335,7 +335,7 @@ def complete_gradients(
     """
     parameters = trained_parameters(optimizers)
     for regularizer in regularizers if loss.isfinite() else ():
-        accumulate(parameters, differentiate_penalty(regularizer, model, parameters)[1], 1.0)
+        accumulate(parameters, differentiate_penalty(regularizer, model, parameters).terms, 1.0)
     for optimizer in optimizers:
         context.clip_gradients(model, optimizer)
 

@@ -183,7 +183,13 @@ class InterventionRunner:
         self._counter.after_backward()
 
     def before_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, accumulation: int | None, scale: float
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulation: int | None,
+        scale: float,
+        with_values: bool,
     ) -> dict[str, Tensor]:
         """Add the gradients of the regularizers to those of an optimizer's parameters, before its step.
 
@@ -196,9 +202,10 @@ class InterventionRunner:
             accumulation: Number of batches that an automatic optimization accumulates gradients over; ``None`` with
                 manual optimization.
             scale: Factor by which the gradients of the loss are still scaled.
+            with_values: Whether the values of all penalties are needed, such as for a log.
 
         Returns:
-            The value of each penalty as ``<name>/penalty``.
+            The value of each penalty as ``<name>/penalty``, as far as it is known.
         """
         passes = self._counter.before_step(optimizer)
         regularizers = [started for started in self._started if isinstance(started, Regularizer)]
@@ -211,14 +218,14 @@ class InterventionRunner:
         # Without a backward pass there is no loss to add to, as in an epoch that only updates batch norms.
         if not (passes and any_grad(parameters)):
             return {}
-        result = penalty_gradients(model, parameters, regularizers)
+        result = penalty_gradients(model, parameters, regularizers, with_values=with_values)
         for regularizer, error in result.errors:
             if not self._has_worked:
                 raise_local_error(error)
             self._record(regularizer, "failed and was left out of this step", error)
         _sync_state([regularizer for regularizer, _ in result.errors])
         self._has_worked = True
-        accumulate(parameters, result.gradients, scale * (1.0 if accumulation is None else passes / accumulation))
+        accumulate(parameters, result.terms, scale * (1.0 if accumulation is None else passes / accumulation))
         return {f"{self.name_of(regularizer)}/penalty": penalty for regularizer, penalty in result.penalties}
 
     def after_batch(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_plasticity.distributed.agreement import all_or_none
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.interventions import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import differentiate_penalty
+from lightning_plasticity.interventions.penalty_gradients import Terms, differentiate_penalty
 
 
 @dataclass(eq=False)
@@ -18,18 +18,18 @@ class PenaltyGradients:
     """The penalties of several regularizers and the sum of their gradients.
 
     Args:
-        gradients: The sum of the gradients for each parameter; ``None`` where no penalty depends on it.
-        penalties: The value of each penalty, by its regularizer.
+        terms: The sum of the gradients.
+        penalties: The value of each penalty, by its regularizer, as far as it is known.
         errors: The regularizers that failed, with their errors; they are not in the sum.
     """
 
-    gradients: list[Tensor | None]
+    terms: Terms = field(default_factory=list)
     penalties: list[tuple[Regularizer, Tensor]] = field(default_factory=list)
     errors: list[tuple[Regularizer, Exception]] = field(default_factory=list)
 
 
 def penalty_gradients(
-    model: nn.Module, parameters: Sequence[Tensor], regularizers: Sequence[Regularizer]
+    model: nn.Module, parameters: Sequence[Tensor], regularizers: Sequence[Regularizer], *, with_values: bool
 ) -> PenaltyGradients:
     """Differentiate the penalties of regularizers with respect to parameters, sharded ones included.
 
@@ -39,25 +39,23 @@ def penalty_gradients(
         model: The model.
         parameters: The parameters, as the optimizer holds them.
         regularizers: The regularizers.
+        with_values: Whether the values of all penalties are needed.
     """
-    result = PenaltyGradients([None] * len(parameters))
+    result = PenaltyGradients()
     try:
         with gather_full_parameters(model) as full_parameters:
             full = [full_parameters.get(parameter, parameter) for parameter in parameters]
             for regularizer in regularizers:
                 try:
                     with all_or_none():
-                        penalty, gradients = differentiate_penalty(regularizer, model, full)
+                        gradient = differentiate_penalty(regularizer, model, full, with_value=with_values)
                 except Exception as error:
                     result.errors.append((regularizer, error))
                     continue
-                result.penalties.append((regularizer, penalty.detach()))
-                result.gradients = [_add(*pair) for pair in zip(result.gradients, gradients, strict=True)]
+                result.terms += gradient.terms
+                if gradient.penalty is not None:
+                    result.penalties.append((regularizer, gradient.penalty))
     except Exception as error:
         # Sharded parameters could not be gathered.
         result.errors = [(regularizer, error) for regularizer in regularizers]
     return result
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b

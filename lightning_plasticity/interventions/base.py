@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_plasticity._validation import check_number, is_int, is_str_list
+from lightning_plasticity.interventions.penalty_gradients import ClosedForm, accumulate, differentiate_penalty
 from lightning_plasticity.interventions.selection import Patterns, check_patterns, find_module, selected_tensors
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.linear_layers import (
@@ -422,6 +423,8 @@ class Regularizer(Intervention, ABC):
         for inputs, targets in batches:
             (loss_fn(model(inputs), targets) + regularizer.penalty(model)).backward()
 
+    or, at less cost, ``regularizer.add_gradients(model)`` after the backward pass of the loss.
+
     Args:
         coefficient: Factor of the term.
 
@@ -437,3 +440,29 @@ class Regularizer(Intervention, ABC):
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
         """Compute the term, coefficient included: a scalar with a graph."""
+
+    def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
+        """Return the gradient of the penalty by a formula that is cheaper than autograd; ``None`` if there is none.
+
+        The callback uses it in place of :meth:`penalty`. It is called once before every optimizer step.
+
+        Args:
+            model: The model.
+            with_value: Whether the value of the penalty is needed, too.
+        """
+        return None
+
+    def add_gradients(self, model: nn.Module) -> None:
+        """Add the gradient of the penalty to ``.grad`` of the parameters, as if it had been a term of the loss.
+
+        Call it between the backward pass and the optimizer step, in place of ``loss + penalty(model)``. It saves time
+        where the gradient has a :meth:`closed_form`.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: If a gradient is not finite.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        accumulate(parameters, differentiate_penalty(self, model, parameters).terms, 1.0)

@@ -37,14 +37,7 @@ class InitialValueRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms = []
-        for name, parameter in self.parameters(model).items():
-            if name not in self._initial or not self._fits(name, parameter):
-                stored = f"one of shape {tuple(self._initial[name].shape)}" if name in self._initial else "none"
-                raise RuntimeError(
-                    f"{self.name} has no initial value of parameter {name!r} of shape {tuple(parameter.shape)} "
-                    f"({stored} is stored): call start(model) before training, and again when the model has changed"
-                )
-            initial = self._initial[name] = self._initial[name].to(parameter.device)
+        for parameter, initial in self.pairs(model):
             wide = at_least_float32(parameter)
             terms.append(self.distance(wide, initial.to(wide.dtype)))
         if not terms:
@@ -66,6 +59,24 @@ class InitialValueRegularizer(Regularizer):
             for name, parameter in self.selected_parameters(model).items()
             if parameter.is_floating_point()
         }
+
+    def pairs(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each parameter to regularize, with what :meth:`reference` has stored of it.
+
+        Raises:
+            RuntimeError: If nothing is stored of a parameter of this shape.
+        """
+        result = []
+        for name, parameter in self.parameters(model).items():
+            if name not in self._initial or not self._fits(name, parameter):
+                stored = f"one of shape {tuple(self._initial[name].shape)}" if name in self._initial else "none"
+                raise RuntimeError(
+                    f"{self.name} has no initial value of parameter {name!r} of shape {tuple(parameter.shape)} "
+                    f"({stored} is stored): call start(model) before training, and again when the model has changed"
+                )
+            initial = self._initial[name] = self._initial[name].to(parameter.device)
+            result.append((parameter, initial))
+        return result
 
     def reference(self, parameter: Tensor) -> Tensor:
         """Return the values to store of an initial parameter, in the same shape."""

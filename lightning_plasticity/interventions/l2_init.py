@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
+from lightning_plasticity.interventions.penalty_gradients import ClosedForm
 from lightning_plasticity.interventions.selection import Patterns
+from lightning_plasticity.interventions.weights.matrices import at_least_float32
 from lightning_plasticity.layers import norm_parameters
 
 
@@ -54,3 +56,19 @@ class L2Init(InitialValueRegularizer):
     def distance(self, parameter: Tensor, initial: Tensor) -> Tensor:
         # One pass over memory, without a tensor for the difference.
         return 0.5 * F.mse_loss(parameter, initial, reduction="sum")
+
+    @override
+    def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm:
+        pairs = self.pairs(model)
+        value = self.penalty(model) if with_value else None
+        # No tensor for the difference, which would be two more passes over the memory of all parameters; but in half
+        # precision the difference of two large sums would be rounded away.
+        terms: dict[float, dict[nn.Parameter, Tensor]] = {self.coefficient: {}, -self.coefficient: {}}
+        for parameter, initial in pairs:
+            wide = at_least_float32(parameter.detach())
+            if wide.dtype == parameter.dtype:
+                terms[self.coefficient][parameter] = wide
+                terms[-self.coefficient][parameter] = initial
+            else:
+                terms[self.coefficient][parameter] = (wide - initial.to(wide)).to(parameter)
+        return ClosedForm(value, list(terms.items()))

@@ -2,50 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed.sharded_weights import sharded_like
-from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.isolation.state import device_of
+
+if TYPE_CHECKING:
+    from lightning_plasticity.interventions.base import Regularizer
+
+Terms = list[tuple[float, Sequence[Tensor | None]]]
+"""A gradient as a sum: factors, and for each parameter a tensor, or ``None`` for zeros."""
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The penalty of a regularizer, and its gradient as a sum of tensors times factors.
+
+    Args:
+        value: The penalty, if it was asked for.
+        terms: Factors, with a tensor for each parameter that the penalty depends on.
+    """
+
+    value: Tensor | None
+    terms: Sequence[tuple[float, Mapping[nn.Parameter, Tensor]]]
+
+
+@dataclass(frozen=True)
+class PenaltyGradient:
+    """The penalty of a regularizer and its gradient.
+
+    Args:
+        penalty: The penalty; ``None`` if it has a closed form and its value was not asked for.
+        terms: The gradient, for each of the parameters that it was asked for.
+    """
+
+    penalty: Tensor | None
+    terms: Terms
 
 
 def differentiate_penalty(
-    regularizer: Regularizer, model: nn.Module, parameters: Sequence[Tensor]
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return the penalty of a regularizer and its gradients; ``None`` where it does not depend on a parameter.
+    regularizer: Regularizer, model: nn.Module, parameters: Sequence[Tensor], *, with_value: bool = False
+) -> PenaltyGradient:
+    """Return the penalty of a regularizer and its gradient.
+
+    Args:
+        regularizer: The regularizer.
+        model: The model.
+        parameters: The parameters to differentiate by.
+        with_value: Whether the penalty is needed even if the gradient has a closed form.
 
     Raises:
         TypeError: If ``penalty`` does not return a scalar tensor.
         ValueError: If a gradient is not finite.
     """
-    with torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
-        penalty: object = regularizer.penalty(model)
+    with torch.autocast(device_of(model).type, enabled=False):
+        with torch.no_grad():
+            closed = regularizer.closed_form(model, with_value=with_value)
+        if closed is not None:
+            terms: Terms = [(factor, [t.get(p) for p in parameters]) for factor, t in closed.terms]  # type: ignore[call-overload]
+            return PenaltyGradient(closed.value, terms)
+        with torch.enable_grad():
+            penalty: object = regularizer.penalty(model)
         if not isinstance(penalty, Tensor) or penalty.numel() != 1:
             received = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
             raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {received}")
         # All parameters that the penalty depends on may be frozen.
         if not penalty.requires_grad:
-            return penalty, [None] * len(parameters)
+            return PenaltyGradient(penalty, [])
         gradients: Sequence[Tensor | None] = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
+    check_finite(gradients)
+    return PenaltyGradient(penalty.detach(), [(1.0, gradients)])
+
+
+def check_finite(gradients: Sequence[Tensor | None]) -> None:
+    """Raise a ``ValueError`` if an entry of a gradient is not finite."""
+    dense = [gradient for gradient in gradients if gradient is not None]
+    norms = torch._foreach_norm(dense) if dense else []
+    # A norm can overflow where no entry does.
+    if not math.isfinite(sum(norm.item() for norm in norms)) and not all(bool(g.isfinite().all()) for g in dense):
         raise ValueError("a gradient is not finite")
-    return penalty, gradients
 
 
-def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:
-    """Add gradients, times a factor, to ``.grad`` of parameters."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        shard = sharded_like(parameter, gradient.detach())
-        if parameter.grad is None:
-            # In the layout of the parameter, which fused optimizers assume.
-            parameter.grad = torch.zeros_like(parameter).add_(shard, alpha=factor)
-        elif parameter.grad.is_sparse:
-            # nn.Embedding(sparse=True): a dense tensor cannot be added to a sparse one in place.
-            parameter.grad = (factor * shard + parameter.grad).to(parameter.dtype)
-        else:
-            parameter.grad.add_(shard, alpha=factor)
+def accumulate(parameters: Sequence[Tensor], terms: Terms, factor: float) -> None:
+    """Add a gradient, times a factor, to ``.grad`` of parameters."""
+    for weight, gradients in terms:
+        sums, addends = [], []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            shard = sharded_like(parameter, gradient.detach())
+            if parameter.grad is None:
+                # In the layout of the parameter, which fused optimizers assume.
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.is_sparse:
+                # nn.Embedding(sparse=True): a dense tensor cannot be added to a sparse one in place.
+                parameter.grad = (weight * factor * shard + parameter.grad).to(parameter.dtype)
+            else:
+                sums.append(parameter.grad)
+                addends.append(shard)
+        if sums:
+            torch._foreach_add_(sums, addends, alpha=weight * factor)

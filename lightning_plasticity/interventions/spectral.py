@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
+from lightning_plasticity.interventions.penalty_gradients import ClosedForm, check_finite
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.weights.matrices import weight_matrices
+from lightning_plasticity.interventions.weights.matrices import LayerWeights, weight_matrices
 
 _FIRST_ITERATIONS = 20
 """Iterations for a new matrix: from a random vector, one is not enough."""
@@ -79,12 +80,41 @@ class SpectralRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms: list[Tensor] = []
-        for layer in weight_matrices(model, set(self.selected_parameters(model).values())).values():
+        for layer in self._layers(model):
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
             terms += [bias.square().sum().pow(self.power) for bias in layer.biases]
             terms += [(scale - 1).square().sum() for scale in layer.scales]
         return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @override
+    def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
+        if self.exact:
+            return None
+        value = self.penalty(model) if with_value else None
+        tensors: list[Tensor] = []
+        gradients: list[Tensor] = []
+        with torch.enable_grad():
+            layers = self._layers(model)
+        for layer in layers:
+            for name, matrix in layer.matrices.items():
+                left, right, norm = self._iterate(name, matrix.detach())
+                self._vectors[name] = left
+                factor = 2 * self.power * (norm.pow(self.power) - 1) * norm.pow(self.power - 1)
+                tensors.append(matrix)
+                gradients.append(torch.outer(factor * left, right))
+            for bias in layer.biases:
+                square = bias.square().sum()
+                tensors.append(bias)
+                gradients.append(2 * self.power * square.pow(self.power - 1) * bias)
+            tensors += layer.scales
+            gradients += [2 * (scale - 1) for scale in layer.scales]
+        parameters = list(self.selected_parameters(model).values())
+        # Through views, parametrizations and casts from half precision, to the parameters.
+        sums = torch.autograd.grad(tensors, parameters, gradients, allow_unused=True)
+        known = {p: g for p, g in zip(parameters, sums, strict=True) if g is not None}
+        check_finite(list(known.values()))
+        return ClosedForm(value, [(self.coefficient, known)])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -94,21 +124,28 @@ class SpectralRegularizer(Regularizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._vectors = {name: vector.clone() for name, vector in state["vectors"].items()}
 
+    def _layers(self, model: nn.Module) -> list[LayerWeights]:
+        return list(weight_matrices(model, set(self.selected_parameters(model).values())).values())
+
     def _norm(self, name: str, matrix: Tensor) -> Tensor:
         """Compute the spectral norm of a matrix, and store its left singular vector."""
         with torch.autocast(matrix.device.type, enabled=False):
             if self.exact:
                 exact: Tensor = torch.linalg.svdvals(matrix)[0]
                 return exact
-            left = self._left(name, matrix.detach())
-            right = F.normalize(left @ matrix.detach(), dim=0)
-            product = matrix @ right
-            length = torch.linalg.vector_norm(product.detach())
-            usable = (length > 0) & torch.isfinite(length)
-            new = torch.where(usable, product.detach() / length, left)
+            left, right, _ = self._iterate(name, matrix.detach())
             if torch.is_grad_enabled():
-                self._vectors[name] = new
-            return torch.dot(new, product)
+                self._vectors[name] = left
+            return torch.dot(left, matrix @ right)
+
+    def _iterate(self, name: str, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one step of the power iteration; return left and right singular vector, and the spectral norm."""
+        left = self._left(name, matrix)
+        right = F.normalize(left @ matrix, dim=0)
+        product = matrix @ right
+        length = torch.linalg.vector_norm(product)
+        usable = (length > 0) & (length < torch.inf)
+        return torch.where(usable, product / length, left), right, length
 
     def _left(self, name: str, matrix: Tensor) -> Tensor:
         """Return the stored estimate of the left singular vector, or for a new matrix one from a random start."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.interventions.units.groups import Units, unit_indices, unit_mask
 from lightning_plasticity.interventions.weights.initial_distribution import InitialDistribution, fresh_entries
+from lightning_plasticity.interventions.weights.positions import unravel_index
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
 from lightning_plasticity.isolation.weights import named_tensors
 
@@ -54,7 +55,7 @@ def plan_reset(
         shape = tensors[name].shape
         entries = _entries(selections, shape)
         for unit_index, indices in outgoing.get(name, []):
-            entries = entries[~unit_mask(unit_index, indices, shape)[torch.unravel_index(entries, shape)]]
+            entries = entries[~unit_mask(unit_index, indices, shape)[unravel_index(entries, shape)]]
         redrawn[name] = entries
     fresh = fresh_entries(model, redrawn, initial, generator, known)
     zeroed = {name: _entries(selections, tensors[name].shape) for name, selections in outgoing.items()}

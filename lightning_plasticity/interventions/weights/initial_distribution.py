@@ -37,8 +37,8 @@ def fresh_values(
     A parameter gets a random permutation of its initial entries, by :class:`InitialDistribution`: whatever initialised
     it, the distribution is the same, and so are mean and standard deviation, to the last digit. This includes
     parameters that no layer initialises, such as tokens, positions and scales, and those that a weight is computed
-    from, such as by a parametrization or a pruning mask. Norm layers and buffers start from values that are not random: they get their
-    initial values back, each its own. Without initial weights, :func:`reset_values` draws the values.
+    from, such as by a parametrization or a pruning mask. Norm layers and buffers start from values that are not random:
+    they get their initial values back, each its own. Without initial weights, :func:`reset_values` draws the values.
 
     Args:
         model: The whole model.

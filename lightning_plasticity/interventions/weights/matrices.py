@@ -122,7 +122,8 @@ def _add(layer: LayerWeights, module: nn.Module, path: str, name: str, tensor: T
     if isinstance(module, NORM_LAYERS):
         (layer.scales if name == "weight" else layer.biases).append(tensor)
         return
-    blocks = tensor.chunk(_num_blocks(module, name, tensor))
+    count = _num_blocks(module, name, tensor)
+    blocks = tensor.chunk(count) if count > 1 else (tensor,)
     if "bias" in name:
         layer.biases.extend(blocks)
         return

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.interventions.weights.positions import unravel_index
+
 ResetMasks = Mapping[nn.Parameter, Tensor | None]
 """The re-initialised entries of each parameter, on its device: a boolean mask of its shape, or indices into the
 flattened parameter; ``None`` means all."""
@@ -137,7 +139,7 @@ def _index(parameter: nn.Parameter, mask: Tensor | None) -> _Index | None:
     """Return an index for tensors of the parameter's shape, valid for any memory layout."""
     if mask is None or mask.dtype == torch.bool:
         return mask
-    return torch.unravel_index(mask, parameter.shape)
+    return unravel_index(mask, parameter.shape)
 
 
 def _as_bool(parameter: nn.Parameter, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_plasticity.distributed.agreement import sync_errors
 from lightning_plasticity.interventions.weights.optimizer_state import reset_state, rollback_on_error
+from lightning_plasticity.interventions.weights.positions import unravel_index
 from lightning_plasticity.isolation.weights import named_tensors
 
 _Value = TypeVar("_Value")
@@ -187,7 +188,7 @@ def apply_update(name: str, update: WeightUpdate, optimizers: Sequence[torch.opt
     new_values = {old: new.to(old) for old, new in update.values.items()}
     counts = {old: int((new != old).count_nonzero()) for old, new in new_values.items()}
     changed_values = {old: new for old, new in new_values.items() if counts[old]}
-    indices = {old: torch.unravel_index(part.positions.to(old.device), old.shape) for old, part in update.parts.items()}
+    indices = {old: unravel_index(part.positions.to(old.device), old.shape) for old, part in update.parts.items()}
     for old, part in update.parts.items():
         counts[old] = int((old.detach()[indices[old]] != part.values.to(old)).count_nonzero())
     entries_to_reset = _entries_to_reset(update, changed_values)
