@@ -71,4 +71,4 @@ class L2Init(InitialValueRegularizer):
                 terms[-self.coefficient][parameter] = initial
             else:
                 terms[self.coefficient][parameter] = (wide - initial.to(wide)).to(parameter)
-        return ClosedForm(value, list(terms.items()))
+        return ClosedForm(value, [(factor, {**term}) for factor, term in terms.items()])

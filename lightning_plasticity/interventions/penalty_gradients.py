@@ -30,7 +30,7 @@ class ClosedForm:
     """
 
     value: Tensor | None
-    terms: Sequence[tuple[float, Mapping[nn.Parameter, Tensor]]]
+    terms: Sequence[tuple[float, Mapping[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,13 @@ def differentiate_penalty(
         TypeError: If ``penalty`` does not return a scalar tensor.
         ValueError: If a gradient is not finite.
     """
-    with torch.autocast(device_of(model).type, enabled=False):
-        with torch.no_grad():
-            closed = regularizer.closed_form(model, with_value=with_value)
-        if closed is not None:
-            terms: Terms = [(factor, [t.get(p) for p in parameters]) for factor, t in closed.terms]  # type: ignore[call-overload]
-            return PenaltyGradient(closed.value, terms)
-        with torch.enable_grad():
-            penalty: object = regularizer.penalty(model)
+    with torch.no_grad():
+        closed = regularizer.closed_form(model, with_value=with_value)
+    if closed is not None:
+        terms: Terms = [(factor, [term.get(p) for p in parameters]) for factor, term in closed.terms]
+        return PenaltyGradient(closed.value, terms)
+    with torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
+        penalty: object = regularizer.penalty(model)
         if not isinstance(penalty, Tensor) or penalty.numel() != 1:
             received = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
             raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {received}")
@@ -78,6 +77,30 @@ def differentiate_penalty(
         gradients: Sequence[Tensor | None] = torch.autograd.grad(penalty, parameters, allow_unused=True)
     check_finite(gradients)
     return PenaltyGradient(penalty.detach(), [(1.0, gradients)])
+
+
+def gradients_of_parameters(
+    parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> dict[Tensor, Tensor]:
+    """Return the gradients of parameters, given those of tensors that are parameters or were computed from some.
+
+    Args:
+        parameters: The parameters.
+        tensors: Some of them, and tensors with a graph.
+        gradients: The gradient with respect to each of these tensors.
+    """
+    pairs = list(zip(tensors, gradients, strict=True))
+    result = {tensor: gradient for tensor, gradient in pairs if tensor.is_leaf}
+    computed = [(tensor, gradient) for tensor, gradient in pairs if not tensor.is_leaf]
+    if not computed:
+        return result
+    outputs, output_gradients = zip(*computed, strict=True)
+    # Through views, parametrizations and casts.
+    sums = torch.autograd.grad(outputs, parameters, output_gradients, allow_unused=True)
+    for parameter, addend in zip(parameters, sums, strict=True):
+        if addend is not None:
+            result[parameter] = result[parameter] + addend if parameter in result else addend
+    return result
 
 
 def check_finite(gradients: Sequence[Tensor | None]) -> None:

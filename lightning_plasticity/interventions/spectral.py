@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from typing_extensions import override
 
 from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import ClosedForm, check_finite
+from lightning_plasticity.interventions.penalty_gradients import ClosedForm, gradients_of_parameters
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.matrices import LayerWeights, weight_matrices
 
@@ -91,30 +92,37 @@ class SpectralRegularizer(Regularizer):
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
         if self.exact:
             return None
-        value = self.penalty(model) if with_value else None
-        tensors: list[Tensor] = []
-        gradients: list[Tensor] = []
         with torch.enable_grad():
             layers = self._layers(model)
-        for layer in layers:
-            for name, matrix in layer.matrices.items():
-                left, right, norm = self._iterate(name, matrix.detach())
-                self._vectors[name] = left
-                factor = 2 * self.power * (norm.pow(self.power) - 1) * norm.pow(self.power - 1)
-                tensors.append(matrix)
-                gradients.append(torch.outer(factor * left, right))
-            for bias in layer.biases:
-                square = bias.square().sum()
-                tensors.append(bias)
-                gradients.append(2 * self.power * square.pow(self.power - 1) * bias)
-            tensors += layer.scales
-            gradients += [2 * (scale - 1) for scale in layer.scales]
+        matrices = {name: matrix for layer in layers for name, matrix in layer.matrices.items()}
+        biases = [bias for layer in layers for bias in layer.biases]
+        scales = [scale for layer in layers for scale in layer.scales]
+        # The step of the power iteration, without the lengths of its vectors, which are all computed at once.
+        rights = [self._left(name, matrix.detach()) @ matrix.detach() for name, matrix in matrices.items()]
+        products = [m.detach() @ right for m, right in zip(matrices.values(), rights, strict=True)]
+        norms, m = _norms([*rights, *products, *biases]), len(matrices)
+        right_norms, product_norms, bias_norms = (norms[i : i + n] for i, n in ((0, m), (m, m), (2 * m, len(biases))))
+        if not all(0 < norm < math.inf for norm in right_norms + product_norms):
+            # A matrix is zero or not finite.
+            return None
+        sigmas = [p / r for p, r in zip(product_norms, right_norms, strict=True)]
+        self._vectors |= {name: p / norm for name, p, norm in zip(matrices, products, product_norms, strict=True)}
+        k = self.power
+        factors = [
+            2 * k * (sigma**k - 1) * sigma ** (k - 1) / (p * r)
+            for sigma, p, r in zip(sigmas, product_norms, right_norms, strict=True)
+        ]
+        factors += [2 * k * norm ** (2 * k - 2) for norm in bias_norms]
+        outer = [torch.outer(product, right) for product, right in zip(products, rights, strict=True)]
+        gradients = [*torch._foreach_mul([*outer, *biases], factors), *(2 * (scale - 1) for scale in scales)]
+        value = None
+        if with_value:
+            terms = [(sigma**k - 1) ** 2 for sigma in sigmas] + [norm ** (2 * k) for norm in bias_norms]
+            terms += [(scale - 1).square().sum().item() for scale in scales]
+            value = torch.tensor(self.coefficient * sum(terms))
         parameters = list(self.selected_parameters(model).values())
-        # Through views, parametrizations and casts from half precision, to the parameters.
-        sums = torch.autograd.grad(tensors, parameters, gradients, allow_unused=True)
-        known = {p: g for p, g in zip(parameters, sums, strict=True) if g is not None}
-        check_finite(list(known.values()))
-        return ClosedForm(value, [(self.coefficient, known)])
+        tensors = [*matrices.values(), *biases, *scales]
+        return ClosedForm(value, [(self.coefficient, gradients_of_parameters(parameters, tensors, gradients))])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -133,19 +141,15 @@ class SpectralRegularizer(Regularizer):
             if self.exact:
                 exact: Tensor = torch.linalg.svdvals(matrix)[0]
                 return exact
-            left, right, _ = self._iterate(name, matrix.detach())
+            left = self._left(name, matrix.detach())
+            right = F.normalize(left @ matrix.detach(), dim=0)
+            product = matrix @ right
+            length = torch.linalg.vector_norm(product.detach())
+            usable = (length > 0) & torch.isfinite(length)
+            new = torch.where(usable, product.detach() / length, left)
             if torch.is_grad_enabled():
-                self._vectors[name] = left
-            return torch.dot(left, matrix @ right)
-
-    def _iterate(self, name: str, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take one step of the power iteration; return left and right singular vector, and the spectral norm."""
-        left = self._left(name, matrix)
-        right = F.normalize(left @ matrix, dim=0)
-        product = matrix @ right
-        length = torch.linalg.vector_norm(product)
-        usable = (length > 0) & (length < torch.inf)
-        return torch.where(usable, product / length, left), right, length
+                self._vectors[name] = new
+            return torch.dot(new, product)
 
     def _left(self, name: str, matrix: Tensor) -> Tensor:
         """Return the stored estimate of the left singular vector, or for a new matrix one from a random start."""
@@ -159,3 +163,10 @@ class SpectralRegularizer(Regularizer):
         for _ in range(_FIRST_ITERATIONS - 1):
             vector = F.normalize(matrix @ (vector @ matrix), dim=0)
         return torch.where(torch.isfinite(vector).all() & vector.any(), vector, F.normalize(start, dim=0))
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    # One transfer for all of them.
+    norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])]
+    numbers: list[float] = torch.stack(norms).tolist()
+    return numbers
