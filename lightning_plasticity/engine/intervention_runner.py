@@ -242,7 +242,7 @@ class InterventionRunner:
             for intervention in (started for started in self._started if isinstance(started, StepIntervention)):
                 act = partial(intervention.after_step, context.model, context.optimizers)
                 report = self._run_guarded(intervention, context, act, weights=list(context.model.parameters()))
-                if report is not None and report.units:
+                if report is not None:
                     numbers |= dataclasses.replace(report, name=self.name_of(intervention)).numbers()
         due = [
             number

@@ -17,11 +17,13 @@ from lightning_plasticity.interventions.normalize_and_project import NormalizeAn
 from lightning_plasticity.interventions.parseval import Parseval
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
+from lightning_plasticity.interventions.selective_weight_reinit import SelectiveWeightReinit
 from lightning_plasticity.interventions.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
 from lightning_plasticity.interventions.units import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.upgd import UPGD
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 from lightning_plasticity.interventions.weight_clipping import WeightClipping
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate
@@ -30,6 +32,7 @@ __all__ = [
     "DASH",
     "FIRE",
     "L2ER",
+    "UPGD",
     "ContinualBackprop",
     "EffectiveRankRegularizer",
     "HareTortoise",
@@ -44,6 +47,7 @@ __all__ = [
     "Repair",
     "RepairReport",
     "Reset",
+    "SelectiveWeightReinit",
     "SelfNormalizedReset",
     "ShrinkPerturb",
     "SoftShrinkPerturb",

@@ -81,6 +81,19 @@ class InterventionContext:
             )
         return self.forward
 
+    def require_optimizers(self, owner: str) -> Sequence[torch.optim.Optimizer]:
+        """Return the optimizers.
+
+        Args:
+            owner: Name of the intervention, for the message.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.optimizers:
+            raise ValueError(f"{owner} follows the steps of optimizers: start(model, optimizers=[optimizer])")
+        return self.optimizers
+
     def require_losses(self, owner: str) -> Sequence[Loss]:
         """Return the loss functions, one per mini-batch.
 

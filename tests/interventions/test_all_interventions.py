@@ -28,6 +28,10 @@ def loss(model: nn.Module) -> Tensor:
     return forward(model).square().mean()
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters())
+
+
 def test_table_holds_every_public_intervention() -> None:
     classes = [value for name in interventions.__all__ if inspect.isclass(value := getattr(interventions, name))]
     base_classes = {Intervention, Repair, StepIntervention, Regularizer}
@@ -53,8 +57,8 @@ def test_repr_is_the_constructor_call(row: Row) -> None:
 
 @for_each(INTERVENTIONS)
 def test_duplicate_has_the_same_arguments_and_state(row: Row) -> None:
-    original = row.make()
-    original.start(mlp(), forward=forward)
+    original, model = row.make(), mlp()
+    original.start(model, forward=forward, optimizers=[optimizer_of(model)])
     duplicate = original.duplicate()
     assert type(duplicate) is row.kind
     assert repr(duplicate) == repr(original)
@@ -76,11 +80,13 @@ def run(intervention: Intervention, model: nn.Module, options: dict[str, Any]) -
     if isinstance(intervention, Repair):
         intervention.repair(model, **options)
         return
-    forward_option = {name: value for name, value in options.items() if name == "forward"}
+    used = {name: value for name, value in options.items() if name == "forward"}
+    if "optimizers" in options:
+        used["optimizers"] = [optimizer_of(model)]
     if "start" in options:
-        intervention.start(model, **forward_option)
+        intervention.start(model, **used)
     if isinstance(intervention, StepIntervention):
-        intervention.after_step(model, **forward_option)
+        intervention.after_step(model, **used)
     if isinstance(intervention, Regularizer):
         intervention.penalty(model)
     intervention.stop()
@@ -89,6 +95,7 @@ def run(intervention: Intervention, model: nn.Module, options: dict[str, Any]) -
 MESSAGES = {
     "forward": (ValueError, "needs a forward pass of the model: .*forward=lambda model"),
     "loss": (ValueError, "needs gradients: .*loss=lambda model"),
+    "optimizers": (ValueError, r"start\(model, optimizers=\[optimizer\]\)"),
     "start": (RuntimeError, r"start\(model"),
 }
 
@@ -96,7 +103,7 @@ MESSAGES = {
 @pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
 @for_each(INTERVENTIONS)
 def test_works_with_what_the_table_names_and_not_without(row: Row) -> None:
-    needed = {name: {"forward": forward, "loss": loss, "start": True}[name] for name in row.needs}
+    needed = {name: {"forward": forward, "loss": loss, "start": True, "optimizers": True}[name] for name in row.needs}
     run(row.make(), mlp(), needed)
     for name in row.needs:
         model, (error, message) = mlp(), MESSAGES[name]

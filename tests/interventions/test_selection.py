@@ -16,6 +16,7 @@ from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import (
     DASH,
     FIRE,
+    UPGD,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
@@ -87,7 +88,7 @@ def without_last(row: Row) -> Any:
     return Reset() if row.kind is Reset else row.make()
 
 
-IDLE = (Reset, NormalizeAndProject, HareTortoise, EffectiveRankRegularizer)
+IDLE = (Reset, UPGD, NormalizeAndProject, HareTortoise, EffectiveRankRegularizer)
 """Interventions that have nothing to do where no weight moves, all samples are equal, or the last layer is excluded."""
 ACTIVE = [row for row in INTERVENTIONS if not issubclass(row.kind, Regularizer)]
 
