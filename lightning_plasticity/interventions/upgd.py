@@ -178,34 +178,32 @@ class UPGD(StepIntervention):
         """Update the utilities, and replace a step by the part of it that they leave."""
         stepped = []
         for name, parameter, group in self._held(optimizer):
-            if parameter.grad is None:
-                continue
-            utility = self.utilities[name] = self.utilities[name].to(parameter.device)
-            gradient, sign = parameter.grad.to_dense().to(utility), 1 if group.get("maximize") else -1
-            utility.mul_(self.decay).addcmul_(gradient, self._before[name].to(utility), value=sign * (1 - self.decay))
-            self.steps[name] += 1
-            stepped.append((name, parameter, group))
+            if parameter.grad is not None:
+                self._update_utility(name, parameter.grad, sign=1 if group.get("maximize") else -1)
+                stepped.append((name, parameter, group))
         scale = self._scale()
         for name, parameter, group in stepped:
-            start, rate = self._before[name], float(group["lr"])
-            ratio = self.utilities[name] / (scale.to(parameter.device) * self._bias_correction(name))
-            start.mul_(1 - _decay_apart(optimizer, group))
-            parameter.sub_(start)
             if self.noise:
-                draw = torch.randn(parameter.shape, generator=self.generator, dtype=ratio.dtype)
-                parameter.sub_(draw.to(parameter), alpha=rate * self.noise)
-            parameter.mul_(ratio.neg_().sigmoid_()).add_(start)
+                draw = torch.randn(parameter.shape, generator=self.generator, dtype=self.utilities[name].dtype)
+                parameter.sub_(draw.to(parameter.device), alpha=float(group["lr"]) * self.noise)
+            useful = self.utilities[name] / (self._bias_correction(name) * scale.to(parameter.device))
+            decayed = self._before[name].mul_(1 - _decay_apart(optimizer, group))
+            parameter.lerp_(decayed, useful.sigmoid_().to(parameter.dtype))
+
+    def _update_utility(self, name: str, gradient: Tensor, sign: int) -> None:
+        """Add the utility at a step, of a sign times gradient and weights before the step, to the average."""
+        utility = self.utilities[name] = self.utilities[name].to(gradient.device)
+        now, weights = gradient.to_dense().to(utility), self._before[name].to(utility)
+        utility.mul_(self.decay).addcmul_(now, weights, value=sign * (1 - self.decay))
+        self.steps[name] += 1
 
     def _scale(self) -> Tensor:
         """Return what utilities are divided by: the largest, or the largest absolute one if none is positive."""
-        bounds: list[Tensor] = []
-        for name in self._names.values():
-            if self.steps[name] and self.utilities[name].numel():
-                bound = torch.stack(self.utilities[name].aminmax()) / self._bias_correction(name)
-                bounds.append(bound.to(bounds[0]) if bounds else bound)
-        if not bounds:
+        names = [name for name in self._names.values() if self.steps[name] and self.utilities[name].numel()]
+        if not names:
             return torch.ones(())
-        lows, highs = torch.stack(bounds).unbind(1)
+        bounds = [torch.stack(self.utilities[name].aminmax()) / self._bias_correction(name) for name in names]
+        lows, highs = torch.stack([bound.to(bounds[0].device) for bound in bounds]).unbind(1)
         low, high = lows.min(), highs.max()
         return torch.where(high > 0, high, torch.where(low < 0, -low, 1))
 

@@ -138,6 +138,19 @@ def test_coupled_weight_decay_of_momentum_is_gated_with_the_step() -> None:
     compare(model, theta)
 
 
+def test_memory_format_makes_no_difference() -> None:
+    model, rule = nn.Sequential(nn.Conv2d(3, 7, 5), nn.Linear(6, 5)).double(), Rule(0.9, 1.0)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    intervention, theta = UPGD(0.9, 1.0), arrays(model)
+    intervention.start(model, optimizers=[optimizer])
+    for gradients in random_gradients(model, 2):
+        set_gradients(model, gradients)
+        optimizer.step()
+        rule.step(theta, gradients, lambda _, __, g: 0.1 * g, 0.1)
+    compare(model, theta)
+
+
 def test_without_positive_utility_the_order_stays() -> None:
     model, optimizer, intervention = one_layer([1.0, 1.0, 1.0], lr=1.0)
     intervention.start(model, optimizers=[optimizer])
