@@ -113,6 +113,7 @@ class SelectiveWeightReinit(RemembersInitialWeights, StepIntervention):
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        self.stop()
         if self.utility == "gradient":
             context.require_optimizers(self.name)
         parameters = self._candidates(model, context)
@@ -123,7 +124,7 @@ class SelectiveWeightReinit(RemembersInitialWeights, StepIntervention):
         self.remember(parameters, context)
         self._started = {name: parameter.shape for name, parameter in parameters.items()}
         if self.utility == "gradient":
-            self._hooks = self._hooks or OptimizerHooks(self.name, after=self._measure)
+            self._hooks = OptimizerHooks(self.name, after=self._measure)
             self._hooks.follow(context.optimizers)
 
     @override

@@ -97,6 +97,7 @@ class UPGD(StepIntervention):
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        self.stop()
         for optimizer in context.require_optimizers(self.name):
             if any("lr" not in group for group in optimizer.param_groups):
                 raise ValueError(f"{self.name} needs a learning rate, and {type(optimizer).__name__} has no 'lr'")
@@ -110,7 +111,7 @@ class UPGD(StepIntervention):
         else:
             self._rest(model, {})
         self._names = {parameter: name for name, parameter in parameters.items()}
-        self._hooks = self._hooks or OptimizerHooks(self.name, before=self._keep_weights, after=self._gate_step)
+        self._hooks = OptimizerHooks(self.name, before=self._keep_weights, after=self._gate_step)
         self._hooks.follow(context.optimizers)
 
     @override

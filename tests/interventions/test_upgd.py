@@ -280,6 +280,20 @@ def test_lbfgs_is_gated_by_its_last_gradient() -> None:
         np.testing.assert_allclose(value, before[name] + step / (1 + np.exp(utilities[name] / largest)), rtol=1e-9)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_count_as_unscaled(fused: bool) -> None:
+    utilities = []
+    for scale in (1.0, 1024.0):
+        model, intervention = network(torch.float32), UPGD()
+        optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+        intervention.start(model, optimizers=[optimizer])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(model(torch.ones(2, 4)).square().sum()).backward()
+        scaler.step(optimizer)
+        utilities.append(intervention.utilities)
+    torch.testing.assert_close(utilities[0], utilities[1], rtol=1e-5, atol=0)
+
+
 def test_stop_and_copies_leave_the_optimizer_alone() -> None:
     plain, model, intervention = network(), network(), UPGD()
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (plain, model)]
