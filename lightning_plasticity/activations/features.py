@@ -13,6 +13,10 @@ from lightning_plasticity.activations.tracker import ActivationTracker
 from lightning_plasticity.functional.layouts import rows_of
 
 
+class NoFeaturesError(ValueError):
+    """No activation function was called whose output feeds another layer."""
+
+
 def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) -> tuple[dict[str, list[Tensor]], int]:
     """Return the activations of the hidden layers, as :class:`PlasticityMonitor` finds them, with their graph.
 
@@ -25,7 +29,7 @@ def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) ->
         samples, the first dimension of the first activations.
 
     Raises:
-        ValueError: If no activation function was called whose output feeds another layer.
+        NoFeaturesError: If no activation function was called whose output feeds another layer.
     """
     sink = _FeatureSink()
     tracker = _GraphTracker(model, sink, ())
@@ -35,7 +39,7 @@ def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) ->
     finally:
         tracker.stop()
     if not sink.features:
-        raise ValueError(
+        raise NoFeaturesError(
             f"forward(model) has called no activation function of {type(model).__name__} whose results feed another "
             "layer: there are no hidden features whose rank could be raised"
         )

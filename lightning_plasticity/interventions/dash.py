@@ -62,6 +62,8 @@ class DASH(Repair):
         tensor([[1.2000, 0.0000]])
     """
 
+    acts_on = "weight or bias of a linear, convolution or attention layer"
+    acts_on_computed = False
     occasions = ("collapse", "task")
 
     def __init__(

@@ -64,6 +64,8 @@ class FIRE(Repair):
         True
     """
 
+    acts_on = "weight of a linear, convolution or attention layer"
+    acts_on_computed = False
     occasions = ("collapse", "task")
 
     def __init__(

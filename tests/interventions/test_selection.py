@@ -164,7 +164,7 @@ def test_any_name_of_a_tied_tensor_counts() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
     model["head"].weight = model["embedding"].weight
     before = copy.deepcopy(model.state_dict())
-    reason = "ModuleDict has nothing that it acts on: its arguments select no weights that are trained"
+    reason = "ModuleDict has nothing that it acts on: 'embedding', 'head': left out by include= or exclude="
     with pytest.warns(PlasticityWarning, match=f"ShrinkPerturb rests, since {reason}"):
         ShrinkPerturb(exclude=["head"]).repair(model)
     assert not changed(model, before)
@@ -243,7 +243,7 @@ def test_followers_that_do_not_fit_are_refused(also: dict[str, str], message: st
 
 def test_units_of_a_layer_that_is_excluded_are_listed() -> None:
     model = Agent().online
-    with pytest.warns(PlasticityWarning, match="'0': it is excluded, or no optimizer trains it"):
+    with pytest.warns(PlasticityWarning, match="'0', '2': it is excluded, or no optimizer trains it"):
         ContinualBackprop(exclude=["*"]).start(model, forward=forward)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plasticity.interventions.weights.hooked_weights import weights_from_hooks
 from lightning_plasticity.layers import EMBEDDINGS, LINEAR_LAYERS
 
 _KEYS = re.compile(r"((in|q|k|v)_proj_)?(weight|bias)|(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
@@ -79,14 +80,26 @@ def is_computed(layer: nn.Module) -> bool:
         >>> is_computed(nn.Linear(2, 2)), is_computed(prune.identity(nn.Linear(2, 2), "weight"))
         (False, True)
     """
-    # A hook that computes a weight assigns it as a plain attribute.
-    plain = (key for key, value in vars(layer).items() if isinstance(value, Tensor))
-    return is_parametrized(layer) or any(_KEYS.fullmatch(key) for key in plain)
+    return is_parametrized(layer) or bool(_plain_weights(layer))
 
 
 def computed_layers(model: nn.Module) -> list[str]:
     """Return the names of the linear layers of which a weight :func:`is_computed`."""
     return [name for name, layer in model.named_modules() if isinstance(layer, LINEAR_LAYERS) and is_computed(layer)]
+
+
+def opaque_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of which a weight is computed by a hook that is not of torch."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, LINEAR_LAYERS) and not set(_plain_weights(layer)) <= weights_from_hooks(layer).keys()
+    ]
+
+
+def _plain_weights(layer: nn.Module) -> list[str]:
+    # A hook that computes a weight assigns it as a plain attribute.
+    return [key for key, value in vars(layer).items() if isinstance(value, Tensor) and _KEYS.fullmatch(key)]
 
 
 def _weight_of(layer: nn.Module, key: str) -> Tensor | None:
