@@ -189,8 +189,11 @@ class _Discovery:
             raise NotResettableError("transposed convolution in groups")
         if not has_units(module):
             raise NotResettableError(f"{type(module).__name__}: only linear and convolution layers have units")
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, nn.Parameter):
             raise NotResettableError("its weight is computed from other parameters")
+        if not weight.numel():
+            raise NotResettableError("its weight has no entries")
         if name not in self.network.calls:
             raise NotResettableError("not called as a layer in forward(model)")
         if name not in self.network.producers.sizes:
