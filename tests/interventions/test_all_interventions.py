@@ -106,6 +106,33 @@ def test_works_with_what_the_table_names_and_not_without(row: Row) -> None:
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
+@for_each(INTERVENTIONS)
+def test_unbatched_sample_counts_as_batch_of_one(row: Row) -> None:
+    torch.manual_seed(0)
+    original, results = mlp(), []
+    for x in (torch.ones(4), torch.ones(1, 4)):
+        model, intervention = copy.deepcopy(original), row.make()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def output(model: nn.Module, x: Tensor = x) -> Any:
+            return model(x)
+
+        intervention.start(model, forward=output, optimizers=[optimizer])
+        for _ in range(4):
+            output(model).square().sum().backward()
+            optimizer.step()
+            if isinstance(intervention, StepIntervention):
+                intervention.after_step(model, [optimizer], forward=output)
+        if isinstance(intervention, Repair):
+            generator = torch.Generator().manual_seed(0)
+            options: Any = {"forward": output, "loss": lambda model: output(model).square().sum()}
+            intervention.repair(model, optimizers=[optimizer], generator=generator, **options)
+        intervention.stop()
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results)
+
+
 @for_each(select(Repair))
 def test_only_repairs_of_units_report_units(row: Row) -> None:
     model = mlp()
