@@ -19,6 +19,7 @@ from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.matrices import at_least_float32
 from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.isolation.weights import untrained_copies
 
 
 class EffectiveRankRegularizer(StepIntervention):
@@ -33,8 +34,9 @@ class EffectiveRankRegularizer(StepIntervention):
 
     :math:`F_\ell`, ``(N, d)``, are the outputs of the activation functions that feed another layer, not centred, for
     the inputs of all minibatches since the last such step, computed with the current weights in evaluation mode. Every
-    position of a convolution and every token is a row. The step is plain gradient ascent after the optimizer's own:
-    it enters neither momentum nor second moments, and ``.grad`` is not touched.
+    position of a convolution and every token is a row. Target networks, which no optimizer trains, do not count. The
+    step is plain gradient ascent after the optimizer's own: it enters neither momentum nor second moments, and
+    ``.grad`` is not touched.
 
     A rank cannot exceed ``min(N, d)``: with fewer samples than units, the step spreads the samples. Singular values
     that are zero up to rounding (1e-7 of the largest for 1000 units) get no gradient, since it is infinite there; nor
@@ -109,7 +111,7 @@ class EffectiveRankRegularizer(StepIntervention):
         known = self._samples_per_batch
         try:
             with probe_mode(model_to_run), torch.enable_grad():
-                features = self._count_samples(model_to_run, [context.forward])
+                features = self._count_samples(model_to_run, [context.forward], self._left_out(model, context))
                 parameters = [p for name, p in model_to_run.named_parameters() if name in names]
                 depend = _depend(list(features.values()), parameters)
         except NoFeaturesError as error:
@@ -154,7 +156,7 @@ class EffectiveRankRegularizer(StepIntervention):
             The mean effective rank of the hidden layers times ``-coefficient``, a scalar with a graph.
         """
         with probe_mode(model):
-            return -coefficient * _mean_rank(_features(model, [forward])[0])
+            return -coefficient * _mean_rank(_features(model, [forward], self._left_out(model, None))[0])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class EffectiveRankRegularizer(StepIntervention):
         # Discard the pending minibatches first, so that one that fails does not fail again at the next step.
         pending, self._pending = self._pending, []
         with probe_mode(model_to_run):
-            rank = _mean_rank(self._count_samples(model_to_run, pending))
+            rank = _mean_rank(self._count_samples(model_to_run, pending, self._left_out(model, context)))
             # All parameters before the features are frozen.
             if not rank.requires_grad:
                 return
@@ -188,9 +190,16 @@ class EffectiveRankRegularizer(StepIntervention):
                 for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                     parameter.add_(gradient.to(parameter.device), alpha=step_size)
 
-    def _count_samples(self, model: nn.Module, forwards: Sequence[Forward]) -> dict[str, Tensor]:
+    def _left_out(self, model: nn.Module, context: InterventionContext | None) -> list[str]:
+        """Return the networks that no optimizer trains, such as target networks: their features do not count."""
+        trained = self._trained_names(model, context)
+        return [] if trained is None else untrained_copies(model, trained)
+
+    def _count_samples(
+        self, model: nn.Module, forwards: Sequence[Forward], left_out: Collection[str]
+    ) -> dict[str, Tensor]:
         """Compute the features, and store the number of samples per minibatch, averaged over all processes."""
-        features, samples = _features(model, forwards)
+        features, samples = _features(model, forwards, left_out)
         per_batch = torch.tensor(samples / len(forwards), device=next(iter(features.values())).device)
         self._samples_per_batch = all_reduce_mean(per_batch).item()
         return features
@@ -287,7 +296,9 @@ def _copy_cell(cell: CellType) -> CellType:
         return cell
 
 
-def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, Tensor], int]:
+def _features(
+    model: nn.Module, forwards: Sequence[Forward], left_out: Collection[str]
+) -> tuple[dict[str, Tensor], int]:
     """Return the feature matrices of all forward passes together, and the number of samples."""
     # This imports torchmetrics, which `import lightning_plasticity.interventions` must not load.
     from lightning_plasticity.activations.features import hidden_features
@@ -295,7 +306,7 @@ def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, 
     rows_by_layer: dict[str, list[Tensor]] = {}
     num_samples = 0
     for forward in forwards:
-        features, samples = hidden_features(model, forward)
+        features, samples = hidden_features(model, forward, left_out)
         num_samples += samples
         for name, rows in features.items():
             rows_by_layer.setdefault(name, []).extend(rows)

@@ -114,6 +114,19 @@ def test_penalties_count_no_target_network(row: Row) -> None:
     torch.testing.assert_close(penalty, expected)
 
 
+@for_each(select(EffectiveRankRegularizer))
+def test_ranks_of_target_networks_do_not_count(row: Row) -> None:
+    torch.manual_seed(0)
+    agent, x = Agent(), torch.randn(12, 4)
+    alone = copy.deepcopy(agent.online)
+    for model, online in ((agent, agent.online), (alone, alone)):
+        intervention, optimizer = row.make(), torch.optim.SGD(online.parameters())
+        intervention.start(model, forward=lambda model: model(x), optimizers=[optimizer])
+        intervention.after_step(model, [optimizer], forward=lambda model: model(x))
+    torch.testing.assert_close(agent.online.state_dict(), alone.state_dict())
+    assert changed(alone, agent.target.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:.* all units of .* are dormant", "ignore:Reset rests")
 @for_each(ACTIVE)
 def test_excluded_layers_stay_as_they_are(row: Row) -> None:
