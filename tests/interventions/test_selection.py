@@ -20,6 +20,7 @@ from lightning_plasticity.interventions import (
     EffectiveRankRegularizer,
     HareTortoise,
     Intervention,
+    L2Init,
     NormalizeAndProject,
     Parseval,
     ReDo,
@@ -27,6 +28,7 @@ from lightning_plasticity.interventions import (
     Repair,
     Reset,
     ShrinkPerturb,
+    SpectralRegularizer,
     StepIntervention,
     WeightClipping,
 )
@@ -331,3 +333,36 @@ def test_target_networks_are_not_monitored(trains_target: bool) -> None:
         monitored = {name.partition("/")[2] for name in names if "dormant_fraction/" in name}
         assert any("target.0" in name for name in monitored) == trains_target
         assert any("net.0" in name for name in monitored)
+
+
+class WithoutTarget(Classifier):
+    """Computes the outputs of the target network by NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goal_weights = [parameter.detach().numpy().copy() for parameter in self.net.parameters()]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        weight, bias, head_weight, head_bias = self.goal_weights
+        goal = (batch[0].numpy() @ weight.T + bias).clip(min=0) @ head_weight.T + head_bias
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch[0]) - torch.from_numpy(goal)).square().mean()
+
+
+def test_target_networks_change_no_measured_number() -> None:
+    """Ranks of the tangent kernel, spectra, fits, features and dormant units are those of the online network alone."""
+    metrics = []
+    for kind in (Bootstrapped, WithoutTarget):
+        torch.manual_seed(0)
+        module, callback = kind(), SpectralCollapseCallback(interventions=[SpectralRegularizer(), L2Init()])
+        for _ in range(2):
+            trainer(callback, max_steps=3).fit(module, loader())
+        assert not callback.history[1].errors
+        metrics += [[report.metrics for report in callback.history]]
+    assert len(metrics[0]) == 2
+    assert any("rank" in name for name in metrics[0][1])
+    assert any("dormant" in name for name in metrics[0][1])
+    torch.testing.assert_close(metrics[0], metrics[1], equal_nan=True)
