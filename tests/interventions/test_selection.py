@@ -357,7 +357,7 @@ def test_target_networks_change_no_measured_number() -> None:
     metrics = []
     for kind in (Bootstrapped, WithoutTarget):
         torch.manual_seed(0)
-        module, callback = kind(), SpectralCollapseCallback(interventions=[SpectralRegularizer(), L2Init()])
+        module, callback = kind(), SpectralCollapseCallback(interventions=[SpectralRegularizer(), Parseval(), L2Init()])
         for _ in range(2):
             trainer(callback, max_steps=3).fit(module, loader())
         assert not callback.history[1].errors
