@@ -261,10 +261,10 @@ class FitTest:
         with (
             training_trial(model),
             in_full_precision(model, [batch, *others]) as observed,
-            _started_copies(regularizers, model) as terms,
+            contextlib.nullcontext(context.make_optimizers(model)) as optimizers,
+            _started_copies(regularizers, model, optimizers) as terms,
         ):
             converted = observed[0]
-            optimizers = context.make_optimizers(model)
             _fuse(optimizers)
             parameters = trained_parameters(optimizers)
 
@@ -299,12 +299,14 @@ def _fuse(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 @contextlib.contextmanager
-def _started_copies(regularizers: Sequence[Regularizer], model: nn.Module) -> Iterator[list[Regularizer]]:
-    """Yield copies of regularizers that act on a copy of the model."""
+def _started_copies(
+    regularizers: Sequence[Regularizer], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[list[Regularizer]]:
+    """Yield copies of regularizers that act on what optimizers train of a copy of the model."""
     copies = [regularizer.duplicate() for regularizer in regularizers]
     try:
         for regularizer in copies:
-            regularizer.start(model)
+            regularizer.start(model, optimizers=optimizers)
         yield copies
     finally:
         for regularizer in copies:

@@ -299,8 +299,10 @@ class InterventionRunner:
             with all_or_none(), isolated_rng():
                 model = context.copy()
                 parameters = [p for p in model.parameters() if p.requires_grad]
-                for regularizer in regularizers:
+                for regularizer, original in zip(regularizers, self.regularizers, strict=True):
                     differentiate_penalty(regularizer, model, parameters)
+                    # Warned of already.
+                    original.rests_because = regularizer.rests_because
         except Exception as error:
             raise_local_error(error)
         return True

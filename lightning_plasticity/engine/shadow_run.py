@@ -185,7 +185,7 @@ class ShadowRun:
             for regularizer, state in zip(self._regularizers, self._regularizer_states, strict=False):
                 regularizer.load_state_dict(state)
             for regularizer in self._regularizers:
-                regularizer.start(model)
+                regularizer.start(model, optimizers=self._optimizers)
             self._scaler = context.make_scaler()
             if self._scaler is not None and self._scaler_state is not None:
                 self._scaler.load_state_dict(self._scaler_state)

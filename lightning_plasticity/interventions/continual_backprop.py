@@ -15,7 +15,7 @@ from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, by_unit, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, weight_by_output
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, is_conv1d, weight_by_output
 
 _ROWS_PER_CHUNK = 100
 """Rows of a weight that are summed at a time: 400 kB for 1000 columns. Measured: 20 to 250 differ little."""
@@ -222,8 +222,8 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     """Sum the absolute weights of each input channel of a linear or convolution layer, ``(channels,)``."""
     assert isinstance(consumer.weight, Tensor)
     weight, dtype = consumer.weight.detach(), torch.promote_types(consumer.weight.dtype, torch.float32)
-    # A transposed convolution has one row for each input channel.
-    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
+    # They have one row for each input channel.
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(consumer):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
     groups_of_rows = weight.unflatten(0, (groups, -1))

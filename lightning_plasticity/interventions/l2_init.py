@@ -42,6 +42,8 @@ class L2Init(InitialValueRegularizer):
         0.3
     """
 
+    acts_on = "parameter, apart from those of norm layers"
+
     def __init__(self, coefficient: float = 1e-2, *, include: Patterns = None, exclude: Patterns = None) -> None:
         super().__init__(coefficient, include=include, exclude=exclude)
 

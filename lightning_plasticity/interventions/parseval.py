@@ -10,7 +10,6 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
 class Parseval(Regularizer):
@@ -33,7 +32,7 @@ class Parseval(Regularizer):
 
     Raises:
         ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if the model has no such
-            layer to exclude, or no other layer has a trainable matrix.
+            layer to exclude.
 
     References:
         Chung et al. 2024, arXiv 2412.07224.
@@ -45,6 +44,8 @@ class Parseval(Regularizer):
         >>> Parseval(coefficient=1).penalty(model).item()  # (2² - 1)²
         9.0
     """
+
+    acts_on = "matrix, apart from that of the last layer unless exclude= names others"
 
     def __init__(
         self,
@@ -59,14 +60,10 @@ class Parseval(Regularizer):
 
     @override
     def penalty(self, model: nn.Module) -> Tensor:
-        selected = set(self.selected_parameters(model).values())
-        layers = [layer.matrices for layer in weight_matrices(model, selected).values() if layer.matrices]
+        layers = [layer.matrices for layer in self.weight_matrices(model).values() if layer.matrices]
         kept = layers[:-1] if self.exclude is None else layers
         terms = [self._term(matrix) for matrices in kept for matrix in matrices.values()]
-        if not terms:
-            left_out = "the last" if self.exclude is None else str(self.exclude)
-            raise ValueError(f"Parseval: {type(model).__name__} has no trainable matrix apart from {left_out}")
-        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.total(terms, model)
 
     def _term(self, matrix: Tensor) -> Tensor:
         rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -207,7 +207,7 @@ def _mean_activations(model: nn.Module, group: UnitGroup, inputs: Mapping[str, S
     for name, unit_index in group.consumers.items():
         dim = input_channel_dim(model.get_submodule(name))
         # A layer may be called several times.
-        values = torch.cat([x.detach().movedim(dim, 0).flatten(1) for x in inputs[name]], dim=1)
+        values = torch.cat([x.detach().movedim(dim, 0).reshape(x.shape[dim], -1) for x in inputs[name]], dim=1)
         channels_per_unit = unit_index[unit_index >= 0].bincount(minlength=group.num_units)
         means = values.double().abs().mean(1).cpu()
         by_consumer.append(by_unit(means, unit_index, group.num_units) / channels_per_unit)

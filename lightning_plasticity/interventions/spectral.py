@@ -13,7 +13,6 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 _FIRST_ITERATIONS = 20
 """Iterations for a new matrix: from a random vector, one is not enough."""
@@ -28,8 +27,8 @@ class SpectralRegularizer(Regularizer):
     :math:`b` are the biases, including those of norm layers: they are pulled to zero with the same power
     (:math:`(\lVert b \rVert^k - 0)^2`). :math:`\gamma` are the scales of norm layers, one by one. Kernels are flattened
     to ``(out, in · kh · kw)``; queries, keys and values of attention and the gates of recurrent layers are a matrix
-    each; of parametrized layers the computed weight counts. Embeddings, tokens, positions and frozen parameters are
-    left out; tied weights count once.
+    each; of weights that a parametrization or a hook of torch computes from others, such as a pruning mask, the result
+    counts. Embeddings, tokens, positions and frozen parameters are left out; tied weights count once.
 
     :math:`\sigma_{\max}` is estimated by one power iteration per call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, starting from the :math:`u` of the last call. The
@@ -46,7 +45,7 @@ class SpectralRegularizer(Regularizer):
         exclude: Names of those that stay as they are.
 
     Raises:
-        ValueError: If ``coefficient`` or ``power`` is out of range; at the call, if the model has no trainable layer.
+        ValueError: If ``coefficient`` or ``power`` is out of range.
 
     References:
         Lewandowski et al. 2024, arXiv 2406.06811.
@@ -59,6 +58,8 @@ class SpectralRegularizer(Regularizer):
         >>> round(SpectralRegularizer(coefficient=1).penalty(model).item(), 4)  # (2² - 1)² + (1² + 1²)²
         13.0
     """
+
+    acts_on = "matrix, bias or norm scale"
 
     def __init__(
         self,
@@ -79,12 +80,12 @@ class SpectralRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms: list[Tensor] = []
-        for layer in weight_matrices(model, set(self.selected_parameters(model).values())).values():
+        for layer in self.weight_matrices(model).values():
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
             terms += [bias.square().sum().pow(self.power) for bias in layer.biases]
             terms += [(scale - 1).square().sum() for scale in layer.scales]
-        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.total(terms, model)
 
     @override
     def state_dict(self) -> dict[str, Any]:

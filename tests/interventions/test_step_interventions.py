@@ -394,6 +394,8 @@ def test_the_tortoise_of_half_precision_weights_is_precise() -> None:
 # Common properties
 
 
+# Of a norm alone, most leave all parameters out.
+@pytest.mark.filterwarnings("ignore:.* rests, since")
 @pytest.mark.parametrize("make", STEP_INTERVENTIONS.values(), ids=STEP_INTERVENTIONS)
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 def test_step_interventions_work_on_every_model(make: Callable[[], StepIntervention], case: Model) -> None:
