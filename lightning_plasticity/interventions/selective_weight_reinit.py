@@ -117,10 +117,7 @@ class SelectiveWeightReinit(RemembersInitialWeights, StepIntervention):
         if self.utility == "gradient":
             context.require_optimizers(self.name)
         parameters = self._candidates(model, context)
-        if parameters:
-            self.rests_because = None
-        else:
-            self._rest(model, {})
+        self.rest_without(parameters, model, context)
         self.remember(parameters, context)
         self._started = {name: parameter.shape for name, parameter in parameters.items()}
         if self.utility == "gradient":

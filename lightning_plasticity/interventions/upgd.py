@@ -106,10 +106,7 @@ class UPGD(StepIntervention):
             if not self._fits(name, parameter):
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 self.utilities[name], self.steps[name] = torch.zeros_like(parameter, dtype=dtype), 0
-        if parameters:
-            self.rests_because = None
-        else:
-            self._rest(model, {})
+        self.rest_without(parameters, model, context)
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._hooks = OptimizerHooks(self.name, before=self._keep_weights, after=self._gate_step)
         self._hooks.follow(context.optimizers)
