@@ -13,6 +13,7 @@ from lightning_plasticity.interventions import (
     DASH,
     FIRE,
     L2ER,
+    ChurnRegularizer,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
@@ -41,12 +42,14 @@ class Row:
         arguments: Arguments with which it acts within a few steps on a small network.
         needs: The arguments and calls without which it raises: ``"forward"``, ``"loss"``, ``"start"``.
         on_units: It re-initialises single units.
+        resumes_exactly: A run that is resumed from a checkpoint has the same end, bit for bit.
     """
 
     kind: type[Intervention]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     on_units: bool = False
+    resumes_exactly: bool = True
 
     @property
     def name(self) -> str:
@@ -84,6 +87,8 @@ INTERVENTIONS = (
     # 12 samples are an epoch of the tests: a checkpoint does not hold pending minibatches.
     Row(EffectiveRankRegularizer, {"every_n_samples": 12}, FORWARD),
     Row(L2ER, {"every_n_samples": 12}, FORWARD),
+    # A checkpoint does not hold its batches.
+    Row(ChurnRegularizer, {"coefficient": 30.0}, FORWARD, resumes_exactly=False),
 )
 
 
