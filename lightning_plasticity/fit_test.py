@@ -19,7 +19,8 @@ from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
+from lightning_plasticity.interventions.decoupled_steps import DecoupledSteps
+from lightning_plasticity.interventions.penalty_gradients import accumulate, add_gradients, differentiate_penalty
 from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import device_of, training_trial
@@ -267,13 +268,14 @@ class FitTest:
             converted = observed[0]
             _fuse(optimizers)
             parameters = trained_parameters(optimizers)
+            decoupled_steps = DecoupledSteps()
 
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss = context.training_loss(model, converted)
                 loss.backward()
-                complete_gradients(context, model, optimizers, terms, loss)
+                complete_gradients(context, model, optimizers, terms, loss, decoupled_steps)
                 return loss.detach()
 
             before = outputs_on(context, model, observed) if others else []
@@ -325,6 +327,7 @@ def complete_gradients(
     optimizers: Sequence[torch.optim.Optimizer],
     regularizers: Sequence[Regularizer],
     loss: Tensor,
+    decoupled_steps: DecoupledSteps,
 ) -> None:
     """Add the gradients of regularizers to those of the loss, and clip them as in training.
 
@@ -334,11 +337,18 @@ def complete_gradients(
         optimizers: The optimizers of the copy.
         regularizers: The terms, started on the copy.
         loss: The loss; after its divergence the gradient of a penalty is not finite, and is left out.
+        decoupled_steps: Takes the gradients of those that are decoupled.
     """
     parameters = trained_parameters(optimizers)
+    decoupled: list[Tensor | None] = [None] * len(parameters)
     for regularizer in regularizers if loss.isfinite() else ():
-        accumulate(parameters, differentiate_penalty(regularizer, model, parameters)[1], 1.0)
+        gradients = differentiate_penalty(regularizer, model, parameters)[1]
+        if regularizer.decoupled:
+            decoupled = add_gradients(decoupled, gradients)
+        else:
+            accumulate(parameters, gradients, 1.0)
     for optimizer in optimizers:
+        decoupled_steps.schedule(optimizer, parameters, decoupled)
         context.clip_gradients(model, optimizer)
 
 

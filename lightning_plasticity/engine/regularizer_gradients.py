@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_plasticity.distributed.agreement import all_or_none
 from lightning_plasticity.distributed.sharded_weights import gather_full_parameters
 from lightning_plasticity.interventions import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import differentiate_penalty
+from lightning_plasticity.interventions.penalty_gradients import add_gradients, differentiate_penalty
 
 
 @dataclass(eq=False)
@@ -19,11 +19,13 @@ class PenaltyGradients:
 
     Args:
         gradients: The sum of the gradients for each parameter; ``None`` where no penalty depends on it.
+        decoupled: The same of the regularizers that are decoupled, which ``gradients`` leaves out.
         penalties: The value of each penalty, by its regularizer.
-        errors: The regularizers that failed, with their errors; they are not in the sum.
+        errors: The regularizers that failed, with their errors; they are not in the sums.
     """
 
     gradients: list[Tensor | None]
+    decoupled: list[Tensor | None]
     penalties: list[tuple[Regularizer, Tensor]] = field(default_factory=list)
     errors: list[tuple[Regularizer, Exception]] = field(default_factory=list)
 
@@ -40,7 +42,7 @@ def penalty_gradients(
         parameters: The parameters, as the optimizer holds them.
         regularizers: The regularizers.
     """
-    result = PenaltyGradients([None] * len(parameters))
+    result = PenaltyGradients([None] * len(parameters), [None] * len(parameters))
     try:
         with gather_full_parameters(model) as full_parameters:
             full = [full_parameters.get(parameter, parameter) for parameter in parameters]
@@ -52,12 +54,11 @@ def penalty_gradients(
                     result.errors.append((regularizer, error))
                     continue
                 result.penalties.append((regularizer, penalty.detach()))
-                result.gradients = [_add(*pair) for pair in zip(result.gradients, gradients, strict=True)]
+                if regularizer.decoupled:
+                    result.decoupled = add_gradients(result.decoupled, gradients)
+                else:
+                    result.gradients = add_gradients(result.gradients, gradients)
     except Exception as error:
         # Sharded parameters could not be gathered.
         result.errors = [(regularizer, error) for regularizer in regularizers]
     return result
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b

@@ -90,8 +90,8 @@ class StepCounter:
         except AttributeError as error:
             if self._needs_steps:
                 raise MisconfigurationError(
-                    f"step interventions cannot detect when {type(optimizer).__name__} takes a step: its constructor "
-                    "does not call that of torch.optim.Optimizer"
+                    f"step interventions and decoupled regularizers cannot detect when {type(optimizer).__name__} "
+                    "takes a step: its constructor does not call that of torch.optim.Optimizer"
                 ) from error
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -7,6 +7,7 @@ from lightning_plasticity.interventions.base import (
     Repair,
     StepIntervention,
 )
+from lightning_plasticity.interventions.churn_regularizer import ChurnRegularizer
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
 from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
@@ -33,6 +34,7 @@ __all__ = [
     "FIRE",
     "L2ER",
     "UPGD",
+    "ChurnRegularizer",
     "ContinualBackprop",
     "EffectiveRankRegularizer",
     "HareTortoise",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import check_number, is_int, is_str_list
+from lightning_plasticity._validation import check_choice, check_number, is_int, is_str_list
+from lightning_plasticity.interventions.penalty_gradients import differentiate_penalty
 from lightning_plasticity.interventions.selection import Patterns, check_patterns, find_module, selected_tensors
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.linear_layers import (
@@ -510,17 +511,36 @@ class Regularizer(Intervention, ABC):
         for inputs, targets in batches:
             (loss_fn(model(inputs), targets) + regularizer.penalty(model)).backward()
 
+    A decoupled term goes past the optimizer and its moments, as the weight decay of AdamW does. In a plain loop::
+
+            loss_fn(model(inputs), targets).backward()
+            regularizer.descend(model, [optimizer])
+            optimizer.step()
+
     Args:
         coefficient: Factor of the term.
+        decoupled: Whether the callback subtracts the gradient of the term, times the learning rate, from the weights,
+            instead of adding it to the gradient of the loss.
 
     Raises:
-        ValueError: If ``coefficient`` is negative or not finite.
+        ValueError: If ``coefficient`` is negative or not finite, or ``decoupled`` is no truth value.
     """
 
-    def __init__(self, coefficient: float, *, include: Patterns = None, exclude: Patterns = None) -> None:
+    decoupled: bool = False
+
+    def __init__(
+        self,
+        coefficient: float,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        decoupled: bool = False,
+    ) -> None:
         super().__init__(include, exclude)
         check_number("[0, inf)", self.name, coefficient=coefficient)
+        check_choice((True, False), self.name, decoupled=decoupled)
         self.coefficient = coefficient
+        self.decoupled = decoupled
 
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
@@ -552,3 +572,25 @@ class Regularizer(Intervention, ABC):
         if not terms:
             return torch.zeros(())
         return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def descend(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        r"""Take a step down the gradient of the term, past the optimizers: ``θ ← θ - η ∇R(θ)``.
+
+        Call it between the backward pass and the optimizer's step, so that both gradients are at the same weights.
+
+        Args:
+            model: The model.
+            optimizers: The optimizers: :math:`\eta` is the learning rate of the group of each parameter. Parameters
+                that none of them holds stay as they are.
+
+        Raises:
+            ValueError: If a gradient is not finite; nothing is changed then.
+        """
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+        parameters = [p for p in model.parameters() if p.requires_grad and p in rates]
+        _, gradients = differentiate_penalty(self, model, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(rates[parameter] * gradient)

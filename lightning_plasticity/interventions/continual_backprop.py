@@ -37,6 +37,18 @@ class ContinualBackprop(UnitReplacement):
     are replaced without changing any bit of the output. :func:`~lightning_plasticity.interventions.describe_units`
     lists the layers with units.
 
+    With ``utility="gradient"`` the contribution is, instead of the formula above, the first-order cost of a reset, GXD
+    (Elisii, Beauchemin and Jamshed 2026): gradient times difference from a reference, which is 0 here, since a unit
+    that is reset has outgoing weights of zero,
+
+    .. math:: c_i = \sum \Big|\frac{\partial L}{\partial h_i}\,h_i\Big|, \qquad
+        u_i \leftarrow \eta\,u_i + (1 - \eta)\,\frac{c_i}{\mathrm{mean}_k\,c_k}
+
+    summed over samples, positions, columns and consumers. The gradients are those of the training step, by hooks. The
+    share of the layer's mean depends neither on the scale of the loss nor on that of mixed precision. Only the abstract
+    of that paper could be had; absolute values are a choice, since with its sign the sum over samples is
+    :math:`w_{\mathrm{out}} \cdot \partial L / \partial w_{\mathrm{out}}`, which is zero for every unit at a minimum.
+
     All micro-batches since the last :meth:`after_step` count as one batch, even those whose step was skipped: call it
     once after each optimizer step that was not skipped. A layer that was not called in between stays as it is, and its
     units do not age. All ranks choose the same units.
@@ -48,6 +60,7 @@ class ContinualBackprop(UnitReplacement):
         transfer_bias: Add the mean activation of a replaced unit, times its outgoing weights, to the biases of its
             consumers, so that their mean inputs stay the same. Off, as in the published results: there the mean was
             cleared before it was used. Consumers without bias are not corrected.
+        utility: What a unit is rated by: its ``"contribution"``, or the ``"gradient"`` times activation.
         seed: Seed of the random numbers that new weights are drawn with.
         initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
             has stored at its first batch, or those at :meth:`start`.
@@ -63,7 +76,7 @@ class ContinualBackprop(UnitReplacement):
         PlasticityWarning: At the start, if the model has no units, with the reasons; it rests then.
 
     References:
-        Dohare et al. 2024, Nature 632, arXiv 2306.13812.
+        Dohare et al. 2024, Nature 632, arXiv 2306.13812. Elisii, Beauchemin and Jamshed 2026, arXiv 2605.06834.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -88,15 +101,16 @@ class ContinualBackprop(UnitReplacement):
         decay: float = 0.99,
         *,
         transfer_bias: bool = False,
+        utility: str = "contribution",
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
     ) -> None:
         check_choice((True, False), self.name, transfer_bias=transfer_bias)
-        super().__init__(
-            _absolute_and_signed_sums if transfer_bias else _absolute_sums, seed, initial, include, exclude
-        )
+        check_choice(("contribution", "gradient"), self.name, utility=utility)
+        statistic = _absolute_and_signed_sums if transfer_bias else _absolute_sums
+        super().__init__(statistic, seed, initial, include, exclude, with_gradients=utility == "gradient")
         check_number("[0, 1]", self.name, "a share of the units", replacement_rate=replacement_rate)
         check_number("[0, inf]", self.name, "a number of steps", maturity_threshold=maturity_threshold)
         check_number("[0, 1)", self.name, decay=decay)
@@ -104,6 +118,7 @@ class ContinualBackprop(UnitReplacement):
         self.maturity_threshold = maturity_threshold
         self.decay = decay
         self.transfer_bias = transfer_bias
+        self.utility = utility
 
     @override
     def new_record(self, group: UnitGroup) -> Record:
@@ -127,11 +142,16 @@ class ContinualBackprop(UnitReplacement):
         new = dict(record)
         for name, inputs in statistics.items():
             means = inputs.sums / inputs.num_values
-            terms = means[0] * _outgoing_weights(model.get_submodule(name)).cpu().double()
+            if self.utility == "gradient":
+                terms = inputs.sums[0]
+            else:
+                terms = means[0] * _outgoing_weights(model.get_submodule(name)).cpu().double()
             contribution += by_unit(terms, group.consumers[name], group.num_units)
             if self.transfer_bias:
                 key = _mean_input_key(name)
                 new[key] = self._moving_average(record[key], means[1])
+        if self.utility == "gradient" and contribution.any():
+            contribution /= contribution.mean()
         new["utility"] = self._moving_average(record["utility"], contribution)
         new["age"] = record["age"] + 1
         mature = new["age"] > self.maturity_threshold
@@ -209,13 +229,14 @@ def _add_to_bias(bias: nn.Parameter, addend: Tensor, fresh: SparseUpdate | None)
     return SparseUpdate(torch.arange(len(bias)), values, reset_state_mask)
 
 
-def _absolute_sums(x: Tensor, dim: int) -> Tensor:
-    return x.abs().sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
+def _absolute_sums(x: Tensor, dim: int, gradient: Tensor | None = None) -> Tensor:
+    values = x if gradient is None else gradient.to(torch.promote_types(x.dtype, torch.float32)) * x
+    return values.abs().sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
 
 
-def _absolute_and_signed_sums(x: Tensor, dim: int) -> Tensor:
+def _absolute_and_signed_sums(x: Tensor, dim: int, gradient: Tensor | None = None) -> Tensor:
     signed = x.sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
-    return torch.cat([_absolute_sums(x, dim), signed])
+    return torch.cat([_absolute_sums(x, dim, gradient), signed])
 
 
 def _outgoing_weights(consumer: nn.Module) -> Tensor:

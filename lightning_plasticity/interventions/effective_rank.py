@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
 from lightning_plasticity.interventions.base import Intervention, InterventionContext, Regularizer, StepIntervention
+from lightning_plasticity.interventions.closures import bind_closure
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.matrices import at_least_float32
@@ -135,7 +135,7 @@ class EffectiveRankRegularizer(StepIntervention):
         if self.rests_because is not None:
             return
         assert self._samples_per_batch is not None
-        self._pending.append(_bind_closure(forward))
+        self._pending.append(bind_closure(forward))
         if len(self._pending) * self._samples_per_batch >= self.every_n_samples:
             self._ascend(model, context.model_to_run(model), context)
 
@@ -276,24 +276,6 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
     @override
     def _rest_without_features(self, model: nn.Module, reason: str) -> None:
         self._warn_once(f"{self.name} adds its L2 penalty alone to {type(model).__name__}: {reason}")
-
-
-def _bind_closure(forward: Forward) -> Forward:
-    """Copy a function with the present values of its variables: a loop rebinds them before it is called."""
-    if not isinstance(forward, FunctionType):
-        return forward
-    cells = tuple(_copy_cell(cell) for cell in forward.__closure__ or ())
-    bound = FunctionType(forward.__code__, {**forward.__globals__}, forward.__name__, forward.__defaults__, cells)
-    bound.__kwdefaults__ = forward.__kwdefaults__
-    return bound
-
-
-def _copy_cell(cell: CellType) -> CellType:
-    try:
-        return CellType(cell.cell_contents)
-    except ValueError:
-        # The variable is not assigned yet.
-        return cell
 
 
 def _features(

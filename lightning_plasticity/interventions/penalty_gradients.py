@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed.sharded_weights import sharded_like
-from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.isolation.state import device_of
+
+if TYPE_CHECKING:
+    from lightning_plasticity.interventions.base import Regularizer
 
 
 def differentiate_penalty(
@@ -33,6 +36,11 @@ def differentiate_penalty(
     if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients):
         raise ValueError("a gradient is not finite")
     return penalty, gradients
+
+
+def add_gradients(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the sums of gradients; ``None`` where both are."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(first, second, strict=True)]
 
 
 def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:

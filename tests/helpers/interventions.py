@@ -14,6 +14,7 @@ from lightning_plasticity.interventions import (
     FIRE,
     L2ER,
     UPGD,
+    ChurnRegularizer,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
@@ -44,12 +45,14 @@ class Row:
         needs: The arguments and calls without which it raises: ``"forward"``, ``"loss"``, ``"start"``,
             ``"optimizers"``.
         on_units: It re-initialises single units.
+        resumes_exactly: A run that is resumed from a checkpoint has the same end, bit for bit.
     """
 
     kind: type[Intervention]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     on_units: bool = False
+    resumes_exactly: bool = True
 
     @property
     def name(self) -> str:
@@ -94,6 +97,8 @@ INTERVENTIONS = (
     # 12 samples are an epoch of the tests: a checkpoint does not hold pending minibatches.
     Row(EffectiveRankRegularizer, {"every_n_samples": 12}, FORWARD),
     Row(L2ER, {"every_n_samples": 12}, FORWARD),
+    # A checkpoint does not hold its batches.
+    Row(ChurnRegularizer, {"coefficient": 30.0}, FORWARD, resumes_exactly=False),
 )
 
 

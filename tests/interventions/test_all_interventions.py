@@ -79,7 +79,7 @@ def test_duplicate_has_the_same_arguments_and_state(row: Row) -> None:
 
 
 def test_repr_is_short_without_arguments_that_are_none() -> None:
-    assert repr(ReDo()) == "ReDo(threshold=0.025, when='collapse')"
+    assert repr(ReDo()) == "ReDo(threshold=0.025, when='collapse', utility='activation')"
 
 
 @for_each(row for row in INTERVENTIONS if "initial" in row.annotations)

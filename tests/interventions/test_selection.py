@@ -17,6 +17,7 @@ from lightning_plasticity.interventions import (
     DASH,
     FIRE,
     UPGD,
+    ChurnRegularizer,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
@@ -150,6 +151,9 @@ def test_penalty_of_included_layers_alone(row: Row) -> None:
     model = Agent()
     regularizer = row.make(include=["online"], **({"exclude": ["online.4"]} if row.kind is Parseval else {}))
     regularizer.start(model, forward=forward)
+    if isinstance(regularizer, ChurnRegularizer):
+        for _ in range(2):
+            regularizer.after_step(model, forward=forward)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
