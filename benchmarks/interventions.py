@@ -205,7 +205,7 @@ def cost_of_step(model: nn.Module, x: Tensor, intervention: Intervention, rounds
         trained = copy.deepcopy(model)
         optimizer = torch.optim.Adam(trained.parameters(), lr=1e-4)
         if treated:
-            intervention.start(trained, forward=lambda model: model(x[:2]))
+            intervention.start(trained, forward=lambda model: model(x[:2]), optimizers=[optimizer])
 
         def step() -> None:
             start = time.process_time()

@@ -1,28 +1,19 @@
-"""Record the outputs of a network that its loss is computed from, and how far a training step moves them."""
+"""Measure how far a training step moves the outputs of a network that its loss is computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
+from lightning_plasticity.activations.loss_arguments import LossArguments
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.functional.outputs import movement, relative_movement
 from lightning_plasticity.isolation.attributes import preserve_attributes
-from lightning_plasticity.isolation.batches import tensors_in
 from lightning_plasticity.isolation.state import preserve_buffers, repeatable_rng
-
-_LOSSES = {getattr(F, name) for name in dir(F) if name.endswith("_loss") or "cross_entropy" in name or name == "kl_div"}
-"""The loss functions of torch."""
-
-_MAX_ENTRIES = 2**16
-"""Number of entries of a tensor that are kept, evenly spaced: the outputs of a language model are large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +42,7 @@ def outputs_on(context: ProbeContext, model: nn.Module, batches: Sequence[Any]) 
     outputs = []
     with preserve_buffers(model), preserve_attributes(model), repeatable_rng(), torch.no_grad():
         for batch in batches:
-            with _LossArguments() as arguments:
+            with LossArguments() as arguments:
                 loss = context.training_loss(model, batch)
             outputs.append(Outputs(arguments.seen, loss))
     return outputs
@@ -84,25 +75,3 @@ def churn_of_step(before: Sequence[Outputs], after: Sequence[Outputs]) -> float:
 
 def _shapes(outputs: Outputs) -> list[torch.Size]:
     return [tensor.shape for tensor in outputs.tensors]
-
-
-class _LossArguments(TorchFunctionMode):
-    """A mode that keeps the tensors of floating-point numbers that loss functions receive, or some of their entries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    @override
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _LOSSES:
-            received = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
-            # A copy: the loss may overwrite its arguments.
-            self.seen += [tensor.flatten()[:: tensor.numel() // _MAX_ENTRIES + 1].clone() for tensor in received]
-        return func(*args, **(kwargs or {}))

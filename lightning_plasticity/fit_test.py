@@ -19,7 +19,8 @@ from lightning_plasticity.curvature.problem import Progress
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.fit_curve import FitCurve
 from lightning_plasticity.interventions import Regularizer
-from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
+from lightning_plasticity.interventions.decoupled_steps import DecoupledSteps
+from lightning_plasticity.interventions.penalty_gradients import Terms, accumulate, differentiate_penalty, sum_terms
 from lightning_plasticity.isolation.batches import micro_batches
 from lightning_plasticity.isolation.precision import in_full_precision
 from lightning_plasticity.isolation.state import device_of, training_trial
@@ -261,19 +262,20 @@ class FitTest:
         with (
             training_trial(model),
             in_full_precision(model, [batch, *others]) as observed,
-            _started_copies(regularizers, model) as terms,
+            contextlib.nullcontext(context.make_optimizers(model)) as optimizers,
+            _started_copies(regularizers, model, optimizers) as terms,
         ):
             converted = observed[0]
-            optimizers = context.make_optimizers(model)
             _fuse(optimizers)
             parameters = trained_parameters(optimizers)
+            decoupled_steps = DecoupledSteps()
 
             def compute_gradients() -> Tensor:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss = context.training_loss(model, converted)
                 loss.backward()
-                complete_gradients(context, model, optimizers, terms, loss)
+                complete_gradients(context, model, optimizers, terms, loss, decoupled_steps)
                 return loss.detach()
 
             before = outputs_on(context, model, observed) if others else []
@@ -299,12 +301,14 @@ def _fuse(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 @contextlib.contextmanager
-def _started_copies(regularizers: Sequence[Regularizer], model: nn.Module) -> Iterator[list[Regularizer]]:
-    """Yield copies of regularizers that act on a copy of the model."""
+def _started_copies(
+    regularizers: Sequence[Regularizer], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[list[Regularizer]]:
+    """Yield copies of regularizers that act on what optimizers train of a copy of the model."""
     copies = [regularizer.duplicate() for regularizer in regularizers]
     try:
         for regularizer in copies:
-            regularizer.start(model)
+            regularizer.start(model, optimizers=optimizers)
         yield copies
     finally:
         for regularizer in copies:
@@ -323,6 +327,7 @@ def complete_gradients(
     optimizers: Sequence[torch.optim.Optimizer],
     regularizers: Sequence[Regularizer],
     loss: Tensor,
+    decoupled_steps: DecoupledSteps,
 ) -> None:
     """Add the gradients of regularizers to those of the loss, and clip them as in training.
 
@@ -332,11 +337,18 @@ def complete_gradients(
         optimizers: The optimizers of the copy.
         regularizers: The terms, started on the copy.
         loss: The loss; after its divergence the gradient of a penalty is not finite, and is left out.
+        decoupled_steps: Takes the gradients of those that are decoupled.
     """
     parameters = trained_parameters(optimizers)
+    decoupled: Terms = []
     for regularizer in regularizers if loss.isfinite() else ():
-        accumulate(parameters, differentiate_penalty(regularizer, model, parameters).terms, 1.0)
+        terms = differentiate_penalty(regularizer, model, parameters).terms
+        if regularizer.decoupled:
+            decoupled += terms
+        else:
+            accumulate(parameters, terms, 1.0)
     for optimizer in optimizers:
+        decoupled_steps.schedule(optimizer, parameters, sum_terms(decoupled, len(parameters)))
         context.clip_gradients(model, optimizer)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -60,6 +60,17 @@ def constructor_call(instance: object, arguments: Mapping[str, object]) -> str:
         if value is not None
     }
     return f"{type(instance).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first names of a list, and how many others there are.
+
+    Example:
+        >>> print(listed("abcde"))
+        'a', 'b' and 3 others
+    """
+    names = list(map(repr, names))
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"
 
 
 def _is_rank_zero() -> bool:

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jacrev
 
 from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity import churn as module_of_churn
+from lightning_plasticity.activations import loss_arguments
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.isolation.state import repeatable_rng
 from tests.helpers.modules import Classifier, loader, trainer
@@ -118,7 +119,7 @@ def test_other_samples_do_not_move_if_nothing_is_shared() -> None:
 
 def test_only_some_entries_of_large_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
-    monkeypatch.setattr(module_of_churn, "_MAX_ENTRIES", 24)
+    monkeypatch.setattr(loss_arguments, "_MAX_ENTRIES", 24)
     x, y = data()
     context = ProbeContext(model, (x[:16], y[:16]), cross_entropy)
     (outputs,) = module_of_churn.outputs_on(context, model, [context.batch])

@@ -24,7 +24,7 @@ from lightning_plasticity import Collapse, FitTest, PlasticityWarning, SpectralC
 from lightning_plasticity import fit_test as module_of_fit_test
 from lightning_plasticity.context import ProbeContext
 from lightning_plasticity.curvature import UnsupportedModelError
-from lightning_plasticity.interventions import L2ER, L2Init, Regularizer, SpectralRegularizer
+from lightning_plasticity.interventions import L2ER, L2Init, Parseval, Regularizer, SpectralRegularizer
 from lightning_plasticity.messages import MisconfigurationError
 from tests.helpers.modules import NEVER, Classifier, loader, trainer
 
@@ -138,6 +138,7 @@ CASES = {
     "BatchNorm": Case(make_net=with_batch_norm),
     "SpectralRegularizer": Case(terms=lambda: [SpectralRegularizer(0.1)]),
     "L2Init": Case(terms=lambda: [L2Init(0.5)]),
+    "decoupled": Case(terms=lambda: [Parseval(0.5, decoupled=True)]),
     "L2ER": Case(terms=lambda: [L2ER(weight_decay=0.5)]),
     "bf16": Case(options={"precision": "bf16-true"}),
 }
@@ -191,9 +192,12 @@ def plain_losses(
             optimizer.zero_grad()
         loss = F.cross_entropy(module.net(x), y)
         evaluated.append(loss.item())
-        (loss + sum(term.penalty(module) for term in terms)).backward()
+        (loss + sum(term.penalty(module) for term in terms if not term.decoupled)).backward()
         if "gradient_clip_val" in case.options:
             nn.utils.clip_grad_norm_(module.parameters(), case.options["gradient_clip_val"])
+        for term in terms:
+            if term.decoupled:
+                term.descend(module, optimizers)
         return loss
 
     for _ in range(STEPS):

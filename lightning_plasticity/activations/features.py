@@ -13,21 +13,28 @@ from lightning_plasticity.activations.tracker import ActivationTracker
 from lightning_plasticity.functional.layouts import rows_of
 
 
-def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) -> tuple[dict[str, list[Tensor]], int]:
+class NoFeaturesError(ValueError):
+    """No activation function was called whose output feeds another layer."""
+
+
+def hidden_features(
+    model: nn.Module, forward: Callable[[nn.Module], object], left_out: Collection[str] = ()
+) -> tuple[dict[str, list[Tensor]], int]:
     """Return the activations of the hidden layers, as :class:`PlasticityMonitor` finds them, with their graph.
 
     Args:
         model: The model.
         forward: Runs the model once.
+        left_out: Names of modules whose layers do not count.
 
     Returns:
         Feature matrices, shape ``(N, d)``, by name of the layer, one for each call of the layer; and the number of
         samples, the first dimension of the first activations.
 
     Raises:
-        ValueError: If no activation function was called whose output feeds another layer.
+        NoFeaturesError: If no activation function was called whose output feeds another layer.
     """
-    sink = _FeatureSink()
+    sink = _FeatureSink(left_out)
     tracker = _GraphTracker(model, sink, ())
     tracker.start()
     try:
@@ -35,7 +42,7 @@ def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) ->
     finally:
         tracker.stop()
     if not sink.features:
-        raise ValueError(
+        raise NoFeaturesError(
             f"forward(model) has called no activation function of {type(model).__name__} whose results feed another "
             "layer: there are no hidden features whose rank could be raised"
         )
@@ -43,17 +50,18 @@ def hidden_features(model: nn.Module, forward: Callable[[nn.Module], object]) ->
 
 
 class _FeatureSink:
-    """An activation sink that stores every activation."""
+    """An activation sink that stores every activation, apart from those of some modules."""
 
     channel_dim: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Collection[str]) -> None:
+        self.left_out = left_out
         self.features: dict[str, list[Tensor]] = {}
         self.samples = 0
         self.output = torch.empty(0)
 
     def selects(self, name: str) -> bool:
-        return True
+        return not any(name == module or name.startswith(f"{module}.") for module in self.left_out)
 
     def observe(self, activations: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
         with torch.enable_grad():

@@ -25,7 +25,8 @@ from lightning_plasticity.engine.initial_weights import InitialWeights
 from lightning_plasticity.engine.regularizer_gradients import penalty_gradients
 from lightning_plasticity.engine.step_counter import StepCounter, any_grad
 from lightning_plasticity.interventions import Intervention, Regularizer, Repair, RepairReport, StepIntervention
-from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty
+from lightning_plasticity.interventions.decoupled_steps import DecoupledSteps
+from lightning_plasticity.interventions.penalty_gradients import accumulate, differentiate_penalty, sum_terms
 from lightning_plasticity.isolation.state import isolated_rng
 from lightning_plasticity.messages import rank_zero_info, rank_zero_warn
 
@@ -72,6 +73,7 @@ class InterventionRunner:
         """The weights that fresh values are drawn from."""
         self._errors = errors
         self._counter = StepCounter()
+        self._decoupled_steps = DecoupledSteps()
         # The step interventions and regularizers that were started for this task.
         self._started: list[Intervention] = []
         # The parameters that were trained at that time.
@@ -94,13 +96,14 @@ class InterventionRunner:
         self._started = []
         self._started_for = set()
         self._warned_of_untracked_step = False
-        needs_steps = bool(self.step_interventions)
+        needs_steps = bool(self.step_interventions) or any(r.decoupled for r in self.regularizers)
         uses_hooks = needs_steps or (bool(self.regularizers) and manual_backward)
         self._counter.begin(optimizers, uses_hooks=uses_hooks, needs_steps=needs_steps)
 
     def end_fit(self) -> None:
         """Remove all hooks from the model and the optimizers."""
         self._counter.track([])
+        self._decoupled_steps.stop()
         for intervention in self.interventions:
             try:
                 intervention.stop()
@@ -195,6 +198,7 @@ class InterventionRunner:
 
         The result is the same as with the penalties in the training step: if gradients are accumulated and only some
         batches had a loss, the gradients of the penalties are scaled by that share, and they are clipped with the rest.
+        Those of decoupled regularizers are subtracted after the step instead, times the learning rate.
 
         Args:
             model: The model.
@@ -225,6 +229,7 @@ class InterventionRunner:
             self._record(regularizer, "failed and was left out of this step", error)
         _sync_state([regularizer for regularizer, _ in result.errors])
         self._has_worked = True
+        self._decoupled_steps.schedule(optimizer, parameters, sum_terms(result.decoupled, len(parameters)))
         accumulate(parameters, result.terms, scale * (1.0 if accumulation is None else passes / accumulation))
         return {f"{self.name_of(regularizer)}/penalty": penalty for regularizer, penalty in result.penalties}
 
@@ -249,7 +254,7 @@ class InterventionRunner:
             for intervention in (started for started in self._started if isinstance(started, StepIntervention)):
                 act = partial(intervention.after_step, context.model, context.optimizers)
                 report = self._run_guarded(intervention, context, act, weights=list(context.model.parameters()))
-                if report is not None and report.units:
+                if report is not None:
                     numbers |= dataclasses.replace(report, name=self.name_of(intervention)).numbers()
         due = [
             number
@@ -306,8 +311,10 @@ class InterventionRunner:
             with all_or_none(), isolated_rng():
                 model = context.copy()
                 parameters = [p for p in model.parameters() if p.requires_grad]
-                for regularizer in regularizers:
+                for regularizer, original in zip(regularizers, self.regularizers, strict=True):
                     differentiate_penalty(regularizer, model, parameters)
+                    # Warned of already.
+                    original.rests_because = regularizer.rests_because
         except Exception as error:
             raise_local_error(error)
         return True

@@ -19,11 +19,13 @@ class PenaltyGradients:
 
     Args:
         terms: The sum of the gradients.
+        decoupled: The same of the regularizers that are decoupled, which ``terms`` leaves out.
         penalties: The value of each penalty, by its regularizer, as far as it is known.
-        errors: The regularizers that failed, with their errors; they are not in the sum.
+        errors: The regularizers that failed, with their errors; they are not in the sums.
     """
 
     terms: Terms = field(default_factory=list)
+    decoupled: Terms = field(default_factory=list)
     penalties: list[tuple[Regularizer, Tensor]] = field(default_factory=list)
     errors: list[tuple[Regularizer, Exception]] = field(default_factory=list)
 
@@ -52,7 +54,7 @@ def penalty_gradients(
                 except Exception as error:
                     result.errors.append((regularizer, error))
                     continue
-                result.terms += gradient.terms
+                (result.decoupled if regularizer.decoupled else result.terms).extend(gradient.terms)
                 if gradient.penalty is not None:
                     result.penalties.append((regularizer, gradient.penalty))
     except Exception as error:

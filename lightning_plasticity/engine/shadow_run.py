@@ -19,6 +19,7 @@ from lightning_plasticity.distributed.data_parallel import average_gradients, br
 from lightning_plasticity.fit_curve import LiveCurve, compare_fits, later_half
 from lightning_plasticity.fit_test import MIN_BATCHES, FitTest, complete_gradients, take_step, trained_parameters
 from lightning_plasticity.interventions import Regularizer
+from lightning_plasticity.interventions.decoupled_steps import DecoupledSteps
 from lightning_plasticity.isolation.state import isolated, training_trial
 from lightning_plasticity.isolation.weights import load_weights, named_tensors, with_weights_of
 from lightning_plasticity.messages import MisconfigurationError
@@ -58,6 +59,7 @@ class ShadowRun:
         self._model: nn.Module | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._regularizers: list[Regularizer] = []
+        self._decoupled_steps = DecoupledSteps()
         self._scaler: torch.amp.GradScaler | None = None
         self._scaler_state: dict[str, Any] | None = None
         self._starts_window = True
@@ -140,6 +142,7 @@ class ShadowRun:
         """Free the memory of the copy."""
         for regularizer in self._regularizers:
             regularizer.stop()
+        self._decoupled_steps.stop()
         self._model = self._context = None
         self._optimizers, self._regularizers, self._scaler = [], [], None
 
@@ -185,7 +188,7 @@ class ShadowRun:
             for regularizer, state in zip(self._regularizers, self._regularizer_states, strict=False):
                 regularizer.load_state_dict(state)
             for regularizer in self._regularizers:
-                regularizer.start(model)
+                regularizer.start(model, optimizers=self._optimizers)
             self._scaler = context.make_scaler()
             if self._scaler is not None and self._scaler_state is not None:
                 self._scaler.load_state_dict(self._scaler_state)
@@ -235,7 +238,7 @@ class ShadowRun:
         if self._scaler is not None:
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
-        complete_gradients(context, model, self._optimizers, self._regularizers, loss)
+        complete_gradients(context, model, self._optimizers, self._regularizers, loss, self._decoupled_steps)
 
     def _take_step(self, compute_gradients: Callable[[], Tensor]) -> float:
         if self._scaler is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_plasticity.interventions.weights.optimizer_hooks import was_skipped
 from lightning_plasticity.messages import MisconfigurationError
 
 
@@ -89,14 +90,12 @@ class StepCounter:
         except AttributeError as error:
             if self._needs_steps:
                 raise MisconfigurationError(
-                    f"step interventions cannot detect when {type(optimizer).__name__} takes a step: its constructor "
-                    "does not call that of torch.optim.Optimizer"
+                    f"step interventions and decoupled regularizers cannot detect when {type(optimizer).__name__} "
+                    "takes a step: its constructor does not call that of torch.optim.Optimizer"
                 ) from error
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # A GradScaler always calls the step of a fused optimizer, which skips the update if found_inf is set.
-        skipped: Any = getattr(optimizer, "found_inf", None)
-        if skipped is None or not bool(skipped):
+        if not was_skipped(optimizer):
             self._steps += 1
         if not self._is_announced:
             self._unannounced = optimizer

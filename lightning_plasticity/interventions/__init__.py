@@ -7,6 +7,7 @@ from lightning_plasticity.interventions.base import (
     Repair,
     StepIntervention,
 )
+from lightning_plasticity.interventions.churn_regularizer import ChurnRegularizer
 from lightning_plasticity.interventions.continual_backprop import ContinualBackprop
 from lightning_plasticity.interventions.dash import DASH
 from lightning_plasticity.interventions.effective_rank import L2ER, EffectiveRankRegularizer
@@ -17,11 +18,13 @@ from lightning_plasticity.interventions.normalize_and_project import NormalizeAn
 from lightning_plasticity.interventions.parseval import Parseval
 from lightning_plasticity.interventions.redo import ReDo, ReGraMa
 from lightning_plasticity.interventions.reset import Reset
+from lightning_plasticity.interventions.selective_weight_reinit import SelectiveWeightReinit
 from lightning_plasticity.interventions.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.interventions.shrink_perturb import ShrinkPerturb
 from lightning_plasticity.interventions.soft_shrink_perturb import SoftShrinkPerturb
 from lightning_plasticity.interventions.spectral import SpectralRegularizer
 from lightning_plasticity.interventions.units import UnitGroup, Units, describe_units
+from lightning_plasticity.interventions.upgd import UPGD
 from lightning_plasticity.interventions.wasserstein_init import WassersteinInit
 from lightning_plasticity.interventions.weight_clipping import WeightClipping
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate
@@ -30,6 +33,8 @@ __all__ = [
     "DASH",
     "FIRE",
     "L2ER",
+    "UPGD",
+    "ChurnRegularizer",
     "ContinualBackprop",
     "EffectiveRankRegularizer",
     "HareTortoise",
@@ -44,6 +49,7 @@ __all__ = [
     "Repair",
     "RepairReport",
     "Reset",
+    "SelectiveWeightReinit",
     "SelfNormalizedReset",
     "ShrinkPerturb",
     "SoftShrinkPerturb",

@@ -12,20 +12,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import Self, override
 
-from lightning_plasticity._validation import check_number, is_int, is_str_list
-from lightning_plasticity.interventions.penalty_gradients import ClosedForm, accumulate, differentiate_penalty
+from lightning_plasticity._validation import check_choice, check_number, is_int, is_str_list
+from lightning_plasticity.interventions.penalty_gradients import (
+    ClosedForm,
+    accumulate,
+    differentiate_penalty,
+    sum_terms,
+)
 from lightning_plasticity.interventions.selection import Patterns, check_patterns, find_module, selected_tensors
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.linear_layers import (
     LinearParameter,
     computed_layers,
+    is_computed,
     linear_parameters,
+    opaque_layers,
 )
+from lightning_plasticity.interventions.weights.matrices import LayerWeights, weight_matrices
 from lightning_plasticity.interventions.weights.updates import RepairReport, WeightUpdate, apply_update
 from lightning_plasticity.isolation.weights import trained_names
-from lightning_plasticity.messages import constructor_call, rank_zero_warn
+from lightning_plasticity.messages import constructor_call, listed, rank_zero_warn
 
 When = int | str
 """The occasion on which the callback repairs: ``"collapse"``, ``"task"`` (at the start of every task but the first), or
@@ -82,6 +91,19 @@ class InterventionContext:
             )
         return self.forward
 
+    def require_optimizers(self, owner: str) -> Sequence[torch.optim.Optimizer]:
+        """Return the optimizers.
+
+        Args:
+            owner: Name of the intervention, for the message.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.optimizers:
+            raise ValueError(f"{owner} follows the steps of optimizers: start(model, optimizers=[optimizer])")
+        return self.optimizers
+
     def require_losses(self, owner: str) -> Sequence[Loss]:
         """Return the loss functions, one per mini-batch.
 
@@ -123,7 +145,15 @@ class Intervention:
 
     include: Patterns = None
     exclude: Patterns = None
+    acts_on: ClassVar[str] = "parameter"
+    """The kind of tensor that it acts on, in the singular, for the reasons why it rests."""
+
+    acts_on_computed: ClassVar[bool] = True
+    """Whether it acts on layers whose weights are computed from other tensors."""
+
     _has_named_computed_layers = False
+    warns: bool = True
+    """Whether it warns of what it cannot act on: a duplicate, on a copy of the model, leaves that to the original."""
     # The names of the parameters that were trained at the start, for hooks without a context.
     _trained: Collection[str] | None = None
 
@@ -193,10 +223,7 @@ class Intervention:
         Raises:
             ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
         """
-        trained = self._trained if context is None or context.trained is None else context.trained
-        # Not at every step.
-        if trained is None and context is not None and context.optimizers:
-            trained = trained_names(model, context.optimizers)
+        trained = self._trained_names(model, context)
         parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -207,6 +234,15 @@ class Intervention:
         selected = selected_tensors(self.name, model, self.include, self.exclude)
         return {name: parameter for name, parameter in parameters.items() if parameter in selected}
 
+    def _trained_names(self, model: nn.Module, context: InterventionContext | None) -> Collection[str] | None:
+        """Return the names of the parameters that are trained; ``None`` if no optimizer is known."""
+        if context is not None and context.trained is not None:
+            return context.trained
+        # Not at every step.
+        if self._trained is None and context is not None and context.optimizers:
+            return trained_names(model, context.optimizers)
+        return self._trained
+
     def linear_parameters(self, model: nn.Module, context: InterventionContext) -> dict[str, LinearParameter]:
         """Return the weights and biases of linear layers among :meth:`selected_parameters`, by name.
 
@@ -214,22 +250,32 @@ class Intervention:
             UserWarning: If layers are left out because their weights are computed from other tensors; once.
         """
         selected = set(self.selected_parameters(model, context).values())
-        left_out = () if self._has_named_computed_layers else computed_layers(model)
-        computed = [name for name in left_out if selected.intersection(model.get_submodule(name).parameters())]
-        if computed:
+        result = linear_parameters(model, selected)
+        # If there is nothing else, it rests, and warns of that.
+        if result and not self._has_named_computed_layers:
+            self._warn_of_computed(model, selected, computed_layers(model))
+        return result
+
+    def _warn_of_computed(self, model: nn.Module, selected: set[nn.Parameter], layers: Iterable[str]) -> None:
+        """Warn, once, of layers with selected parameters that are left out because their weights are computed."""
+        computed = [name for name in layers if selected.intersection(model.get_submodule(name).parameters())]
+        if computed and self.warns:
             warnings.warn(
                 f"{self.name} leaves out {computed}, whose weights are computed from other tensors, such as by a "
                 "parametrization or a pruning mask",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._has_named_computed_layers = True
-        return linear_parameters(model, selected)
 
     def duplicate(self) -> Self:
-        """Return a new intervention with the same arguments and a copy of the stored state, for a copy of the model."""
+        """Return a new intervention with the same arguments and a copy of the stored state, for a copy of the model.
+
+        It rests where the original does, without a warning.
+        """
         names = inspect.signature(type(self)).parameters
         result = type(self)(**{name: getattr(self, name) for name in names})
         result.load_state_dict(copy.deepcopy(self.state_dict()))
+        result.warns = False
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,6 +284,25 @@ class Intervention:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`."""
+
+    def rest_without(
+        self, targets: Collection[object], model: nn.Module, context: InterventionContext | None = None
+    ) -> None:
+        """Rest if there is nothing to act on.
+
+        Args:
+            targets: What it acts on.
+            model: The model.
+            context: As for :meth:`selected_parameters`.
+
+        Warns:
+            PlasticityWarning: On rank 0, once, if there are no targets.
+        """
+        if targets:
+            self.rests_because = None
+        # Finding the reasons takes time, and this may be called at every step.
+        elif self.rests_because is None:
+            self._rest(model, self._reasons(model, context))
 
     def _rest(self, model: nn.Module, skipped: Mapping[str, str]) -> None:
         """Warn that there is nothing to act on, unless that was the last warning.
@@ -249,14 +314,42 @@ class Intervention:
         Warns:
             PlasticityWarning: On rank 0.
         """
-        reasons = "; ".join(f"{layer or '(model)'!r}: {reason}" for layer, reason in skipped.items())
-        message = (
+        layers: dict[str, list[str]] = {}
+        for layer, reason in skipped.items():
+            layers.setdefault(reason, []).append(layer or "(model)")
+        reasons = "; ".join(f"{listed(names)}: {reason}" for reason, names in layers.items())
+        self._warn_once(
             f"{self.name} rests, since {type(model).__name__} has nothing that it acts on: "
-            f"{reasons or 'its arguments select no weights that are trained'}"
+            f"{reasons or 'it has no parameters'}"
         )
-        if message != self.rests_because:
-            rank_zero_warn(message, stacklevel=4)
-        self.rests_because = message
+
+    def _warn_once(self, reason: str) -> None:
+        """Store why it rests and warn of it, unless that was the last warning."""
+        if reason != self.rests_because and self.warns:
+            rank_zero_warn(reason, stacklevel=5)
+        self.rests_because = reason
+
+    def _reasons(self, model: nn.Module, context: InterventionContext | None) -> dict[str, str]:
+        """Return why it does not act on the layers of a model, by name of the layer."""
+        trained, selected = self._trained_names(model, context), self.selected_parameters(model, context)
+        chosen = set(selected.values())
+        reasons: dict[str, str] = {}
+        for path, module in model.named_modules():
+            # Parametrizations belong to their layer.
+            own = dict(module.named_parameters(path, recurse=is_parametrized(module)))
+            if not own or ".parametrizations." in f".{path}.":
+                continue
+            if not any(parameter.requires_grad for parameter in own.values()):
+                reasons[path] = "frozen"
+            elif trained is not None and own.keys().isdisjoint(trained):
+                reasons[path] = "no optimizer trains it"
+            elif chosen.isdisjoint(own.values()):
+                reasons[path] = "left out by include= or exclude="
+            elif not self.acts_on_computed and is_computed(module):
+                reasons[path] = "its weight is computed from other tensors"
+            else:
+                reasons[path] = f"{type(module).__name__} without a trained {self.acts_on}"
+        return reasons
 
 
 class Repair(Intervention, ABC):
@@ -343,7 +436,7 @@ class Repair(Intervention, ABC):
         )
         update = self.plan(model_to_run, context)
         if update.has_no_target:
-            self._rest(model, update.skipped)
+            self._rest(model, update.skipped or self._reasons(model, context))
         else:
             self.rests_because = None
         if model_to_run is not model:
@@ -425,21 +518,89 @@ class Regularizer(Intervention, ABC):
 
     or, at less cost, ``regularizer.add_gradients(model)`` after the backward pass of the loss.
 
+    A decoupled term goes past the optimizer and its moments, as the weight decay of AdamW does. In a plain loop::
+
+            loss_fn(model(inputs), targets).backward()
+            regularizer.descend(model, [optimizer])
+            optimizer.step()
+
     Args:
         coefficient: Factor of the term.
+        decoupled: Whether the callback subtracts the gradient of the term, times the learning rate, from the weights,
+            instead of adding it to the gradient of the loss.
 
     Raises:
-        ValueError: If ``coefficient`` is negative or not finite.
+        ValueError: If ``coefficient`` is negative or not finite, or ``decoupled`` is no truth value.
     """
 
-    def __init__(self, coefficient: float, *, include: Patterns = None, exclude: Patterns = None) -> None:
+    decoupled: bool = False
+
+    def __init__(
+        self,
+        coefficient: float,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        decoupled: bool = False,
+    ) -> None:
         super().__init__(include, exclude)
         check_number("[0, inf)", self.name, coefficient=coefficient)
+        check_choice((True, False), self.name, decoupled=decoupled)
         self.coefficient = coefficient
+        self.decoupled = decoupled
 
     @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
-        """Compute the term, coefficient included: a scalar with a graph."""
+        """Compute the term, coefficient included: a scalar with a graph, or zero where it has nothing to act on."""
+
+    def weight_matrices(self, model: nn.Module) -> dict[str, LayerWeights]:
+        """Return the weights of the layers with parameters among :meth:`selected_parameters`, as matrices by layer.
+
+        Warns:
+            UserWarning: If layers are left out because a hook that is not of torch computes their weights; once.
+        """
+        selected = set(self.selected_parameters(model).values())
+        result = weight_matrices(model, selected)
+        if result and not self._has_named_computed_layers:
+            self._warn_of_computed(model, selected, opaque_layers(model))
+        return result
+
+    def total(self, terms: Sequence[Tensor], model: nn.Module) -> Tensor:
+        """Add up the parts of the term, and multiply by the coefficient; without any, rest and return zero.
+
+        Args:
+            terms: Scalars with a graph, on any devices.
+            model: The model.
+
+        Warns:
+            PlasticityWarning: Once, if there are no terms.
+        """
+        self.rest_without(terms, model)
+        if not terms:
+            return torch.zeros(())
+        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def descend(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        r"""Take a step down the gradient of the term, past the optimizers: ``θ ← θ - η ∇R(θ)``.
+
+        Call it between the backward pass and the optimizer's step, so that both gradients are at the same weights.
+
+        Args:
+            model: The model.
+            optimizers: The optimizers: :math:`\eta` is the learning rate of the group of each parameter. Parameters
+                that none of them holds stay as they are.
+
+        Raises:
+            ValueError: If a gradient is not finite; nothing is changed then.
+        """
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+        parameters = [p for p in model.parameters() if p.requires_grad and p in rates]
+        gradients = sum_terms(differentiate_penalty(self, model, parameters).terms, len(parameters))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(rates[parameter] * gradient)
 
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
         """Return the gradient of the penalty by a formula that is cheaper than autograd; ``None`` if there is none.

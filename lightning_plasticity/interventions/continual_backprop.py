@@ -15,7 +15,7 @@ from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
-from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, weight_by_output
+from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, is_conv1d, weight_by_output
 
 _ROWS_PER_CHUNK = 100
 """Rows of a weight that are summed at a time: 400 kB for 1000 columns. Measured: 20 to 250 differ little."""
@@ -37,6 +37,18 @@ class ContinualBackprop(UnitReplacement):
     are replaced without changing any bit of the output. :func:`~lightning_plasticity.interventions.describe_units`
     lists the layers with units.
 
+    With ``utility="gradient"`` the contribution is, instead of the formula above, the first-order cost of a reset, GXD
+    (Elisii, Beauchemin and Jamshed 2026): gradient times difference from a reference, which is 0 here, since a unit
+    that is reset has outgoing weights of zero,
+
+    .. math:: c_i = \sum \Big|\frac{\partial L}{\partial h_i}\,h_i\Big|, \qquad
+        u_i \leftarrow \eta\,u_i + (1 - \eta)\,\frac{c_i}{\mathrm{mean}_k\,c_k}
+
+    summed over samples, positions, columns and consumers. The gradients are those of the training step, by hooks. The
+    share of the layer's mean depends neither on the scale of the loss nor on that of mixed precision. Only the abstract
+    of that paper could be had; absolute values are a choice, since with its sign the sum over samples is
+    :math:`w_{\mathrm{out}} \cdot \partial L / \partial w_{\mathrm{out}}`, which is zero for every unit at a minimum.
+
     All micro-batches since the last :meth:`after_step` count as one batch, even those whose step was skipped: call it
     once after each optimizer step that was not skipped. A layer that was not called in between stays as it is, and its
     units do not age. All ranks choose the same units.
@@ -48,6 +60,7 @@ class ContinualBackprop(UnitReplacement):
         transfer_bias: Add the mean activation of a replaced unit, times its outgoing weights, to the biases of its
             consumers, so that their mean inputs stay the same. Off, as in the published results: there the mean was
             cleared before it was used. Consumers without bias are not corrected.
+        utility: What a unit is rated by: its ``"contribution"``, or the ``"gradient"`` times activation.
         seed: Seed of the random numbers that new weights are drawn with.
         initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
             has stored at its first batch, or those at :meth:`start`.
@@ -63,7 +76,7 @@ class ContinualBackprop(UnitReplacement):
         PlasticityWarning: At the start, if the model has no units, with the reasons; it rests then.
 
     References:
-        Dohare et al. 2024, Nature 632, arXiv 2306.13812.
+        Dohare et al. 2024, Nature 632, arXiv 2306.13812. Elisii, Beauchemin and Jamshed 2026, arXiv 2605.06834.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -88,15 +101,16 @@ class ContinualBackprop(UnitReplacement):
         decay: float = 0.99,
         *,
         transfer_bias: bool = False,
+        utility: str = "contribution",
         seed: int = 0,
         initial: Mapping[str, Tensor] | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
     ) -> None:
         check_choice((True, False), self.name, transfer_bias=transfer_bias)
-        super().__init__(
-            _absolute_and_signed_sums if transfer_bias else _absolute_sums, seed, initial, include, exclude
-        )
+        check_choice(("contribution", "gradient"), self.name, utility=utility)
+        statistic = _absolute_and_signed_sums if transfer_bias else _absolute_sums
+        super().__init__(statistic, seed, initial, include, exclude, with_gradients=utility == "gradient")
         check_number("[0, 1]", self.name, "a share of the units", replacement_rate=replacement_rate)
         check_number("[0, inf]", self.name, "a number of steps", maturity_threshold=maturity_threshold)
         check_number("[0, 1)", self.name, decay=decay)
@@ -104,6 +118,7 @@ class ContinualBackprop(UnitReplacement):
         self.maturity_threshold = maturity_threshold
         self.decay = decay
         self.transfer_bias = transfer_bias
+        self.utility = utility
 
     @override
     def new_record(self, group: UnitGroup) -> Record:
@@ -128,9 +143,14 @@ class ContinualBackprop(UnitReplacement):
         statistics: Mapping[str, LayerStatistics],
     ) -> tuple[dict[str, Record], dict[str, Tensor]]:
         pooled = self.pool(groups, statistics)
-        activations = [statistics[name].sums[0] / statistics[name].num_values for name in pooled.consumers]
-        outgoing = [_outgoing_weights(model.get_submodule(name)).cpu() for name in pooled.consumers]
-        contributions = pooled.by_unit([a * w for a, w in zip(activations, outgoing, strict=True)])
+        called = [(model.get_submodule(name), statistics[name]) for name in pooled.consumers]
+        if self.utility == "gradient":
+            costs = pooled.by_unit([x.sums[0] for _, x in called]).split(pooled.sizes)
+            contributions = torch.cat([cost / cost.mean() if cost.any() else cost for cost in costs])
+        else:
+            contributions = pooled.by_unit(
+                [_outgoing_weights(layer).cpu() * (x.sums[0] / x.num_values) for layer, x in called]
+            )
         before = [records[group.layer] for group in groups]
         utilities = self._moving_average(torch.cat([record["utility"] for record in before]), contributions)
         ages = torch.cat([record["age"] for record in before]) + 1
@@ -223,21 +243,22 @@ def _add_to_bias(bias: nn.Parameter, addend: Tensor, fresh: SparseUpdate | None)
     return SparseUpdate(torch.arange(len(bias)), values, reset_state_mask)
 
 
-def _absolute_sums(x: Tensor, dim: int) -> Tensor:
-    return x.abs().sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
+def _absolute_sums(x: Tensor, dim: int, gradient: Tensor | None = None) -> Tensor:
+    values = x if gradient is None else gradient.to(torch.promote_types(x.dtype, torch.float32)) * x
+    return values.abs().sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
 
 
-def _absolute_and_signed_sums(x: Tensor, dim: int) -> Tensor:
+def _absolute_and_signed_sums(x: Tensor, dim: int, gradient: Tensor | None = None) -> Tensor:
     signed = x.sum(other_dims(x, dim), dtype=torch.promote_types(x.dtype, torch.float32))[None]
-    return torch.cat([_absolute_sums(x, dim), signed])
+    return torch.cat([_absolute_sums(x, dim, gradient), signed])
 
 
 def _outgoing_weights(consumer: nn.Module) -> Tensor:
     """Sum the absolute weights of each input channel of a linear or convolution layer, ``(channels,)``."""
     assert isinstance(consumer.weight, Tensor)
     weight, dtype = consumer.weight.detach(), torch.promote_types(consumer.weight.dtype, torch.float32)
-    # A transposed convolution has one row for each input channel.
-    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS):
+    # They have one row for each input channel.
+    if isinstance(consumer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(consumer):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
     columns = torch.cat([_sum_of_absolute_rows(rows, dtype) for rows in weight.chunk(groups)])

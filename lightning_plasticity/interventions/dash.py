@@ -15,7 +15,7 @@ from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.linear_layers import LinearParameter
 from lightning_plasticity.interventions.weights.updates import WeightUpdate, keep_optimizer_state
 from lightning_plasticity.isolation.state import probe_mode
-from lightning_plasticity.layers import CONVOLUTIONS, RECURRENT_LAYERS
+from lightning_plasticity.layers import CONVOLUTIONS, RECURRENT_LAYERS, is_conv1d
 
 
 class DASH(Repair):
@@ -62,6 +62,8 @@ class DASH(Repair):
         tensor([[1.2000, 0.0000]])
     """
 
+    acts_on = "weight or bias of a linear, convolution or attention layer"
+    acts_on_computed = False
     occasions = ("collapse", "task")
 
     def __init__(
@@ -122,6 +124,9 @@ class DASH(Repair):
 
 def _vector_dims(part: LinearParameter) -> tuple[int, ...]:
     """Return the dimensions of a parameter that make up one vector: a bias, a row or a kernel."""
+    if is_conv1d(part.layer):
+        # The weight has a column for each output.
+        return (0,)
     first = 0 if part.is_bias else 2 if isinstance(part.layer, CONVOLUTIONS) else 1
     return tuple(range(first, part.parameter.ndim))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import CellType, FunctionType
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from lightning_plasticity.distributed.agreement import all_reduce_mean
 from lightning_plasticity.functional.layouts import finite
 from lightning_plasticity.functional.ranks import entropy_rank
 from lightning_plasticity.interventions.base import Intervention, InterventionContext, Regularizer, StepIntervention
+from lightning_plasticity.interventions.closures import bind_closure
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import Forward
 from lightning_plasticity.interventions.weights.matrices import at_least_float32
 from lightning_plasticity.isolation.state import probe_mode
+from lightning_plasticity.isolation.weights import untrained_copies
 
 
 class EffectiveRankRegularizer(StepIntervention):
@@ -33,8 +34,9 @@ class EffectiveRankRegularizer(StepIntervention):
 
     :math:`F_\ell`, ``(N, d)``, are the outputs of the activation functions that feed another layer, not centred, for
     the inputs of all minibatches since the last such step, computed with the current weights in evaluation mode. Every
-    position of a convolution and every token is a row. The step is plain gradient ascent after the optimizer's own:
-    it enters neither momentum nor second moments, and ``.grad`` is not touched.
+    position of a convolution and every token is a row. Target networks, which no optimizer trains, do not count. The
+    step is plain gradient ascent after the optimizer's own: it enters neither momentum nor second moments, and
+    ``.grad`` is not touched.
 
     A rank cannot exceed ``min(N, d)``: with fewer samples than units, the step spreads the samples. Singular values
     that are zero up to rounding (1e-7 of the largest for 1000 units) get no gradient, since it is infinite there; nor
@@ -57,8 +59,11 @@ class EffectiveRankRegularizer(StepIntervention):
         exclude: Names of those that stay as they are.
 
     Raises:
-        ValueError: If an argument is out of range; at the step, if ``forward`` is not given, the model has no hidden
-            features, or they are not finite.
+        ValueError: If an argument is out of range; at the step, if ``forward`` is not given, or the hidden features
+            are not finite.
+
+    Warns:
+        PlasticityWarning: Once, if the model has no hidden features that depend on its parameters; it rests then.
 
     References:
         "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning", arXiv 2509.22335. Roy and Vetterli
@@ -96,19 +101,41 @@ class EffectiveRankRegularizer(StepIntervention):
 
     @override
     def prepare(self, model: nn.Module, context: InterventionContext) -> None:
-        """Check that the model has features, and measure the size of a minibatch, if the model can be run."""
-        if context.forward is not None and self._samples_per_batch is None:
-            model_to_run = context.model_to_run(model)
-            with probe_mode(model_to_run), torch.no_grad():
-                self._count_samples(model_to_run, [context.forward])
+        """Measure the size of a minibatch, and rest if no features can be changed, if the model can be run."""
+        # Importing this at the top would load torchmetrics with `import lightning_plasticity.interventions`.
+        from lightning_plasticity.activations.features import NoFeaturesError
+
+        if context.forward is None:
+            return
+        names, model_to_run = self.selected_parameters(model, context), context.model_to_run(model)
+        known = self._samples_per_batch
+        try:
+            with probe_mode(model_to_run), torch.enable_grad():
+                features = self._count_samples(model_to_run, [context.forward], self._left_out(model, context))
+                parameters = [p for name, p in model_to_run.named_parameters() if name in names]
+                depend = _depend(list(features.values()), parameters)
+        except NoFeaturesError as error:
+            self._rest_without_features(model, str(error))
+            return
+        if known is not None:
+            self._samples_per_batch = known
+        if depend:
+            self.rests_because = None
+        elif names:
+            self._rest_without_features(model, "its hidden features depend on no parameter that it may change")
+        else:
+            self.rest_without(names, model, context)
 
     @override
     def step(self, model: nn.Module, context: InterventionContext) -> None:
         """Keep the minibatch, and take the ascent step when there are enough samples."""
         forward = context.require_forward(self.name, "after_step")
-        self.prepare(model, context)
+        if self._samples_per_batch is None and self.rests_because is None:
+            self.prepare(model, context)
+        if self.rests_because is not None:
+            return
         assert self._samples_per_batch is not None
-        self._pending.append(_bind_closure(forward))
+        self._pending.append(bind_closure(forward))
         if len(self._pending) * self._samples_per_batch >= self.every_n_samples:
             self._ascend(model, context.model_to_run(model), context)
 
@@ -129,7 +156,7 @@ class EffectiveRankRegularizer(StepIntervention):
             The mean effective rank of the hidden layers times ``-coefficient``, a scalar with a graph.
         """
         with probe_mode(model):
-            return -coefficient * _mean_rank(_features(model, [forward])[0])
+            return -coefficient * _mean_rank(_features(model, [forward], self._left_out(model, None))[0])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -140,13 +167,16 @@ class EffectiveRankRegularizer(StepIntervention):
         self._samples_per_batch = state["samples_per_batch"]
         self._pending = []
 
+    def _rest_without_features(self, model: nn.Module, reason: str) -> None:
+        self._rest(model, {"": reason})
+
     def _ascend(self, model: nn.Module, model_to_run: nn.Module, context: InterventionContext) -> None:
         parameters = self.selected_parameters(model, context)
         parameters_to_run = dict(model_to_run.named_parameters())
         # Discard the pending minibatches first, so that one that fails does not fail again at the next step.
         pending, self._pending = self._pending, []
         with probe_mode(model_to_run):
-            rank = _mean_rank(self._count_samples(model_to_run, pending))
+            rank = _mean_rank(self._count_samples(model_to_run, pending, self._left_out(model, context)))
             # All parameters before the features are frozen.
             if not rank.requires_grad:
                 return
@@ -160,9 +190,16 @@ class EffectiveRankRegularizer(StepIntervention):
                 for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                     parameter.add_(gradient.to(parameter.device), alpha=step_size)
 
-    def _count_samples(self, model: nn.Module, forwards: Sequence[Forward]) -> dict[str, Tensor]:
+    def _left_out(self, model: nn.Module, context: InterventionContext | None) -> list[str]:
+        """Return the networks that no optimizer trains, such as target networks: their features do not count."""
+        trained = self._trained_names(model, context)
+        return [] if trained is None else untrained_copies(model, trained)
+
+    def _count_samples(
+        self, model: nn.Module, forwards: Sequence[Forward], left_out: Collection[str]
+    ) -> dict[str, Tensor]:
         """Compute the features, and store the number of samples per minibatch, averaged over all processes."""
-        features, samples = _features(model, forwards)
+        features, samples = _features(model, forwards, left_out)
         per_batch = torch.tensor(samples / len(forwards), device=next(iter(features.values())).device)
         self._samples_per_batch = all_reduce_mean(per_batch).item()
         return features
@@ -226,30 +263,24 @@ class L2ER(EffectiveRankRegularizer, Regularizer):
     def penalty(self, model: nn.Module) -> Tensor:
         """Compute the L2 term, coefficient included: a scalar with a graph."""
         terms = [at_least_float32(parameter).square().sum() for parameter in self.selected_parameters(model).values()]
-        if not terms:
-            raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")
-        return 0.5 * self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return 0.5 * self.total(terms, model)
+
+    @override
+    def rest_without(
+        self, targets: Collection[object], model: nn.Module, context: InterventionContext | None = None
+    ) -> None:
+        # Parameters to penalize do not mean that there are features to raise.
+        if not targets:
+            super().rest_without(targets, model, context)
+
+    @override
+    def _rest_without_features(self, model: nn.Module, reason: str) -> None:
+        self._warn_once(f"{self.name} adds its L2 penalty alone to {type(model).__name__}: {reason}")
 
 
-def _bind_closure(forward: Forward) -> Forward:
-    """Copy a function with the present values of its variables: a loop rebinds them before it is called."""
-    if not isinstance(forward, FunctionType):
-        return forward
-    cells = tuple(_copy_cell(cell) for cell in forward.__closure__ or ())
-    bound = FunctionType(forward.__code__, {**forward.__globals__}, forward.__name__, forward.__defaults__, cells)
-    bound.__kwdefaults__ = forward.__kwdefaults__
-    return bound
-
-
-def _copy_cell(cell: CellType) -> CellType:
-    try:
-        return CellType(cell.cell_contents)
-    except ValueError:
-        # The variable is not assigned yet.
-        return cell
-
-
-def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, Tensor], int]:
+def _features(
+    model: nn.Module, forwards: Sequence[Forward], left_out: Collection[str]
+) -> tuple[dict[str, Tensor], int]:
     """Return the feature matrices of all forward passes together, and the number of samples."""
     # This imports torchmetrics, which `import lightning_plasticity.interventions` must not load.
     from lightning_plasticity.activations.features import hidden_features
@@ -257,11 +288,20 @@ def _features(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[str, 
     rows_by_layer: dict[str, list[Tensor]] = {}
     num_samples = 0
     for forward in forwards:
-        features, samples = hidden_features(model, forward)
+        features, samples = hidden_features(model, forward, left_out)
         num_samples += samples
         for name, rows in features.items():
             rows_by_layer.setdefault(name, []).extend(rows)
     return {name: torch.cat(rows) for name, rows in rows_by_layer.items()}, num_samples
+
+
+def _depend(features: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Return whether some features have a gradient by some parameters."""
+    with_graph = [rows.sum() for rows in features if rows.requires_grad]
+    if not with_graph or not parameters:
+        return False
+    total = torch.stack([term.to(with_graph[0].device) for term in with_graph]).sum()
+    return any(gradient is not None for gradient in torch.autograd.grad(total, parameters, allow_unused=True))
 
 
 def _mean_rank(features: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_plasticity.interventions.base import InterventionContext, Repair,
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.weights.linear_layers import LinearParameter
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
-from lightning_plasticity.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_plasticity.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_conv1d
 
 
 class FIRE(Repair):
@@ -64,6 +64,8 @@ class FIRE(Repair):
         True
     """
 
+    acts_on = "weight of a linear, convolution or attention layer"
+    acts_on_computed = False
     occasions = ("collapse", "task")
 
     def __init__(
@@ -104,6 +106,8 @@ class FIRE(Repair):
         layer, old = weight.layer, weight.parameter.detach()
         if isinstance(layer, nn.Linear) or weight.key in ("q_proj_weight", "k_proj_weight"):
             return self._isometry(old)
+        if is_conv1d(layer):
+            return self._isometry(old.T).T
         if weight.key == "in_proj_weight":
             queries, keys, values = old.chunk(3)
             return torch.cat([self._isometry(queries).to(old), self._isometry(keys).to(old), values])

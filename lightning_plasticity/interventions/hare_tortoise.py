@@ -56,6 +56,8 @@ class HareTortoise(StepIntervention):
         (1, 1.0)
     """
 
+    acts_on = "parameter in floating point"
+
     def __init__(
         self,
         decay: float = 0.999,
@@ -117,4 +119,5 @@ class HareTortoise(StepIntervention):
             for name, tensor in {**trainable, **statistics}.items():
                 if tensor.is_floating_point() or tensor.is_complex():
                     names.setdefault(tensor, name)
+        self.rest_without(names, model, context)
         return {name: tensor for tensor, name in names.items()}

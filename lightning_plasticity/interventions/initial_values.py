@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -40,9 +39,7 @@ class InitialValueRegularizer(Regularizer):
         for parameter, initial in self.pairs(model):
             wide = at_least_float32(parameter)
             terms.append(self.distance(wide, initial.to(wide.dtype)))
-        if not terms:
-            raise ValueError(f"{self.name}: {type(model).__name__} has no trainable parameter to regularize")
-        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.total(terms, model)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class L2Init(InitialValueRegularizer):
         0.3
     """
 
+    acts_on = "parameter, apart from those of norm layers"
+
     def __init__(self, coefficient: float = 1e-2, *, include: Patterns = None, exclude: Patterns = None) -> None:
         super().__init__(coefficient, include=include, exclude=exclude)
 
@@ -60,10 +62,11 @@ class L2Init(InitialValueRegularizer):
     @override
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm:
         pairs = self.pairs(model)
+        self.rest_without(pairs, model)
         value = self.penalty(model) if with_value else None
         # No tensor for the difference, which would be two more passes over the memory of all parameters; but in half
         # precision the difference of two large sums would be rounded away.
-        terms: dict[float, dict[nn.Parameter, Tensor]] = {self.coefficient: {}, -self.coefficient: {}}
+        terms: dict[float, dict[Tensor, Tensor]] = {self.coefficient: {}, -self.coefficient: {}}
         for parameter, initial in pairs:
             wide = at_least_float32(parameter.detach())
             if wide.dtype == parameter.dtype:
@@ -71,4 +74,4 @@ class L2Init(InitialValueRegularizer):
                 terms[-self.coefficient][parameter] = initial
             else:
                 terms[self.coefficient][parameter] = (wide - initial.to(wide)).to(parameter)
-        return ClosedForm(value, [(factor, {**term}) for factor, term in terms.items()])
+        return ClosedForm(value, list(terms.items()))

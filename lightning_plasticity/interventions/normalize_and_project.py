@@ -53,6 +53,9 @@ class NormalizeAndProject(StepIntervention):
         tensor([[3., 4.]])
     """
 
+    acts_on = "weight of a linear, convolution, attention or recurrent layer"
+    acts_on_computed = False
+
     def __init__(self, *, include: Patterns = None, exclude: Patterns = None) -> None:
         super().__init__(include, exclude)
         self.norms: dict[str, float] = {}
@@ -90,7 +93,10 @@ class NormalizeAndProject(StepIntervention):
         self.norms, self._shapes = dict(state["norms"]), dict(state["shapes"])
 
     def _weights(self, model: nn.Module, context: InterventionContext) -> dict[str, LinearParameter]:
-        return {name: weight for name, weight in self.linear_parameters(model, context).items() if not weight.is_bias}
+        parameters = self.linear_parameters(model, context)
+        weights = {name: parameter for name, parameter in parameters.items() if not parameter.is_bias}
+        self.rest_without(weights, model, context)
+        return weights
 
     def _fits(self, name: str, parameter: nn.Parameter) -> bool:
         return name in self.norms and self._shapes[name] == list(parameter.shape)

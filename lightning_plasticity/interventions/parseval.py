@@ -10,7 +10,6 @@ from typing_extensions import override
 from lightning_plasticity._validation import check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.weights.matrices import weight_matrices
 
 
 class Parseval(Regularizer):
@@ -23,6 +22,15 @@ class Parseval(Regularizer):
     the same gradient; with the smaller one the minimum is zero. The matrices are those of
     :class:`~lightning_plasticity.interventions.SpectralRegularizer`; biases and norm layers are not touched.
 
+    With ``decoupled=True`` it is the isometry term of AdamO (Rosseau, Müller and Nowé 2026): the gradient goes past the
+    optimizer and its moments, as the weight decay of AdamW does,
+
+    .. math:: \theta_{t+1} = \mathrm{step}(\theta_t) - \eta\,\nabla R(\theta_t)
+
+    with the learning rate :math:`\eta` of the parameter's group. Only the abstract of that paper and its update rule
+    could be had, not its :math:`\lambda`, nor the layers that it leaves out: they are those of the coupled term here.
+    In a plain loop, call :meth:`descend` before the optimizer's step instead of adding :meth:`penalty` to the loss.
+
     Args:
         coefficient: Factor of the term, :math:`\lambda`. The paper's networks are 64 units wide; the term grows with
             the width.
@@ -30,13 +38,14 @@ class Parseval(Regularizer):
         exclude: Names of the modules to leave out, with wildcards. By default the last one that has a matrix, in the
             order of registration: name the output layers where that is another one, or several.
         include: Names of the modules and parameters that count, with wildcards; by default all.
+        decoupled: Whether the gradient goes past the optimizer, as in AdamO, or is a part of that of the loss.
 
     Raises:
         ValueError: If ``coefficient`` is negative or ``gain`` is not positive; at the call, if the model has no such
-            layer to exclude, or no other layer has a trainable matrix.
+            layer to exclude.
 
     References:
-        Chung et al. 2024, arXiv 2412.07224.
+        Chung et al. 2024, arXiv 2412.07224. Rosseau, Müller and Nowé 2026, arXiv 2606.09762.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -44,7 +53,14 @@ class Parseval(Regularizer):
         ...     _ = model[0].weight.copy_(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
         >>> Parseval(coefficient=1).penalty(model).item()  # (2² - 1)²
         9.0
+        >>> Parseval(coefficient=1, decoupled=True).descend(model, [torch.optim.Adam(model.parameters(), lr=0.01)])
+        >>> model[0].weight  # 2 - 0.01 · 4 · 2 (2² - 1)
+        Parameter containing:
+        tensor([[0.0000, 1.7600],
+                [1.0000, 0.0000]], requires_grad=True)
     """
+
+    acts_on = "matrix, apart from that of the last layer unless exclude= names others"
 
     def __init__(
         self,
@@ -52,21 +68,19 @@ class Parseval(Regularizer):
         gain: float = 1,
         exclude: Patterns = None,
         include: Patterns = None,
+        *,
+        decoupled: bool = False,
     ) -> None:
-        super().__init__(coefficient, include=include, exclude=exclude)
+        super().__init__(coefficient, include=include, exclude=exclude, decoupled=decoupled)
         check_number("(0, inf)", self.name, "the singular values at the minimum", gain=gain)
         self.gain = gain
 
     @override
     def penalty(self, model: nn.Module) -> Tensor:
-        selected = set(self.selected_parameters(model).values())
-        layers = [layer.matrices for layer in weight_matrices(model, selected).values() if layer.matrices]
+        layers = [layer.matrices for layer in self.weight_matrices(model).values() if layer.matrices]
         kept = layers[:-1] if self.exclude is None else layers
         terms = [self._term(matrix) for matrices in kept for matrix in matrices.values()]
-        if not terms:
-            left_out = "the last" if self.exclude is None else str(self.exclude)
-            raise ValueError(f"Parseval: {type(model).__name__} has no trainable matrix apart from {left_out}")
-        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.total(terms, model)
 
     def _term(self, matrix: Tensor) -> Tensor:
         rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

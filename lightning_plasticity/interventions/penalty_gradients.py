@@ -103,6 +103,17 @@ def gradients_of_parameters(
     return result
 
 
+def sum_terms(terms: Terms, count: int) -> list[Tensor | None]:
+    """Return the gradient of each of ``count`` parameters; ``None`` for zeros."""
+    sums: list[Tensor | None] = [None] * count
+    for factor, gradients in terms:
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                before = sums[place]
+                sums[place] = factor * gradient if before is None else before + factor * gradient
+    return sums
+
+
 def check_finite(gradients: Sequence[Tensor | None]) -> None:
     """Raise a ``ValueError`` if an entry of a gradient is not finite."""
     dense = [gradient for gradient in gradients if gradient is not None]

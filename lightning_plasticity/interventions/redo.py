@@ -1,24 +1,24 @@
-"""ReDo and ReGraMa: reset dormant units, rated by their activations or by the gradients of their weights."""
+"""ReDo and ReGraMa: reset dormant units, rated by their activations, by gradients, or by both."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity._validation import check_number
+from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.distributed.agreement import all_reduce_mean
-from lightning_plasticity.interventions.base import InterventionContext, Repair, When
+from lightning_plasticity.interventions.base import InterventionContext, Loss, Repair, When
 from lightning_plasticity.interventions.remembered_weights import RemembersInitialWeights
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.discovery import describe_units
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
-from lightning_plasticity.interventions.units.layer_statistics import by_unit, recorded_inputs
+from lightning_plasticity.interventions.units.layer_statistics import by_unit, other_dims, recorded_inputs
 from lightning_plasticity.interventions.units.selected_units import select_units
 from lightning_plasticity.interventions.units.unit_reset import plan_reset
 from lightning_plasticity.interventions.weights.updates import WeightUpdate
@@ -75,21 +75,32 @@ class ReDo(_ThresholdReset):
     If they were dead, the output of the network stays the same, to the last bit.
     :func:`~lightning_plasticity.interventions.describe_units` lists the units of a model that can be reset.
 
+    With ``utility="gradient"`` a unit is rated by the first-order cost of its reset instead, GXD (Elisii, Beauchemin
+    and Jamshed 2026): gradient times difference from a reference, which is 0 here, since a unit that is reset has
+    outgoing weights of zero,
+
+    .. math:: s_i = \frac{c_i}{\mathrm{mean}_k\,c_k} \le \tau, \qquad
+        c_i = \sum \Big|\frac{\partial L}{\partial h_i}\,h_i\Big|
+
+    summed over samples, positions and consumers. Only the abstract of that paper could be had; for the absolute values
+    see :class:`~lightning_plasticity.interventions.ContinualBackprop`. ``.grad`` is not touched.
+
     Args:
         threshold: :math:`\tau`, as a share of the layer's mean.
         initial: ``state_dict()`` of the model before training, to draw from. By default the weights that the callback
             has stored at its first batch, or those at :meth:`start`; without either, ``reset_parameters`` draws.
         when: When the callback runs it: on ``"collapse"``, at every ``"task"``, or every so many optimizer steps.
+        utility: What a unit is rated by: its mean ``"activation"``, or the ``"gradient"`` times activation.
         include: Names of the layers whose units are reset to act on, with wildcards; by default all.
         exclude: Names of layers whose units stay as they are.
         also: Modules to copy others to after a repair, such as ``{"target": "online"}``.
 
     Raises:
-        ValueError: If ``threshold`` is negative; at the repair, if ``forward`` is not given or activations are not
-            finite.
+        ValueError: If ``threshold`` is negative; at the repair, if ``forward`` (for gradients ``loss``) is not given,
+            or activations or gradients are not finite.
 
     References:
-        Sokar et al. 2023, arXiv 2302.12902.
+        Sokar et al. 2023, arXiv 2302.12902. Elisii, Beauchemin and Jamshed 2026, arXiv 2605.06834.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -106,16 +117,26 @@ class ReDo(_ThresholdReset):
         initial: Mapping[str, Tensor] | None = None,
         when: When = "collapse",
         *,
+        utility: str = "activation",
         include: Patterns = None,
         exclude: Patterns = None,
         also: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(threshold, initial, when, include, exclude, also)
+        check_choice(("activation", "gradient"), self.name, utility=utility)
+        self.utility = utility
+
+    @override
+    def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
+        return super().plan(model, _with_forward(self, context) if self.utility == "gradient" else context)
 
     @override
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
-        forward = context.require_forward(self.name, "repair")
         consumers = [name for group in units.groups.values() for name in group.consumers]
+        if self.utility == "gradient":
+            costs = _first_order_costs(model, consumers, context.require_mean_loss(self.name))
+            return {layer: _sum_over_consumers(group, costs) for layer, group in units.groups.items()}
+        forward = context.require_forward(self.name, "repair")
         with probe_mode(model), torch.no_grad(), recorded_inputs(model, consumers) as inputs:
             forward(model)
         return {layer: _mean_activations(model, group, inputs) for layer, group in units.groups.items()}
@@ -168,9 +189,7 @@ class ReGraMa(_ThresholdReset):
 
     @override
     def plan(self, model: nn.Module, context: InterventionContext) -> WeightUpdate:
-        loss = context.require_mean_loss(self.name)
-        forward = loss if context.forward is None else context.forward
-        return super().plan(model, replace(context, forward=forward))
+        return super().plan(model, _with_forward(self, context))
 
     @override
     def scores(self, model: nn.Module, units: Units, context: InterventionContext) -> dict[str, Tensor]:
@@ -182,6 +201,32 @@ class ReGraMa(_ThresholdReset):
             values = torch.autograd.grad(loss(model), list(map(model.get_parameter, names)), materialize_grads=True)
         gradients = dict(zip(names, values, strict=True))
         return {layer: _mean_gradients(model, group, gradients) for layer, group in units.groups.items()}
+
+
+def _with_forward(repair: Repair, context: InterventionContext) -> InterventionContext:
+    """Return a context whose forward pass is the loss, unless it has another; raises if it has no loss."""
+    loss = context.require_mean_loss(repair.name)
+    return context if context.forward is not None else replace(context, forward=loss)
+
+
+def _first_order_costs(model: nn.Module, layers: Iterable[str], loss: Loss) -> dict[str, Tensor]:
+    """Sum ``|∂L/∂h · h|`` for each input channel of the given layers."""
+    with probe_mode(model), recorded_inputs(model, layers, differentiable=True) as inputs:
+        value = loss(model)
+        calls = [(name, x) for name, of_layer in inputs.items() for x in of_layer]
+        gradients = torch.autograd.grad(value, [x for _, x in calls], materialize_grads=True) if calls else ()
+    costs: dict[str, Tensor] = {}
+    for (name, x), gradient in zip(calls, gradients, strict=True):
+        dim = input_channel_dim(model.get_submodule(name))
+        values = gradient.double() * x.detach()
+        # A layer may be called several times.
+        costs[name] = costs.get(name, 0) + values.abs().sum(other_dims(x, dim)).cpu()
+    return costs
+
+
+def _sum_over_consumers(group: UnitGroup, costs: Mapping[str, Tensor]) -> Tensor:
+    terms = [by_unit(costs[name], unit_index, group.num_units) for name, unit_index in group.consumers.items()]
+    return torch.stack(terms).sum(0)
 
 
 def _weights(model: nn.Module, group: UnitGroup) -> list[str]:
@@ -207,7 +252,7 @@ def _mean_activations(model: nn.Module, group: UnitGroup, inputs: Mapping[str, S
     for name, unit_index in group.consumers.items():
         dim = input_channel_dim(model.get_submodule(name))
         # A layer may be called several times.
-        values = torch.cat([x.detach().movedim(dim, 0).flatten(1) for x in inputs[name]], dim=1)
+        values = torch.cat([x.detach().movedim(dim, 0).reshape(x.shape[dim], -1) for x in inputs[name]], dim=1)
         channels_per_unit = unit_index[unit_index >= 0].bincount(minlength=group.num_units)
         means = values.double().abs().mean(1).cpu()
         by_consumer.append(by_unit(means, unit_index, group.num_units) / channels_per_unit)

@@ -55,6 +55,8 @@ class Reset(RemembersInitialWeights, Repair):
         8
     """
 
+    acts_on = "parameter among the layers to reset"
+
     def __init__(
         self,
         layers: Sequence[str] | None = None,

@@ -46,6 +46,8 @@ class ShrinkPerturb(RemembersInitialWeights, Repair):
         10
     """
 
+    acts_on = "parameter, apart from those of norm layers"
+
     def __init__(
         self,
         s: float = 0.8,

@@ -65,6 +65,8 @@ class SoftShrinkPerturb(RemembersInitialWeights, StepIntervention):
         True
     """
 
+    acts_on = "parameter, apart from those of norm layers"
+
     def __init__(
         self,
         shrink: float = 1 - 1e-6,
@@ -141,7 +143,9 @@ class SoftShrinkPerturb(RemembersInitialWeights, StepIntervention):
     def _perturbed(self, model: nn.Module, context: InterventionContext) -> dict[str, nn.Parameter]:
         """Return the parameters to act on, all but those of norm layers, by name."""
         norms = norm_parameters(model)
-        return {name: p for name, p in self.selected_parameters(model, context).items() if p not in norms}
+        perturbed = {name: p for name, p in self.selected_parameters(model, context).items() if p not in norms}
+        self.rest_without(perturbed, model, context)
+        return perturbed
 
 
 def _scale(initial: Tensor, fixed: Tensor | None) -> Tensor:

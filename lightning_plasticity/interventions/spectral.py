@@ -15,7 +15,6 @@ from lightning_plasticity._validation import check_choice, check_number
 from lightning_plasticity.interventions.base import Regularizer
 from lightning_plasticity.interventions.penalty_gradients import ClosedForm, gradients_of_parameters
 from lightning_plasticity.interventions.selection import Patterns
-from lightning_plasticity.interventions.weights.matrices import LayerWeights, weight_matrices
 
 _FIRST_ITERATIONS = 20
 """Iterations for a new matrix: from a random vector, one is not enough."""
@@ -30,8 +29,8 @@ class SpectralRegularizer(Regularizer):
     :math:`b` are the biases, including those of norm layers: they are pulled to zero with the same power
     (:math:`(\lVert b \rVert^k - 0)^2`). :math:`\gamma` are the scales of norm layers, one by one. Kernels are flattened
     to ``(out, in · kh · kw)``; queries, keys and values of attention and the gates of recurrent layers are a matrix
-    each; of parametrized layers the computed weight counts. Embeddings, tokens, positions and frozen parameters are
-    left out; tied weights count once.
+    each; of weights that a parametrization or a hook of torch computes from others, such as a pruning mask, the result
+    counts. Embeddings, tokens, positions and frozen parameters are left out; tied weights count once.
 
     :math:`\sigma_{\max}` is estimated by one power iteration per call, :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`\sigma = \lVert W v \rVert`, :math:`u = W v / \sigma`, starting from the :math:`u` of the last call. The
@@ -48,7 +47,7 @@ class SpectralRegularizer(Regularizer):
         exclude: Names of those that stay as they are.
 
     Raises:
-        ValueError: If ``coefficient`` or ``power`` is out of range; at the call, if the model has no trainable layer.
+        ValueError: If ``coefficient`` or ``power`` is out of range.
 
     References:
         Lewandowski et al. 2024, arXiv 2406.06811.
@@ -61,6 +60,8 @@ class SpectralRegularizer(Regularizer):
         >>> round(SpectralRegularizer(coefficient=1).penalty(model).item(), 4)  # (2² - 1)² + (1² + 1²)²
         13.0
     """
+
+    acts_on = "matrix, bias or norm scale"
 
     def __init__(
         self,
@@ -81,25 +82,29 @@ class SpectralRegularizer(Regularizer):
     @override
     def penalty(self, model: nn.Module) -> Tensor:
         terms: list[Tensor] = []
-        for layer in self._layers(model):
+        for layer in self.weight_matrices(model).values():
             norms = [self._norm(name, matrix) for name, matrix in layer.matrices.items()]
             terms += [(norm.pow(self.power) - 1).square() for norm in norms]
             terms += [bias.square().sum().pow(self.power) for bias in layer.biases]
             terms += [(scale - 1).square().sum() for scale in layer.scales]
-        return self.coefficient * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.total(terms, model)
 
     @override
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
         if self.exact:
             return None
         with torch.enable_grad():
-            layers = self._layers(model)
+            layers = self.weight_matrices(model).values()
         matrices = {name: matrix for layer in layers for name, matrix in layer.matrices.items()}
         biases = [bias for layer in layers for bias in layer.biases]
         scales = [scale for layer in layers for scale in layer.scales]
         # The step of the power iteration, without the lengths of its vectors, which are all computed at once.
         rights = [self._left(name, matrix.detach()) @ matrix.detach() for name, matrix in matrices.items()]
         products = [m.detach() @ right for m, right in zip(matrices.values(), rights, strict=True)]
+        if not (matrices or biases or scales):
+            # To rest.
+            self.penalty(model)
+            return ClosedForm(torch.zeros(()), [])
         norms, m = _norms([*rights, *products, *biases]), len(matrices)
         right_norms, product_norms, bias_norms = (norms[i : i + n] for i, n in ((0, m), (m, m), (2 * m, len(biases))))
         if not all(0 < norm < math.inf for norm in right_norms + product_norms):
@@ -131,9 +136,6 @@ class SpectralRegularizer(Regularizer):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._vectors = {name: vector.clone() for name, vector in state["vectors"].items()}
-
-    def _layers(self, model: nn.Module) -> list[LayerWeights]:
-        return list(weight_matrices(model, set(self.selected_parameters(model).values())).values())
 
     def _norm(self, name: str, matrix: Tensor) -> Tensor:
         """Compute the spectral norm of a matrix, and store its left singular vector."""

@@ -48,14 +48,23 @@ class WeightClipping(StepIntervention):
         tensor([[-1.0000,  0.5000,  1.0000,  0.0000]])
     """
 
+    acts_on = "weight or bias of a linear, convolution, attention or recurrent layer"
+    acts_on_computed = False
+
     def __init__(self, kappa: float = 2.0, *, include: Patterns = None, exclude: Patterns = None) -> None:
         super().__init__(include, exclude)
         check_number("(0, inf)", self.name, kappa=kappa)
         self.kappa = kappa
 
     @override
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        self.rest_without(self.linear_parameters(model, context), model, context)
+
+    @override
     @torch.no_grad()
     def step(self, model: nn.Module, context: InterventionContext) -> None:
-        for part in self.linear_parameters(model, context).values():
+        parts = self.linear_parameters(model, context)
+        self.rest_without(parts, model, context)
+        for part in parts.values():
             bound = self.kappa / math.sqrt(part.fan_in)
             part.parameter.clamp_(-bound, bound)

@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import Collapse, GGNProbe, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.distributed.agreement import backend_device
-from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, ShrinkPerturb
+from lightning_plasticity.interventions import (
+    ChurnRegularizer,
+    ContinualBackprop,
+    Intervention,
+    Parseval,
+    ReDo,
+    Regularizer,
+    ShrinkPerturb,
+)
 from tests.helpers.modules import Classifier, trainer, weights
 from tests.helpers.processes import in_two_processes
 
@@ -108,6 +116,10 @@ def regularized_in_loss(rank: int) -> dict[str, Any]:
     return fit(rank, module=Decayed, with_callback=False)
 
 
+def penalised(rank: int) -> dict[str, Any]:
+    return fit(rank, ChurnRegularizer(), Parseval(0.1, decoupled=True), ContinualBackprop(0.1, 1, utility="gradient"))
+
+
 def repaired(rank: int) -> dict[str, Any]:
     always = Collapse(above=1e-9)
     return fit(rank, ReDo(), ShrinkPerturb(0.1, when=2), collapse=always)
@@ -122,7 +134,7 @@ def gathered(rank: int) -> dict[str, Any]:
 
 
 def everything(rank: int) -> dict[str, dict[str, Any]]:
-    jobs = (without_callback, with_callback, regularized, regularized_in_loss, repaired, labelled, gathered)
+    jobs = (without_callback, with_callback, regularized, regularized_in_loss, penalised, repaired, labelled, gathered)
     return {job.__name__: job(rank) for job in jobs}
 
 
@@ -178,6 +190,12 @@ def test_regularizer_equals_its_term_in_training_step(runs: dict[str, list[dict[
     by_callback, in_loss = runs["regularized"][0]["weights"], runs["regularized_in_loss"][0]["weights"]
     assert (by_callback - in_loss).abs().max() <= 1e-6
     assert (by_callback - runs["without_callback"][0]["weights"]).abs().max() > 1e-3
+
+
+def test_terms_of_the_batches_of_a_rank_act_on_both(runs: dict[str, list[dict[str, Any]]]) -> None:
+    for run, plain in zip(runs["penalised"], runs["with_callback"], strict=True):
+        assert not any(report["errors"] for report in run["history"])
+        assert not torch.equal(run["weights"], plain["weights"])
 
 
 def test_repairs_are_the_same_on_both_ranks(runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -224,7 +224,7 @@ CASES = {
     "starting an intervention": Case((ContinualBackprop, "prepare", 2), replace_units, "ContinualBackprop"),
     "halfway through an in-place change": Case((InPlace, "shrink", 14), InPlace, "InPlace"),
     "rank of features": Case((effective_rank, "_mean_rank", 2), raise_ranks, "EffectiveRankRegularizer"),
-    "storing a batch": Case((effective_rank, "_bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
+    "storing a batch": Case((effective_rank, "bind_closure", 1), raise_ranks, "EffectiveRankRegularizer"),
     "before a penalty": Case(
         (regularizer_gradients, "differentiate_penalty", 4), SpectralRegularizer, "SpectralRegularizer"
     ),

@@ -376,6 +376,7 @@ def everything(rank: int) -> dict[str, Any]:
         name: fit(rank, seeded(Sharded), callback_with(clipped_regularizers()), **options)
         for name, options in CLIPPED.items()
     }
+    results["decoupled"] = fit(rank, seeded(Sharded), callback_with([Parseval(0.1, decoupled=True)]))
     results["with_hooks"] = with_hooks(rank)
     for case, (name, number) in FAILED.items():
         try:
@@ -461,6 +462,12 @@ def test_regularizer_equals_its_penalty_in_the_loss(name: str, runs: Runs, unsha
     in_loss = fit(None, seeded(FullWeights, [REGULARIZERS[name]()]), None)
     torch.testing.assert_close(runs[name][0]["weights"], in_loss["weights"], rtol=0, atol=1e-13)
     assert (in_loss["weights"] - unsharded["weights"]).abs().max() > 1e-2
+
+
+def test_decoupled_regularizer_changes_full_weights(runs: Runs, unsharded: dict[str, Any]) -> None:
+    expected = fit(None, seeded(FullWeights), callback_with([Parseval(0.1, decoupled=True)]))
+    torch.testing.assert_close(runs["decoupled"][0]["weights"], expected["weights"], rtol=0, atol=1e-13)
+    assert (expected["weights"] - unsharded["weights"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", [*CLIPPED])

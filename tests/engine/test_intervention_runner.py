@@ -236,8 +236,9 @@ def test_every_intervention_acts_leaves_no_hooks_and_resumes(row: Row, tmp_path:
     fit(3, row.make())
     torch.load(tmp_path / "last.ckpt", weights_only=True)
     resumed, second, _ = fit(6, row.make(), tmp_path / "last.ckpt")
-    assert torch.equal(weights(resumed), weights(uninterrupted))
-    assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
+    assert torch.equal(weights(resumed), weights(uninterrupted)) == row.resumes_exactly
+    if row.resumes_exactly:
+        assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
 
 
 @pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")

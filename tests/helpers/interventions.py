@@ -13,6 +13,8 @@ from lightning_plasticity.interventions import (
     DASH,
     FIRE,
     L2ER,
+    UPGD,
+    ChurnRegularizer,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
@@ -23,6 +25,7 @@ from lightning_plasticity.interventions import (
     ReDo,
     ReGraMa,
     Reset,
+    SelectiveWeightReinit,
     SelfNormalizedReset,
     ShrinkPerturb,
     SoftShrinkPerturb,
@@ -39,14 +42,17 @@ class Row:
     Args:
         kind: The class.
         arguments: Arguments with which it acts within a few steps on a small network.
-        needs: The arguments and calls without which it raises: ``"forward"``, ``"loss"``, ``"start"``.
+        needs: The arguments and calls without which it raises: ``"forward"``, ``"loss"``, ``"start"``,
+            ``"optimizers"``.
         on_units: It re-initialises single units.
+        resumes_exactly: A run that is resumed from a checkpoint has the same end, bit for bit.
     """
 
     kind: type[Intervention]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     on_units: bool = False
+    resumes_exactly: bool = True
 
     @property
     def name(self) -> str:
@@ -62,6 +68,7 @@ class Row:
 
 
 FORWARD, LOSS, START = frozenset({"forward"}), frozenset({"loss"}), frozenset({"start"})
+OPTIMIZERS = frozenset({"optimizers"})
 
 # In the order of docs/interventions.md.
 INTERVENTIONS = (
@@ -73,6 +80,12 @@ INTERVENTIONS = (
     Row(DASH, {"when": "task"}, LOSS),
     Row(ContinualBackprop, {"replacement_rate": 0.1, "maturity_threshold": 1}, FORWARD | START, on_units=True),
     Row(SelfNormalizedReset, {"rejection": 0.5, "cap": 40}, FORWARD | START, on_units=True),
+    Row(
+        SelectiveWeightReinit,
+        {"factor": 0.2, "every_n_steps": 2, "pruning": "proportional", "seed": 5},
+        START | OPTIMIZERS,
+    ),
+    Row(UPGD, {"decay": 0.9, "noise": 0.1, "seed": 5}, START | OPTIMIZERS),
     Row(WeightClipping, {"kappa": 0.3}),
     Row(NormalizeAndProject, needs=START),
     Row(HareTortoise, {"decay": 0.6, "every_n_steps": 3}, START),
@@ -84,6 +97,8 @@ INTERVENTIONS = (
     # 12 samples are an epoch of the tests: a checkpoint does not hold pending minibatches.
     Row(EffectiveRankRegularizer, {"every_n_samples": 12}, FORWARD),
     Row(L2ER, {"every_n_samples": 12}, FORWARD),
+    # A checkpoint does not hold its batches.
+    Row(ChurnRegularizer, {"coefficient": 30.0}, FORWARD, resumes_exactly=False),
 )
 
 

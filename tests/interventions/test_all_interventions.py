@@ -12,8 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import interventions
-from lightning_plasticity.interventions import Intervention, ReDo, Regularizer, Repair, StepIntervention
+from lightning_plasticity.interventions import (
+    UPGD,
+    Intervention,
+    ReDo,
+    Regularizer,
+    Repair,
+    Reset,
+    SelectiveWeightReinit,
+    ShrinkPerturb,
+    SoftShrinkPerturb,
+    StepIntervention,
+)
 from tests.helpers.interventions import INTERVENTIONS, Row, for_each, select
+from tests.helpers.unit_models import Conv1D
 
 
 def mlp() -> nn.Sequential:
@@ -26,6 +38,10 @@ def forward(model: nn.Module) -> Any:
 
 def loss(model: nn.Module) -> Tensor:
     return forward(model).square().mean()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters())
 
 
 def test_table_holds_every_public_intervention() -> None:
@@ -53,8 +69,8 @@ def test_repr_is_the_constructor_call(row: Row) -> None:
 
 @for_each(INTERVENTIONS)
 def test_duplicate_has_the_same_arguments_and_state(row: Row) -> None:
-    original = row.make()
-    original.start(mlp(), forward=forward)
+    original, model = row.make(), mlp()
+    original.start(model, forward=forward, optimizers=[optimizer_of(model)])
     duplicate = original.duplicate()
     assert type(duplicate) is row.kind
     assert repr(duplicate) == repr(original)
@@ -63,7 +79,7 @@ def test_duplicate_has_the_same_arguments_and_state(row: Row) -> None:
 
 
 def test_repr_is_short_without_arguments_that_are_none() -> None:
-    assert repr(ReDo()) == "ReDo(threshold=0.025, when='collapse')"
+    assert repr(ReDo()) == "ReDo(threshold=0.025, when='collapse', utility='activation')"
 
 
 @for_each(row for row in INTERVENTIONS if "initial" in row.annotations)
@@ -76,11 +92,13 @@ def run(intervention: Intervention, model: nn.Module, options: dict[str, Any]) -
     if isinstance(intervention, Repair):
         intervention.repair(model, **options)
         return
-    forward_option = {name: value for name, value in options.items() if name == "forward"}
+    used = {name: value for name, value in options.items() if name == "forward"}
+    if "optimizers" in options:
+        used["optimizers"] = [optimizer_of(model)]
     if "start" in options:
-        intervention.start(model, **forward_option)
+        intervention.start(model, **used)
     if isinstance(intervention, StepIntervention):
-        intervention.after_step(model, **forward_option)
+        intervention.after_step(model, **used)
     if isinstance(intervention, Regularizer):
         intervention.penalty(model)
     intervention.stop()
@@ -89,6 +107,7 @@ def run(intervention: Intervention, model: nn.Module, options: dict[str, Any]) -
 MESSAGES = {
     "forward": (ValueError, "needs a forward pass of the model: .*forward=lambda model"),
     "loss": (ValueError, "needs gradients: .*loss=lambda model"),
+    "optimizers": (ValueError, r"start\(model, optimizers=\[optimizer\]\)"),
     "start": (RuntimeError, r"start\(model"),
 }
 
@@ -96,7 +115,7 @@ MESSAGES = {
 @pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
 @for_each(INTERVENTIONS)
 def test_works_with_what_the_table_names_and_not_without(row: Row) -> None:
-    needed = {name: {"forward": forward, "loss": loss, "start": True}[name] for name in row.needs}
+    needed = {name: {"forward": forward, "loss": loss, "start": True, "optimizers": True}[name] for name in row.needs}
     run(row.make(), mlp(), needed)
     for name in row.needs:
         model, (error, message) = mlp(), MESSAGES[name]
@@ -104,6 +123,76 @@ def test_works_with_what_the_table_names_and_not_without(row: Row) -> None:
         with pytest.raises(error, match=message):
             run(row.make(), model, {other: value for other, value in needed.items() if other != name})
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
+@for_each(INTERVENTIONS)
+def test_unbatched_sample_counts_as_batch_of_one(row: Row) -> None:
+    torch.manual_seed(0)
+    original, results = mlp(), []
+    for x in (torch.ones(4), torch.ones(1, 4)):
+        model, intervention = copy.deepcopy(original), row.make()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def output(model: nn.Module, x: Tensor = x) -> Any:
+            return model(x)
+
+        intervention.start(model, forward=output, optimizers=[optimizer])
+        for _ in range(4):
+            output(model).square().sum().backward()
+            optimizer.step()
+            if isinstance(intervention, StepIntervention):
+                intervention.after_step(model, [optimizer], forward=output)
+        if isinstance(intervention, Repair):
+            generator = torch.Generator().manual_seed(0)
+            options: Any = {"forward": output, "loss": lambda model: output(model).square().sum()}
+            intervention.repair(model, optimizers=[optimizer], generator=generator, **options)
+        intervention.stop()
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results)
+
+
+def of_conv1d(linear: nn.Sequential) -> nn.Sequential:
+    """Return the same network of ``Conv1D`` layers."""
+    layers = copy.deepcopy(linear)
+    for name, layer in linear.named_children():
+        if isinstance(layer, nn.Linear):
+            layers[int(name)] = Conv1D(layer.out_features, layer.in_features)
+            layers[int(name)].weight.data = layer.weight.data.T.contiguous()
+            layers[int(name)].bias.data = layer.bias.data.clone()
+    return layers
+
+
+@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
+@for_each(
+    row
+    for row in INTERVENTIONS
+    if row.kind not in (Reset, SelectiveWeightReinit, ShrinkPerturb, SoftShrinkPerturb, UPGD)
+)
+def test_conv1d_of_transformers_is_a_linear_layer(row: Row) -> None:
+    """Fresh weights differ, permuted in another order: there, the first units to be reset are compared."""
+    torch.manual_seed(0)
+    linear, x, results = mlp(), torch.randn(6, 4), []
+    with torch.no_grad():
+        linear[0].bias[3] = -100
+    for model in (of_conv1d(linear), linear):
+        intervention, reset = row.make(), []
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        options: Any = {"forward": lambda model: model(x), "loss": lambda model: model(x).square().mean()}
+        intervention.start(model, forward=options["forward"], optimizers=[optimizer])
+        for _ in range(8):
+            penalty = intervention.penalty(model) if isinstance(intervention, Regularizer) else 0
+            optimizer.zero_grad()
+            (options["loss"](model) + penalty).backward()
+            optimizer.step()
+            if isinstance(intervention, StepIntervention):
+                reset.append(intervention.after_step(model, [optimizer], forward=options["forward"]))
+        if isinstance(intervention, Repair):
+            reset.append(intervention.repair(model, optimizers=[optimizer], **options))
+        intervention.stop()
+        weights = [p.T if p.ndim > 1 and model is not linear else p for p in model.parameters()]
+        results.append(next(report.units for report in reset if report is not None) if row.on_units else weights)
+    torch.testing.assert_close(*results)
 
 
 @for_each(select(Repair))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from lightning_plasticity import PlasticityWarning
 from lightning_plasticity.functional import effective_rank
 from lightning_plasticity.interventions import L2ER, EffectiveRankRegularizer, Regularizer, StepIntervention
 from tests.helpers.processes import in_two_processes
@@ -264,7 +265,9 @@ def test_frozen_parameters_stay() -> None:
         if trainable is not None:
             trainable.requires_grad_(True)
         before = arrays(model)
-        EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(x))
+        reason = "'0', '2', '4': frozen" if trainable is None else "features depend on no parameter"
+        with pytest.warns(PlasticityWarning, match=f"EffectiveRankRegularizer rests, since Sequential .*{reason}"):
+            EffectiveRankRegularizer(every_n_samples=1).after_step(model, forward=on(x))
         assert all((old == new).all() for old, new in zip(before, arrays(model), strict=True))
 
 
@@ -471,10 +474,6 @@ def test_l2er_is_a_step_intervention_and_a_regularizer() -> None:
             r"needs a forward pass of the model: after_step\(model, forward=",
         ),
         (
-            lambda: EffectiveRankRegularizer().after_step(nn.Linear(4, 2), forward=on(inputs().float())),
-            "has called no activation function of Linear whose results feed another layer",
-        ),
-        (
             lambda: EffectiveRankRegularizer(every_n_samples=1).after_step(mlp(), forward=on(inputs() * torch.nan)),
             "the features of '0' hold NaN or infinite numbers",
         ),
@@ -501,3 +500,21 @@ def test_failed_step_discards_its_minibatches() -> None:
     for either, network in ((regularizer, model), (expected, other_model)):
         either.after_step(network, forward=on(inputs()))
     assert all((one == other).all() for one, other in zip(arrays(model), arrays(other_model), strict=True))
+
+
+def test_without_features_it_rests_and_l2_goes_on() -> None:
+    reason = "called no activation function of Linear whose results feed another layer"
+    model, x = nn.Linear(4, 2), inputs().float()
+    before = arrays(model)
+    for regularizer, message in (
+        (EffectiveRankRegularizer(every_n_samples=1), "EffectiveRankRegularizer rests, since Linear has nothing"),
+        (L2ER(every_n_samples=1, weight_decay=2), "L2ER adds its L2 penalty alone to Linear: "),
+    ):
+        with pytest.warns(PlasticityWarning, match=f"{message}.*{reason}"):
+            regularizer.after_step(model, forward=on(x))
+        if isinstance(regularizer, L2ER):
+            squares = sum((value**2).sum() for value in before)
+            assert regularizer.penalty(model).item() == pytest.approx(squares, rel=1e-6)
+        # Another warning would fail the test.
+        regularizer.after_step(model, forward=on(x))
+    assert all((old == new).all() for old, new in zip(before, arrays(model), strict=True))

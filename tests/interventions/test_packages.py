@@ -1,4 +1,4 @@
-"""Check repairs on networks of torchvision, timm and transformers, where these packages are installed."""
+"""Check repairs on small networks, and on those of torchvision, timm, transformers and others where installed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.units import CASES, Case
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from lightning_plasticity.layers import norm_parameters
+from tests.helpers import unit_models
 
 
 def _vision(name: str) -> nn.Module:
@@ -32,6 +34,15 @@ def _transformers(kind: str, **config: Any) -> nn.Module:
     return model
 
 
+def _of_case(case: Case) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        if case.package:
+            pytest.importorskip(case.package, reason=f"{case.package} is not installed")
+        return case.build()[0]
+
+    return build
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": lambda: _vision("resnet18"),
     "ConvNeXt": lambda: _vision("convnext_tiny"),
@@ -42,11 +53,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "GPT-2": lambda: _transformers("GPT2", n_embd=96, n_layer=2, n_head=4),
     "Llama": lambda: _transformers("Llama", hidden_size=96, num_hidden_layers=2, num_attention_heads=4),
     "T5": lambda: _transformers("T5", d_model=96, d_kv=24, num_layers=2, num_heads=4),
+    **{case.name: _of_case(case) for case in CASES if case.name in ("U-Net, ResNet-18", "LSTM", "MPNN")},
+    **{case.name: case.build for case in unit_models.MODELS if case.name != "norm alone"},
 }
 
 
 def stds(model: nn.Module) -> dict[str, float]:
-    return {name: p.detach().double().std(correction=0).item() for name, p in model.named_parameters()}
+    return {name: p.detach().double().std(correction=0).item() for name, p in model.named_parameters() if p.numel()}
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -54,7 +67,8 @@ def test_perturbation_keeps_the_scale_of_every_tensor(make: Callable[[], nn.Modu
     model = make()
     initial, at_start = copy.deepcopy(model.state_dict()), stds(model)
     with torch.no_grad():
-        for parameter in model.parameters():
+        # Frozen ones stay as they are.
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.mul_(3).add_(torch.randn_like(parameter))
     before = stds(model)
     ShrinkPerturb(s=1e-9).repair(model, initial=initial)

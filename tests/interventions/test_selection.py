@@ -16,10 +16,13 @@ from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import (
     DASH,
     FIRE,
+    UPGD,
+    ChurnRegularizer,
     ContinualBackprop,
     EffectiveRankRegularizer,
     HareTortoise,
     Intervention,
+    L2Init,
     NormalizeAndProject,
     Parseval,
     ReDo,
@@ -27,6 +30,7 @@ from lightning_plasticity.interventions import (
     Repair,
     Reset,
     ShrinkPerturb,
+    SpectralRegularizer,
     StepIntervention,
     WeightClipping,
 )
@@ -87,7 +91,7 @@ def without_last(row: Row) -> Any:
     return Reset() if row.kind is Reset else row.make()
 
 
-IDLE = (Reset, NormalizeAndProject, HareTortoise, EffectiveRankRegularizer)
+IDLE = (Reset, UPGD, NormalizeAndProject, HareTortoise, EffectiveRankRegularizer)
 """Interventions that have nothing to do where no weight moves, all samples are equal, or the last layer is excluded."""
 ACTIVE = [row for row in INTERVENTIONS if not issubclass(row.kind, Regularizer)]
 
@@ -114,6 +118,19 @@ def test_penalties_count_no_target_network(row: Row) -> None:
     torch.testing.assert_close(penalty, expected)
 
 
+@for_each(select(EffectiveRankRegularizer))
+def test_ranks_of_target_networks_do_not_count(row: Row) -> None:
+    torch.manual_seed(0)
+    agent, x = Agent(), torch.randn(12, 4)
+    alone = copy.deepcopy(agent.online)
+    for model, online in ((agent, agent.online), (alone, alone)):
+        intervention, optimizer = row.make(), torch.optim.SGD(online.parameters())
+        intervention.start(model, forward=lambda model: model(x), optimizers=[optimizer])
+        intervention.after_step(model, [optimizer], forward=lambda model: model(x))
+    torch.testing.assert_close(agent.online.state_dict(), alone.state_dict())
+    assert changed(alone, agent.target.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:.* all units of .* are dormant", "ignore:Reset rests")
 @for_each(ACTIVE)
 def test_excluded_layers_stay_as_they_are(row: Row) -> None:
@@ -134,6 +151,9 @@ def test_penalty_of_included_layers_alone(row: Row) -> None:
     model = Agent()
     regularizer = row.make(include=["online"], **({"exclude": ["online.4"]} if row.kind is Parseval else {}))
     regularizer.start(model, forward=forward)
+    if isinstance(regularizer, ChurnRegularizer):
+        for _ in range(2):
+            regularizer.after_step(model, forward=forward)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
@@ -164,7 +184,7 @@ def test_any_name_of_a_tied_tensor_counts() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
     model["head"].weight = model["embedding"].weight
     before = copy.deepcopy(model.state_dict())
-    reason = "ModuleDict has nothing that it acts on: its arguments select no weights that are trained"
+    reason = "ModuleDict has nothing that it acts on: 'embedding', 'head': left out by include= or exclude="
     with pytest.warns(PlasticityWarning, match=f"ShrinkPerturb rests, since {reason}"):
         ShrinkPerturb(exclude=["head"]).repair(model)
     assert not changed(model, before)
@@ -243,7 +263,7 @@ def test_followers_that_do_not_fit_are_refused(also: dict[str, str], message: st
 
 def test_units_of_a_layer_that_is_excluded_are_listed() -> None:
     model = Agent().online
-    with pytest.warns(PlasticityWarning, match="'0': it is excluded, or no optimizer trains it"):
+    with pytest.warns(PlasticityWarning, match="'0', '2': it is excluded, or no optimizer trains it"):
         ContinualBackprop(exclude=["*"]).start(model, forward=forward)
 
 
@@ -318,3 +338,36 @@ def test_target_networks_are_not_monitored(trains_target: bool) -> None:
         monitored = {name.partition("/")[2] for name in names if "dormant_fraction/" in name}
         assert any("target.0" in name for name in monitored) == trains_target
         assert any("net.0" in name for name in monitored)
+
+
+class WithoutTarget(Classifier):
+    """Computes the outputs of the target network by NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goal_weights = [parameter.detach().numpy().copy() for parameter in self.net.parameters()]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        weight, bias, head_weight, head_bias = self.goal_weights
+        goal = (batch[0].numpy() @ weight.T + bias).clip(min=0) @ head_weight.T + head_bias
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch[0]) - torch.from_numpy(goal)).square().mean()
+
+
+def test_target_networks_change_no_measured_number() -> None:
+    """Ranks of the tangent kernel, spectra, fits, features and dormant units are those of the online network alone."""
+    metrics = []
+    for kind in (Bootstrapped, WithoutTarget):
+        torch.manual_seed(0)
+        module, callback = kind(), SpectralCollapseCallback(interventions=[SpectralRegularizer(), Parseval(), L2Init()])
+        for _ in range(2):
+            trainer(callback, max_steps=3).fit(module, loader())
+        assert not callback.history[1].errors
+        metrics += [[report.metrics for report in callback.history]]
+    assert len(metrics[0]) == 2
+    assert any("rank" in name for name in metrics[0][1])
+    assert any("dormant" in name for name in metrics[0][1])
+    torch.testing.assert_close(metrics[0], metrics[1], equal_nan=True)

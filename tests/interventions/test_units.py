@@ -453,3 +453,29 @@ def test_layers_that_take_too_many_passes_are_left_out(monkeypatch: pytest.Monke
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     units = describe_units(model, lambda model: model(torch.randn(8, 4)))
     assert units.excluded["0"].startswith("too many units: they could not be told apart")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in MODELS if case.name in ("mlp", "functional", "gated", "tied", "called twice", "pixel shuffle")],
+    ids=lambda case: case.name,
+)
+def test_unbatched_samples_show_the_same_units(case: Model) -> None:
+    model, x = case.build(), inputs(case)
+    batched = describe_units(model, lambda model: model(x))
+    unbatched = describe_units(model, lambda model: model(x[0]))
+    assert {name: group.num_units for name, group in batched.groups.items()} == {
+        name: group.num_units for name, group in unbatched.groups.items()
+    }
+    assert unbatched.excluded == batched.excluded
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_entries_are_left_out_with_a_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 0), nn.ReLU(), nn.Linear(0, 6), nn.Linear(6, 3))
+    units = describe_units(model, lambda model: model(torch.ones(2, 4)))
+    assert {name: group.num_units for name, group in units.groups.items()} == {"0": 8}
+    empty = "its weight has no entries"
+    assert units.excluded == {"2": empty, "4": empty, "5": "logits: no layer reads it"}
+    report = ReDo(threshold=0).repair(model, forward=lambda model: model(-torch.ones(2, 4)))
+    assert report.skipped == units.excluded

@@ -52,4 +52,4 @@ def test_short_class_names_work_in_configuration_files(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "['SpectralCollapseCallback']" in done.stdout
     assert "num_steps=8" in done.stdout
-    assert "interventions=[ReDo(threshold=0.025, when='collapse'), ShrinkPerturb(s=0.8, when='task')]" in done.stdout
+    assert "ReDo(threshold=0.025, when='collapse', utility='activation'), ShrinkPerturb(s=0.8" in done.stdout

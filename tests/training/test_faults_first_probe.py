@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from lightning_plasticity import Collapse, PlasticityMonitor, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import (
-    L2ER,
-    EffectiveRankRegularizer,
     Reset,
     ShrinkPerturb,
 )
@@ -52,8 +50,6 @@ class Counted(Reset):
     ("arguments", "message"),
     [
         ({"interventions": [ShrinkPerturb(), Reset(layers=["encoder"])]}, "'encoder' matches no module"),
-        ({"interventions": [ShrinkPerturb(), EffectiveRankRegularizer()]}, "there are no hidden features"),
-        ({"interventions": [ShrinkPerturb(), L2ER()]}, "there are no hidden features"),
         ({"interventions": [ShrinkPerturb(), NotFinite()]}, "a gradient is not finite"),
         ({"interventions": [ShrinkPerturb(), Failing()]}, "encoder.weight"),
         ({"interventions": [ShrinkPerturb(), Number()]}, "Number.penalty must return a scalar tensor, not float"),

@@ -109,7 +109,7 @@ def test_training_is_bit_identical_with_live_test(usage: Usage) -> None:
 def test_fresh_network_trains_as_plain_loop(accumulated: int) -> None:
     """Its losses and accuracies are those of a copy of the first module, trained by hand on the same batches."""
     torch.manual_seed(0)
-    callback = live(12, metric="train_acc", interventions=[Quartic(0.1)])
+    callback = live(12, metric="train_acc", interventions=[Quartic(0.1), Quartic(0.3, decoupled=True)])
     options = {"gradient_clip_val": 0.5, "accumulate_grad_batches": accumulated}
     recorder = fit_twice(callback, Noisy(), **options)
     module = recorder.initial.train()
@@ -127,6 +127,7 @@ def test_fresh_network_trains_as_plain_loop(accumulated: int) -> None:
         if number % accumulated == 0 or number == 12:
             (0.1 * sum(p.pow(4).sum() for p in module.parameters())).backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+            Quartic(0.3).descend(module, [optimizer])
             optimizer.step()
             optimizer.zero_grad()
     report = callback.history[1]

@@ -96,7 +96,7 @@ class CutNetwork:
         self.use_counts = self._run_whole()
         generator = torch.Generator().manual_seed(0)
         self._values = {
-            name: [tuple(_random_output(call.output, generator) for _ in range(2)) for call in calls]
+            name: [tuple(_random_output(call.output, self._dim(name), generator) for _ in range(2)) for call in calls]
             for name, calls in self.calls.items()
             if name in self.layers
         }
@@ -401,11 +401,13 @@ def _size(x: Tensor, dim: int) -> int:
     return x.shape[dim] if -x.ndim <= dim < x.ndim else 0
 
 
-def _random_output(output: Tensor, generator: torch.Generator) -> Tensor:
+def _random_output(output: Tensor, channel_dim: int, generator: torch.Generator) -> Tensor:
     """Draw an output in which no unit is dead: positive in the first sample, negative in the second, else normal."""
     values = torch.randn(output.shape, generator=generator)
-    for sample, sign in enumerate((1, -1)[: len(values)] if values.ndim > 1 else ()):
-        values[sample] = sign * (torch.rand(values[sample].shape, generator=generator) + 0.5)
+    # A single sample may come without a batch dimension.
+    samples = values[None] if values.ndim == -channel_dim else values
+    for sample, sign in zip(samples, (1, -1), strict=False):
+        sample.copy_(sign * (torch.rand(sample.shape, generator=generator) + 0.5))
     return values.to(output)
 
 

@@ -24,6 +24,7 @@ from lightning_plasticity.layers import (
     is_grouped_transposed,
     weight_output_dim,
 )
+from lightning_plasticity.messages import listed
 
 
 def describe_units(model: nn.Module, forward: Forward) -> Units:
@@ -166,7 +167,7 @@ class _Discovery:
         layers = tuple(bundle.producers)
         result = self._results[layers]
         if isinstance(result, _JoinedError):
-            others = _listed(layer for layer in layers if layer != name)
+            others = listed(layer for layer in layers if layer != name)
             raise NotResettableError(f"residual stream or gate: joined with the units of {others}")
         if isinstance(result, NotResettableError):
             raise result
@@ -188,8 +189,11 @@ class _Discovery:
             raise NotResettableError("transposed convolution in groups")
         if not has_units(module):
             raise NotResettableError(f"{type(module).__name__}: only linear and convolution layers have units")
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, nn.Parameter):
             raise NotResettableError("its weight is computed from other parameters")
+        if not weight.numel():
+            raise NotResettableError("its weight has no entries")
         if name not in self.network.calls:
             raise NotResettableError("not called as a layer in forward(model)")
         if name not in self.network.producers.sizes:
@@ -213,7 +217,7 @@ class _Discovery:
                 continue
             producers = self.network.producers_of_passage(name)
             if not producers.isdisjoint(bundle.producers) and (others := producers - bundle.producers.keys()):
-                raise NotResettableError(f"shared or tied: {name!r} also follows {_listed(sorted(others))}")
+                raise NotResettableError(f"shared or tied: {name!r} also follows {listed(sorted(others))}")
 
     def _bundle(self, name: str) -> _Bundle | None:
         """Return the layers that have units in common with a layer, and all their units; ``None`` if it has none."""
@@ -335,14 +339,8 @@ class _Discovery:
             module = self.model.get_submodule(name)
             if is_norm(module) and bool(torch.isin(units, bundle.unit_numbers).any()):
                 return f"{type(module).__name__} {name!r} mixes its units"
-        return f"its units are mixed before {_listed(readers)} reads them"
+        return f"its units are mixed before {listed(readers)} reads them"
 
 
 def _kind_of_barrier(module: nn.Module) -> str:
     return "recurrent layer" if isinstance(module, RECURRENT_LAYERS) else type(module).__name__
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first names of a list, and how many others there are."""
-    names = list(map(repr, names))
-    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_plasticity.distributed.agreement import all_reduce_sum
 from lightning_plasticity.interventions.units.groups import UnitGroup
 from lightning_plasticity.layers import input_channel_dim
 
-Statistic = Callable[[Tensor, int], Tensor]
-"""Maps the input of a layer and its channel dimension to sums over all other dimensions, ``(statistics, channels)``."""
+Statistic = Callable[..., Tensor]
+"""Maps the input of a layer and its channel dimension, and where it takes them the gradient with respect to this input,
+to sums over all other dimensions, ``(statistics, channels)``."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,18 @@ class UnitStatistics:
         model: The model.
         channels: Number of input channels of each layer to observe, by name.
         statistic: The statistic to accumulate.
+        with_gradients: Whether the statistic takes gradients: then it is computed in the backward passes of training,
+            of what each layer contributes to the gradient of its input. Passes whose gradients are not finite, as with
+            a gradient scaler, do not count.
     """
 
-    def __init__(self, model: nn.Module, channels: Mapping[str, int], statistic: Statistic) -> None:
+    def __init__(
+        self, model: nn.Module, channels: Mapping[str, int], statistic: Statistic, *, with_gradients: bool = False
+    ) -> None:
         layers = {name: model.get_submodule(name) for name in channels}
+        kind = _GradientStatisticsHook if with_gradients else _StatisticsHook
         self._hooks = {
-            name: _StatisticsHook(statistic, channels[name], next(layer.parameters()), input_channel_dim(layer))
+            name: kind(statistic, channels[name], next(layer.parameters()), input_channel_dim(layer))
             for name, layer in layers.items()
         }
         self._handles = [
@@ -128,11 +136,12 @@ class _StatisticsHook:
     def __init__(self, statistic: Statistic, channels: int, weight: Tensor, dim: int) -> None:
         self.statistic, self.dim = statistic, dim
         example = weight.detach().new_zeros(1, channels, *[1] * (-dim - 1))
-        self.zeros = statistic(example, dim).zero_().to(torch.promote_types(weight.dtype, torch.float32))
+        self.zeros = self.statistic_of_zeros(example).zero_().to(torch.promote_types(weight.dtype, torch.float32))
         self.sums = self.zeros
-        self.num_values = self.num_samples = 0
+        self.num_values: Tensor | int = 0
+        self.num_samples: Tensor | int = 0
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return
         x = layer_input(args, kwargs).detach()
@@ -146,23 +155,68 @@ class _StatisticsHook:
         self.num_values += x.numel() // x.shape[self.dim]
         self.num_samples += len(x)
 
+    def statistic_of_zeros(self, example: Tensor) -> Tensor:
+        return self.statistic(example, self.dim)
+
     def reset(self) -> None:
         self.sums = self.zeros
         self.num_values = self.num_samples = 0
 
 
+class _GradientStatisticsHook(_StatisticsHook):
+    """A forward pre-hook that accumulates a statistic of the layer's input and of the gradient with respect to it.
+
+    The layer reads an alias of its input, whose gradient is what this layer alone contributes.
+    """
+
+    @override
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = layer_input(args, kwargs)
+        if not (module.training and torch.is_grad_enabled() and x.requires_grad and x.numel()):
+            return None
+        alias = x.view_as(x)
+        alias.register_hook(lambda gradient: self.add(x.detach(), gradient.detach()))
+        return with_layer_input(args, kwargs, alias)
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add the statistic of a backward pass."""
+        if x.ndim == -self.dim:
+            x, gradient = x[None], gradient[None]
+        with torch.no_grad():
+            sums = self.statistic(x, self.dim, gradient).to(self.zeros)
+            # On the device, which a condition would wait for.
+            is_finite = sums.isfinite().all()
+            self.sums = self.sums + torch.where(is_finite, sums, 0)
+            self.num_values = self.num_values + is_finite * (x.numel() // x.shape[self.dim])
+            self.num_samples = self.num_samples + is_finite * len(x)
+
+    @override
+    def statistic_of_zeros(self, example: Tensor) -> Tensor:
+        return self.statistic(example, self.dim, example)
+
+
 @contextlib.contextmanager
-def recorded_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+def recorded_inputs(
+    model: nn.Module, layers: Iterable[str], *, differentiable: bool = False
+) -> Iterator[dict[str, list[Tensor]]]:
     """Record the inputs of each of the given layers.
 
+    Args:
+        model: The model.
+        layers: Names of the layers.
+        differentiable: Whether the layers read the copies that are recorded, so that the gradient with respect to a
+            copy is what this layer contributes.
+
     Yields:
-        The inputs of all calls by name of the layer, filled while the layers are called.
+        Copies of the inputs of all calls by name of the layer, filled while the layers are called.
     """
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name].append(layer_input(args, kwargs).clone())
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            copied = layer_input(args, kwargs).clone()
+            inputs[name].append(copied.requires_grad_() if differentiable else copied)
+            return with_layer_input(args, kwargs, copied) if differentiable else None
 
         return hook
 
@@ -178,6 +232,13 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the input of a call of a linear or convolution layer."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
+
+
+def with_layer_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of a linear or convolution layer with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def other_dims(x: Tensor, dim: int) -> list[int]:

@@ -54,6 +54,7 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
             :class:`~lightning_plasticity.interventions.ReDo`.
         include: Names of the layers whose units are replaced, with wildcards; by default all.
         exclude: Names of layers whose units stay as they are.
+        with_gradients: Whether the statistic takes the gradients with respect to these inputs, too.
     """
 
     def __init__(
@@ -63,12 +64,15 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         initial: Mapping[str, Tensor] | None,
         include: Patterns,
         exclude: Patterns,
+        *,
+        with_gradients: bool = False,
     ) -> None:
         super().__init__(include, exclude)
         check_seed(seed, self.name)
         self.seed = seed
         self.remember_given(initial)
         self._statistic = statistic
+        self._with_gradients = with_gradients
         self._records: dict[str, Record] = {}
         self._generator = PicklableGenerator()
         self._generator.manual_seed(seed)
@@ -89,7 +93,7 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         names = dict.fromkeys(name for group in units.groups.values() for name in group.incoming)
         self.remember({name: tensors[name] for name in names}, context)
         channels = {name: len(index) for group in units.groups.values() for name, index in group.consumers.items()}
-        statistics = UnitStatistics(model, channels, self._statistic)
+        statistics = UnitStatistics(model, channels, self._statistic, with_gradients=self._with_gradients)
         self._hooked = _HookedModel(weakref.ref(model), _parameter_shapes(model), units, statistics)
 
     @override

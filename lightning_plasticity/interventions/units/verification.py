@@ -194,7 +194,7 @@ def seed_generators() -> None:
 def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Draw weights of variance 1 / fan-in, and uniform biases and scales in [0.5, 1.5)."""
     if value.ndim > 1:
-        fan_in = value[0].numel()
+        fan_in = value.shape[1:].numel()
         return torch.randn(value.shape, generator=generator).div(fan_in**0.5).to(value)
     return torch.rand(value.shape, generator=generator).add(0.5).to(value)
 

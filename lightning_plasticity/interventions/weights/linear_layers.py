@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_plasticity.layers import EMBEDDINGS, LINEAR_LAYERS
+from lightning_plasticity.interventions.weights.hooked_weights import weights_from_hooks
+from lightning_plasticity.layers import EMBEDDINGS, LINEAR_LAYERS, is_conv1d
 
 _KEYS = re.compile(r"((in|q|k|v)_proj_)?(weight|bias)|(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
@@ -22,8 +23,8 @@ class LinearParameter:
     Args:
         layer: The layer that holds it.
         key: Its name in the layer.
-        parameter: A weight, ``(outputs, inputs, ...)``, of a transposed convolution ``(inputs, outputs, ...)``; or a
-            bias, ``(outputs,)``.
+        parameter: A weight, ``(outputs, inputs, ...)``, of transposed convolutions and of the ``Conv1D`` of
+            transformers ``(inputs, outputs, ...)``; or a bias, ``(outputs,)``.
         fan_in: Number of inputs of each output, as ``torch.nn.init`` counts them (also for transposed convolutions).
     """
 
@@ -41,9 +42,9 @@ class LinearParameter:
 def linear_parameters(model: nn.Module, selected: Container[Tensor] | None = None) -> dict[str, LinearParameter]:
     """Return the weights and biases of linear, convolution, attention and recurrent layers, by name.
 
-    This leaves out parameters that are frozen, complex, empty, lazy or shared with an embedding, layers whose
-    weights are computed from other tensors (:func:`computed_layers`), biases included, and layers of any other kind.
-    Parameters that several layers share appear once.
+    ``Conv1D`` of transformers counts as linear. This leaves out parameters that are frozen, complex, empty, lazy
+    or shared with an embedding, layers whose weights are computed from other tensors (:func:`computed_layers`), biases
+    included, and layers of any other kind. Parameters that several layers share appear once.
 
     Args:
         model: The model.
@@ -52,14 +53,15 @@ def linear_parameters(model: nn.Module, selected: Container[Tensor] | None = Non
     result: dict[str, LinearParameter] = {}
     seen = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}
     for prefix, layer in model.named_modules():
-        if not isinstance(layer, LINEAR_LAYERS) or is_computed(layer):
+        if not _is_linear(layer) or is_computed(layer):
             continue
         for key, parameter in layer.named_parameters(recurse=False):
             weight = _weight_of(layer, key) if _KEYS.fullmatch(key) else None
             if weight is not None and id(parameter) not in seen and _is_trained(parameter, selected):
                 seen.add(id(parameter))
                 name = f"{prefix}.{key}" if prefix else key
-                result[name] = LinearParameter(layer, key, parameter, weight[0].numel())
+                fan_in = len(weight) if is_conv1d(layer) else weight[0].numel()
+                result[name] = LinearParameter(layer, key, parameter, fan_in)
     return result
 
 
@@ -79,14 +81,30 @@ def is_computed(layer: nn.Module) -> bool:
         >>> is_computed(nn.Linear(2, 2)), is_computed(prune.identity(nn.Linear(2, 2), "weight"))
         (False, True)
     """
-    # A hook that computes a weight assigns it as a plain attribute.
-    plain = (key for key, value in vars(layer).items() if isinstance(value, Tensor))
-    return is_parametrized(layer) or any(_KEYS.fullmatch(key) for key in plain)
+    return is_parametrized(layer) or bool(_plain_weights(layer))
 
 
 def computed_layers(model: nn.Module) -> list[str]:
     """Return the names of the linear layers of which a weight :func:`is_computed`."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, LINEAR_LAYERS) and is_computed(layer)]
+    return [name for name, layer in model.named_modules() if _is_linear(layer) and is_computed(layer)]
+
+
+def opaque_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of which a weight is computed by a hook that is not of torch."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if _is_linear(layer) and not set(_plain_weights(layer)) <= weights_from_hooks(layer).keys()
+    ]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, LINEAR_LAYERS) or is_conv1d(layer)
+
+
+def _plain_weights(layer: nn.Module) -> list[str]:
+    # A hook that computes a weight assigns it as a plain attribute.
+    return [key for key, value in vars(layer).items() if isinstance(value, Tensor) and _KEYS.fullmatch(key)]
 
 
 def _weight_of(layer: nn.Module, key: str) -> Tensor | None:

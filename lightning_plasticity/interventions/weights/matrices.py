@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lightning_plasticity.interventions.weights.hooked_weights import HookedWeight, weights_from_hooks
 from lightning_plasticity.isolation.state import eval_mode
 from lightning_plasticity.layers import EMBEDDINGS, NORM_LAYERS, RECURRENT_LAYERS, weight_by_output
 
@@ -33,12 +35,11 @@ def weight_matrices(model: nn.Module, selected: Container[Tensor] | None = None)
 
     Any module with a ``weight`` of two dimensions or more counts as a layer, and its ``bias`` as a bias. Kernels are
     flattened to ``(out, in · kh · kw)``. The queries, keys and values of ``nn.MultiheadAttention`` and the gates of
-    recurrent layers are a matrix each. Parametrized weights are the results of their parametrization. Tied weights
-    appear once.
+    recurrent layers are a matrix each. Of weights that are computed from other tensors, by a parametrization or by a
+    hook of torch (:func:`weights_from_hooks`), the results count. Tied weights appear once.
 
-    This leaves out frozen parameters, embeddings (which are tables, not matrices, unless tied to a layer), layers with
-    torch's old ``weight_norm`` and ``spectral_norm`` hooks, and the parameters of other modules, such as tokens,
-    positions or the slope of PReLU.
+    This leaves out frozen parameters, embeddings (which are tables, not matrices, unless tied to a layer), weights that
+    other hooks compute, and the parameters of other modules, such as tokens, positions or the slope of PReLU.
 
     Args:
         model: The model.
@@ -48,7 +49,7 @@ def weight_matrices(model: nn.Module, selected: Container[Tensor] | None = None)
         The layers that have trainable weights, by name.
 
     Raises:
-        ValueError: If there are none, or the model has lazy layers that were never called.
+        ValueError: If the model has lazy layers that were never called.
     """
     layers: dict[str, LayerWeights] = {}
     seen: set[int] = set()
@@ -58,8 +59,6 @@ def weight_matrices(model: nn.Module, selected: Container[Tensor] | None = None)
             _add(layer, module, f"{path}.{name}" if path else name, name, tensor)
         if layer.matrices or layer.biases or layer.scales:
             layers[path] = layer
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no trainable layer with a weight of two dimensions or more")
     return layers
 
 
@@ -72,27 +71,39 @@ def _trainable_tensors(
     module: nn.Module, seen: set[int], selected: Container[Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the trainable weights and biases of a module itself, without the ``id`` of any in ``seen``."""
-    for name in _tensor_names(module):
-        if parametrize.is_parametrized(module, name):
-            originals = module.get_submodule(f"parametrizations.{name}")
-            if any(_counts(parameter, selected) for parameter in originals.parameters()):
-                # In training mode, spectral_norm would advance its power iteration.
-                with eval_mode(originals):
-                    yield name, getattr(module, name)
-        else:
-            parameter = module._parameters[name]
-            if parameter is not None and _counts(parameter, selected) and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
+    from_hooks = weights_from_hooks(module)
+    for name in _tensor_names(module, from_hooks):
+        if not any(_counts(source, selected) for source in _sources(module, name, from_hooks)):
+            continue
+        if name in from_hooks:
+            yield name, from_hooks[name].compute()
+        elif parametrize.is_parametrized(module, name):
+            # In training mode, spectral_norm would advance its power iteration.
+            with eval_mode(module.get_submodule(f"parametrizations.{name}")):
+                yield name, getattr(module, name)
+        elif id(module._parameters[name]) not in seen:
+            seen.add(id(module._parameters[name]))
+            yield name, getattr(module, name)
+
+
+def _sources(module: nn.Module, name: str, from_hooks: Mapping[str, HookedWeight]) -> list[nn.Parameter]:
+    """Return the parameter of a name, or those that the tensor of this name is computed from."""
+    if name in from_hooks:
+        return from_hooks[name].sources
+    if parametrize.is_parametrized(module, name):
+        return list(module.get_submodule(f"parametrizations.{name}").parameters())
+    return [module.get_parameter(name)]
 
 
 def _counts(parameter: Tensor, selected: Container[Tensor] | None) -> bool:
     return parameter.requires_grad and (selected is None or parameter in selected)
 
 
-def _tensor_names(module: nn.Module) -> list[str]:
+def _tensor_names(module: nn.Module, from_hooks: Mapping[str, HookedWeight]) -> list[str]:
     """Return the names of a module's weights, biases and scales, frozen ones included."""
-    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    hooked = {id(source) for weight in from_hooks.values() for source in weight.sources}
+    names = [name for name, p in module._parameters.items() if p is not None and id(p) not in hooked]
+    names += from_hooks
     if parametrize.is_parametrized(module):
         names += [str(name) for name in module.get_submodule("parametrizations")._modules]
     if isinstance(module, nn.MultiheadAttention):
@@ -101,19 +112,13 @@ def _tensor_names(module: nn.Module) -> list[str]:
         return [name for name in names if name.startswith(("weight_", "bias_"))]
     if isinstance(module, EMBEDDINGS) or "weight" not in names:
         return []
-    if not isinstance(module, NORM_LAYERS) and _ndim(module, "weight") < 2:
+    sources = _sources(module, "weight", from_hooks)
+    if any(is_lazy(source) for source in sources):
+        raise ValueError(f"{type(module).__name__} is lazy and was never called: call the model once first")
+    # A computed weight has as many dimensions as the largest of the tensors that it is computed from.
+    if not isinstance(module, NORM_LAYERS) and max(source.ndim for source in sources) < 2:
         return []
     return [name for name in names if name in ("weight", "bias")]
-
-
-def _ndim(module: nn.Module, name: str) -> int:
-    parameter = module._parameters.get(name)
-    # A parametrized weight has as many dimensions as the largest of the tensors that it is computed from.
-    if parameter is None:
-        return max(original.ndim for original in module.get_submodule(f"parametrizations.{name}").parameters())
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{type(module).__name__} is lazy and was never called: call the model once first")
-    return parameter.ndim
 
 
 def _add(layer: LayerWeights, module: nn.Module, path: str, name: str, tensor: Tensor) -> None:
