@@ -255,6 +255,11 @@ class TaskDetector:
         else:
             key = self._current_key(trainer, pl_module)
             is_new = (state.fit_began or period != state.period) if key is None else key != state.key
+        unchanged = (state.fit_began, state.key, state.period, state.labels) == (False, key, period, labels)
+        if unchanged and not is_new and not state.announced:
+            # As at nearly all batches.
+            self._state_after_batch = state
+            return False
         name = state.announced.get(0)
         return self._end_decision(
             starts=0 in state.announced or is_new,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -353,7 +354,8 @@ class InterventionRunner:
     ) -> RepairReport | None:
         """Run an intervention on all ranks or on none, and record its error, if any."""
         try:
-            with all_or_none(), context.preserve_training_state():
+            runs_model = not isinstance(intervention, StepIntervention) or intervention.runs_model
+            with all_or_none(), context.preserve_training_state() if runs_model else contextlib.nullcontext():
                 return _check_report(intervention, act(forward=context.loss, make_copy=context.copy))
         except Exception as error:
             self._record(intervention, "failed and changed nothing", error)

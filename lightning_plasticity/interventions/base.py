@@ -470,6 +470,10 @@ class StepIntervention(Intervention, ABC):
         intervention.stop()
     """
 
+    runs_model: ClassVar[bool] = True
+    """Whether :meth:`step` calls ``forward`` or ``make_copy``; the callback protects learning rates and schedulers from
+    what a model does when it is run."""
+
     def after_step(
         self,
         model: nn.Module,

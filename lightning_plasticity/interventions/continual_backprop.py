@@ -154,19 +154,32 @@ class ContinualBackprop(UnitReplacement):
         before = [records[group.layer] for group in groups]
         utilities = self._moving_average(torch.cat([record["utility"] for record in before]), contributions)
         ages = torch.cat([record["age"] for record in before]) + 1
-        new: dict[str, Record] = {}
-        chosen: dict[str, Tensor] = {}
-        split = zip(groups, before, utilities.split(pooled.sizes), ages.split(pooled.sizes), strict=True)
-        for group, record, utility, age in split:
-            mature = age > self.maturity_threshold
-            counter = record["counter"] + self.replacement_rate * int(mature.count_nonzero())
-            count = int(counter)
-            new[group.layer] = {**record, "utility": utility, "age": age, "counter": counter - count}
-            if self.transfer_bias:
+        mature = ages > self.maturity_threshold
+        counters = torch.stack([record["counter"] for record in before])
+        counters = counters + self.replacement_rate * pooled.by_layer(mature)
+        counts = counters.floor()
+        pooled_records = zip(
+            groups,
+            before,
+            utilities.split(pooled.sizes),
+            ages.split(pooled.sizes),
+            (counters - counts).unbind(),
+            strict=True,
+        )
+        new = {
+            group.layer: {**record, "utility": utility, "age": age, "counter": counter}
+            for group, record, utility, age, counter in pooled_records
+        }
+        if self.transfer_bias:
+            for group, record in zip(groups, before, strict=True):
                 new[group.layer] |= self._mean_inputs(group, record, statistics)
+        chosen = {}
+        for group, count in zip(groups, counts.tolist(), strict=True):
             if count:
-                corrected = (utility / self._bias_correction(age)).masked_fill(~mature, torch.inf)
-                chosen[group.layer] = corrected.argsort(stable=True)[:count].sort().values
+                record = new[group.layer]
+                corrected = record["utility"] / self._bias_correction(record["age"])
+                corrected = corrected.masked_fill(record["age"] <= self.maturity_threshold, torch.inf)
+                chosen[group.layer] = corrected.argsort(stable=True)[: int(count)].sort().values
         return new, chosen
 
     @override
@@ -261,7 +274,10 @@ def _outgoing_weights(consumer: nn.Module) -> Tensor:
     if isinstance(consumer, TRANSPOSED_CONVOLUTIONS) or is_conv1d(consumer):
         return weight.abs().flatten(1).sum(1, dtype=dtype)
     groups: int = getattr(consumer, "groups", 1)
-    columns = torch.cat([_sum_of_absolute_rows(rows, dtype) for rows in weight.chunk(groups)])
+    if groups == 1:
+        columns = _sum_of_absolute_rows(weight, dtype)
+    else:
+        columns = torch.cat([_sum_of_absolute_rows(rows, dtype) for rows in weight.chunk(groups)])
     return columns.flatten(1).sum(1) if columns.ndim > 1 else columns
 
 

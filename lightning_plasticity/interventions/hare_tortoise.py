@@ -56,6 +56,8 @@ class HareTortoise(StepIntervention):
         (1, 1.0)
     """
 
+    runs_model = False
+
     acts_on = "parameter in floating point"
 
     def __init__(

@@ -53,6 +53,8 @@ class NormalizeAndProject(StepIntervention):
         tensor([[3., 4.]])
     """
 
+    runs_model = False
+
     acts_on = "weight of a linear, convolution, attention or recurrent layer"
     acts_on_computed = False
 

@@ -80,6 +80,8 @@ class SelectiveWeightReinit(RemembersInitialWeights, StepIntervention):
         >>> intervention.stop()
     """
 
+    runs_model = False
+
     def __init__(
         self,
         factor: float = 1e-5,

@@ -116,18 +116,28 @@ class SelfNormalizedReset(UnitReplacement):
         statistics: Mapping[str, LayerStatistics],
     ) -> tuple[dict[str, Record], dict[str, Tensor]]:
         pooled = self.pool(groups, statistics)
+        before = [records[group.layer] for group in groups]
         fired = pooled.by_unit([statistics[name].sums[0] for name in pooled.consumers]) > 0
-        new: dict[str, Record] = {}
-        chosen: dict[str, Tensor] = {}
-        for group, layer_fired in zip(groups, fired.split(pooled.sizes), strict=True):
-            record = records[group.layer]
-            samples = int(max(statistics[name].num_samples for name in group.consumers if name in statistics))
-            silence = (record["silence"] + samples).masked_fill(layer_fired, 0)
-            ended = (layer_fired & (record["silence"] > 0)).nonzero().flatten()
-            new[group.layer] = {**record, "silence": silence}
-            if len(ended):
-                new[group.layer] |= self._add_silences(record, ended)
-            chosen[group.layer] = (silence >= new[group.layer]["longest silence"]).nonzero().flatten()
+        silences_before = torch.cat([record["silence"] for record in before])
+        samples = [
+            max(int(statistics[name].num_samples) for name in group.consumers if name in statistics) for group in groups
+        ]
+        # Mostly the samples of one batch.
+        passed = samples[0] if len({*samples}) == 1 else torch.tensor(samples)[pooled.layer_index]
+        silences = (silences_before + passed).masked_fill(fired, 0)
+        new = {
+            group.layer: {**record, "silence": silence}
+            for group, record, silence in zip(groups, before, silences.split(pooled.sizes), strict=True)
+        }
+        ended = fired & (silences_before > 0)
+        if ended.any():
+            for group, units in zip(groups, ended.split(pooled.sizes), strict=True):
+                new[group.layer] |= self._add_silences(records[group.layer], units.nonzero().flatten())
+        is_due = silences >= torch.cat([record["longest silence"] for record in new.values()])
+        chosen = {}
+        if is_due.any():
+            for group, units in zip(groups, is_due.split(pooled.sizes), strict=True):
+                chosen[group.layer] = units.nonzero().flatten()
         return new, chosen
 
     @override

@@ -65,6 +65,8 @@ class SoftShrinkPerturb(RemembersInitialWeights, StepIntervention):
         True
     """
 
+    runs_model = False
+
     acts_on = "parameter, apart from those of norm layers"
 
     def __init__(

@@ -73,6 +73,8 @@ class UPGD(StepIntervention):
         >>> intervention.stop()
     """
 
+    runs_model = False
+
     def __init__(
         self,
         decay: float = 0.999,

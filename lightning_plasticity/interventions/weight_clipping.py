@@ -48,6 +48,8 @@ class WeightClipping(StepIntervention):
         tensor([[-1.0000,  0.5000,  1.0000,  0.0000]])
     """
 
+    runs_model = False
+
     acts_on = "weight or bias of a linear, convolution, attention or recurrent layer"
     acts_on_computed = False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.distributed.agreement import all_reduce_sum
+from lightning_plasticity.distributed.agreement import all_reduce_sum, is_distributed
 from lightning_plasticity.interventions.units.groups import UnitGroup
 from lightning_plasticity.layers import input_channel_dim
 
@@ -76,22 +76,22 @@ class UnitStatistics:
         Layers that were not called are missing. A collective operation: call it in all processes at the same point. The
         only method that waits for the device.
         """
-        hooks = list(self._hooks.values())
-        device = hooks[0].sums.device
-        counts = hooks[0].sums.new_tensor([count for hook in hooks for count in (hook.num_values, hook.num_samples)])
-        local = torch.cat([counts, *[hook.sums.flatten().to(device) for hook in hooks]])
-        total = all_reduce_sum(local, ", ".join(self._hooks)).cpu().double()
-        counts, *sums = total.split([len(counts), *[hook.sums.numel() for hook in hooks]])
-        numbers = counts.tolist()
+        hooks = self._hooks.values()
+        device = next(iter(hooks)).sums.device
+        counts = [[hook.num_values, hook.num_samples] for hook in hooks]
+        sums = torch.cat([hook.sums if hook.sums.device == device else hook.sums.to(device) for hook in hooks], dim=1)
+        if is_distributed():
+            packed = torch.cat([sums.new_tensor(counts).flatten(), sums.flatten()])
+            total = all_reduce_sum(packed, ", ".join(self._hooks))
+            counts = total[: 2 * len(counts)].view(-1, 2).tolist()
+            sums = total[2 * len(counts) :].view_as(sums)
+        sums = sums.cpu().double()
         # Layer by layer only if there is one that is not.
-        all_finite = math.isfinite(total.sum().item())
+        all_finite = math.isfinite(sums.sum().item())
+        by_layer = zip(self._hooks, sums.split([hook.sums.shape[1] for hook in hooks], dim=1), counts, strict=True)
         return {
-            name: LayerStatistics(
-                vector.view_as(hook.sums), num_values, num_samples, all_finite or bool(vector.isfinite().all())
-            )
-            for (name, hook), vector, num_values, num_samples in zip(
-                self._hooks.items(), sums, numbers[::2], numbers[1::2], strict=True
-            )
+            name: LayerStatistics(x, float(num_values), float(num_samples), all_finite or bool(x.isfinite().all()))
+            for name, x, (num_values, num_samples) in by_layer
             if num_values
         }
 
@@ -278,6 +278,8 @@ class PooledUnits:
                     self.consumers.append(name)
                     indices.append(torch.where(unit_index < 0, -1, unit_index + offset))
             offset += group.num_units
+        self.layer_index = torch.arange(len(groups)).repeat_interleave(torch.tensor(self.sizes))
+        """The number of the layer of each unit."""
         self.unit_index = torch.cat(indices)
         """The unit of each channel of these consumers, -1 for channels of none."""
         self._is_one_to_one = torch.equal(self.unit_index, torch.arange(self.num_units))
@@ -286,3 +288,7 @@ class PooledUnits:
         """Sum values of the channels of each consumer over the channels of each unit."""
         joined = torch.cat(list(values))
         return joined if self._is_one_to_one else by_unit(joined, self.unit_index, self.num_units)
+
+    def by_layer(self, values: Tensor) -> Tensor:
+        """Sum one value per unit over the units of each layer, in float64."""
+        return torch.zeros(len(self.sizes), dtype=torch.float64).index_add_(0, self.layer_index, values.double())

@@ -57,6 +57,8 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         with_gradients: Whether the statistic takes the gradients with respect to these inputs, too.
     """
 
+    runs_model = False
+
     def __init__(
         self,
         statistic: Statistic,
