@@ -41,6 +41,7 @@ SHOWN_STEPS = (1, 2, 3, 5, 10, 30, 100)
 def cases(small_rounds: int, large_rounds: int) -> dict[str, tuple[nn.Module, Tensor, int]]:
     """Return the networks to measure on, each with a batch of inputs and a number of rounds."""
     return {
+        "MLP 64-128-128-10, batch 128": (mlp(64, 128, 128, 10), torch.randn(128, 64), 10 * small_rounds),
         "MLP 784-1000-1000-1000-10, batch 128": (mlp(784, 1000, 1000, 1000, 10), torch.randn(128, 784), small_rounds),
         "ResNet-18 for 32x32 images, batch 64": (resnet18(), torch.randn(64, 3, 32, 32), large_rounds),
     }
@@ -211,9 +212,9 @@ def cost_of_step(model: nn.Module, x: Tensor, intervention: Intervention, rounds
             start = time.process_time()
             optimizer.zero_grad()
             loss = F.cross_entropy(trained(x), y)
-            if treated and isinstance(intervention, Regularizer):
-                loss = loss + intervention.penalty(trained)
             loss.backward()
+            if treated and isinstance(intervention, Regularizer):
+                intervention.add_gradients(trained)
             optimizer.step()
             if treated and isinstance(intervention, StepIntervention):
                 intervention.after_step(trained, [optimizer], forward=lambda model: model(x))

@@ -352,6 +352,24 @@ class Intervention:
         return reasons
 
 
+class ParametersOf:
+    """The parameters of a model: equal while they are the same objects and the same ones are frozen.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = list(model.parameters())
+        self._key = [(id(parameter), parameter.requires_grad) for parameter in self._parameters]
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParametersOf) and self._key == other._key
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Repair(Intervention, ABC):
     """An intervention that changes the weights at once. Subclasses implement :meth:`plan`.
 
@@ -539,6 +557,9 @@ class Regularizer(Intervention, ABC):
 
     decoupled: bool = False
 
+    # The weights by layer, and the parameters that they were found for.
+    _known_matrices: tuple[ParametersOf, dict[str, LayerWeights]] | None = None
+
     def __init__(
         self,
         coefficient: float,
@@ -557,14 +578,30 @@ class Regularizer(Intervention, ABC):
     def penalty(self, model: nn.Module) -> Tensor:
         """Compute the term, coefficient included: a scalar with a graph, or zero where it has nothing to act on."""
 
+    @override
+    def stop(self) -> None:
+        super().stop()
+        self._known_matrices = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Exclude the model's parameters from copies."""
+        return {**vars(self), "_known_matrices": None}
+
     def weight_matrices(self, model: nn.Module) -> dict[str, LayerWeights]:
         """Return the weights of the layers with parameters among :meth:`selected_parameters`, as matrices by layer.
 
         Warns:
             UserWarning: If layers are left out because a hook that is not of torch computes their weights; once.
         """
+        parameters = ParametersOf(model)
+        if self._known_matrices is not None and self._known_matrices[0] == parameters:
+            return self._known_matrices[1]
         selected = set(self.selected_parameters(model).values())
         result = weight_matrices(model, selected)
+        # Weights that are computed from other tensors are new each time.
+        tensors = [tensor for layer in result.values() for tensor in layer.tensors]
+        is_known = all(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        self._known_matrices = (parameters, result) if is_known else None
         if result and not self._has_named_computed_layers:
             self._warn_of_computed(model, selected, opaque_layers(model))
         return result

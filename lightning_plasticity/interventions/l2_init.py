@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.interventions.base import InterventionContext, ParametersOf
 from lightning_plasticity.interventions.initial_values import InitialValueRegularizer
 from lightning_plasticity.interventions.penalty_gradients import ClosedForm
 from lightning_plasticity.interventions.selection import Patterns
@@ -48,6 +51,7 @@ class L2Init(InitialValueRegularizer):
 
     def __init__(self, coefficient: float = 1e-2, *, include: Patterns = None, exclude: Patterns = None) -> None:
         super().__init__(coefficient, include=include, exclude=exclude)
+        self._known_pairs: tuple[ParametersOf, list[tuple[nn.Parameter, Tensor]]] | None = None
 
     @override
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,18 +64,35 @@ class L2Init(InitialValueRegularizer):
         return 0.5 * F.mse_loss(parameter, initial, reduction="sum")
 
     @override
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        self._known_pairs = None
+        super().prepare(model, context)
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._known_pairs = None
+        super().load_state_dict(state)
+
+    @override
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm:
-        pairs = self.pairs(model)
-        self.rest_without(pairs, model)
         value = self.penalty(model) if with_value else None
-        # No tensor for the difference, which would be two more passes over the memory of all parameters; but in half
-        # precision the difference of two large sums would be rounded away.
-        terms: dict[float, dict[Tensor, Tensor]] = {self.coefficient: {}, -self.coefficient: {}}
-        for parameter, initial in pairs:
-            wide = at_least_float32(parameter.detach())
-            if wide.dtype == parameter.dtype:
-                terms[self.coefficient][parameter] = wide
-                terms[-self.coefficient][parameter] = initial
+        parameters = ParametersOf(model)
+        if self._known_pairs is None or self._known_pairs[0] != parameters:
+            pairs = self.pairs(model)
+            self.rest_without(pairs, model)
+            self._known_pairs = parameters, pairs
+        own: dict[Tensor, Tensor] = {}
+        initial: dict[Tensor, Tensor] = {}
+        for parameter, value_at_start in self._known_pairs[1]:
+            wide = at_least_float32(parameter)
+            if wide is parameter:
+                # No tensor for the difference, which would be two more passes over the memory of all parameters.
+                own[parameter], initial[parameter] = parameter, value_at_start
             else:
-                terms[self.coefficient][parameter] = (wide - initial.to(wide)).to(parameter)
-        return ClosedForm(value, list(terms.items()))
+                # In half precision, the difference of two large sums would be rounded away.
+                own[parameter] = (wide - value_at_start.float()).to(parameter)
+        return ClosedForm(value, [(self.coefficient, own), (-self.coefficient, initial)])
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known_pairs": None}

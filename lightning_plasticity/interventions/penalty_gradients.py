@@ -80,13 +80,13 @@ def differentiate_penalty(
 
 
 def gradients_of_parameters(
-    parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], gradients: Sequence[Tensor]
+    model: nn.Module, tensors: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> dict[Tensor, Tensor]:
     """Return the gradients of parameters, given those of tensors that are parameters or were computed from some.
 
     Args:
-        parameters: The parameters.
-        tensors: Some of them, and tensors with a graph.
+        model: The model with the parameters.
+        tensors: Some of its parameters, and tensors with a graph.
         gradients: The gradient with respect to each of these tensors.
     """
     pairs = list(zip(tensors, gradients, strict=True))
@@ -96,6 +96,7 @@ def gradients_of_parameters(
         return result
     outputs, output_gradients = zip(*computed, strict=True)
     # Through views, parametrizations and casts.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = torch.autograd.grad(outputs, parameters, output_gradients, allow_unused=True)
     for parameter, addend in zip(parameters, sums, strict=True):
         if addend is not None:

@@ -99,8 +99,8 @@ class SpectralRegularizer(Regularizer):
         biases = [bias for layer in layers for bias in layer.biases]
         scales = [scale for layer in layers for scale in layer.scales]
         # The step of the power iteration, without the lengths of its vectors, which are all computed at once.
-        rights = [self._left(name, matrix.detach()) @ matrix.detach() for name, matrix in matrices.items()]
-        products = [m.detach() @ right for m, right in zip(matrices.values(), rights, strict=True)]
+        rights = [self._left(name, matrix) @ matrix for name, matrix in matrices.items()]
+        products = [matrix @ right for matrix, right in zip(matrices.values(), rights, strict=True)]
         if not (matrices or biases or scales):
             # To rest.
             self.penalty(model)
@@ -111,7 +111,7 @@ class SpectralRegularizer(Regularizer):
             # A matrix is zero or not finite.
             return None
         sigmas = [p / r for p, r in zip(product_norms, right_norms, strict=True)]
-        self._vectors |= {name: p / norm for name, p, norm in zip(matrices, products, product_norms, strict=True)}
+        self._vectors |= zip(matrices, torch._foreach_div(products, product_norms), strict=True)
         k = self.power
         factors = [
             2 * k * (sigma**k - 1) * sigma ** (k - 1) / (p * r)
@@ -125,9 +125,8 @@ class SpectralRegularizer(Regularizer):
             terms = [(sigma**k - 1) ** 2 for sigma in sigmas] + [norm ** (2 * k) for norm in bias_norms]
             terms += [(scale - 1).square().sum().item() for scale in scales]
             value = torch.tensor(self.coefficient * sum(terms))
-        parameters = list(self.selected_parameters(model).values())
         tensors = [*matrices.values(), *biases, *scales]
-        return ClosedForm(value, [(self.coefficient, gradients_of_parameters(parameters, tensors, gradients))])
+        return ClosedForm(value, [(self.coefficient, gradients_of_parameters(model, tensors, gradients))])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +168,7 @@ class SpectralRegularizer(Regularizer):
 
 def _norms(tensors: list[Tensor]) -> list[float]:
     # One transfer for all of them.
-    norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])]
+    device = tensors[0].device
+    norms = [norm if norm.device == device else norm.to(device) for norm in torch._foreach_norm(tensors)]
     numbers: list[float] = torch.stack(norms).tolist()
     return numbers

@@ -211,6 +211,7 @@ class Deep(Busy):
             self.net[0].bias -= 0.8
 
 
+@pytest.mark.filterwarnings("ignore:.* all units of .* are dormant")
 @for_each(INTERVENTIONS)
 def test_every_intervention_acts_leaves_no_hooks_and_resumes(row: Row, tmp_path: Path) -> None:
     def fit(epochs: int, intervention: Intervention | None, path: Path | None = None) -> tuple[Deep, Any, Any]:

@@ -29,6 +29,11 @@ class LayerWeights:
     biases: list[Tensor] = field(default_factory=list)
     scales: list[Tensor] = field(default_factory=list)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.matrices.values(), *self.biases, *self.scales]
+
 
 def weight_matrices(model: nn.Module, selected: Container[Tensor] | None = None) -> dict[str, LayerWeights]:
     """Return the weights of each layer of a model as matrices, in the order in which the layers are registered.
