@@ -361,11 +361,11 @@ class ParametersOf:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = list(model.parameters())
-        self._key = [(id(parameter), parameter.requires_grad) for parameter in self._parameters]
+        self.key = [(id(parameter), parameter.requires_grad) for parameter in self._parameters]
 
     @override
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ParametersOf) and self._key == other._key
+        return isinstance(other, ParametersOf) and self.key == other.key
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -646,7 +646,8 @@ class Regularizer(Intervention, ABC):
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm | None:
         """Return the gradient of the penalty by a formula that is cheaper than autograd; ``None`` if there is none.
 
-        The callback uses it in place of :meth:`penalty`. It is called once before every optimizer step.
+        The callback uses it in place of :meth:`penalty`, once before every optimizer step; not that of a base class,
+        whose penalty may be another one.
 
         Args:
             model: The model.

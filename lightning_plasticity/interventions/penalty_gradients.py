@@ -61,8 +61,10 @@ def differentiate_penalty(
         TypeError: If ``penalty`` does not return a scalar tensor.
         ValueError: If a gradient is not finite.
     """
-    with torch.no_grad():
-        closed = regularizer.closed_form(model, with_value=with_value)
+    closed = None
+    if "closed_form" in vars(type(regularizer)):
+        with torch.no_grad():
+            closed = regularizer.closed_form(model, with_value=with_value)
     if closed is not None:
         terms: Terms = [(factor, [term.get(p) for p in parameters]) for factor, term in closed.terms]
         return PenaltyGradient(closed.value, terms)

@@ -111,7 +111,7 @@ class SpectralRegularizer(Regularizer):
             # A matrix is zero or not finite.
             return None
         sigmas = [p / r for p, r in zip(product_norms, right_norms, strict=True)]
-        self._vectors |= zip(matrices, torch._foreach_div(products, product_norms), strict=True)
+        self._vectors |= {name: p / norm for name, p, norm in zip(matrices, products, product_norms, strict=True)}
         k = self.power
         factors = [
             2 * k * (sigma**k - 1) * sigma ** (k - 1) / (p * r)
@@ -119,7 +119,8 @@ class SpectralRegularizer(Regularizer):
         ]
         factors += [2 * k * norm ** (2 * k - 2) for norm in bias_norms]
         outer = [torch.outer(product, right) for product, right in zip(products, rights, strict=True)]
-        gradients = [*torch._foreach_mul([*outer, *biases], factors), *(2 * (scale - 1) for scale in scales)]
+        gradients = list(torch._foreach_mul([*outer, *biases], factors)) if factors else []
+        gradients += [2 * (scale - 1) for scale in scales]
         value = None
         if with_value:
             terms = [(sigma**k - 1) ** 2 for sigma in sigmas] + [norm ** (2 * k) for norm in bias_norms]
@@ -167,7 +168,9 @@ class SpectralRegularizer(Regularizer):
 
 
 def _norms(tensors: list[Tensor]) -> list[float]:
-    # One transfer for all of them.
+    """Compute the norms of tensors with one transfer from the device."""
+    if not tensors:
+        return []
     device = tensors[0].device
     norms = [norm if norm.device == device else norm.to(device) for norm in torch._foreach_norm(tensors)]
     numbers: list[float] = torch.stack(norms).tolist()

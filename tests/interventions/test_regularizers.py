@@ -844,3 +844,14 @@ def test_zero_matrix_has_no_closed_form_and_no_gradient() -> None:
     regularizer.add_gradients(model)
     expected = gradients(SpectralRegularizer().penalty(model), model)
     assert torch.equal(model.weight.grad, expected["weight"])  # type: ignore[arg-type]
+
+
+def test_subclass_with_another_penalty_has_no_inherited_formula() -> None:
+    class Doubled(L2Init):
+        def penalty(self, model: nn.Module) -> Tensor:
+            return 2 * super().penalty(model)
+
+    model = nn.Linear(3, 2)
+    regularizer = started(Doubled, model)
+    regularizer.add_gradients(model)
+    torch.testing.assert_close(model.weight.grad, gradients(regularizer.penalty(model), model)["weight"])

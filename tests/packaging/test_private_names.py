@@ -40,6 +40,10 @@ ALLOWED = {
     "_ConvTransposeNd",
     "_NormBase",
     "_weight_norm",
+    # torch: one operation on a list of tensors, as the optimizers of torch use
+    "_foreach_add_",
+    "_foreach_mul",
+    "_foreach_norm",
     # torch: the base of a view, the number of in-place changes, and what a node of the graph has saved and takes
     "_base",
     "_is_view",

@@ -273,7 +273,11 @@ def _common_values(entries: Tensor) -> list[Tensor]:
     if len(entries) > _SAMPLE:
         # The same sample each time, so that it does not change the numbers that are drawn.
         sample = entries[torch.randint(len(entries), (_SAMPLE,), generator=torch.Generator().manual_seed(0))]
-    distinct, counts = sample.unique(return_counts=True)
+    if sample.is_complex():
+        pairs, counts = torch.view_as_real(sample).unique(dim=0, return_counts=True)
+        distinct = torch.view_as_complex(pairs)
+    else:
+        distinct, counts = sample.unique(return_counts=True)
     candidates = distinct[counts >= max(2, _COMMON / 2 * len(sample))]
     return [value for value in candidates if (entries == value).sum() >= max(2, _COMMON * len(entries))]
 
