@@ -156,8 +156,14 @@ LOGGED_NUMBERS: dict[str, LoggedNumber] = {
             "the value of a regularizer's term; of several of one class, `<Intervention>_2` and so on",
             ("in_training",),
         ),
-        LoggedNumber("<Intervention>/units", "number of units that an intervention has reset", ("in_training",)),
-        LoggedNumber("<Intervention>/parameters", "number of parameters that a repair has changed", ("in_training",)),
+        LoggedNumber(
+            "<Intervention>/units", "number of units that an intervention has reset at this step", ("in_training",)
+        ),
+        LoggedNumber(
+            "<Intervention>/parameters",
+            "number of weights that an intervention which does not work by units has changed at this step",
+            ("in_training",),
+        ),
     )
 }
 """All logged numbers, in the order of the table in the README."""
