@@ -33,7 +33,7 @@ from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.fit_test import FitTest
-from lightning_plasticity.interventions import Intervention
+from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.isolation.training_state import TrainingState
 from lightning_plasticity.messages import (
     MisconfigurationError,
@@ -638,18 +638,17 @@ class SpectralCollapseCallback(Callback):
 
     def _repair_and_log(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None) -> None:
         """Run the repairs that are due at the start of a task, if there is a context for them, and log the report."""
+        repairs = []
         if context is not None:
             if self.interventions:
                 # Forward passes of repairs must not be monitored.
                 self._step_monitor.postpone()
             with self._tasks.paused():
-                self._repair(context, report)
-            for repair in report.repairs:
-                if not repair.undone:
-                    self._reporter.report_training(trainer, repair.numbers(), self._steps)
-        self._reporter.report_task(trainer, self.history)
+                repairs = self._repair(context, report)
+        report.repairs += repairs
+        self._reporter.report_task(trainer, self.history, repairs)
 
-    def _repair(self, context: ProbeContext, report: TaskReport) -> None:
+    def _repair(self, context: ProbeContext, report: TaskReport) -> list[RepairReport]:
         """Run the repairs that are due and measure the network again, and undo them if that is worse."""
         is_due = self._runner.due_at_task_start(report.task, collapsed=report.collapsed)
         if is_due:
@@ -661,7 +660,7 @@ class SpectralCollapseCallback(Callback):
             if is_worse and state is not None:
                 state.restore()
                 repairs = [replace(repair, undone=True) for repair in repairs]
-        report.repairs += repairs
+        return repairs
 
     def _call_detector(self, call: Callable[[], bool | None]) -> bool | None:
         """Return the result of a call of the task detector; ``None`` if it fails after the first task."""

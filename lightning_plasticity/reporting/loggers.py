@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.interventions import RepairReport
 from lightning_plasticity.messages import is_rank_zero
 from lightning_plasticity.reporting.names import LogGroups
 from lightning_plasticity.reporting.plots import (
@@ -45,8 +46,13 @@ class LogWriter:
     def log_start(self) -> None:
         """Log what describes the numbers, before the first ones are logged in a fit."""
 
-    def log_task(self, report: TaskReport) -> None:
-        """Log what there is of a task beside its numbers."""
+    def log_task(self, report: TaskReport, repairs: Sequence[RepairReport]) -> None:
+        """Log what there is of a task beside its numbers.
+
+        Args:
+            report: The report of the task.
+            repairs: The repairs that have followed its verdict.
+        """
 
     def log_figures(self, history: Sequence[TaskReport], metric: str | None = None) -> None:
         """Log the figures of all tasks.
@@ -79,10 +85,10 @@ class TensorBoardWriter(LogWriter):
         writer.add_text(f"{self.groups.by_step}meaning", explanation_page(self.groups.name), 0)
 
     @override
-    def log_task(self, report: TaskReport) -> None:
+    def log_task(self, report: TaskReport, repairs: Sequence[RepairReport]) -> None:
         if not is_rank_zero():
             return
-        text = events(report)
+        text = events(report, repairs)
         if text:
             self.logger.experiment.add_text(f"{self.groups.by_step}events", text, report.task)
         if report.spectrum is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from lightning_plasticity.distributed.agreement import format_error
 from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.interventions import Intervention
+from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.reporting.loggers import LogWriter, writer_of
 from lightning_plasticity.reporting.names import LogGroups, counts, logged_numbers, monitored_numbers
 from lightning_plasticity.reporting.sentences import (
@@ -24,6 +26,9 @@ from lightning_plasticity.reporting.sentences import (
     why_nothing_was_done,
 )
 from lightning_plasticity.reports import TaskReport
+
+_MAX_SHARE = 0.05
+"""Largest share of the time of a run that its figures take: half a second each time, which may be more than a task."""
 
 LogLevel = Literal["lead", "all", False]
 
@@ -55,8 +60,9 @@ class Reporter:
         self._has_noted_places = False
         # Those in which the numbers are described.
         self._described: set[str] = set()
-        # The number of tasks at which the figures were last drawn.
-        self._drawn = 0
+        # When the figures were last drawn, by the clock, and how many seconds that took.
+        self._drawn_at = -math.inf
+        self._drawing_time = 0.0
 
     def begin_fit(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
         """Show the last verdict again, since a Trainer forgets at every fit what other callbacks may watch."""
@@ -80,25 +86,37 @@ class Reporter:
         if named:
             self._for_each_logger(trainer, lambda writer: writer.log_numbers(named, step))
 
-    def report_task(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
-        """Log the last task, and say what was done."""
+    def report_task(
+        self, trainer: Trainer, history: Sequence[TaskReport], repairs: Sequence[RepairReport] = ()
+    ) -> None:
+        """Log the last task, and say what was done.
+
+        Args:
+            trainer: The Trainer.
+            history: The reports of all tasks.
+            repairs: The repairs that have followed the verdict of the last one.
+        """
         report = history[-1]
+        for repair in repairs:
+            if not repair.undone and repair.step is not None:
+                self.report_training(trainer, repair.numbers(), repair.step)
         everything = self.level == "all"
         by_step, by_task = logged_numbers(history, self._watched, self._groups, everything=everything)
 
         def log(writer: LogWriter) -> None:
             writer.log_numbers(by_step, report.step)
             writer.log_numbers(by_task, report.task)
-            writer.log_task(report)
+            writer.log_task(report, repairs)
 
         self._for_each_logger(trainer, log)
         self._show_verdict(trainer, history)
-        if report.repairs:
-            self._say(repair_sentence(report))
-        self._say_once(why_nothing_was_done(report, self._interventions))
+        if repairs:
+            self._say(repair_sentence(report, repairs))
+        elif report.collapsed:
+            self._say_once(why_nothing_was_done(self._interventions))
         self._compare_places(trainer, report.task)
         is_first_event = _has_event(report) and not any(map(_has_event, history[:-1]))
-        if is_first_event or self._is_time_to_draw(history):
+        if is_first_event or self._is_time_to_draw():
             self._draw(trainer, history)
 
     def end_task(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
@@ -111,20 +129,22 @@ class Reporter:
             }
 
     def end_fit(self, trainer: Trainer, history: Sequence[TaskReport], new_tasks: int) -> None:
-        """Draw the figures, at the end of a fit with several tasks whenever it is, and say if there was only one."""
-        if new_tasks > 1 or (new_tasks and self._is_time_to_draw(history)):
+        """Draw the figures if the fit had several tasks, and say so if the first fit had a single one."""
+        if new_tasks > 1:
             self._draw(trainer, history)
         if len(history) == new_tasks == 1:
             self._say_once(SINGLE_POINT)
 
-    def _is_time_to_draw(self, history: Sequence[TaskReport]) -> bool:
-        """Return whether there are a tenth more tasks than in the last figures, which take up to half a second."""
-        return len(history) >= 1.1 * self._drawn
+    def _is_time_to_draw(self) -> bool:
+        """Return whether the last figures took no more than their share of the time since then."""
+        return _MAX_SHARE * (time.monotonic() - self._drawn_at) >= self._drawing_time
 
     def _draw(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
-        self._drawn = len(history)
+        start = time.monotonic()
         if any(report.metrics for report in history):
             self._for_each_logger(trainer, lambda writer: writer.log_figures(history, _metric_of(history)))
+        self._drawn_at = time.monotonic()
+        self._drawing_time = self._drawn_at - start
 
     def _show_verdict(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
         """Give the last numbers to callbacks such as ``EarlyStopping``, and the last verdict to the progress bar."""

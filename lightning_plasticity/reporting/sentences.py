@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_plasticity.diagnostics import DIAGNOSTICS
-from lightning_plasticity.interventions import Intervention, Repair
+from lightning_plasticity.interventions import Intervention, Repair, RepairReport
 from lightning_plasticity.reporting.names import EXPLAINING, LOGGED_NUMBERS
 from lightning_plasticity.reports import TaskReport
 
@@ -16,40 +16,39 @@ SINGLE_POINT = (
 """What is said after a first fit that was one task."""
 
 
-def repair_sentence(report: TaskReport) -> str:
+def repair_sentence(report: TaskReport, repairs: Sequence[RepairReport]) -> str:
     """Return what the repairs at the start of a task did, and the numbers before and after.
-
-    Example:
-        >>> from lightning_plasticity.interventions import RepairReport
-        >>> repair = RepairReport("ShrinkPerturb", num_parameters_changed=8970)
-        >>> print(repair_sentence(TaskReport(12, None, 600, repairs=[repair], effect="handicap 2.31 → 0.97")))
-        task 12: ShrinkPerturb: 8970 parameters changed; handicap 2.31 → 0.97
-    """
-    acts = [f"{repair}, undone" if repair.undone else str(repair) for repair in report.repairs]
-    return f"task {report.task}: {'; '.join([*acts, *filter(None, [report.effect])])}"
-
-
-def why_nothing_was_done(report: TaskReport, interventions: Sequence[Intervention]) -> str | None:
-    """Return why no repair followed an alarm; ``None`` if one did, or failed with a message of its own.
 
     Args:
         report: The report of the task.
+        repairs: The repairs that have followed its verdict.
+
+    Example:
+        >>> repair = RepairReport("ShrinkPerturb", num_parameters_changed=8970)
+        >>> print(repair_sentence(TaskReport(12, None, 600, effect="handicap 2.31 → 0.97"), [repair]))
+        task 12: ShrinkPerturb: 8970 parameters changed; handicap 2.31 → 0.97
+    """
+    acts = [f"{repair}, undone" if repair.undone else str(repair) for repair in repairs]
+    return f"task {report.task}: {'; '.join([*acts, *filter(None, [report.effect])])}"
+
+
+def why_nothing_was_done(interventions: Sequence[Intervention]) -> str | None:
+    """Return why no repair follows any alarm; ``None`` if one can, and has failed with a message of its own.
+
+    Args:
         interventions: The interventions of the callback.
 
     Example:
-        >>> why_nothing_was_done(TaskReport(12, None, 600, collapsed=True), [])
-        'nothing is repaired at an alarm, since the callback has no interventions: write
-        SpectralCollapseCallback(interventions=[ShrinkPerturb()])'
+        >>> print(why_nothing_was_done([]))
+        nothing is repaired at an alarm, since the callback has no interventions: write
+        SpectralCollapseCallback(interventions=[ShrinkPerturb()])
     """
-    if not report.collapsed or report.repairs:
-        return None
     if not interventions:
         return (
             "nothing is repaired at an alarm, since the callback has no interventions: write "
             "SpectralCollapseCallback(interventions=[ShrinkPerturb()])"
         )
-    repairs = [intervention for intervention in interventions if isinstance(intervention, Repair)]
-    if not any(isinstance(repair.when, str) for repair in repairs):
+    if not any(isinstance(each, Repair) and isinstance(each.when, str) for each in interventions):
         names = ", ".join(intervention.name for intervention in interventions)
         return f"nothing is repaired at an alarm, since {names} run at other times: when='collapse' lets a repair do so"
     return None
@@ -67,19 +66,23 @@ def verdict_in_short(report: TaskReport, watched: str) -> str:
     return verdict if value is None else f"{verdict}, {DIAGNOSTICS[watched].title} {value:.3g}"
 
 
-def events(report: TaskReport) -> str:
+def events(report: TaskReport, repairs: Sequence[RepairReport]) -> str:
     """Return the alarm and the repairs of a task as lines of Markdown; empty if there was none.
 
+    Args:
+        report: The report of the task.
+        repairs: The repairs that have followed its verdict.
+
     Example:
-        >>> print(events(TaskReport(12, "cats", 600, collapsed=True, verdict="task 12: handicap 2.31, above 1.25")))
+        >>> print(events(TaskReport(12, "cats", 600, collapsed=True, verdict="task 12: handicap 2.31, above 1.25"), []))
         **Task 12** (cats), step 600
         <BLANKLINE>
         - **Alarm** ▼ handicap 2.31, above 1.25
     """
     prefix = f"task {report.task}: "
     lines = [f"- **Alarm** ▼ {report.verdict.removeprefix(prefix)}"] if report.collapsed else []
-    if report.repairs:
-        lines.append(f"- **Repair** ▲ {repair_sentence(report).removeprefix(prefix)}")
+    if repairs:
+        lines.append(f"- **Repair** ▲ {repair_sentence(report, repairs).removeprefix(prefix)}")
     name = "" if report.task_id is None else f" ({report.task_id})"
     return "\n".join([f"**Task {report.task}**{name}, step {report.step}", "", *lines]) if lines else ""
 

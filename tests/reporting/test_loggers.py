@@ -14,15 +14,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from lightning_plasticity import HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import L2Init, ShrinkPerturb
 from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES
+from tests.helpers.event_files import read_events, sort_by_step
 from tests.helpers.modules import ALWAYS, Classifier, MemoryLogger, fit_three_tasks, loader, trainer
 
 LEAD = ["alarms", "dormant_fraction", "epsilon_rank", "handicap", "learnable_fraction", "repairs"]
-
-
-def read(directory: Path) -> EventAccumulator:
-    """Read all events of the run in a logger's directory."""
-    guidance = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
-    return EventAccumulator(str(directory / "lightning_logs" / "version_0"), size_guidance=guidance).Reload()
 
 
 def tags_of(events: EventAccumulator, kind: str) -> set[str]:
@@ -36,7 +31,7 @@ def texts(events: EventAccumulator, tag: str) -> dict[int, str]:
 
 def test_default_scalars_are_few_and_first(tmp_path: Path) -> None:
     callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     by_task = {f"plasticity_by_task/{name}" for name in [*LEAD, "fit_loss", "collapsed"]}
     compared = ("fit_loss", "learnable_fraction", "epsilon_rank", "dormant_fraction")
     fresh = {f"plasticity_fresh_network/{name}" for name in compared}
@@ -55,7 +50,7 @@ def test_default_scalars_are_few_and_first(tmp_path: Path) -> None:
 
 def test_all_scalars_on_request(tmp_path: Path) -> None:
     callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0), log="all")
-    events, report = read(tmp_path), callback.history[-1]
+    events, report = read_events(tmp_path), callback.history[-1]
     details = {tag.partition("/")[2] for tag in tags_of(events, "scalars") if tag.startswith("plasticity_details/")}
     assert {"probe_loss", "probe_samples", "probe_failed", "ggn_trace", "fit_loss", "churn"} <= details
     assert {name for name in details if "_vs_initial" in name} == {
@@ -70,7 +65,7 @@ def test_all_scalars_on_request(tmp_path: Path) -> None:
 def test_nothing_is_logged_on_request(tmp_path: Path) -> None:
     callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0), log=False)
     assert len(callback.history) == 3
-    assert not any(tag for tags in read(tmp_path).Tags().values() if isinstance(tags, list) for tag in tags)
+    assert not any(tag for tags in read_events(tmp_path).Tags().values() if isinstance(tags, list) for tag in tags)
 
 
 @pytest.mark.parametrize("log", [True, "few", None])
@@ -84,7 +79,7 @@ def test_alarms_and_repairs_are_counted_and_told(tmp_path: Path) -> None:
         callback = fit_three_tasks(
             TensorBoardLogger(tmp_path, version=0), collapse=ALWAYS, interventions=[ShrinkPerturb()]
         )
-    events, history = read(tmp_path), callback.history
+    events, history = read_events(tmp_path), callback.history
     assert [report.collapsed for report in history] == [True] * 3
     for name in ("alarms", "repairs"):
         assert [event.value for event in sort_by_step(events.Scalars(f"_plasticity/{name}"))][-1] == 3
@@ -102,14 +97,14 @@ def test_alarms_and_repairs_are_counted_and_told(tmp_path: Path) -> None:
 
 def test_quantities_are_explained_once(tmp_path: Path) -> None:
     fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
-    (page,) = texts(read(tmp_path), "plasticity/meaning").values()
+    (page,) = texts(read_events(tmp_path), "plasticity/meaning").values()
     assert "- **alarms**: number of tasks so far with an alarm" in page
 
 
 def test_charts_of_network_fresh_one_and_alarms(tmp_path: Path) -> None:
     """The regular expressions of the layout select the tags that are there."""
     fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     (event,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
@@ -128,14 +123,9 @@ def test_charts_of_network_fresh_one_and_alarms(tmp_path: Path) -> None:
     assert shown["alarms and repairs so far"] == {"plasticity_by_task/alarms", "plasticity_by_task/repairs"}
 
 
-def sort_by_step(events: list[Any]) -> list[Any]:
-    """Sort events by step: event files are read in the order of their names, not of the fits that wrote them."""
-    return sorted(events, key=lambda event: event.step)
-
-
 def test_tensorboard_histograms_share_bins(tmp_path: Path) -> None:
     callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     shown = sort_by_step(events.Histograms("plasticity_by_task/log10_ggn_eigenvalues"))
     assert [event.step for event in shown] == [0, 1, 2]
     for event, report in zip(shown, callback.history, strict=True):
@@ -151,7 +141,7 @@ def test_tensorboard_histograms_share_bins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("negative", [False, True])
 def test_tensorboard_histograms_of_hessian_by_sign(tmp_path: Path, negative: bool) -> None:
     callback = fit_three_tasks(TensorBoardLogger(tmp_path, version=0), probe=HessianProbe(num_probes=3, num_steps=8))
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     tags = ["plasticity_by_task/log10_hessian_eigenvalues", "plasticity_by_task/log10_hessian_negative_eigenvalues"]
     assert sorted(events.Tags()["histograms"]) == tags
     shown = sort_by_step(events.Histograms(tags[negative]))
@@ -181,13 +171,14 @@ def test_semidefinite_hessian_has_no_negative_histogram(tmp_path: Path) -> None:
     callback = SpectralCollapseCallback(HessianProbe(num_probes=1, num_steps=2))
     trainer(callback, logger=logger).fit(Linear(), loader())
     assert callback.history[0].spectrum.lambda_min > 0
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     assert events.Tags()["histograms"] == ["plasticity_by_task/log10_hessian_eigenvalues"]
 
 
-def test_tensorboard_figures_of_every_task(tmp_path: Path) -> None:
+def test_tensorboard_figures_of_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_plasticity.reporting.reporter._MAX_SHARE", 1e9)
     fit_three_tasks(TensorBoardLogger(tmp_path, version=0))
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     names = ("dormant_units", "overview", "spectrum")
     assert set(events.Tags()["images"]) == {f"plasticity_figures/{name}" for name in names}
     for tag in events.Tags()["images"]:

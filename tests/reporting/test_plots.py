@@ -1,7 +1,9 @@
 """Test the figures of a history."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import ShrinkPerturb
 from lightning_plasticity.reporting.plots import plot_history, plot_spectra, plot_units
+from tests.helpers.event_files import read_events, sort_by_step
 from tests.helpers.modules import ALWAYS, NEVER, Classifier, fit_three_tasks, loader, trainer
 
 
@@ -114,22 +117,31 @@ def test_units_are_a_map_of_layers_and_tasks() -> None:
     assert plot_units(history, ax=figure.add_subplot())[0] is figure
 
 
-def test_figures_are_drawn_rarely_in_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are drawn after each of the first tasks, and later when there are a tenth more."""
+def test_figures_take_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drawing takes a second, and each task seven."""
     drawn: list[int] = []
+    clock = [0.0]
 
     def plot(history: Any, **options: Any) -> Any:
         drawn.append(len(history))
+        clock[0] += 1
         return plot_history(history, **options)
 
     monkeypatch.setattr("lightning_plasticity.reporting.loggers.plot_history", plot)
+    monkeypatch.setattr("lightning_plasticity.reporting.reporter.time", SimpleNamespace(monotonic=lambda: clock[0]))
     callback, module = SpectralCollapseCallback(collapse=NEVER), Classifier()
-    for task_id in (0, 0, 1):
-        module.task_id = task_id
-        trainer(callback, logger=TensorBoardLogger(tmp_path)).fit(module, loader())
-    assert drawn == [1, 2]
-    callback.history += [dataclasses.replace(callback.history[-1], task=task) for task in range(2, 30)]
-    for task_id in range(2, 8):
-        module.task_id = task_id
-        trainer(callback, logger=TensorBoardLogger(tmp_path)).fit(module, loader())
-    assert drawn == [1, 2, 31, 35]
+    for _ in range(8):
+        trainer(callback, logger=TensorBoardLogger(tmp_path, version=0)).fit(module, loader())
+        clock[0] += 7
+    assert drawn == [1, 4, 7]
+
+
+def test_first_alarm_is_drawn_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_plasticity.reporting.reporter._MAX_SHARE", 1e-12)
+    callback, module = SpectralCollapseCallback(collapse=NEVER), Classifier()
+    for rule in (NEVER, NEVER, ALWAYS, ALWAYS):
+        callback._task_start.verdicts.collapse = rule
+        with pytest.warns(PlasticityWarning) if rule is ALWAYS else contextlib.nullcontext():
+            trainer(callback, logger=TensorBoardLogger(tmp_path, version=0)).fit(module, loader())
+    shown = sort_by_step(read_events(tmp_path).Images("plasticity_figures/overview"))
+    assert [event.step for event in shown] == [0, 2]
