@@ -114,7 +114,8 @@ class Reporter:
             self._say(repair_sentence(report, repairs))
         elif report.collapsed:
             self._say_once(why_nothing_was_done(self._interventions))
-        self._compare_places(trainer, report.task)
+        if self.level is not False:
+            self._compare_places(trainer, report.task)
         is_first_event = _has_event(report) and not any(map(_has_event, history[:-1]))
         if is_first_event or self._is_time_to_draw():
             self._draw(trainer, history)
