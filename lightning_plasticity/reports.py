@@ -52,7 +52,7 @@ class TaskReport:
             ``on rank <rank>``.
         kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
         expected_steps: Number of optimizer steps that the task was expected to take; ``None`` if it was not known.
-        logged: The last values of what the module itself had logged when the task ended, on this device.
+        logged: The last values of what the module itself had logged when the task ended, on the first rank.
 
     Example:
         >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)

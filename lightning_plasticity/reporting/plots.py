@@ -168,9 +168,8 @@ def _new_axes(
 ) -> tuple[Figure, Axes]:
     """Return axes and their figure; new ones have a share of the width at the left, and inches below and above."""
     if ax is not None:
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        return figure, ax
+        # A subfigure is a part of a figure.
+        return ax.figure.figure, ax
     figure = Figure(figsize=size, dpi=100)
     figure.subplots_adjust(left=left, right=0.97, bottom=bottom / size[1], top=1 - top / size[1])
     return figure, figure.subplots()

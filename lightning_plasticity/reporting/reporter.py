@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_plasticity.distributed.agreement import format_error
+from lightning_plasticity.distributed.agreement import broadcast_object, format_error
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.reporting.loggers import LogWriter, writer_of
@@ -121,13 +121,17 @@ class Reporter:
             self._draw(trainer, history)
 
     def end_task(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
-        """Keep what the module has logged in the task that ends, to be shown beside the diagnostics."""
+        """Keep what the module has logged in the task that ends, to be shown beside the diagnostics.
+
+        All ranks must call it. They keep the numbers of the first one.
+        """
         if history:
-            history[-1].logged |= {
+            logged = {
                 name: value.item()
                 for name, value in trainer.callback_metrics.items()
                 if not name.startswith("plasticity") and isinstance(value, Tensor) and value.numel() == 1
             }
+            history[-1].logged |= broadcast_object(logged)
 
     def end_fit(self, trainer: Trainer, history: Sequence[TaskReport], new_tasks: int) -> None:
         """Draw the figures if the fit had several tasks, and say so if the first fit had a single one."""
