@@ -75,6 +75,14 @@ class StartAfresh(L.Callback):
         pl_module.load_state_dict(self.initial)
 
 
+class AboveBar(logging.Handler):
+    """Print what the callback says of a task above the progress bar, and nothing else that Lightning says."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("task "):
+            tqdm.write(f"  ▲ {record.getMessage()}")
+
+
 def run(name: str, callback: L.Callback, tasks: int, seed: int, output: Path) -> list[float]:
     """Train on all tasks with a callback, and return the online accuracy of each."""
     L.seed_everything(seed, verbose=False)
@@ -164,7 +172,7 @@ def main() -> None:
 
     # So small a network trains faster on one thread.
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").handlers = [AboveBar()]
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     show_other_warning = warnings.showwarning
@@ -172,7 +180,7 @@ def main() -> None:
     def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, PlasticityWarning):
             # Print above the progress bar instead of through it.
-            tqdm.write(f"  ! {message}")
+            tqdm.write(f"  ▼ {message}")
         else:
             show_other_warning(message, category, *where)
 
@@ -193,7 +201,7 @@ def main() -> None:
     picture = arguments.output / "plasticity.png"
     plot(results, fresh, picture)
     print(f"Curves: {picture}")
-    print(f"Spectra, task by task: .venv/bin/tensorboard --logdir {arguments.output}")
+    print(f"Task by task: .venv/bin/tensorboard --logdir {arguments.output}")
 
 
 if __name__ == "__main__":

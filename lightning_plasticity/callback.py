@@ -33,7 +33,7 @@ from lightning_plasticity.engine.intervention_runner import InterventionRunner
 from lightning_plasticity.engine.monitoring import StepMonitor
 from lightning_plasticity.engine.task_start import TaskStart
 from lightning_plasticity.fit_test import FitTest
-from lightning_plasticity.interventions import Intervention
+from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.isolation.training_state import TrainingState
 from lightning_plasticity.messages import (
     MisconfigurationError,
@@ -43,7 +43,7 @@ from lightning_plasticity.messages import (
 )
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
-from lightning_plasticity.reporting.loggers import LogGroups, log_step, log_summary, log_task
+from lightning_plasticity.reporting.reporter import LogLevel, Reporter
 from lightning_plasticity.reports import History, TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.checks import (
@@ -87,11 +87,17 @@ class SpectralCollapseCallback(Callback):
     On the first training batch of a task it probes a copy of the module: the spectra of its Gauss-Newton matrix and of
     its tangent kernel on that batch, with :class:`~lightning_plasticity.HessianProbe` also of its Hessian, and the same
     for its initial weights. Copies of both are trained for a few steps (:class:`~lightning_plasticity.FitTest`): by
-    default a collapse means that the initial weights would learn the task better. The numbers go to every logger of the
-    Trainer as ``plasticity/<name>`` (by the number of optimizer steps over all fits) and ``plasticity_by_task/<name>``
-    (by the number of the task), the spectrum goes to TensorBoard's Histograms tab, and everything goes to
-    :attr:`history`. On a collapse it issues one :class:`~lightning_plasticity.PlasticityWarning` and runs the
-    interventions. As long as nothing is repaired, training is bit-identical to training without the callback.
+    default a collapse means that the initial weights would learn the task better. On a collapse it issues one
+    :class:`~lightning_plasticity.PlasticityWarning` and runs the interventions. As long as nothing is repaired,
+    training is bit-identical to training without the callback.
+
+    Everything is in :attr:`history`. A few lead numbers (handicap, learnable fraction, ε-rank, dormant fraction, alarms
+    and repairs so far) go to every logger of the Trainer as ``plasticity/<name>`` (by the number of optimizer steps
+    over all fits) and ``plasticity_by_task/<name>`` (by the number of the task). In TensorBoard the first group is
+    called ``_plasticity``, so that it comes first; beside it are figures, the spectra under Histograms, alarms and
+    repairs under Text, and charts of the network beside a fresh one under Custom Scalars. Other callbacks, such as
+    ``EarlyStopping`` and ``ModelCheckpoint``, can monitor ``plasticity/<name>`` of the lead numbers, and of
+    ``fit_loss_vs_initial``, ``learnable_fraction_vs_initial`` and ``collapsed``, as soon as they are measured.
 
     A probe takes 64 samples, and the Hessian's 256. Where the first batch of a task holds fewer, the first samples of
     the task are gathered over its first batches and then measured on the weights that the task began with; the report
@@ -133,6 +139,8 @@ class SpectralCollapseCallback(Callback):
         probe_batch: ``probe_batch(trainer, module)`` returns the batch to measure on, or a ``DataLoader`` or list gives
             its first batches, at every task, instead of the batches of the task. It is transferred to the device as
             training batches are, and has no effect on random numbers. With several devices, that of rank 0 counts.
+        log: What goes to the loggers: ``"lead"`` the lead numbers, ``"all"`` also all others, as
+            ``plasticity_details/<name>`` and ``plasticity_layers/<name>/<layer>``, and ``False`` nothing.
         name: A name that distinguishes several callbacks of one Trainer, such as those of an actor and a critic, each
             with its own ``loss_fn``. It is a part of the checkpoint's key and of logged names:
             ``plasticity_<name>/<metric>``.
@@ -190,6 +198,7 @@ class SpectralCollapseCallback(Callback):
         # No alias with a return type: jsonargparse would refuse functions without annotations.
         loss_fn: Callable[[LightningModule, Any], Any] | None = None,
         probe_batch: Callable[[Trainer, LightningModule], Any] | Iterable[Any] | None = None,
+        log: LogLevel = "lead",
         name: str | None = None,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
@@ -211,6 +220,8 @@ class SpectralCollapseCallback(Callback):
         if task_detector is not None and not isinstance(task_detector, TaskDetector):
             raise TypeError(f"task_detector={task_detector!r} must be an instance of TaskDetector, or None")
         check_positive_ints(optional=True, monitor_every_n_steps=monitor_every_n_steps)
+        if log not in ("lead", "all", False):
+            raise ValueError(f"log={log!r} must be 'lead', 'all' or False")
         if name is not None and not (isinstance(name, str) and name and "/" not in name):
             raise ValueError(f"name={name!r} must be a string without '/', such as 'actor', or None")
         if probe_batch is not None:
@@ -221,7 +232,6 @@ class SpectralCollapseCallback(Callback):
             raise ValueError(f"monitor_every_n_steps={monitor_every_n_steps} with monitor=False: there is no monitor")
         self.history = History()
         self.name = name
-        self._groups = LogGroups(name)
         self._loss_fn = loss_fn
         self._probe_batch = probe_batch
         self._undo_if_worse = undo_if_worse
@@ -230,6 +240,7 @@ class SpectralCollapseCallback(Callback):
         chosen_monitor = PlasticityMonitor() if monitor is True else monitor or None
         self._step_monitor = StepMonitor(chosen_monitor, monitor_every_n_steps, self._errors)
         self._runner = InterventionRunner(interventions, self._errors)
+        self._reporter = Reporter(name, log, collapse.metric, self.interventions, self._errors)
         self._task_start = TaskStart(
             probe,
             collapse,
@@ -262,6 +273,7 @@ class SpectralCollapseCallback(Callback):
             "task_detector": None if repr(self._tasks) == repr(TaskDetector()) else self._tasks,
             "loss_fn": self._loss_fn,
             "probe_batch": self._probe_batch,
+            "log": None if self._reporter.level == "lead" else self._reporter.level,
             "name": self.name,
         }
         return constructor_call(self, arguments)
@@ -344,6 +356,7 @@ class SpectralCollapseCallback(Callback):
             self._steps = trainer.global_step
         self._fit = _FitState(steps_before=self._steps - trainer.global_step, tasks_before=len(self.history))
         self._task_start.begin_fit()
+        self._reporter.begin_fit(trainer, self.history)
         with _lightning_errors():
             self._runner.begin_fit(trainer.optimizers, manual_backward=not pl_module.automatic_optimization)
         warn_of_weight_averages(trainer, self._runner)
@@ -380,7 +393,7 @@ class SpectralCollapseCallback(Callback):
         self._check_skipped(outputs)
         step_before, self._steps = self._steps, self._fit.steps_before + trainer.global_step
         if trains(trainer):
-            log_step(trainer.loggers, self._step_monitor.end(), step_before, self._errors, self._groups)
+            self._reporter.report_training(trainer, self._step_monitor.end(), step_before)
             self._call_detector(lambda: self._tasks.on_batch_end(outputs))
         else:
             # Lightning ends the pass with an optimizer step, which step interventions follow, but no repair.
@@ -390,7 +403,7 @@ class SpectralCollapseCallback(Callback):
             with self._tasks.paused():
                 repairs, numbers = self._runner.after_batch(context, step_before, self._steps)
             self.history[-1].repairs += repairs
-            log_step(trainer.loggers, numbers, self._steps, self._errors, self._groups)
+            self._reporter.report_training(trainer, numbers, self._steps, self.history if repairs else ())
         self._flush_errors()
 
     @override
@@ -413,7 +426,7 @@ class SpectralCollapseCallback(Callback):
         )
         if penalties and is_logged:
             values = {name: penalty.item() for name, penalty in penalties.items()}
-            log_step(trainer.loggers, values, self._steps, self._errors, self._groups)
+            self._reporter.report_training(trainer, values, self._steps)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -435,8 +448,8 @@ class SpectralCollapseCallback(Callback):
         self._measure_remaining(trainer, pl_module)
         if self._fit.skipped:
             rank_zero_warn("the last task could not be measured: training_step returned None for all of its batches")
-        if len(self.history) > self._fit.tasks_before:
-            log_summary(trainer.loggers, self.history, self._errors, self._groups)
+        self._reporter.end_task(trainer, self.history)
+        self._reporter.end_fit(trainer, self.history, new_tasks=len(self.history) - self._fit.tasks_before)
         self._share_errors()
 
     @override
@@ -509,6 +522,8 @@ class SpectralCollapseCallback(Callback):
         After an error in the first probe, or an interruption, the task starts at the next batch, maybe of another fit.
         So it does after a batch without a loss.
         """
+        if starts_task:
+            self._reporter.end_task(context.trainer, self.history)
         if starts_task and self._task_start.is_waiting:
             self._complete(context)
         report = None
@@ -626,18 +641,17 @@ class SpectralCollapseCallback(Callback):
 
     def _repair_and_log(self, trainer: Trainer, report: TaskReport, context: ProbeContext | None) -> None:
         """Run the repairs that are due at the start of a task, if there is a context for them, and log the report."""
+        repairs = []
         if context is not None:
             if self.interventions:
                 # Forward passes of repairs must not be monitored.
                 self._step_monitor.postpone()
             with self._tasks.paused():
-                self._repair(context, report)
-            for repair in report.repairs:
-                if not repair.undone:
-                    log_step(trainer.loggers, repair.numbers(), self._steps, self._errors, self._groups)
-        log_task(trainer.loggers, report, self._errors, self._groups)
+                repairs = self._repair(context, report)
+        report.repairs += repairs
+        self._reporter.report_task(trainer, self.history, repairs)
 
-    def _repair(self, context: ProbeContext, report: TaskReport) -> None:
+    def _repair(self, context: ProbeContext, report: TaskReport) -> list[RepairReport]:
         """Run the repairs that are due and measure the network again, and undo them if that is worse."""
         is_due = self._runner.due_at_task_start(report.task, collapsed=report.collapsed)
         if is_due:
@@ -649,7 +663,7 @@ class SpectralCollapseCallback(Callback):
             if is_worse and state is not None:
                 state.restore()
                 repairs = [replace(repair, undone=True) for repair in repairs]
-        report.repairs += repairs
+        return repairs
 
     def _call_detector(self, call: Callable[[], bool | None]) -> bool | None:
         """Return the result of a call of the task detector; ``None`` if it fails after the first task."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -27,19 +28,35 @@ class SkippedBatchError(MisconfigurationError):
 
 
 def rank_zero_warn(message: str, *, stacklevel: int = 3) -> None:
-    """Issue a :class:`PlasticityWarning` on the first rank of a distributed run.
+    """Issue a :class:`PlasticityWarning` on the first rank of a distributed run, shown without a path in front.
 
     Args:
         message: The text of the warning.
         stacklevel: The frame that the warning is attributed to; by default the caller of the calling function.
     """
-    if _is_rank_zero():
-        warnings.warn(message, PlasticityWarning, stacklevel=stacklevel)
+    if is_rank_zero():
+        with _without_path():
+            warnings.warn(message, PlasticityWarning, stacklevel=stacklevel)
+
+
+@contextlib.contextmanager
+def _without_path() -> Iterator[None]:
+    """Show warnings as ``<category>: <message>``: the line of this package that issues one says nothing."""
+    original = warnings.formatwarning
+
+    def format_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+        return f"{category.__name__}: {message}\n"
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
 
 
 def rank_zero_info(message: str) -> None:
     """Log a message of the logger ``lightning_plasticity`` at level INFO on the first rank of a distributed run."""
-    if _is_rank_zero():
+    if is_rank_zero():
         _log.info(message)
 
 
@@ -73,6 +90,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"
 
 
-def _is_rank_zero() -> bool:
+def is_rank_zero() -> bool:
+    """Return whether this process is the first rank, or the only process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0

@@ -34,10 +34,13 @@ class TaskReport:
         outputs: Number of outputs of the network for one sample; ``None`` if the probe has not counted them.
         trained_parameters: A hash of the names and shapes of the parameters that were trained.
         remarks: What was left out or done otherwise than asked in the measurement, a sentence each.
+        verdict: The verdict in a sentence, with the numbers that it rests on; empty if there is none.
+        fresh: The diagnostics of the initial weights on the same samples, by name, as far as they are resolved.
         before: After the verdict of a live fit test: the results of a fit test on the batch at hand, before the
             repairs. Otherwise empty, since ``metrics`` holds them.
         after: The diagnostics after the repairs, on the same samples as before: those of the start of the task, or of
             the batch at hand. Empty without repairs.
+        effect: What the repairs at the start of the task have changed, in a phrase; empty without repairs.
         fit_curve: The losses of the fit test before each step and after the last one; of a live one, those on the
             batches of the task before each step. Empty without a fit test.
         fresh_fit_curve: The same for the initial weights.
@@ -49,6 +52,7 @@ class TaskReport:
             ``on rank <rank>``.
         kernel: The tangent kernel on the same samples; ``None`` if it was not measured.
         expected_steps: Number of optimizer steps that the task was expected to take; ``None`` if it was not known.
+        logged: The last values of what the module itself had logged when the task ended, on the first rank.
 
     Example:
         >>> TaskReport(task=3, task_id="cats", step=600, metrics={"learnable_fraction": 0.21}, collapsed=True)
@@ -66,8 +70,11 @@ class TaskReport:
     outputs: int | None = None
     trained_parameters: str = ""
     remarks: list[str] = field(default_factory=list)
+    verdict: str = ""
+    fresh: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    effect: str = ""
     fit_curve: tuple[float, ...] = ()
     fresh_fit_curve: tuple[float, ...] = ()
     limited: bool = False
@@ -75,6 +82,7 @@ class TaskReport:
     errors: dict[str, str] = field(default_factory=dict)
     kernel: TangentKernel | None = None
     expected_steps: int | None = None
+    logged: dict[str, float] = field(default_factory=dict)
 
     @override
     def __repr__(self) -> str:
@@ -127,8 +135,11 @@ class TaskReport:
             "outputs": self.outputs,
             "trained_parameters": self.trained_parameters,
             "remarks": list(self.remarks),
+            "verdict": self.verdict,
+            "fresh": dict(self.fresh),
             "before": dict(self.before),
             "after": dict(self.after),
+            "effect": self.effect,
             "fit_curve": self.fit_curve,
             "fresh_fit_curve": self.fresh_fit_curve,
             "limited": self.limited,
@@ -137,6 +148,7 @@ class TaskReport:
             # The kernel of an exact spectrum is saved with it.
             "kernel": None if self.kernel is None or self._kernel_of_spectrum is not None else self.kernel.to_dict(),
             "expected_steps": self.expected_steps,
+            "logged": dict(self.logged),
         }
 
     @classmethod

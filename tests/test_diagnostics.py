@@ -6,15 +6,15 @@ from pathlib import Path
 
 from lightning_plasticity.diagnostics import DIAGNOSTICS, resolved_value
 from lightning_plasticity.metrics.monitor import MEASURES
+from lightning_plasticity.reporting.names import LOGGED_NUMBERS
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_readme_table_lists_every_diagnostic_in_order() -> None:
+def test_readme_table_lists_every_logged_number_in_order() -> None:
     table = README.read_text().partition("| name | meaning | healthy |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
-    documented = [row for row in rows if row[0].strip("`") in DIAGNOSTICS]
-    assert documented == [[f"`{name}`", diagnostic.meaning] for name, diagnostic in DIAGNOSTICS.items()]
+    assert rows == [[f"`{name}`", number.meaning] for name, number in LOGGED_NUMBERS.items()]
 
 
 def test_monitor_and_fit_test_measure_what_has_no_spectrum() -> None:

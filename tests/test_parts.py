@@ -151,7 +151,7 @@ def test_hessian_probe_leaves_out_target_and_passes_parts(probe_class: type[Hess
 
 
 def test_parts_are_reported_and_logged(tmp_path: Path) -> None:
-    callback, module = SpectralCollapseCallback(GGNProbe(parts=PARTS), collapse=NEVER), ActorCritic()
+    callback, module = SpectralCollapseCallback(GGNProbe(parts=PARTS), collapse=NEVER, log="all"), ActorCritic()
     csv_logger, tensorboard = CSVLogger(tmp_path / "csv", version=0), TensorBoardLogger(tmp_path / "tb", version=0)
     for seed in range(2):
         trainer(callback, logger=[csv_logger, tensorboard]).fit(module, loader(seed=seed))
@@ -162,10 +162,13 @@ def test_parts_are_reported_and_logged(tmp_path: Path) -> None:
     assert all(first[name] == 1 for name in ratios)
     assert all(second[name] != 1 for name in ratios)
     with (tmp_path / "csv" / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        assert {f"plasticity/{name}" for name in [*names, *ratios]} <= set(csv.DictReader(file).fieldnames or ())
+        columns = set(csv.DictReader(file).fieldnames or ())
+    lead, details = names[: len(PARTS)], names[len(PARTS) :]
+    assert {f"plasticity_parts/{name}" for name in lead} <= columns
+    assert {f"plasticity_details/{name}" for name in [*details, *ratios[: len(PARTS)]]} <= columns
     events = EventAccumulator(str(tmp_path / "tb" / "lightning_logs" / "version_0")).Reload()
-    for name in names:
-        shown = sorted(events.Scalars(f"plasticity_by_task/{name}"), key=lambda event: event.step)
+    for name in lead:
+        shown = sorted(events.Scalars(f"plasticity_parts/{name}"), key=lambda event: event.step)
         assert [event.value for event in shown] == pytest.approx([first[name], second[name]], rel=1e-6)
 
 

@@ -75,7 +75,9 @@ def test_names_are_in_logged_names() -> None:
     fit(ActorCritic(), *two_callbacks(monitor_every_n_steps=1), logger=logger)
     groups = {name.partition("/")[0] for row in logger.rows for name in row if "plasticity" in name}
     assert groups == {
-        f"plasticity_{name}{kind}" for name in ("actor", "critic") for kind in ("", "_by_task", "_training")
+        f"plasticity_{name}{kind}"
+        for name in ("actor", "critic")
+        for kind in ("", "_by_task", "_fresh_network", "_training")
     }
 
 

@@ -158,12 +158,11 @@ class LiveComparison:
         report.fit_curve, report.fresh_fit_curve = tuple(shadow.losses), tuple(shadow.fresh_losses)
         values, references = shadow.compare()
         known = {name: report.metrics[name] for name in DIAGNOSTICS if name in report.metrics}
-        ratios = {name: report.metrics.get(f"{name}_vs_initial", 0.0) for name in known}
-        known_references = {name: value / ratios[name] for name, value in known.items() if ratios[name]}
         report.metrics = {**to_log_dict(values, references), **report.metrics}
+        report.fresh |= {name: float(value) for name, value in references.items()}
         # A number that is not defined, such as the ratio of two zeros, gives no verdict.
         values = {**known, self._verdicts.collapse.metric: math.nan, **values}
-        message = self._verdicts.enter(report, values, {**known_references, **references}, history, None)
+        message = self._verdicts.enter(report, values, report.fresh, history, None)
         # Losses may differ by rounding where ranks are of several kinds, but decisions must not.
         state, message = broadcast_object((report.to_dict(), message))
         vars(report).update(vars(TaskReport.from_dict(state)))

@@ -123,8 +123,8 @@ class RepairCheck:
         fresh = FitCurve(report.fresh_fit_curve) if report.fresh_fit_curve else None
         changes = _changes(before, report.after, rule.metric, fresh if fits is None else fits.fresh)
         where = "" if fits is None else "on the batch at hand, "
-        message = f"task {report.task}: after {' and '.join(repairs)}, {where}{changes}"
-        message += ": worse than before" if is_worse else ""
+        report.effect = f"{where}{changes}{': worse than before' if is_worse else ''}"
+        message = f"task {report.task}: after {' and '.join(repairs)}, {report.effect}"
         # A repair of a healthy network, as at every task, costs something.
         (self._errors.warn if is_worse and report.collapsed else rank_zero_info)(message)
         return is_worse

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_plasticity.collapse import Collapse
 from lightning_plasticity.context import ProbeContext
-from lightning_plasticity.diagnostics import DIAGNOSTICS, to_log_dict
+from lightning_plasticity.diagnostics import DIAGNOSTICS, is_resolved, to_log_dict
 from lightning_plasticity.distributed.agreement import (
     all_or_none,
     broadcast_object,
@@ -371,6 +371,9 @@ class TaskStart:
             gaps = dict.fromkeys(self.measurements.fit_test.measures, math.inf if is_dead else 0.0)
             values = {**gaps, "handicap": math.inf if is_dead else 1.0, **values, "fit_gap": 0.0}
             del values["fit_loss"]
+        report.fresh = {
+            name: float(value) for name, value in references.items() if name in values and is_resolved(name, value)
+        }
         if self.measurements.probe is not None:
             report.matrix = self.measurements.probe.matrices[0]
             report.spectrum, report.kernel = now.spectra.get(report.matrix), now.kernel

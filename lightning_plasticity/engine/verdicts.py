@@ -69,7 +69,7 @@ class Verdicts:
             differences=" and ".join(differences[-1]) if differences and all(differences) else "",
             explanation=explain(values, references, history),
         )
-        report.collapsed = verdict.collapsed
+        report.collapsed, report.verdict = verdict.collapsed, verdict.message
         is_first_of_few = samples is not None and samples < _FEW_SAMPLES and not self._warned_of_few_samples
         self._warned_of_few_samples |= is_first_of_few
         if verdict.inconclusive or (differences and all(differences)):

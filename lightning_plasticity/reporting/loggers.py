@@ -1,170 +1,154 @@
-"""Log the metrics to every logger, and spectra and a figure of the history to TensorBoard."""
+"""Write numbers to loggers of any kind, and spectra, figures and text to those that take them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from typing_extensions import override
 
 from lightning_plasticity._compat import is_lightning
 from lightning_plasticity.curvature import Spectrum
-from lightning_plasticity.distributed.agreement import format_error
-from lightning_plasticity.engine.error_log import ErrorLog
-from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES, log_eigenvalues, plot_history
+from lightning_plasticity.interventions import RepairReport
+from lightning_plasticity.messages import is_rank_zero
+from lightning_plasticity.reporting.names import LogGroups
+from lightning_plasticity.reporting.plots import (
+    LOG_EIGENVALUE_EDGES,
+    log_eigenvalues,
+    plot_history,
+    plot_spectra,
+    plot_units,
+)
+from lightning_plasticity.reporting.sentences import events, explanation_page
 from lightning_plasticity.reports import TaskReport
 
 
-@dataclass(frozen=True)
-class LogGroups:
-    """Prefixes of logged names.
+class LogWriter:
+    """Writes numbers to a logger. This is all for most kinds of loggers; others have a class of their own.
 
     Args:
-        name: The name of the callback, which several callbacks of one Trainer need.
-
-    Example:
-        >>> LogGroups().by_step, LogGroups("actor").by_task
-        ('plasticity/', 'plasticity_actor_by_task/')
-    """
-
-    name: str | None = None
-
-    @property
-    def by_step(self) -> str:
-        """Prefix of metrics of a task, logged against the number of optimizer steps over all fits."""
-        return f"{self._base}/"
-
-    @property
-    def by_task(self) -> str:
-        """Prefix of metrics of a task, logged against the number of the task."""
-        return f"{self._base}_by_task/"
-
-    @property
-    def in_training(self) -> str:
-        """Prefix of metrics logged during training, against the number of optimizer steps over all fits."""
-        return f"{self._base}_training/"
-
-    @property
-    def _base(self) -> str:
-        return "plasticity" if self.name is None else f"plasticity_{self.name}"
-
-
-def log_step(
-    loggers: Iterable[Logger],
-    values: Mapping[str, float],
-    step: int,
-    errors: ErrorLog,
-    groups: LogGroups = LogGroups(),
-) -> None:
-    """Log the values measured during one training step.
-
-    Args:
-        loggers: The loggers of the Trainer.
-        values: The values by their names without prefix.
-        step: Number of optimizer steps over all fits.
-        errors: Records the errors of loggers that fail.
+        logger: The logger.
         groups: The prefixes of the names.
     """
 
-    def log(logger: Logger) -> None:
-        # Every logger gets its own dictionary, because it may keep or change it.
-        logger.log_metrics({groups.in_training + name: value for name, value in values.items()}, step=step)
+    def __init__(self, logger: Logger, groups: LogGroups) -> None:
+        self.logger = logger
+        self.groups = groups
 
-    if values:
-        _for_each(loggers, log, errors)
+    def log_numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers under their names. The logger gets a dictionary of its own, because it may keep or change it."""
+        self.logger.log_metrics(dict(values), step=step)
 
+    def log_start(self) -> None:
+        """Log what describes the numbers, before the first ones are logged in a fit."""
 
-def log_task(
-    loggers: Iterable[Logger],
-    report: TaskReport,
-    errors: ErrorLog,
-    groups: LogGroups = LogGroups(),
-) -> None:
-    """Log the metrics of one task, and its spectrum as a histogram to TensorBoard.
+    def log_task(self, report: TaskReport, repairs: Sequence[RepairReport]) -> None:
+        """Log what there is of a task beside its numbers.
 
-    Args:
-        loggers: The loggers of the Trainer.
-        report: The report of the task.
-        errors: Records the errors of loggers that fail.
-        groups: The prefixes of the names.
-    """
-    before = {f"{name}_before_repair": value for name, value in report.before.items()}
-    after = {f"{name}_after_repair": value for name, value in report.after.items()}
-    values = {
-        **report.metrics,
-        **before,
-        **after,
-        "collapsed": float(report.collapsed),
-        "probe_failed": float(not report.metrics),
-    }
+        Args:
+            report: The report of the task.
+            repairs: The repairs that have followed its verdict.
+        """
 
-    def log(logger: Logger) -> None:
-        logger.log_metrics({groups.by_step + name: value for name, value in values.items()}, step=report.step)
-        logger.log_metrics({groups.by_task + name: value for name, value in values.items()}, step=report.task)
-        if is_lightning(logger, TensorBoardLogger) and report.spectrum is not None:
-            _log_histograms(logger, report, report.spectrum, groups.by_task)
+    def log_figures(self, history: Sequence[TaskReport], metric: str | None = None) -> None:
+        """Log the figures of all tasks.
 
-    _for_each(loggers, log, errors)
+        Args:
+            history: The reports of all tasks.
+            metric: The number that the module logs, to be shown beside the diagnostics.
+        """
 
 
-def log_summary(
-    loggers: Iterable[Logger],
-    history: Sequence[TaskReport],
-    errors: ErrorLog,
-    groups: LogGroups = LogGroups(),
-) -> None:
-    """Log a figure of all tasks to TensorBoard.
+class TensorBoardWriter(LogWriter):
+    """Writes to TensorBoard: numbers, spectra as histograms, alarms and repairs as text, charts and figures.
 
-    Args:
-        loggers: The loggers of the Trainer.
-        history: The reports of all tasks; if none was measured, nothing is logged.
-        errors: Records the errors of loggers that fail.
-        groups: The prefixes of the names.
+    TensorBoard sorts groups by their names, and opens the first two: an underscore puts the lead numbers first.
     """
 
-    def log(logger: Logger) -> None:
-        if is_lightning(logger, TensorBoardLogger):
-            image = _render(plot_history(history))
-            logger.experiment.add_image(groups.by_task + "history", image, history[-1].task, dataformats="HWC")
+    logger: TensorBoardLogger
 
-    if any(report.metrics for report in history):
-        _for_each(loggers, log, errors)
+    @override
+    def log_numbers(self, values: Mapping[str, float], step: int) -> None:
+        lead = self.groups.by_step
+        super().log_numbers({f"_{n}" if n.startswith(lead) else n: value for n, value in values.items()}, step)
+
+    @override
+    def log_start(self) -> None:
+        if not is_rank_zero():
+            return
+        writer = self.logger.experiment
+        writer.add_custom_scalars(_charts())
+        writer.add_text(f"{self.groups.by_step}meaning", explanation_page(self.groups.name), 0)
+
+    @override
+    def log_task(self, report: TaskReport, repairs: Sequence[RepairReport]) -> None:
+        if not is_rank_zero():
+            return
+        text = events(report, repairs)
+        if text:
+            self.logger.experiment.add_text(f"{self.groups.by_step}events", text, report.task)
+        if report.spectrum is not None:
+            self._log_histograms(report, report.spectrum)
+
+    @override
+    def log_figures(self, history: Sequence[TaskReport], metric: str | None = None) -> None:
+        if not is_rank_zero():
+            return
+        self._log_figure("overview", plot_history(history, metric=metric)[0], history)
+        if any(report.spectrum is not None for report in history):
+            self._log_figure("spectrum", plot_spectra(history)[0], history)
+        if any(name.startswith("dormant_fraction/") for report in history for name in report.metrics):
+            self._log_figure("dormant_units", plot_units(history)[0], history)
+
+    def _log_figure(self, name: str, figure: Figure, history: Sequence[TaskReport]) -> None:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        image = np.asarray(canvas.buffer_rgba())[..., :3]
+        self.logger.experiment.add_image(self.groups.figures + name, image, history[-1].task, dataformats="HWC")
+
+    def _log_histograms(self, report: TaskReport, spectrum: Spectrum) -> None:
+        """Log the eigenvalues in the same bins for every task, which TensorBoard shows as a ridge plot over tasks."""
+        for sign, negative in (("", False), ("negative_", True)):
+            values, counts = log_eigenvalues(spectrum, negative=negative)
+            if not len(values):
+                continue
+            self.logger.experiment.add_histogram_raw(
+                f"{self.groups.by_task}log10_{report.matrix}_{sign}eigenvalues",
+                min=values.min().item(),
+                max=values.max().item(),
+                num=round(counts.sum().item()),
+                sum=(counts * values).sum().item(),
+                sum_squares=(counts * values.square()).sum().item(),
+                bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
+                bucket_counts=torch.histogram(values, LOG_EIGENVALUE_EDGES, weight=counts).hist.tolist(),
+                global_step=report.task,
+            )
 
 
-def _for_each(loggers: Iterable[Logger], log: Callable[[Logger], None], errors: ErrorLog) -> None:
-    for logger in loggers:
-        try:
-            log(logger)
-        except Exception as error:
-            # An error of a logger must not end the run.
-            name = type(logger).__name__
-            errors.record(name, f"{name} could not log the plasticity of the network", format_error(error))
+def writer_of(logger: Logger, groups: LogGroups) -> LogWriter:
+    """Return the writer for a logger."""
+    kind = TensorBoardWriter if is_lightning(logger, TensorBoardLogger) else LogWriter
+    return kind(logger, groups)
 
 
-def _log_histograms(logger: TensorBoardLogger, report: TaskReport, spectrum: Spectrum, prefix: str) -> None:
-    """Log the eigenvalues in the same bins for every task, which TensorBoard shows as a ridge plot over tasks."""
-    for sign, negative in (("", False), ("negative_", True)):
-        values, counts = log_eigenvalues(spectrum, negative=negative)
-        if not len(values):
-            continue
-        logger.experiment.add_histogram_raw(
-            f"{prefix}log10_{report.matrix}_{sign}eigenvalues",
-            min=values.min().item(),
-            max=values.max().item(),
-            num=round(counts.sum().item()),
-            sum=(counts * values).sum().item(),
-            sum_squares=(counts * values.square()).sum().item(),
-            bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
-            bucket_counts=torch.histogram(values, LOG_EIGENVALUE_EDGES, weight=counts).hist.tolist(),
-            global_step=report.task,
+def _charts() -> dict[str, dict[str, list[object]]]:
+    """Return the layout of TensorBoard's *Custom Scalars*: the network, a fresh one and alarms in one chart.
+
+    TensorBoard reads one layout of a run, so it is the same for all callbacks, whatever their names.
+    """
+    network, fresh = r"^plasticity.*_by_task/", r"^plasticity.*_fresh_network/"
+    charts: dict[str, list[object]] = {
+        title: ["Multiline", [f"({network}|{fresh}){name}$", rf"{network}collapsed$"]]
+        for title, name in (
+            ("fit loss", "fit_loss"),
+            ("learnable fraction", "learnable_fraction"),
+            ("dormant fraction", "dormant_fraction"),
         )
-
-
-def _render(figure: Figure) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    }
+    charts["ε-rank"] = ["Multiline", [f"({network}|{fresh})(hessian_)?epsilon_rank$"]]
+    charts["alarms and repairs so far"] = ["Multiline", [rf"{network}(alarms|repairs)$"]]
+    return {"plasticity": charts}

@@ -1,4 +1,4 @@
-"""Plot the spectra and the first diagnostic of all tasks."""
+"""Plot the diagnostics, the spectra and the dormant units of all tasks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,168 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, MATRIX_TITLES
 from lightning_plasticity.reports import TaskReport
 
 LOG_EIGENVALUE_EDGES = torch.linspace(-8.0, 4.0, 61, dtype=torch.float64)
-"""Bin edges for log10 of an eigenvalue. Values outside are counted in the first or the last bin."""
+"""Bin edges for log10 of an eigenvalue. Larger ones are counted in the last bin; smaller ones are zero for float32."""
 
 _MAX_RIDGES = 50
 """Maximum number of ridges: more could not be distinguished, and would make the figure slow to draw."""
 
+_MAX_LAYER_NAMES = 24
+"""Maximum number of layers that are named beside the dormant units."""
+
+_WIDTH = 4.2
+"""Width of a figure in inches, of 100 pixels: about what TensorBoard shows."""
+
+_LEGEND: dict[str, Any] = {"fontsize": 10, "frameon": False, "handlelength": 1.2, "handletextpad": 0.4}
+
+# Okabe and Ito (2008): colours that can be told apart with any colour vision.
+_NETWORK, _FRESH, _ALARM, _REPAIR, _OWN = "#0072B2", "#666666", "#D55E00", "#009E73", "#CC79A7"
+
+_PANELS = (("fit_loss",), ("learnable_fraction",), ("epsilon_rank", "hessian_epsilon_rank"), ("dormant_fraction",))
+"""The diagnostics of the overview; of several in one panel, the first that was measured."""
+
+
+def plot_history(history: Sequence[TaskReport], *, metric: str | None = None) -> tuple[Figure, list[Axes]]:
+    """Plot over the tasks what tells whether plasticity is lost: a panel each, with the values of a fresh network.
+
+    The panels are the fit loss, the learnable fraction, the ε-rank and the dormant fraction, as far as they were
+    measured, and a number that the module itself has logged at the end of each task. ▼ marks alarms, and ▲ the values
+    after repairs.
+
+    Args:
+        history: The reports of a run, one per task.
+        metric: The name under which the module logs its number; ``None`` shows none.
+
+    Returns:
+        A figure that is not registered with pyplot, so it need not be closed, and its axes from top to bottom.
+    """
+    measured = [report for report in history if report.metrics]
+    panels = [next((n for n in names if any(n in r.metrics for r in measured)), None) for names in _PANELS]
+    names = [name for name in panels if name is not None]
+    rows = max(len(names) + (metric is not None), 1)
+    height = 0.9 + 1.2 * rows
+    figure = Figure(figsize=(_WIDTH, height), dpi=100)
+    # An automatic layout would draw the figure twice.
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.45 / height, top=1 - 0.5 / height, hspace=0.4)
+    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    for axis, name in zip(axes, names, strict=False):
+        _draw_diagnostic(axis, measured, name)
+    if metric is not None:
+        logged = [report for report in history if metric in report.logged]
+        axes[-1].plot([r.task for r in logged], [r.logged[metric] for r in logged], "o-", color=_OWN, markersize=3)
+        _title(axes[-1], f"{metric}, at the end of the task")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=4, columnspacing=1.0, **_LEGEND)
+    axes[-1].set_xlabel("task")
+    axes[-1].xaxis.set_major_locator(_integer_ticks())
+    return figure, axes
+
+
+def _draw_diagnostic(axis: Axes, measured: Sequence[TaskReport], name: str) -> None:
+    """Draw a diagnostic of the network and of a fresh one, with alarms and repairs."""
+    values = {report.task: report.metrics.get(name, math.nan) for report in measured}
+    fresh = [report.fresh.get(name, math.nan) for report in measured]
+    tasks = list(values)
+    axis.yaxis.set_major_locator(MaxNLocator(3))
+    axis.plot(tasks, fresh, "--", color=_FRESH, label="fresh network")
+    axis.plot(tasks, list(values.values()), "o-", color=_NETWORK, markersize=3, label="network")
+    alarms = [report.task for report in measured if report.collapsed]
+    if alarms:
+        axis.plot(alarms, [values[task] for task in alarms], "v", color=_ALARM, markersize=8, label="alarm")
+    repaired = [report for report in measured if any(not repair.undone for repair in report.repairs)]
+    if repaired:
+        after = [report.after.get(name, values[report.task]) for report in repaired]
+        axis.plot([r.task for r in repaired], after, "^", color=_REPAIR, markersize=8, label="after repair")
+    if DIAGNOSTICS[name].is_fraction:
+        axis.set_ylim(-0.05, 1.05)
+        axis.set_yticks([0, 0.5, 1])
+    _title(axis, DIAGNOSTICS[name].title)
+
+
+def _title(axis: Axes, text: str) -> None:
+    # With a fixed y, matplotlib does not search for a free position, which takes time.
+    axis.set_title(text, y=1.0, pad=3, fontsize=11, loc="left")
+
+
+def plot_units(history: Sequence[TaskReport], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the dormant fraction of each hidden layer at the start of each task as a map of layers and tasks.
+
+    Args:
+        history: The reports of a run, one per task.
+        ax: The axes to draw into; by default those of a new figure.
+
+    Returns:
+        The figure and its axes.
+    """
+    prefix = "dormant_fraction/"
+    measured = [report for report in history if report.metrics]
+    layers = list(dict.fromkeys(n for report in reversed(measured) for n in report.metrics if n.startswith(prefix)))
+    tasks = range(history[0].task, history[-1].task + 1)
+    shares = np.full((len(layers), len(tasks)), np.nan)
+    for report in measured:
+        shares[:, report.task - tasks[0]] = [report.metrics.get(layer, math.nan) for layer in layers]
+    figure, ax = _new_axes(
+        ax, (_WIDTH, 1.8 + 0.28 * min(len(layers), _MAX_LAYER_NAMES)), left=0.28, bottom=0.5, top=0.6
+    )
+    extent = (tasks[0] - 0.5, tasks[-1] + 0.5, len(layers) - 0.5, -0.5)
+    image = ax.imshow(shares, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent)
+    figure.colorbar(image, ax=ax, pad=0.02)
+    marks = (
+        ("alarm", "v", _ALARM, -0.5, [report.task for report in history if report.collapsed]),
+        ("repair", "^", _REPAIR, len(layers) - 0.5, [report.task for report in history if report.repairs]),
+    )
+    for label, marker, color, height, marked in marks:
+        if marked:
+            style: dict[str, Any] = {"color": color, "markersize": 8, "clip_on": False}
+            ax.plot(marked, [height] * len(marked), marker, label=label, **style)
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, columnspacing=1.0, **_LEGEND)
+    stride = math.ceil(len(layers) / _MAX_LAYER_NAMES)
+    ax.set_yticks(range(0, len(layers), stride), [layer.removeprefix(prefix) for layer in layers[::stride]])
+    ax.set_xlabel("task")
+    ax.set_title("dormant fraction", y=1.0, pad=28, fontsize=11, loc="left")
+    ax.xaxis.set_major_locator(_integer_ticks())
+    return figure, ax
+
+
+def plot_spectra(history: Sequence[TaskReport], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the spectra at the start of the tasks as ridges, one above the other; those of alarms have another colour.
+
+    The height of a ridge is the number of eigenvalues in a bin, or its logarithm if the spectrum is an estimate, since
+    nearly all eigenvalues are in the bulk. Eigenvalues below 1e-8 are zero and left out. In a long history only every
+    n-th task has a ridge, the last one included.
+
+    Args:
+        history: The reports of a run, one per task.
+        ax: The axes to draw into; by default those of a new figure.
+
+    Returns:
+        The figure and its axes.
+    """
+    probed = [report for report in history if report.spectrum is not None]
+    stride = math.ceil(len(probed) / _MAX_RIDGES) or 1
+    # The slice starts from the end, so that the last task has a ridge.
+    probed = probed[::-stride][::-1]
+    figure, ax = _new_axes(ax, (_WIDTH, 4.2), left=0.12, bottom=0.5, top=0.3)
+    _draw_ridges(ax, probed)
+    return figure, ax
+
+
+def _new_axes(
+    ax: Axes | None, size: tuple[float, float], *, left: float, bottom: float, top: float
+) -> tuple[Figure, Axes]:
+    """Return axes and their figure; new ones have a share of the width at the left, and inches below and above."""
+    if ax is not None:
+        # A subfigure is a part of a figure.
+        return ax.figure.figure, ax
+    figure = Figure(figsize=size, dpi=100)
+    figure.subplots_adjust(left=left, right=0.97, bottom=bottom / size[1], top=1 - top / size[1])
+    return figure, figure.subplots()
+
 
 def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log10 of the magnitudes of the eigenvalues, clamped to the range of the bins, and their multiplicities.
+    """Return log10 of the magnitudes of the eigenvalues above 1e-8, at most 4, and their multiplicities.
+
+    Smaller ones are zero but for rounding: they would all be in one bin, and dwarf the others.
 
     Args:
         spectrum: The spectrum.
@@ -34,40 +188,9 @@ def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torc
         Logarithms and multiplicities, both of shape ``(k,)``.
     """
     values, weights = spectrum.undeflated
-    counts = spectrum.num_parameters * weights
-    selected = (values < 0) == negative
-    if spectrum.exact:
-        # One entry stands for all eigenvalues that are zero because the Gram matrix has fewer rows than there are
-        # parameters. It is left out, because it would dwarf the others.
-        selected &= counts < 1.5
     low, high = LOG_EIGENVALUE_EDGES[0].item(), LOG_EIGENVALUE_EDGES[-1].item()
-    return values[selected].abs().clamp(min=10.0**low).log10().clamp(low, high), counts[selected]
-
-
-def plot_history(history: Sequence[TaskReport]) -> Figure:
-    """Plot the spectra at the start of the tasks as ridges, and the first diagnostic beside them as a curve.
-
-    The height of a ridge is the number of eigenvalues in a bin, or its logarithm if the spectrum is an estimate, since
-    nearly all eigenvalues are in the bulk. In a long history only every n-th task has a ridge, the last one included.
-    Without any spectrum, there are no ridges.
-
-    Args:
-        history: The reports of a run, one per task.
-
-    Returns:
-        A figure that is not registered with pyplot, so it need not be closed.
-    """
-    figure = Figure(figsize=(9, 4.5))
-    # An automatic layout would draw the figure twice.
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)
-    with_spectrum = [report for report in history if report.spectrum is not None]
-    axes = figure.subplots(1, 2 if with_spectrum else 1, squeeze=False)[0]
-    if with_spectrum:
-        stride = math.ceil(len(with_spectrum) / _MAX_RIDGES)
-        # The slice starts from the end, so that the last task has a ridge.
-        _draw_ridges(axes[0], with_spectrum[::-stride][::-1])
-    _draw_curve(axes[-1], [report for report in history if report.metrics])
-    return figure
+    selected = ((values < 0) == negative) & (values.abs() > 10.0**low)
+    return values[selected].abs().log10().clamp(low, high), spectrum.num_parameters * weights[selected]
 
 
 def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
@@ -77,13 +200,12 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
         counts = {report.task: _heights(report, negative=negative) for report in probed}
         if negative and not any(count.any() for count in counts.values()):
             continue
-        # A ridge is at most three tasks high. The first bin does not count, since in a collapse it holds nearly all
-        # eigenvalues and would flatten the rest.
-        tallest = max((count[1:].max() for count in counts.values()), default=0) or 1
+        # A ridge is at most three tasks high.
+        tallest = max((count.max() for count in counts.values()), default=0) or 1
         label = "negative eigenvalues, by their size" if negative else None
         for report in reversed(probed):
-            outline = report.task + 3.0 * np.minimum(counts[report.task] / tallest, 1)
-            color = "tab:orange" if negative else "tab:red" if report.collapsed else "tab:blue"
+            outline = report.task + 3.0 * counts[report.task] / tallest
+            color = "#E69F00" if negative else _ALARM if report.collapsed else _NETWORK
             style: dict[str, Any] = {"color": color, "zorder": -report.task}
             axes.fill_between(centers, report.task, outline, alpha=0.1 if negative else 0.35, linewidth=0, **style)
             axes.plot(centers, outline, linewidth=0.8, linestyle="--" if negative else "-", label=label, **style)
@@ -91,9 +213,8 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
     axes.axvline(np.log10(EPSILON), color="black", linestyle=":", linewidth=0.8, label=f"ε = {EPSILON:g}")
     matrices = " or ".join(dict.fromkeys(MATRIX_TITLES[report.matrix] for report in probed))
     axes.set(xlabel=f"log10 eigenvalue of the {matrices}", ylabel="task")
-    # With a fixed y, matplotlib does not search for a free position, which takes time.
-    axes.set_title("spectrum at task start", y=1.0)
-    axes.legend(loc="upper right")
+    axes.set_title("spectrum at task start", y=1.0, pad=3, fontsize=11, loc="left")
+    axes.legend(loc="upper right", fontsize=9, handlelength=1.2)
     axes.yaxis.set_major_locator(_integer_ticks())
 
 
@@ -108,23 +229,3 @@ def _heights(report: TaskReport, *, negative: bool) -> np.ndarray[tuple[int, ...
         values, LOG_EIGENVALUE_EDGES, weight=counts
     ).hist.numpy()
     return heights if report.spectrum.exact else np.log10(1 + heights)
-
-
-def _draw_curve(axes: Axes, measured: Sequence[TaskReport]) -> None:
-    """Draw the first diagnostic, in the order of ``DIAGNOSTICS``, that was measured for any task."""
-    name = next((name for name in DIAGNOSTICS if any(name in report.metrics for report in measured)), None)
-    if name is None:
-        return
-    tasks = [report.task for report in measured]
-    values = {report.task: report.metrics.get(name, float("nan")) for report in measured}
-    relative = [report.metrics.get(f"{name}_vs_initial", float("nan")) for report in measured]
-    axes.plot(tasks, list(values.values()), "o-", markersize=3, label="the network")
-    if DIAGNOSTICS[name].is_fraction:
-        # A fraction and the ratio of two fractions are of the same order of magnitude.
-        axes.plot(tasks, relative, "--", color="gray", label="relative to its initial weights")
-    collapsed = [report.task for report in measured if report.collapsed]
-    axes.plot(collapsed, [values[task] for task in collapsed], "rv", label="collapse")
-    axes.set(xlabel="task", ylabel=DIAGNOSTICS[name].title, ylim=(0, None))
-    axes.set_title("can it still learn?", y=1.0)
-    axes.legend(loc="lower left")
-    axes.xaxis.set_major_locator(_integer_ticks())

@@ -271,7 +271,8 @@ def resumed(rank: int, *, save_distributed_checkpoint: bool) -> list[dict[str, A
         for report in history:
             # The expected length of the first task depends on max_epochs.
             del report["expected_steps"]
-            report["metrics"] = {name: value for name, value in report["metrics"].items() if "fast_" not in name}
+            for kind in ("metrics", "fresh"):
+                report[kind] = {name: value for name, value in report[kind].items() if "fast_" not in name}
         return {"weights": full_weights(module), "history": history}
 
     uninterrupted = train("uninterrupted", 3)

@@ -239,7 +239,9 @@ def test_every_intervention_acts_leaves_no_hooks_and_resumes(row: Row, tmp_path:
     resumed, second, _ = fit(6, row.make(), tmp_path / "last.ckpt")
     assert torch.equal(weights(resumed), weights(uninterrupted)) == row.resumes_exactly
     if row.resumes_exactly:
-        assert str([r.to_dict() for r in second.history]) == str([r.to_dict() for r in first.history])
+        # The number of calls, which the module logs, is not in its checkpoint.
+        reports = [[{**r.to_dict(), "logged": {}} for r in callback.history] for callback in (first, second)]
+        assert str(reports[0]) == str(reports[1])
 
 
 @pytest.mark.filterwarnings("ignore:HareTortoise averages weights over training steps")

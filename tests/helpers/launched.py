@@ -33,7 +33,7 @@ class SavingFinalState(StatefulClassifier):
             "losses": [loss.item() for loss in self.outputs],
             "noise": self.noise,
             "metric state": {name: getattr(self.tally, name) for name in self.tally._defaults},
-            "metrics": dict(self.trainer.callback_metrics),
+            "metrics": {n: value for n, value in self.trainer.callback_metrics.items() if "plasticity" not in n},
             "random numbers": torch.get_rng_state(),
         }
         torch.save(result, self.folder / f"{self.global_rank}.pt")

@@ -17,6 +17,9 @@ from lightning_plasticity import Collapse, SpectralCollapseCallback
 NEVER = Collapse(above=1e9)
 """A rule under which no task of these tests is a collapse."""
 
+ALWAYS = Collapse(above=1e-9)
+"""A rule under which every task of these tests is a collapse."""
+
 WITHOUT_FIT_TEST: dict[str, Any] = {"fit_test": None, "collapse": Collapse("learnable_fraction", below=1e-9)}
 """Arguments of a callback that trains no copies, and under which no task of these tests is a collapse."""
 
@@ -104,6 +107,14 @@ def trainer(*callbacks: Callback, **options: Any) -> Trainer:
         "log_every_n_steps": 1,
     }
     return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def fit_three_tasks(*loggers: Logger, **arguments: Any) -> SpectralCollapseCallback:
+    """Train a classifier in three fits, each with a new Trainer, and return the callback."""
+    callback, module = SpectralCollapseCallback(**{"collapse": NEVER, **arguments}), Classifier()
+    for _ in range(3):
+        trainer(callback, logger=list(loggers)).fit(module, loader())
+    return callback
 
 
 def weights(module: nn.Module) -> Tensor:

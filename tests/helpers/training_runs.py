@@ -46,7 +46,10 @@ def train(
         "steps": [(module.steps_seen, each.extra, each.global_step, each.current_epoch) for each in trainers],
         "noise": module.noise,
         "logged": [row for row in logger.rows if not any("plasticity" in key for key in row)],
-        "metrics": [{name: value.item() for name, value in each.callback_metrics.items()} for each in trainers],
+        "metrics": [
+            {name: value.item() for name, value in each.callback_metrics.items() if "plasticity" not in name}
+            for each in trainers
+        ],
         "metric state": {name: getattr(module.tally, name).clone() for name in module.tally._defaults},
         "random numbers": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "modes": [submodule.training for submodule in module.modules()],

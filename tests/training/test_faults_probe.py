@@ -30,7 +30,7 @@ def test_oom_in_probe_leaves_training_unchanged(error: Exception, reason: str, t
     for with_callback in (False, True):
         torch.manual_seed(0)
         module, loss_fn, logger = Classifier(), FailingLoss(error), MemoryLogger()
-        callback = SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn)
+        callback = SpectralCollapseCallback(collapse=NEVER, loss_fn=loss_fn, log="all")
         for fit in range(3):
             loss_fn.fails = fit == 1
             pl_trainer = trainer(*[callback] * with_callback, logger=logger)
@@ -44,7 +44,7 @@ def test_oom_in_probe_leaves_training_unchanged(error: Exception, reason: str, t
     assert [report.spectrum is None for report in callback.history] == [False, True, False]
     assert [list(report.errors) for report in callback.history] == [[], ["probe"], []]
     assert callback.history[1].errors["probe"].startswith(reason)
-    assert logger.values("plasticity_by_task/probe_failed") == {0: 0, 1: 1, 2: 0}
+    assert logger.values("plasticity_details/probe_failed") == {0: 0, 3: 1, 6: 0}
     pl_trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["SpectralCollapseCallback"]
     saved = [TaskReport.from_dict(report) for report in state["history"]]
@@ -86,6 +86,7 @@ def test_nan_loss_is_reported_and_training_goes_on() -> None:
     logger, module = MemoryLogger(), NaNLossClassifier()
     callback = SpectralCollapseCallback(
         collapse=NEVER,
+        log="all",
         monitor_every_n_steps=1,
         interventions=[
             ReDo(when=4),
@@ -112,6 +113,6 @@ def test_nan_loss_is_reported_and_training_goes_on() -> None:
     assert second.spectrum is None
     assert "the loss on the probe batch is nan" in second.errors["probe"]
     assert not second.collapsed
-    assert logger.values("plasticity_by_task/probe_failed") == {0: 0, 1: 1}
+    assert logger.values("plasticity_details/probe_failed") == {0: 0, 6: 1}
     assert math.isnan(logger.values("plasticity_training/feature_norm")[5]), "NaN is logged, not averaged away"
     assert sum("task 1: plasticity could not be measured" in str(warning.message) for warning in caught) == 1

@@ -39,7 +39,7 @@ def test_repaired_network_is_fitted_to_the_batch_at_hand(monkeypatch: pytest.Mon
     # All samples are fitted, whatever it costs.
     monkeypatch.setattr(fit_test, "_COST", 1e9)
     monkeypatch.setattr(fit_test, "_STEPS", 5)
-    callback, logger = recorder(rule=NEVER, interventions=[ShrinkPerturb(0.5, when="task")]), MemoryLogger()
+    callback, logger = recorder(rule=NEVER, interventions=[ShrinkPerturb(0.5, when="task")], log="all"), MemoryLogger()
     torch.manual_seed(0)
     start = Logging().state_dict()
     fit_two_tasks(callback, logger=logger)
@@ -50,8 +50,8 @@ def test_repaired_network_is_fitted_to_the_batch_at_hand(monkeypatch: pytest.Mon
     assert report.after["fit_loss_vs_initial"] == pytest.approx(after / fresh, rel=1e-5)
     assert report.after["handicap"] != report.before["handicap"]
     assert report.metrics["fit_loss"] != pytest.approx(before, rel=1e-3)
-    assert list(logger.values("plasticity/fit_loss_before_repair").values()) == [report.before["fit_loss"]]
-    assert list(logger.values("plasticity/fit_loss_after_repair").values()) == [report.after["fit_loss"]]
+    assert list(logger.values("plasticity_details/fit_loss_before_repair").values()) == [report.before["fit_loss"]]
+    assert list(logger.values("plasticity_details/fit_loss_after_repair").values()) == [report.after["fit_loss"]]
 
 
 @pytest.mark.parametrize("undo", [False, True])

@@ -58,7 +58,8 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def test_samples_are_gathered_and_measured_on_the_weights_of_the_start() -> None:
     """The second task has enough samples in its first batch, the third one in its first three."""
-    callback, module, logger, data = SpectralCollapseCallback(collapse=NEVER), Normalized(), MemoryLogger(), []
+    callback, module, logger = SpectralCollapseCallback(collapse=NEVER, log="all"), Normalized(), MemoryLogger()
+    data: list[Any] = []
     states = []
     for seed, sizes in enumerate(((24, 24, 24, 24), (64, 8), (30, 2, 40))):
         data.append(batches(*sizes, seed=seed))
@@ -66,8 +67,8 @@ def test_samples_are_gathered_and_measured_on_the_weights_of_the_start() -> None
         trainer(callback, logger=logger).fit(module, data[-1])
     for task in range(3):
         assert_measured(callback, task, states[task], joined(data[task]))
-    assert logger.values("plasticity/probe_samples") == {0: 64, 4: 64, 6: 64}
-    assert logger.values("plasticity_by_task/probe_samples") == {0: 64, 1: 64, 2: 64}
+    assert logger.values("plasticity_details/probe_samples") == {0: 64, 4: 64, 6: 64}
+    assert list(logger.values("plasticity_by_task/learnable_fraction")) == [0, 1, 2]
     assert callback.history[0].metrics["ggn_trace_vs_initial"] == 1.0
     assert [report.remarks for report in callback.history] == [[], [], []]
 
