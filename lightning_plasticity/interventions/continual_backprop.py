@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity._validation import check_choice, check_number
+from lightning_plasticity.distributed.agreement import is_distributed
+from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
 from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
-from lightning_plasticity.interventions.weights.updates import SparseUpdate, WeightUpdate
+from lightning_plasticity.interventions.weights.updates import RepairReport, SparseUpdate, WeightUpdate
 from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, is_conv1d, weight_by_output
 
 _ROWS_PER_CHUNK = 100
 """Rows of a weight that are summed at a time: 400 kB for 1000 columns. Measured: 20 to 250 differ little."""
+
+
+_MAX_WAITING = 64
+"""Number of steps that are kept before the utilities are updated by all of them at once."""
+
+
+@dataclass(frozen=True)
+class _RecordedStep:
+    """What the utilities need of a step.
+
+    Args:
+        inputs: The sum of the absolute inputs of each channel, ``(1, channels)``, and their number, by consumer.
+        outgoing: The sums of the absolute outgoing weights after the step, ``(channels,)``, by consumer.
+    """
+
+    inputs: dict[str, tuple[Tensor, int]]
+    outgoing: dict[str, Tensor]
 
 
 class ContinualBackprop(UnitReplacement):
@@ -119,6 +141,50 @@ class ContinualBackprop(UnitReplacement):
         self.decay = decay
         self.transfer_bias = transfer_bias
         self.utility = utility
+        # What the steps since the last update of the records have recorded, and how many may be kept.
+        self._waiting: list[_RecordedStep] = []
+        self._patience = 0
+
+    @override
+    def prepare(self, model: nn.Module, context: InterventionContext) -> None:
+        self._update_waiting()
+        super().prepare(model, context)
+
+    @override
+    def stop(self) -> None:
+        self._update_waiting()
+        super().stop()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._update_waiting()
+        return super().state_dict()
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._waiting.clear()
+        super().load_state_dict(state)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        self._update_waiting()
+        return super().__getstate__()
+
+    @override
+    def step(self, model: nn.Module, context: InterventionContext) -> RepairReport | None:
+        """Record the step; update the utilities only if a unit may be due, which saves most of the time."""
+        hooked = self._hooked
+        waits = self.utility == "contribution" and not self.transfer_bias and not is_distributed()
+        if waits and hooked is not None and hooked.model() is model and hooked.units.groups:
+            if not self._waiting:
+                self._patience = min(self._steps_until_due(self._records[layer]) for layer in hooked.units.groups) - 1
+            inputs = hooked.statistics.take() if len(self._waiting) < self._patience else None
+            if inputs is not None:
+                outgoing = {name: _outgoing_weights(model.get_submodule(name)) for name in inputs}
+                self._waiting.append(_RecordedStep(inputs, outgoing))
+                return None
+        self._update_waiting()
+        return super().step(model, context)
 
     @override
     def new_record(self, group: UnitGroup) -> Record:
@@ -181,6 +247,46 @@ class ContinualBackprop(UnitReplacement):
                 corrected = corrected.masked_fill(record["age"] <= self.maturity_threshold, torch.inf)
                 chosen[group.layer] = corrected.argsort(stable=True)[: int(count)].sort().values
         return new, chosen
+
+    def _steps_until_due(self, record: Record) -> int:
+        """Return the number of steps until a unit of the layer is replaced, at least, or one more than may wait."""
+        # The threshold may be infinite.
+        steps_left = (math.floor(min(self.maturity_threshold, 2**40)) - record["age"]).clamp(0, _MAX_WAITING)
+        mature = steps_left.bincount(minlength=_MAX_WAITING + 1).cumsum(0)
+        counters = torch.cat([record["counter"][None], self.replacement_rate * mature.double()]).cumsum(0)[1:]
+        return min(int((counters < 1).sum()), _MAX_WAITING) + 1
+
+    def _update_waiting(self) -> None:
+        """Update the records by the steps that wait. No unit is due in them."""
+        if not self._waiting or self._hooked is None:
+            return
+        groups = list(self._hooked.units.groups.values())
+        steps, self._waiting = self._waiting, []
+        pooled = self.pool(groups, steps[0].inputs)
+        inputs = {name: torch.cat([step.inputs[name][0] for step in steps]).cpu().double() for name in steps[0].inputs}
+        values = {name: torch.tensor([[step.inputs[name][1]] for step in steps]) for name in inputs}
+        outgoing = {name: torch.stack([step.outgoing[name] for step in steps]).cpu() for name in inputs}
+        contributions = pooled.by_unit([outgoing[name] * (inputs[name] / values[name]) for name in pooled.consumers])
+        finite = {name: x.isfinite().all(1) for name, x in inputs.items()}
+        counted = torch.stack([torch.stack([finite[n] for n in group.consumers]).all(0) for group in groups], dim=1)
+        for _, layer in (~counted).nonzero().tolist():
+            warnings.warn(f"{self.name}: {groups[layer].layer!r} is skipped, values are not finite", stacklevel=4)
+        before = [self._records[group.layer] for group in groups]
+        utility = torch.cat([record["utility"] for record in before])
+        for contribution, is_counted in zip(contributions, counted, strict=True):
+            updated = self._moving_average(utility, contribution)
+            utility = updated if is_counted.all() else torch.where(is_counted[pooled.layer_index], updated, utility)
+        ages = torch.cat([record["age"] for record in before]) + counted.long().cumsum(0)[:, pooled.layer_index]
+        mature = pooled.by_layer((ages > self.maturity_threshold) & counted[:, pooled.layer_index])
+        counters = torch.stack([record["counter"] for record in before])
+        counters = torch.cat([counters[None], self.replacement_rate * mature]).cumsum(0)[-1]
+        by_layer = zip(
+            groups, before, utility.split(pooled.sizes), ages[-1].split(pooled.sizes), counters.unbind(), strict=True
+        )
+        self._records |= {
+            group.layer: {**record, "utility": utility, "age": age, "counter": counter}
+            for group, record, utility, age, counter in by_layer
+        }
 
     @override
     def restart_record(self, group: UnitGroup, record: Record, units: Tensor) -> Record:

@@ -143,7 +143,9 @@ def test_frozen_layers_keep_their_ages() -> None:
 
     class Record(Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
-            ages.append({layer: int(record["age"].max()) for layer, record in intervention._records.items()})
+            ages.append(
+                {layer: int(record["age"].max()) for layer, record in intervention.state_dict()["layers"].items()}
+            )
 
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])
     trainer(callback, Record(), max_epochs=4).fit(InTurn(), loader(batches=4))

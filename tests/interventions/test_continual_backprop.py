@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -389,3 +391,49 @@ def test_arguments_out_of_range_are_named() -> None:
         ContinualBackprop(maturity_threshold=-1)
     with pytest.raises(ValueError, match=r"ContinualBackprop\(decay=1\) must be in \[0, 1\)"):
         ContinualBackprop(decay=1)
+
+
+# Steps that wait
+
+
+@pytest.mark.parametrize("threshold", [0, 2.5, 7])
+def test_records_are_the_same_however_many_steps_wait(threshold: float) -> None:
+    """Also with values that are not finite, layers that are not called in some steps, and checkpoints."""
+    waits, does_not = _run_of_two_paths(threshold, waits=True), _run_of_two_paths(threshold, waits=False)
+    assert waits[0] == does_not[0]
+    assert any(waits[0])
+    torch.testing.assert_close(waits[1:], does_not[1:], rtol=0, atol=0)
+
+
+def _run_of_two_paths(threshold: float, *, waits: bool) -> list[Any]:
+    torch.manual_seed(0)
+    layers = {"trunk": nn.Linear(4, 7), "hidden": nn.Linear(7, 5), "head": nn.Linear(5, 2), "skip": nn.Linear(7, 2)}
+    model = nn.ModuleDict(layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+
+    def forward(x: Tensor, *, skips: bool = False) -> Tensor:
+        features = layers["trunk"](x).relu()
+        y: Tensor = layers["skip"](features)
+        return y if skips else y + layers["head"](layers["hidden"](features).relu())
+
+    intervention = ContinualBackprop(0.02, threshold, decay=0.9)
+    intervention.start(model, forward=lambda _: forward(torch.randn(3, 4)))
+    if not waits:
+        intervention._steps_until_due = lambda record: 1  # type: ignore[method-assign]
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(60):
+            x = torch.randn(6, 4, generator=generator)
+            optimizer.zero_grad()
+            forward(x, skips=number % 5 == 4).square().mean().backward()
+            if number == 23:
+                forward(x * torch.inf)
+            optimizer.step()
+            report = intervention.after_step(model, [optimizer])
+            seen.append(None if report is None else {layer: units.tolist() for layer, units in report.units.items()})
+            if waits and number % 17 == 0:
+                intervention.state_dict()
+    intervention.stop()
+    return [seen, intervention.state_dict(), model.state_dict()]

@@ -95,6 +95,17 @@ class UnitStatistics:
             if num_values
         }
 
+    def take(self) -> dict[str, tuple[Tensor, int]] | None:
+        """Return the sums and number of values of each layer in this process, and reset them, if all were called."""
+        hooks = self._hooks.items()
+        if not all(hook.num_values for _, hook in hooks):
+            return None
+        # Hooks that ran are none that were compiled away.
+        self._last_weights = {}
+        taken = {name: (hook.sums, int(hook.num_values)) for name, hook in hooks}
+        self.reset()
+        return taken
+
     def hooks_never_ran(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> bool:
         """Return whether the layers are trained although their hooks do not run. Call it once after every step.
 
@@ -247,7 +258,7 @@ def other_dims(x: Tensor, dim: int) -> list[int]:
 
 
 def by_unit(values: Tensor, unit_index: Tensor, num_units: int) -> Tensor:
-    """Sum one value per channel over the channels of each unit: ``(channels,)`` to ``(units,)``.
+    """Sum one value per channel over the channels of each unit: ``(..., channels)`` to ``(..., units)``.
 
     Args:
         values: The values.
@@ -255,7 +266,8 @@ def by_unit(values: Tensor, unit_index: Tensor, num_units: int) -> Tensor:
         num_units: Number of units.
     """
     # The last entry collects the channels of no unit.
-    return values.new_zeros(num_units + 1).index_add_(0, unit_index % (num_units + 1), values)[:-1]
+    sums = values.new_zeros(*values.shape[:-1], num_units + 1)
+    return sums.index_add_(-1, unit_index % (num_units + 1), values)[..., :-1]
 
 
 class PooledUnits:
@@ -285,10 +297,11 @@ class PooledUnits:
         self._is_one_to_one = torch.equal(self.unit_index, torch.arange(self.num_units))
 
     def by_unit(self, values: Sequence[Tensor]) -> Tensor:
-        """Sum values of the channels of each consumer over the channels of each unit."""
-        joined = torch.cat(list(values))
+        """Sum values of each consumer, ``(..., channels)``, over the channels of each unit, ``(..., units)``."""
+        joined = torch.cat(list(values), dim=-1)
         return joined if self._is_one_to_one else by_unit(joined, self.unit_index, self.num_units)
 
     def by_layer(self, values: Tensor) -> Tensor:
-        """Sum one value per unit over the units of each layer, in float64."""
-        return torch.zeros(len(self.sizes), dtype=torch.float64).index_add_(0, self.layer_index, values.double())
+        """Sum values of units, ``(..., units)``, over the units of each layer, ``(..., layers)``, in float64."""
+        sums = torch.zeros(*values.shape[:-1], len(self.sizes), dtype=torch.float64)
+        return sums.index_add_(-1, self.layer_index, values.double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,8 +183,8 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         """Return the new weights of the chosen units; change nothing in the model."""
         return plan_reset(model, units, chosen, self._generator, initial, self._distributions)
 
-    def pool(self, groups: Sequence[UnitGroup], called: Mapping[str, LayerStatistics]) -> PooledUnits:
-        """Return the units of the given layers, one after the other; the last result is kept."""
+    def pool(self, groups: Sequence[UnitGroup], called: Collection[str]) -> PooledUnits:
+        """Return the units of the given layers, read by the consumers of these names; the last result is kept."""
         key = [*groups], [*called]
         if self._pooled is None or self._pooled[0] != key:
             self._pooled = key, PooledUnits(groups, called)
