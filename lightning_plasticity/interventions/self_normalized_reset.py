@@ -125,15 +125,18 @@ class SelfNormalizedReset(UnitReplacement):
         # Mostly the samples of one batch.
         passed = samples[0] if len({*samples}) == 1 else torch.tensor(samples)[pooled.layer_index]
         silences = (silences_before + passed).masked_fill(fired, 0)
-        new = {
-            group.layer: {**record, "silence": silence}
-            for group, record, silence in zip(groups, before, silences.split(pooled.sizes), strict=True)
-        }
-        ended = fired & (silences_before > 0)
-        if ended.any():
-            for group, units in zip(groups, ended.split(pooled.sizes), strict=True):
-                new[group.layer] |= self._add_silences(records[group.layer], units.nonzero().flatten())
-        is_due = silences >= torch.cat([record["longest silence"] for record in new.values()])
+        pools = {"silence": silences}
+        ended = (fired & (silences_before > 0)).nonzero().flatten()
+        longest = torch.cat([record["longest silence"] for record in before])
+        if len(ended):
+            past = torch.cat([record["past silences"] for record in before])
+            longest[ended] = self._add_silences(past, ended, silences_before[ended])
+            pools |= {"past silences": past, "longest silence": longest}
+        new = {group.layer: dict(record) for group, record in zip(groups, before, strict=True)}
+        for key, values in pools.items():
+            for group, of_layer in zip(groups, values.split(pooled.sizes), strict=True):
+                new[group.layer][key] = of_layer
+        is_due = silences >= longest
         chosen = {}
         if is_due.any():
             for group, units in zip(groups, is_due.split(pooled.sizes), strict=True):
@@ -145,16 +148,15 @@ class SelfNormalizedReset(UnitReplacement):
         new = self.new_record(group)
         return {key: value.index_copy(0, units, new[key][units]) for key, value in record.items()}
 
-    def _add_silences(self, record: Record, units: Tensor) -> Record:
-        """Count the silences of these units, which have ended, and return how long the next ones may be."""
-        bucket = torch.searchsorted(self._buckets, record["silence"][units], right=True) - 1
-        past = record["past silences"].index_put((units, bucket), torch.tensor(1, dtype=torch.int32), accumulate=True)
-        counts = past[units].long()
-        num_longer = counts.flip(1).cumsum(1).flip(1)
-        is_usual = 1 + num_longer > self.rejection * (1 + counts.sum(1, keepdim=True))
+    def _add_silences(self, past: Tensor, units: Tensor, silences: Tensor) -> Tensor:
+        """Count silences of units that have ended, in place, and return how long the next ones may be."""
+        past[units, torch.searchsorted(self._buckets, silences, right=True) - 1] += 1
+        counts = past[units]
+        totals = counts.sum(1, keepdim=True)
+        num_longer = totals - counts.cumsum(1) + counts
+        is_usual = 1 + num_longer > self.rejection * (1 + totals)
         # The number of longer silences falls from bucket to bucket, so the usual ones come first.
-        longest = torch.cat([self._buckets, torch.tensor([self.cap])])[is_usual.sum(1)]
-        return {"past silences": past, "longest silence": record["longest silence"].index_copy(0, units, longest)}
+        return torch.cat([self._buckets, torch.tensor([self.cap])])[is_usual.sum(1)]
 
 
 def _firings(x: Tensor, dim: int) -> Tensor:
