@@ -61,15 +61,15 @@ def differentiate_penalty(
         TypeError: If ``penalty`` does not return a scalar tensor.
         ValueError: If a gradient is not finite.
     """
-    closed = None
-    if "closed_form" in vars(type(regularizer)):
-        with torch.no_grad():
-            closed = regularizer.closed_form(model, with_value=with_value)
-    if closed is not None:
-        terms: Terms = [(factor, [term.get(p) for p in parameters]) for factor, term in closed.terms]
-        return PenaltyGradient(closed.value, terms)
-    with torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
-        penalty: object = regularizer.penalty(model)
+    with torch.autocast(device_of(model).type, enabled=False):
+        if "closed_form" in vars(type(regularizer)):
+            with torch.no_grad():
+                closed = regularizer.closed_form(model, with_value=with_value)
+            if closed is not None:
+                terms: Terms = [(factor, [term.get(p) for p in parameters]) for factor, term in closed.terms]
+                return PenaltyGradient(closed.value, terms)
+        with torch.enable_grad():
+            penalty: object = regularizer.penalty(model)
         if not isinstance(penalty, Tensor) or penalty.numel() != 1:
             received = f"one of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
             raise TypeError(f"{regularizer.name}.penalty must return a scalar tensor, not {received}")

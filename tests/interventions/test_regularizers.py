@@ -855,3 +855,16 @@ def test_subclass_with_another_penalty_has_no_inherited_formula() -> None:
     regularizer = started(Doubled, model)
     regularizer.add_gradients(model)
     torch.testing.assert_close(model.weight.grad, gradients(regularizer.penalty(model), model)["weight"])
+
+
+@pytest.mark.parametrize("make", [L2Init, SpectralRegularizer])
+def test_autocast_does_not_round_gradients(make: Callable[[], Regularizer]) -> None:
+    """With manual optimization, the optimizer steps inside of it."""
+    results = []
+    for enabled in (False, True):
+        model = network()
+        regularizer = started(make, model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            regularizer.add_gradients(model)
+        results.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
