@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -151,8 +152,12 @@ class Clock:
         return timed
 
 
+@functools.cache
 def declare_operators() -> None:
-    """Declare the operators that ``import torchvision`` expects: its binary does not load with a torch for CPUs."""
+    """Declare the operators that ``import torchvision`` expects: its binary does not load with a torch for CPUs.
+
+    Torch allows each declaration once in a process, so that only the first call declares them.
+    """
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

@@ -60,7 +60,16 @@ def _timm(name: str) -> Callable[[], Network]:
     return build
 
 
-def _language(name: str, model: str, output: str, **sizes: int) -> Callable[[], Network]:
+def language(name: str, model: str, output: str, **sizes: int) -> Callable[[], Network]:
+    """Return what builds a language model of transformers, which reads two sequences of 32 words.
+
+    Args:
+        name: The name of its configuration class, without ``Config``.
+        model: The name of its class.
+        output: The attribute of its result that is compared.
+        sizes: Arguments of the configuration.
+    """
+
     def build() -> Network:
         import transformers
 
@@ -130,14 +139,14 @@ CASES = [
     Case(
         "BERT",
         "transformers",
-        _language("Bert", "BertModel", "last_hidden_state", num_hidden_layers=4),
+        language("Bert", "BertModel", "last_hidden_state", num_hidden_layers=4),
         ("intermediate.dense", "self.value"),
     ),
-    Case("GPT-2", "transformers", _language("GPT2", "GPT2LMHeadModel", "logits", n_layer=4), ("c_fc", "c_attn")),
+    Case("GPT-2", "transformers", language("GPT2", "GPT2LMHeadModel", "logits", n_layer=4), ("c_fc", "c_attn")),
     Case(
         "Llama",
         "transformers",
-        _language(
+        language(
             *("Llama", "LlamaForCausalLM", "logits"),
             hidden_size=512,
             intermediate_size=1376,
@@ -150,7 +159,7 @@ CASES = [
     Case(
         "T5",
         "transformers",
-        _language("T5", "T5ForConditionalGeneration", "logits", num_layers=4),
+        language("T5", "T5ForConditionalGeneration", "logits", num_layers=4),
         ("wi", "SelfAttention.v", "EncDecAttention.v"),
     ),
     Case("U-Net, ResNet-18", "segmentation_models_pytorch", _unet, ("decoder", "cSE.1", "encoder")),

@@ -312,6 +312,49 @@ class SqueezeExcite(nn.Module):
         return self.project(h * gate)
 
 
+class UNet(nn.Module):
+    """Concatenates what it computes at full resolution with what it computes at half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm, self.middle = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 6, 3, padding=1),
+        )
+        self.up, self.merge, self.head = (
+            nn.ConvTranspose2d(6, 4, 2, 2),
+            nn.Conv2d(8, 5, 3, padding=1),
+            nn.Conv2d(5, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = F.relu(self.norm(self.down(x)))
+        half = F.relu(self.middle(F.max_pool2d(full, 2)))
+        return self.head(F.relu(self.merge(torch.cat([full, F.relu(self.up(half))], 1))))
+
+
+class MessagePassing(nn.Module):
+    """Sends messages around a ring, by a matrix computed from each edge (Gilmer et al. 2017, arXiv 1704.01212)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 3)
+        self.edge = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 9))
+        self.updates = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.readout = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nodes = torch.arange(len(x))
+        source, target = torch.cat([nodes, nodes]), torch.cat([nodes.roll(1), nodes.roll(-1)])
+        matrices = self.edge(x[source] - x[target]).unflatten(-1, (3, 3))
+        h = self.embed(x)
+        for update in self.updates:
+            messages = (matrices @ h[source][..., None]).squeeze(-1)
+            h = h + F.relu(update(torch.zeros_like(h).index_add(0, target, messages)))
+        return self.readout(h)
+
+
 class CalledTwice(nn.Module):
     """Calls the same network on two views, as contrastive methods do."""
 
@@ -536,6 +579,23 @@ MODELS = [
         (8, 4),
         {},
         {"gate": "has no gradient", "left": "depends on", "right": "depends on", "head": "logits"},
+    ),
+    Model(
+        "u-net",
+        UNet,
+        (2, 2, 6, 6),
+        {"down": (4, ("middle", "merge")), "middle": (6, ("up",)), "up": (4, ("merge",)), "merge": (5, ("head",))},
+        {"head": "logits"},
+    ),
+    Model(
+        "message passing",
+        MessagePassing,
+        (8, 4),
+        {"edge.0": (7, ("edge.2",)), "readout.0": (6, ("readout.2",))},
+        {
+            **dict.fromkeys(("embed", "edge.2", "updates.0", "updates.1"), "residual stream"),
+            "readout.2": "logits",
+        },
     ),
     Model("called twice", CalledTwice, (8, 4), {"net.0": (6, ("net.2",))}, {"net.2": "logits"}),
     Model("concatenated", Concatenated, (8, 4), {"left": (3, ("head",)), "right": (5, ("head",))}, {"head": "logits"}),

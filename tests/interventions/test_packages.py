@@ -1,11 +1,9 @@
-"""Check repairs on small networks, and on those of torchvision, timm, transformers and others where installed."""
+"""Check repairs on small networks, and on those of transformers and other packages where installed."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,44 +13,19 @@ from benchmarks.units import CASES, Case
 from lightning_plasticity.interventions import Reset, ShrinkPerturb
 from lightning_plasticity.layers import norm_parameters
 from tests.helpers import unit_models
-
-
-def _vision(name: str) -> nn.Module:
-    model: nn.Module = getattr(pytest.importorskip("torchvision").models, name)()
-    return model
-
-
-def _timm(name: str) -> nn.Module:
-    model: nn.Module = pytest.importorskip("timm").create_model(name)
-    return model
-
-
-def _transformers(kind: str, **config: Any) -> nn.Module:
-    pytest.importorskip("transformers")
-    package = importlib.import_module("transformers")
-    model: nn.Module = getattr(package, f"{kind}Model")(getattr(package, f"{kind}Config")(vocab_size=500, **config))
-    return model
+from tests.helpers.package_models import PACKAGE_MODELS, require
 
 
 def _of_case(case: Case) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        if case.package:
-            pytest.importorskip(case.package, reason=f"{case.package} is not installed")
+        require(case)
         return case.build()[0]
 
     return build
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ResNet-18": lambda: _vision("resnet18"),
-    "ConvNeXt": lambda: _vision("convnext_tiny"),
-    "EfficientNet": lambda: _vision("efficientnet_b0"),
-    "Swin": lambda: _vision("swin_t"),
-    "ViT": lambda: _timm("vit_tiny_patch16_224"),
-    "BERT": lambda: _transformers("Bert", hidden_size=96, num_hidden_layers=2, num_attention_heads=4),
-    "GPT-2": lambda: _transformers("GPT2", n_embd=96, n_layer=2, n_head=4),
-    "Llama": lambda: _transformers("Llama", hidden_size=96, num_hidden_layers=2, num_attention_heads=4),
-    "T5": lambda: _transformers("T5", d_model=96, d_kv=24, num_layers=2, num_heads=4),
+    **{model.case.name: _of_case(model.case) for model in PACKAGE_MODELS},
     **{case.name: _of_case(case) for case in CASES if case.name in ("U-Net, ResNet-18", "LSTM", "MPNN")},
     **{case.name: case.build for case in unit_models.MODELS if case.name != "norm alone"},
 }
