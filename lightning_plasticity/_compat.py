@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core.optimizer import _configure_optimizers
@@ -44,6 +45,7 @@ __all__ = [
     "trains",
     "transfer_batch",
     "weight_averages",
+    "write_text",
 ]
 
 Kind = TypeVar("Kind")
@@ -69,6 +71,12 @@ def is_lightning(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
 @lru_cache(maxsize=256)
 def _is_subclass_by_name(kind: type, kinds: tuple[type, ...]) -> bool:
     return not _base_names(kind).isdisjoint(_qualified_name(other) for other in kinds)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file to wherever Lightning writes logs to: a path of this machine, or a URL."""
+    with get_filesystem(path).open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def weight_averages(trainer: Trainer) -> list[str]:

@@ -7,7 +7,7 @@ from lightning_plasticity.messages import rank_zero_warn
 
 
 class ErrorLog:
-    """Errors that do not end training. Every error is a warning; the first one of each source is kept.
+    """Errors that do not end training. An error is a warning; the first one of each source is kept.
 
     Args:
         name: The name of the callback, a prefix of its warnings.
@@ -33,7 +33,16 @@ class ErrorLog:
             PlasticityWarning: Always.
         """
         self.warn(f"{consequence}, training goes on: {str(error) or format_error(error)}")
-        self._errors.setdefault(source, format_error(error))
+        self.keep(source, format_error(error))
+
+    def keep(self, source: str, error: str) -> None:
+        """Keep an error without a warning, if it is the first one of its source.
+
+        Args:
+            source: The part that failed.
+            error: The error in words.
+        """
+        self._errors.setdefault(source, error)
 
     def flush_into(self, errors: dict[str, str]) -> None:
         """Move the errors into a dictionary, in which earlier errors of the same source stay."""

@@ -75,6 +75,16 @@ class LogGroups:
         return f"{self._base}_figures/"
 
     @property
+    def events(self) -> str:
+        """Name of the texts about alarms and repairs, where texts are files."""
+        return f"{self._base}_events"
+
+    @property
+    def table(self) -> str:
+        """Name of the table of tasks."""
+        return f"{self._base}_tasks"
+
+    @property
     def _base(self) -> str:
         return "plasticity" if self.name is None else f"plasticity_{self.name}"
 

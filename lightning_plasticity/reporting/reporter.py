@@ -25,6 +25,7 @@ from lightning_plasticity.reporting.sentences import (
     verdict_in_short,
     why_nothing_was_done,
 )
+from lightning_plasticity.reporting.tables import task_rows
 from lightning_plasticity.reports import TaskReport
 
 _MAX_SHARE = 0.05
@@ -55,6 +56,8 @@ class Reporter:
         self._interventions = interventions
         self._errors = errors
         self._said: set[str] = set()
+        # The classes of loggers that have failed, and their errors: each is one warning, since a service may stay away.
+        self._failures: set[tuple[str, str]] = set()
         # Where the loggers of the last fits write to.
         self._places: set[str] = set()
         self._has_noted_places = False
@@ -105,7 +108,7 @@ class Reporter:
 
         def log(writer: LogWriter) -> None:
             writer.log_numbers(by_step, report.step)
-            writer.log_numbers(by_task, report.task)
+            writer.log_task_numbers(by_task, report.task)
             writer.log_task(report, repairs)
 
         self._for_each_logger(trainer, log)
@@ -137,6 +140,8 @@ class Reporter:
         """Draw the figures if the fit had several tasks, and say so if the first fit had a single one."""
         if new_tasks > 1:
             self._draw(trainer, history)
+        elif new_tasks:
+            self._log_table(trainer, history)
         if len(history) == new_tasks == 1:
             self._say_once(SINGLE_POINT)
 
@@ -146,10 +151,15 @@ class Reporter:
 
     def _draw(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
         start = time.monotonic()
+        self._log_table(trainer, history)
         if any(report.metrics for report in history):
             self._for_each_logger(trainer, lambda writer: writer.log_figures(history, _metric_of(history)))
         self._drawn_at = time.monotonic()
         self._drawing_time = self._drawn_at - start
+
+    def _log_table(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
+        rows = task_rows(history, self._watched)
+        self._for_each_logger(trainer, lambda writer: writer.log_table(rows))
 
     def _show_verdict(self, trainer: Trainer, history: Sequence[TaskReport]) -> None:
         """Give the last numbers to callbacks such as ``EarlyStopping``, and the last verdict to the progress bar."""
@@ -180,8 +190,12 @@ class Reporter:
                 log(self._writer_of(logger))
             except Exception as error:
                 # An error of a logger must not end the run.
-                name = type(logger).__name__
-                self._errors.record(name, f"{name} could not log the plasticity of the network", format_error(error))
+                name, text = type(logger).__name__, format_error(error)
+                if (name, text) in self._failures:
+                    self._errors.keep(name, text)
+                else:
+                    self._failures.add((name, text))
+                    self._errors.record(name, f"{name} could not log the plasticity of the network", text)
 
     def _writer_of(self, logger: Logger) -> LogWriter:
         """Return the writer for a logger, which first describes the numbers in a place that it has not written to."""
