@@ -95,9 +95,11 @@ class SpectralCollapseCallback(Callback):
     and repairs so far) go to every logger of the Trainer as ``plasticity/<name>`` (by the number of optimizer steps
     over all fits) and ``plasticity_by_task/<name>`` (by the number of the task). In TensorBoard the first group is
     called ``_plasticity``, so that it comes first; beside it are figures, the spectra under Histograms, alarms and
-    repairs under Text, and charts of the network beside a fresh one under Custom Scalars. Other callbacks, such as
-    ``EarlyStopping`` and ``ModelCheckpoint``, can monitor ``plasticity/<name>`` of the lead numbers, and of
-    ``fit_loss_vs_initial``, ``learnable_fraction_vs_initial`` and ``collapsed``, as soon as they are measured.
+    repairs under Text, and charts of the network beside a fresh one under Custom Scalars. ``CSVLogger`` has the numbers
+    of tasks in a file of their own, ``plasticity_tasks.csv``; W&B, MLflow and Comet get figures and a table of tasks,
+    too. Other callbacks, such as ``EarlyStopping`` and ``ModelCheckpoint``, can monitor ``plasticity/<name>`` of the
+    lead numbers, and of ``fit_loss_vs_initial``, ``learnable_fraction_vs_initial`` and ``collapsed``, as soon as they
+    are measured.
 
     A probe takes 64 samples, and the Hessian's 256. Where the first batch of a task holds fewer, the first samples of
     the task are gathered over its first batches and then measured on the weights that the task began with; the report

@@ -18,6 +18,7 @@ from lightning_plasticity.messages import is_rank_zero
 from lightning_plasticity.reporting.names import LogGroups
 from lightning_plasticity.reporting.plots import (
     LOG_EIGENVALUE_EDGES,
+    eigenvalues_by_bin,
     log_eigenvalues,
     plot_history,
     plot_spectra,
@@ -137,7 +138,7 @@ class TensorBoardWriter(LogWriter):
                 sum=(counts * values).sum().item(),
                 sum_squares=(counts * values.square()).sum().item(),
                 bucket_limits=LOG_EIGENVALUE_EDGES[1:].tolist(),
-                bucket_counts=_bin(values, counts).tolist(),
+                bucket_counts=eigenvalues_by_bin(values, counts).tolist(),
                 global_step=report.task,
             )
 
@@ -151,7 +152,8 @@ class TensorBoardWriter(LogWriter):
 class WandbWriter(LogWriter):
     """Writes to Weights & Biases: numbers, spectra as histograms, figures, and a table of tasks with its events.
 
-    Numbers of tasks are shown against the number of the task, and not against the optimizer steps of the Trainer.
+    Numbers of tasks are shown against the number of the task, and not against the optimizer steps of the Trainer. Under
+    a ``prefix`` of the logger, W&B does not find that axis, and shows them against its default.
     """
 
     logger: WandbLogger
@@ -172,7 +174,9 @@ class WandbWriter(LogWriter):
         from wandb import Histogram
 
         histograms = {
-            self.groups.by_task + name: Histogram(np_histogram=(_bin(values, counts), LOG_EIGENVALUE_EDGES.numpy()))
+            self.groups.by_task + name: Histogram(
+                np_histogram=(eigenvalues_by_bin(values, counts), LOG_EIGENVALUE_EDGES.numpy())
+            )
             for name, values, counts in _eigenvalues(report)
         }
         self._log(histograms, report.task)
@@ -241,7 +245,7 @@ class CometWriter(LogWriter):
             experiment.log_text(text, step=report.task)
         for name, values, counts in _eigenvalues(report):
             histogram = Histogram()
-            histogram.add(centers, counts=_bin(values, counts))
+            histogram.add(centers, counts=eigenvalues_by_bin(values, counts))
             experiment.log_histogram_3d(histogram, name=self.groups.by_task + name, step=report.task)
 
     @override
@@ -277,14 +281,6 @@ def _eigenvalues(report: TaskReport) -> Iterator[tuple[str, torch.Tensor, torch.
             values, counts = log_eigenvalues(report.spectrum, negative=negative)
             if len(values):
                 yield f"log10_{report.matrix}_{sign}eigenvalues", values, counts
-
-
-def _bin(values: torch.Tensor, counts: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the number of eigenvalues in each bin, which is the same for all tasks."""
-    histogram: np.ndarray[Any, np.dtype[np.float64]] = torch.histogram(
-        values, LOG_EIGENVALUE_EDGES, weight=counts
-    ).hist.numpy()
-    return histogram
 
 
 def _figures(history: Sequence[TaskReport], metric: str | None) -> Iterator[tuple[str, Figure]]:

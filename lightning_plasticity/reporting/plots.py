@@ -193,6 +193,22 @@ def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torc
     return values[selected].abs().log10().clamp(low, high), spectrum.num_parameters * weights[selected]
 
 
+def eigenvalues_by_bin(values: torch.Tensor, counts: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Return how many eigenvalues are in each bin of ``LOG_EIGENVALUE_EDGES``.
+
+    Args:
+        values: Logarithms of eigenvalues, of shape ``(k,)``.
+        counts: Their multiplicities.
+
+    Returns:
+        The numbers, of shape ``(bins,)``.
+    """
+    numbers: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = torch.histogram(
+        values, LOG_EIGENVALUE_EDGES, weight=counts
+    ).hist.numpy()
+    return numbers
+
+
 def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
     edges = LOG_EIGENVALUE_EDGES.numpy()
     centers = (edges[1:] + edges[:-1]) / 2
@@ -225,7 +241,5 @@ def _integer_ticks() -> MaxNLocator:
 def _heights(report: TaskReport, *, negative: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     assert report.spectrum is not None
     values, counts = log_eigenvalues(report.spectrum, negative=negative)
-    heights: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = torch.histogram(
-        values, LOG_EIGENVALUE_EDGES, weight=counts
-    ).hist.numpy()
+    heights = eigenvalues_by_bin(values, counts)
     return heights if report.spectrum.exact else np.log10(1 + heights)

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, Wand
 from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, TaskDetector
 from lightning_plasticity.interventions import ShrinkPerturb
 from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES
-from tests.helpers.modules import ALWAYS, NEVER, Classifier, fit_three_tasks, loader, trainer, weights
+from tests.helpers.modules import ALWAYS, NEVER, Classifier, MemoryLogger, fit_three_tasks, loader, trainer, weights
 from tests.helpers.recording_loggers import (
     RecordingComet,
     RecordingMLFlow,
@@ -105,6 +105,14 @@ def test_csv_files_of_several_callbacks(tmp_path: Path) -> None:
     trainer(*callbacks, logger=logger).fit(Classifier(), loader())
     for name in ("one", "other"):
         assert len(read_csv(Path(logger.log_dir, f"plasticity_{name}_tasks.csv"))) == 1
+
+
+def test_csv_has_repairs_after_the_start_of_a_task(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version=0)
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[ShrinkPerturb(when=2)])
+    trainer(callback, logger=logger).fit(Classifier(), loader(batches=3))
+    (row,) = read_csv(Path(logger.log_dir, "plasticity_tasks.csv"))
+    assert (row["repairs"], row["repaired_by"]) == ("1.0", str(callback.history[0].repairs[0]))
 
 
 def test_csv_tasks_of_an_earlier_fit_stay(tmp_path: Path) -> None:
@@ -201,6 +209,18 @@ def test_unreachable_service_affects_no_training(kind: Any, one_fit_of_three_tas
     assert len(set(messages)) == len(messages)
     assert all(f"{kind.__name__} could not log" in message for message in messages)
     assert "no route for" in callback.history[0].errors[kind.__name__]
+
+
+def test_error_that_recurs_is_told_once_and_recorded() -> None:
+    class Broken(MemoryLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            raise OSError("disk full")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = fit_three_tasks(Broken())
+    assert [report.errors for report in callback.history] == [{"Broken": "OSError: disk full"}] * 3
+    assert sum(warning.category is PlasticityWarning for warning in caught) == 1
 
 
 def reason(package: str) -> str:
