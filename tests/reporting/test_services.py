@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -97,6 +98,13 @@ def test_csv_of_tasks_grows_while_training(tmp_path: Path, monkeypatch: pytest.M
     callback = SpectralCollapseCallback(task_detector=TaskDetector(every_n_epochs=1), collapse=NEVER)
     trainer(callback, logger=logger, max_epochs=3).fit(Reading(), loader())
     assert lengths == [1, 2, 3]
+
+
+def test_csv_of_tasks_may_be_at_a_url() -> None:
+    logger = CSVLogger("memory://logs", version=0)
+    fit_three_tasks(logger)
+    with fsspec.open(f"{logger.log_dir}/plasticity_tasks.csv", "rt") as file:
+        assert [row["task"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 def test_csv_files_of_several_callbacks(tmp_path: Path) -> None:
