@@ -353,15 +353,17 @@ class Intervention:
 
 
 class ParametersOf:
-    """The parameters of a model: equal while they are the same objects and the same ones are frozen.
+    """The parameters of a model: equal while the same objects have the same names and the same ones are frozen.
+
+    A parametrization or a pruning mask that is added to a layer renames its parameter and keeps the object.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = list(model.parameters())
-        self.key = [(id(parameter), parameter.requires_grad) for parameter in self._parameters]
+        self._parameters = dict(model.named_parameters())
+        self.key = [(name, id(parameter), parameter.requires_grad) for name, parameter in self._parameters.items()]
 
     @override
     def __eq__(self, other: object) -> bool:
@@ -665,7 +667,8 @@ class Regularizer(Intervention, ABC):
             model: The model.
 
         Raises:
-            ValueError: If a gradient is not finite.
+            ValueError: If a gradient is not finite; a :meth:`closed_form` may leave that unchecked, as that of
+                ``L2Init`` does, whose gradient is finite where the parameters are.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         accumulate(parameters, differentiate_penalty(self, model, parameters).terms, 1.0)

@@ -59,7 +59,7 @@ def differentiate_penalty(
 
     Raises:
         TypeError: If ``penalty`` does not return a scalar tensor.
-        ValueError: If a gradient is not finite.
+        ValueError: If a gradient that autograd computed is not finite.
     """
     with torch.autocast(device_of(model).type, enabled=False):
         if "closed_form" in vars(type(regularizer)):

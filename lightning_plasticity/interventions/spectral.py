@@ -107,8 +107,8 @@ class SpectralRegularizer(Regularizer):
             return ClosedForm(torch.zeros(()), [])
         norms, m = _norms([*rights, *products, *biases]), len(matrices)
         right_norms, product_norms, bias_norms = (norms[i : i + n] for i, n in ((0, m), (m, m), (2 * m, len(biases))))
-        if not all(0 < norm < math.inf for norm in right_norms + product_norms):
-            # A matrix is zero or not finite.
+        if not (all(0 < norm < math.inf for norm in right_norms + product_norms) and math.isfinite(sum(bias_norms))):
+            # A matrix is zero, or a matrix or bias is not finite.
             return None
         sigmas = [p / r for p, r in zip(product_norms, right_norms, strict=True)]
         self._vectors |= {name: p / norm for name, p, norm in zip(matrices, products, product_norms, strict=True)}

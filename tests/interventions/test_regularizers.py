@@ -838,6 +838,40 @@ def test_closed_form_is_the_gradient_of_the_penalty(make: Callable[[], Regulariz
     torch.testing.assert_close(closed.value.double(), same.double(), rtol=1e-5, atol=0)
 
 
+def halve(layer: nn.Module) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    parametrize.register_parametrization(layer, "weight", Half())
+
+
+@pytest.mark.parametrize("make", [SpectralRegularizer, Parseval])
+@pytest.mark.parametrize("compute", [halve, partial(prune.l1_unstructured, name="weight", amount=0.5)])
+def test_weight_computed_in_mid_training_is_found(
+    make: Callable[[], Regularizer], compute: Callable[[nn.Module], object]
+) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(3)))
+    regularizer = started(make, model)
+    # Without biases, the parameters stay the same objects in the same order.
+    for change in (lambda _: None, compute):
+        change(model[2])
+        model.zero_grad()
+        expected = gradients(copy.deepcopy(regularizer).penalty(model), model)
+        regularizer.add_gradients(model)
+        for name, parameter in model.named_parameters():
+            summed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(summed, expected[name], rtol=0, atol=1e-12)
+
+
+def test_bias_that_is_not_finite_is_an_error() -> None:
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.bias, math.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        SpectralRegularizer().add_gradients(model)
+    assert model.weight.grad is None
+
+
 def test_zero_matrix_has_no_closed_form_and_no_gradient() -> None:
     model, regularizer = nn.Linear(3, 2), SpectralRegularizer()
     nn.init.zeros_(model.weight)
