@@ -1,7 +1,8 @@
 """Define the diagnostics: their names, their meanings, and how each is computed from a spectrum.
 
 Logging, plots, the measures of :class:`~lightning_plasticity.PlasticityMonitor` and the choices of
-:class:`~lightning_plasticity.Collapse` are derived from this list. A test compares it with the table in the README.
+:class:`~lightning_plasticity.Collapse` are derived from this list. A test compares it with the table in
+``docs/numbers.md``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Diagnostic:
     Args:
         name: The name it is logged under.
         title: The name in a sentence.
-        meaning: Its definition in one line, for the table in the README.
+        meaning: Its definition in one line, for the table in docs/numbers.md.
         compute: Computes it from its source; ``None`` if :class:`~lightning_plasticity.PlasticityMonitor` or
             :class:`~lightning_plasticity.FitTest` measures it.
         needs_plan: Whether ``compute`` takes a :class:`Plan` as well.

@@ -1,4 +1,4 @@
-"""Check the list of diagnostics against the README and the monitor."""
+"""Check the list of diagnostics against the documentation and the monitor."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS, resolved_value
 from lightning_plasticity.metrics.monitor import MEASURES
 from lightning_plasticity.reporting.names import LOGGED_NUMBERS
 
-README = Path(__file__).parent.parent / "README.md"
+NUMBERS = Path(__file__).parent.parent / "docs" / "numbers.md"
 
 
-def test_readme_table_lists_every_logged_number_in_order() -> None:
-    table = README.read_text().partition("| name | meaning | healthy |")[2].partition("\n\n")[0]
+def test_table_lists_every_logged_number_in_order() -> None:
+    table = NUMBERS.read_text().partition("| name | meaning | healthy |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
     assert rows == [[f"`{name}`", number.meaning] for name, number in LOGGED_NUMBERS.items()]
 

@@ -176,7 +176,7 @@ LOGGED_NUMBERS: dict[str, LoggedNumber] = {
         ),
     )
 }
-"""All logged numbers, in the order of the table in the README."""
+"""All logged numbers, in the order of the table in docs/numbers.md."""
 
 
 def counts(history: Sequence[TaskReport]) -> dict[str, float]:
