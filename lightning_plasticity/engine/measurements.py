@@ -48,6 +48,7 @@ class Measurement:
         features: What the monitor has measured, by name.
         plan: The training to come, if it is known.
         fitted_samples: Number of samples that the fit test could take, if it is known.
+        features_remark: Which features are estimates, if any.
     """
 
     probe: ProbeResult
@@ -55,6 +56,7 @@ class Measurement:
     features: dict[str, float]
     plan: Plan | None = None
     fitted_samples: int | None = None
+    features_remark: str = ""
 
     @functools.cached_property
     def values(self) -> dict[str, float]:
@@ -176,7 +178,9 @@ class Measurements:
             result = ProbeResult({}, math.nan, None if size is None else min(size, self.samples))
         else:
             result = self._measure_curvature(self.probe, context, description)
-        curve, features = None, {}
+        curve = None
+        features: dict[str, float] = {}
+        features_remark = ""
         # The spectra may be too costly for all samples.
         samples = None if result.samples is None else min(context.batch_size or 0, self.samples)
         if self.fit_test is not None and not self.is_live and fitted:
@@ -187,8 +191,9 @@ class Measurements:
                     raise
                 self._errors.record("fit_test", "the fit test failed and is left out of this task", error)
         if self.monitor is not None and monitored:
-            features = self._measure_activations(self.monitor, context, result.samples or self.samples)
-        return Measurement(result, curve, features, plan, samples)
+            monitored_samples = result.samples or self.samples
+            features, features_remark = self._measure_activations(self.monitor, context, monitored_samples)
+        return Measurement(result, curve, features, plan, samples, features_remark)
 
     def fit(self, fit_test: FitTest, context: ProbeContext, samples: int | None) -> FitCurve:
         """Return the losses of copies of the model that are fitted to samples, with the regularizers of the run."""
@@ -218,10 +223,12 @@ class Measurements:
                 raise
             raise type(error)(f"{error}. {metric!r} needs no curvature: probe=None leaves it out") from error
 
-    def _measure_activations(self, monitor: PlasticityMonitor, context: ProbeContext, samples: int) -> dict[str, float]:
+    def _measure_activations(
+        self, monitor: PlasticityMonitor, context: ProbeContext, samples: int
+    ) -> tuple[dict[str, float], str]:
         metric_is_monitored = self.collapse.metric in monitor.measures
         try:
-            features = measure_activations(
+            features, remark = measure_activations(
                 monitor,
                 context.copy_to_measure(),
                 context.samples(samples),
@@ -233,13 +240,13 @@ class Measurements:
                     f"Collapse(metric={self.collapse.metric!r}) watches hidden layers, and the monitor has seen none: "
                     "name modules in PlasticityMonitor(layers=[...]), or choose another metric"
                 )
-            return features
+            return features, remark
         except Exception as error:
             if self._monitor_is_required or metric_is_monitored:
                 raise
             reason = f"{format_error(error)}; monitor=False stops trying"
             self._errors.record("monitor", "the activations could not be monitored", reason)
-            return {}
+            return {}, ""
 
 
 def compared(measured: Measurement, initial: Measurement, best: float) -> dict[str, float]:

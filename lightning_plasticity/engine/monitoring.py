@@ -24,8 +24,8 @@ def measure_activations(
     batch: Any,
     loss_fn: Callable[[nn.Module, Any], Tensor],
     left_out: Collection[str] = (),
-) -> dict[str, float]:
-    """Return the measures of a monitor on one forward pass in evaluation mode.
+) -> tuple[dict[str, float], str]:
+    """Return the measures of a monitor on one forward pass in evaluation mode, and a remark.
 
     Args:
         monitor: The settings of the measurement. It is not changed.
@@ -35,7 +35,8 @@ def measure_activations(
         left_out: Names of modules that are not measured, such as target networks.
 
     Returns:
-        Each measure over all layers, and of each layer as ``<measure>/<layer>``; empty if no hidden layer ran.
+        Each measure over all layers, and of each layer as ``<measure>/<layer>``, empty if no hidden layer ran; and the
+        layers whose ranks are estimates, empty if there are none.
     """
     monitor = copy.deepcopy(monitor)
     monitor.reset()
@@ -47,13 +48,20 @@ def measure_activations(
     monitor.to(device_of(model))
     with probe_mode(model), monitor.attach(model):
         loss_fn(model, batch)
-    return values_of(monitor) if monitor.layers else {}
+    estimated = [name for name, layer in monitor.layers.items() if layer.ranks_are_estimates]
+    remark = (
+        f"the ranks of {', '.join(estimated)} are estimates, from {monitor.max_samples} samples of at most "
+        f"{monitor.max_units} units: monitor=PlasticityMonitor(max_samples=..., max_units=...) takes more"
+        if estimated
+        else ""
+    )
+    return values_of(monitor) if monitor.layers else {}, remark
 
 
 def values_of(monitor: PlasticityMonitor) -> dict[str, float]:
     """Return the measures of a monitor as floats.
 
-    The warning that ranks of wide layers are estimates is left out: it would come at every task.
+    The warning that ranks of wide layers are estimates is left out: it would come each time.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the ranks of .* are estimates", UserWarning)

@@ -389,6 +389,8 @@ class TaskStart:
         self.verdicts.remark(report, *([] if self.gathering is None else self.gathering.remarks), *now.remarks)
         if measured.curve is not None and measured.curve.remark:
             self.verdicts.remark(report, measured.curve.remark)
+        if measured.features_remark:
+            self.verdicts.remark(report, measured.features_remark)
         if now.kernel is not None and context.learning_rate is not None and plan is None:
             self.verdicts.remark(
                 report, "numbers of the fast directions are left out: the length of the task is not known"

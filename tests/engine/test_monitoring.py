@@ -34,6 +34,16 @@ class BatchKeeping(Classifier):
         self.batch = batch
 
 
+@pytest.mark.parametrize("max_samples", [7, 8])
+def test_report_names_ranks_that_are_estimates(max_samples: int) -> None:
+    callback = SpectralCollapseCallback(monitor=PlasticityMonitor(max_samples=max_samples))
+    trainer(callback).fit(Classifier(), loader())
+    (report,) = callback.history
+    named = [remark for remark in report.remarks if "are estimates" in remark]
+    assert len(named) == (max_samples == 7)
+    assert all(remark.startswith("the ranks of net.0 are estimates, from 7 samples") for remark in named)
+
+
 QUIET = Collapse(above=1e9)
 """A rule that detects no collapse."""
 

@@ -156,6 +156,11 @@ def test_repair_is_all_or_nothing(intervention: Repair) -> None:
     torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
 
 
+def test_error_names_the_class_of_a_root() -> None:
+    with pytest.raises(ValueError, match=r"^Bare holds the parameter 'scale'.*exclude=\['scale'\]"):
+        ShrinkPerturb().repair(Bare())
+
+
 def test_reset_of_a_layer_beside_a_bare_parameter_works() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Bare())
     assert Reset(layers=["0"]).repair(model).num_parameters_changed == 12

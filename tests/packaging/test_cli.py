@@ -39,11 +39,12 @@ def examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def fit(config: Path) -> Any:
-    """Run three epochs of a configuration, and return the LightningCLI."""
+    """Run three epochs of a configuration, with two epochs a task, and return the LightningCLI."""
     from cli import main  # type: ignore[import-not-found]
 
-    quiet = ["--trainer.max_epochs=3", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    return main(["fit", "--config", str(config), *quiet])
+    short = ["--data.epochs_per_task=2", "--trainer.max_epochs=3"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    return main(["fit", "--config", str(config), *short, *quiet])
 
 
 def plasticity_callback(cli: Any) -> SpectralCollapseCallback:

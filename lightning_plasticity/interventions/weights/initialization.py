@@ -45,8 +45,9 @@ def reset_values(
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter) and tensor not in drawn:
             path, _, key = name.rpartition(".")
+            holder = type(model.get_submodule(path)).__name__ + (f" {path!r}" if path else "")
             raise ValueError(
-                f"{type(model.get_submodule(path)).__name__} {path!r} holds the parameter {key!r}, which no "
+                f"{holder} holds the parameter {key!r}, which no "
                 "reset_parameters() initialises: pass initial=model.state_dict() from before training, or "
                 f"exclude=[{name!r}]"
             )
