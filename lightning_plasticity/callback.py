@@ -43,8 +43,9 @@ from lightning_plasticity.messages import (
 )
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
+from lightning_plasticity.reporting.history import History
 from lightning_plasticity.reporting.reporter import LogLevel, Reporter
-from lightning_plasticity.reports import History, TaskReport
+from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
 from lightning_plasticity.training.checks import (
     check_live,
@@ -148,7 +149,8 @@ class SpectralCollapseCallback(Callback):
             ``plasticity_<name>/<metric>``.
 
     Attributes:
-        history: The reports of all tasks, a :class:`~lightning_plasticity.reports.History`.
+        history: The reports of all tasks, a list that prints as a table and has ``to_rows``, ``to_csv``,
+            ``to_json`` and ``to_pandas`` (:class:`~lightning_plasticity.reporting.history.History`).
 
     Raises:
         MisconfigurationException: At the start of a fit whose strategy is not supported (a single device, DDP, and

@@ -166,20 +166,6 @@ class TaskReport:
         )
 
 
-class History(list[TaskReport]):
-    """The reports of all tasks, in order; its ``repr`` has one line per task.
-
-    Example:
-        >>> History([TaskReport(0, None, 0), TaskReport(1, None, 200)])
-        TaskReport(task=0, step=0)
-        TaskReport(task=1, step=200)
-    """
-
-    @override
-    def __repr__(self) -> str:
-        return "\n".join(map(repr, self)) or "no task yet"
-
-
 def _count(number: float | None) -> str:
     return "an unknown number of" if number is None else f"{number:g}"
 

@@ -4,7 +4,7 @@ import torch
 
 from lightning_plasticity import TaskReport
 from lightning_plasticity.interventions import RepairReport
-from lightning_plasticity.reports import History
+from lightning_plasticity.reporting.history import History
 from tests.helpers.modules import NEVER, Classifier, loader, trainer
 
 

@@ -14,7 +14,7 @@ EXPLAINING = ("learnable_fraction", "epsilon_rank", "hessian_epsilon_rank", "dor
 COMPARED = ("fit_loss", *EXPLAINING)
 """The diagnostics that are logged of a fresh network, too."""
 
-_COMPARISONS = ("handicap", "live_metric_gap")
+COMPARISONS = ("handicap", "live_metric_gap")
 """The lead diagnostics that compare a network with a fresh one: by default one of them raises the alarm."""
 
 _RATIO = "_vs_initial"
@@ -105,7 +105,7 @@ class LoggedNumber:
 
 
 def _groups_of(diagnostic: str) -> tuple[str, ...]:
-    if diagnostic in (*_COMPARISONS, *EXPLAINING):
+    if diagnostic in (*COMPARISONS, *EXPLAINING):
         groups: tuple[str, ...] = ("by_step", "by_task")
     else:
         groups = ("by_task", "details") if diagnostic == "fit_loss" else ("details",)
@@ -226,7 +226,7 @@ def monitored_numbers(history: Sequence[TaskReport], watched: str) -> dict[str, 
         watched: The diagnostic that raises the alarm.
     """
     metrics = history[-1].metrics
-    names = ["fit_loss", *_COMPARISONS, *lead_diagnostics(watched)]
+    names = ["fit_loss", *COMPARISONS, *lead_diagnostics(watched)]
     return {
         **lead_numbers(history, watched),
         **{name: metrics[name] for name in (*names, *(name + _RATIO for name in names)) if name in metrics},
