@@ -8,6 +8,7 @@ The folder:
 * :mod:`.pyhessian`: the same Hessian by PyHessian, on :mod:`.pyhessian_adapter`.
 * :mod:`.spectrum`, :mod:`.estimates`, :mod:`.kernel`: the results, :class:`Spectrum`, :class:`Estimate` and
   :class:`TangentKernel`.
+* :mod:`.plotting`: the picture of a spectrum.
 * :mod:`.problem`: the model, batch and loss, validated.
 * :mod:`.double_backward`: second derivatives by differentiating twice, checked by :mod:`.finite_differences`.
 * :mod:`.autograd_graph`: vector-Jacobian products and walks through the autograd graph.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.estimates import Estimate, Quadrature
 from lightning_plasticity.curvature.kernel import TangentKernel, effective_rank_of, fast_threshold
+from lightning_plasticity.curvature.plotting import plot_spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +274,26 @@ class Spectrum:
         order = values.argsort()
         gap = steps[order].cumsum(0)[:-1].abs()
         return (gap * values[order].diff()).sum().item()
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot a histogram of the eigenvalues over their logarithm; negative ones are shown by their size.
+
+        Those below 1e-8 are zero and left out: the title gives their number. The numbers of an estimate are on a
+        logarithmic axis, since nearly all eigenvalues are in the bulk.
+
+        Args:
+            ax: The axes to draw into; by default those of a new figure, which is not registered with pyplot.
+
+        Returns:
+            The figure and its axes.
+
+        Example:
+            >>> spectrum = Spectrum(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0.25, 0.25, 0.5]), 4, exact=True)
+            >>> figure, ax = spectrum.plot()
+            >>> ax.get_title(loc="left")
+            '2 of 4 eigenvalues are zero, not shown'
+        """
+        return plot_spectrum(self, ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the spectrum to plain Python objects and tensors, for checkpoints.

@@ -13,17 +13,11 @@ from matplotlib.figure import Figure
 from typing_extensions import override
 
 from lightning_plasticity._compat import is_lightning, write_text
+from lightning_plasticity.curvature.plotting import LOG_EIGENVALUE_EDGES, eigenvalues_by_bin, log_eigenvalues
 from lightning_plasticity.interventions import RepairReport
 from lightning_plasticity.messages import is_rank_zero
 from lightning_plasticity.reporting.names import LogGroups
-from lightning_plasticity.reporting.plots import (
-    LOG_EIGENVALUE_EDGES,
-    eigenvalues_by_bin,
-    log_eigenvalues,
-    plot_history,
-    plot_spectra,
-    plot_units,
-)
+from lightning_plasticity.reporting.plots import plot_history, plot_spectra, plot_units
 from lightning_plasticity.reporting.sentences import events, explanation_page
 from lightning_plasticity.reporting.tables import Row, columns_of, to_csv
 from lightning_plasticity.reports import TaskReport

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.curvature.plotting import (
+    LOG_EIGENVALUE_EDGES,
+    NEGATIVE,
+    POSITIVE,
+    eigenvalues_by_bin,
+    log_eigenvalues,
+    new_axes,
+)
 from lightning_plasticity.diagnostics import DIAGNOSTICS, EPSILON, MATRIX_TITLES
 from lightning_plasticity.reports import TaskReport
-
-LOG_EIGENVALUE_EDGES = torch.linspace(-8.0, 4.0, 61, dtype=torch.float64)
-"""Bin edges for log10 of an eigenvalue. Larger ones are counted in the last bin; smaller ones are zero for float32."""
 
 _MAX_RIDGES = 50
 """Maximum number of ridges: more could not be distinguished, and would make the figure slow to draw."""
@@ -31,13 +34,15 @@ _WIDTH = 4.2
 _LEGEND: dict[str, Any] = {"fontsize": 10, "frameon": False, "handlelength": 1.2, "handletextpad": 0.4}
 
 # Okabe and Ito (2008): colours that can be told apart with any colour vision.
-_NETWORK, _FRESH, _ALARM, _REPAIR, _OWN = "#0072B2", "#666666", "#D55E00", "#009E73", "#CC79A7"
+_NETWORK, _FRESH, _ALARM, _REPAIR, _OWN = POSITIVE, "#666666", "#D55E00", "#009E73", "#CC79A7"
 
 _PANELS = (("fit_loss",), ("learnable_fraction",), ("epsilon_rank", "hessian_epsilon_rank"), ("dormant_fraction",))
 """The diagnostics of the overview; of several in one panel, the first that was measured."""
 
 
-def plot_history(history: Sequence[TaskReport], *, metric: str | None = None) -> tuple[Figure, list[Axes]]:
+def plot_history(
+    history: Sequence[TaskReport], ax: Axes | Sequence[Axes] | None = None, *, metric: str | None = None
+) -> tuple[Figure, list[Axes]]:
     """Plot over the tasks what tells whether plasticity is lost: a panel each, with the values of a fresh network.
 
     The panels are the fit loss, the learnable fraction, the ε-rank and the dormant fraction, as far as they were
@@ -46,20 +51,20 @@ def plot_history(history: Sequence[TaskReport], *, metric: str | None = None) ->
 
     Args:
         history: The reports of a run, one per task.
+        ax: The axes to draw into, one for each panel; by default those of a new figure.
         metric: The name under which the module logs its number; ``None`` shows none.
 
     Returns:
-        A figure that is not registered with pyplot, so it need not be closed, and its axes from top to bottom.
+        The figure and its axes from top to bottom. A new one is not registered with pyplot, so it need not be closed.
+
+    Raises:
+        ValueError: If ``ax`` has not as many axes as there are panels.
     """
     measured = [report for report in history if report.metrics]
     panels = [next((n for n in names if any(n in r.metrics for r in measured)), None) for names in _PANELS]
     names = [name for name in panels if name is not None]
     rows = max(len(names) + (metric is not None), 1)
-    height = 0.9 + 1.2 * rows
-    figure = Figure(figsize=(_WIDTH, height), dpi=100)
-    # An automatic layout would draw the figure twice.
-    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.45 / height, top=1 - 0.5 / height, hspace=0.4)
-    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    figure, axes = _stacked_axes(rows) if ax is None else _given_axes(ax, rows)
     for axis, name in zip(axes, names, strict=False):
         _draw_diagnostic(axis, measured, name)
     if metric is not None:
@@ -67,11 +72,30 @@ def plot_history(history: Sequence[TaskReport], *, metric: str | None = None) ->
         axes[-1].plot([r.task for r in logged], [r.logged[metric] for r in logged], "o-", color=_OWN, markersize=3)
         _title(axes[-1], f"{metric}, at the end of the task")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if handles:
+    if handles and ax is None:
         figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=4, columnspacing=1.0, **_LEGEND)
+    elif handles:
+        axes[0].legend(handles.values(), handles.keys(), **_LEGEND)
     axes[-1].set_xlabel("task")
     axes[-1].xaxis.set_major_locator(_integer_ticks())
     return figure, axes
+
+
+def _stacked_axes(rows: int) -> tuple[Figure, list[Axes]]:
+    """Return a new figure with axes one below the other."""
+    height = 0.9 + 1.2 * rows
+    figure = Figure(figsize=(_WIDTH, height), dpi=100)
+    # An automatic layout would draw the figure twice.
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.45 / height, top=1 - 0.5 / height, hspace=0.4)
+    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _given_axes(ax: Axes | Sequence[Axes], rows: int) -> tuple[Figure, list[Axes]]:
+    """Return the figure of axes, which must be as many as there are rows."""
+    axes = list(np.ravel(np.asarray(ax)))
+    if len(axes) != rows:
+        raise ValueError(f"ax has {len(axes)} axes, and this history has {rows} panels: pass one for each, or None")
+    return axes[0].figure.figure, axes
 
 
 def _draw_diagnostic(axis: Axes, measured: Sequence[TaskReport], name: str) -> None:
@@ -117,9 +141,7 @@ def plot_units(history: Sequence[TaskReport], ax: Axes | None = None) -> tuple[F
     shares = np.full((len(layers), len(tasks)), np.nan)
     for report in measured:
         shares[:, report.task - tasks[0]] = [report.metrics.get(layer, math.nan) for layer in layers]
-    figure, ax = _new_axes(
-        ax, (_WIDTH, 1.8 + 0.28 * min(len(layers), _MAX_LAYER_NAMES)), left=0.28, bottom=0.5, top=0.6
-    )
+    figure, ax = new_axes(ax, (_WIDTH, 1.8 + 0.28 * min(len(layers), _MAX_LAYER_NAMES)), left=0.28, bottom=0.5, top=0.6)
     extent = (tasks[0] - 0.5, tasks[-1] + 0.5, len(layers) - 0.5, -0.5)
     image = ax.imshow(shares, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent)
     figure.colorbar(image, ax=ax, pad=0.02)
@@ -158,55 +180,9 @@ def plot_spectra(history: Sequence[TaskReport], ax: Axes | None = None) -> tuple
     stride = math.ceil(len(probed) / _MAX_RIDGES) or 1
     # The slice starts from the end, so that the last task has a ridge.
     probed = probed[::-stride][::-1]
-    figure, ax = _new_axes(ax, (_WIDTH, 4.2), left=0.12, bottom=0.5, top=0.3)
+    figure, ax = new_axes(ax, (_WIDTH, 4.2), left=0.12, bottom=0.5, top=0.3)
     _draw_ridges(ax, probed)
     return figure, ax
-
-
-def _new_axes(
-    ax: Axes | None, size: tuple[float, float], *, left: float, bottom: float, top: float
-) -> tuple[Figure, Axes]:
-    """Return axes and their figure; new ones have a share of the width at the left, and inches below and above."""
-    if ax is not None:
-        # A subfigure is a part of a figure.
-        return ax.figure.figure, ax
-    figure = Figure(figsize=size, dpi=100)
-    figure.subplots_adjust(left=left, right=0.97, bottom=bottom / size[1], top=1 - top / size[1])
-    return figure, figure.subplots()
-
-
-def log_eigenvalues(spectrum: Spectrum, *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log10 of the magnitudes of the eigenvalues above 1e-8, at most 4, and their multiplicities.
-
-    Smaller ones are zero but for rounding: they would all be in one bin, and dwarf the others.
-
-    Args:
-        spectrum: The spectrum.
-        negative: Select the negative eigenvalues instead of the others.
-
-    Returns:
-        Logarithms and multiplicities, both of shape ``(k,)``.
-    """
-    values, weights = spectrum.undeflated
-    low, high = LOG_EIGENVALUE_EDGES[0].item(), LOG_EIGENVALUE_EDGES[-1].item()
-    selected = ((values < 0) == negative) & (values.abs() > 10.0**low)
-    return values[selected].abs().log10().clamp(low, high), spectrum.num_parameters * weights[selected]
-
-
-def eigenvalues_by_bin(values: torch.Tensor, counts: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return how many eigenvalues are in each bin of ``LOG_EIGENVALUE_EDGES``.
-
-    Args:
-        values: Logarithms of eigenvalues, of shape ``(k,)``.
-        counts: Their multiplicities.
-
-    Returns:
-        The numbers, of shape ``(bins,)``.
-    """
-    numbers: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = torch.histogram(
-        values, LOG_EIGENVALUE_EDGES, weight=counts
-    ).hist.numpy()
-    return numbers
 
 
 def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
@@ -221,7 +197,7 @@ def _draw_ridges(axes: Axes, probed: Sequence[TaskReport]) -> None:
         label = "negative eigenvalues, by their size" if negative else None
         for report in reversed(probed):
             outline = report.task + 3.0 * counts[report.task] / tallest
-            color = "#E69F00" if negative else _ALARM if report.collapsed else _NETWORK
+            color = NEGATIVE if negative else _ALARM if report.collapsed else _NETWORK
             style: dict[str, Any] = {"color": color, "zorder": -report.task}
             axes.fill_between(centers, report.task, outline, alpha=0.1 if negative else 0.35, linewidth=0, **style)
             axes.plot(centers, outline, linewidth=0.8, linestyle="--" if negative else "-", label=label, **style)

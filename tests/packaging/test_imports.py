@@ -34,6 +34,10 @@ def test_mathematics_imports_without_lightning_and_torchmetrics() -> None:
     assert imported_libraries(*names) == "[]"
 
 
+def test_curvature_imports_without_matplotlib() -> None:
+    assert run("import sys, lightning_plasticity.curvature; print('matplotlib' in sys.modules)") == "False"
+
+
 def test_engine_imports_without_lightning() -> None:
     names = ("metrics", "activations", "engine", "collapse", "diagnostics", "probes", "reports")
     assert imported_libraries(*names) == "['torchmetrics']"

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_plasticity import HessianProbe, PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity.curvature.plotting import LOG_EIGENVALUE_EDGES
 from lightning_plasticity.interventions import L2Init, ShrinkPerturb
-from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES
 from tests.helpers.event_files import read_events, sort_by_step
 from tests.helpers.modules import ALWAYS, Classifier, MemoryLogger, fit_three_tasks, loader, trainer
 

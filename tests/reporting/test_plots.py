@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from lightning_plasticity import Collapse, GGNProbe, HessianProbe, PlasticityWarning, SpectralCollapseCallback
 from lightning_plasticity.interventions import ShrinkPerturb
@@ -54,6 +55,20 @@ def test_overview_shows_number_that_the_module_logs(tmp_path: Path) -> None:
     last = plot_history(callback.history, metric="accuracy")[1][-1]
     assert list(last.lines[0].get_ydata()) == [2, 2]
     assert last.get_title(loc="left") == "accuracy, at the end of the task"
+
+
+def test_overview_draws_into_given_axes() -> None:
+    history = fit_three_tasks().history
+    figure = Figure()
+    given = figure.subplots(2, 2)
+    drawn, axes = plot_history(history, given)
+    assert drawn is figure
+    assert axes == given.ravel().tolist()
+    assert list(line(given[0, 0], "network").get_ydata()) == [report.metrics["fit_loss"] for report in history]
+    assert {text.get_text() for text in given[0, 0].get_legend().get_texts()} == {"network", "fresh network"}
+    assert not figure.legends
+    with pytest.raises(ValueError, match="ax has 1 axes, and this history has 4 panels"):
+        plot_history(history, Figure().subplots())
 
 
 def test_failed_probe_leaves_a_gap() -> None:

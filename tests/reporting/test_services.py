@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, WandbLogger
 
 from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, TaskDetector
+from lightning_plasticity.curvature.plotting import LOG_EIGENVALUE_EDGES
 from lightning_plasticity.interventions import ShrinkPerturb
-from lightning_plasticity.reporting.plots import LOG_EIGENVALUE_EDGES
 from tests.helpers.modules import ALWAYS, NEVER, Classifier, MemoryLogger, fit_three_tasks, loader, trainer, weights
 from tests.helpers.recording_loggers import (
     RecordingComet,
