@@ -43,7 +43,7 @@ from lightning_plasticity.messages import (
 )
 from lightning_plasticity.metrics import PlasticityMonitor
 from lightning_plasticity.probes import GGNProbe, Probe
-from lightning_plasticity.reporting.history import History
+from lightning_plasticity.reporting.history import STATE_VERSION, History
 from lightning_plasticity.reporting.reporter import LogLevel, Reporter
 from lightning_plasticity.reports import TaskReport
 from lightning_plasticity.tasks import TaskDetector, TaskId, UnusableDetectorError
@@ -57,8 +57,6 @@ from lightning_plasticity.training.checks import (
 )
 from lightning_plasticity.training.probe_batch import check_probe_batch, fixed_batch
 from lightning_plasticity.training.sandbox import TrainerContext
-
-_STATE_VERSION = 1
 
 
 @dataclass
@@ -488,7 +486,7 @@ class SpectralCollapseCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "history": [report.to_dict() for report in self.history],
             "initial": self._task_start.initial_weights.state_dict(),
             "gathering": None if self._task_start.gathering is None else self._task_start.gathering.state_dict(),
@@ -504,13 +502,8 @@ class SpectralCollapseCallback(Callback):
         if self._ignores_checkpoint:
             self._ignores_checkpoint = False
             return
-        if state_dict.get("version") != _STATE_VERSION:
-            raise MisconfigurationException(
-                f"the checkpoint holds state of SpectralCollapseCallback in version {state_dict.get('version')!r}, "
-                f"and this release reads version {_STATE_VERSION}: resume with the release that wrote it, or without "
-                "the callback"
-            )
-        self.history = History(TaskReport.from_dict(report) for report in state_dict["history"])
+        with _lightning_errors():
+            self.history = History.from_state(state_dict)
         self._task_start.initial_weights.load_state_dict(state_dict["initial"])
         gathering = state_dict["gathering"]
         self._task_start.gathering = None if gathering is None else Gathering.from_state(gathering)

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_plasticity.diagnostics import DIAGNOSTICS
 from lightning_plasticity.interventions import RepairReport
+from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.reporting.names import COMPARISONS, EXPLAINING
 from lightning_plasticity.reports import TaskReport
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Plain = bool | int | float | str | None
 """A value of a row."""
+
+STATE_VERSION = 1
+"""The number of the layout of the callback's state in checkpoints."""
 
 _SHOWN = (*COMPARISONS, "fit_loss", *EXPLAINING)
 """The diagnostics in the table, as far as they were measured."""
@@ -48,6 +52,23 @@ class History(list[TaskReport]):
         >>> history[:2]
         [TaskReport(task=0, step=0), TaskReport(task=1, step=200, handicap=2.3)]
     """
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> History:
+        """Return the reports in the state of a callback.
+
+        Args:
+            state: What :meth:`SpectralCollapseCallback.state_dict` returned.
+
+        Raises:
+            MisconfigurationError: If another release has written it in another layout.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise MisconfigurationError(
+                f"the checkpoint holds state of SpectralCollapseCallback in version {state.get('version')!r}, and this "
+                f"release reads version {STATE_VERSION}: resume with the release that wrote it, or without the callback"
+            )
+        return cls(TaskReport.from_dict(report) for report in state["history"])
 
     @override
     def __repr__(self) -> str:

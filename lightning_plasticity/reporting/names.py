@@ -234,6 +234,12 @@ def monitored_numbers(history: Sequence[TaskReport], watched: str) -> dict[str, 
     }
 
 
+def own_metric(history: Sequence[TaskReport]) -> str | None:
+    """Return the number that the module logs that tells most of its success: the first that is not a loss, if any."""
+    names = list(dict.fromkeys(name for report in history for name in report.logged))
+    return next((name for name in names if "loss" not in name), next(iter(names), None))
+
+
 def logged_numbers(
     history: Sequence[TaskReport], watched: str, groups: LogGroups = LogGroups(), *, everything: bool = False
 ) -> tuple[dict[str, float], dict[str, float]]:

@@ -18,7 +18,7 @@ from lightning_plasticity.distributed.agreement import broadcast_object, format_
 from lightning_plasticity.engine.error_log import ErrorLog
 from lightning_plasticity.interventions import Intervention, RepairReport
 from lightning_plasticity.reporting.loggers import LogWriter, writer_of
-from lightning_plasticity.reporting.names import LogGroups, counts, logged_numbers, monitored_numbers
+from lightning_plasticity.reporting.names import LogGroups, counts, logged_numbers, monitored_numbers, own_metric
 from lightning_plasticity.reporting.sentences import (
     SINGLE_POINT,
     repair_sentence,
@@ -153,7 +153,7 @@ class Reporter:
         start = time.monotonic()
         self._log_table(trainer, history)
         if any(report.metrics for report in history):
-            self._for_each_logger(trainer, lambda writer: writer.log_figures(history, _metric_of(history)))
+            self._for_each_logger(trainer, lambda writer: writer.log_figures(history, own_metric(history)))
         self._drawn_at = time.monotonic()
         self._drawing_time = self._drawn_at - start
 
@@ -220,9 +220,3 @@ def _place(logger: Logger) -> str:
 
 def _has_event(report: TaskReport) -> bool:
     return report.collapsed or bool(report.repairs)
-
-
-def _metric_of(history: Sequence[TaskReport]) -> str | None:
-    """Return the number that the module logs that tells most of its success: the first that is not a loss, if any."""
-    names = list(dict.fromkeys(name for report in history for name in report.logged))
-    return next((name for name in names if "loss" not in name), next(iter(names), None))
