@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from lightning_plasticity.diagnostics import DIAGNOSTICS
 from lightning_plasticity.interventions import RepairReport
 from lightning_plasticity.messages import MisconfigurationError
 from lightning_plasticity.reporting.names import COMPARISONS, EXPLAINING
+from lightning_plasticity.reporting.tables import to_csv
 from lightning_plasticity.reports import TaskReport
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class History(list[TaskReport]):
     def to_rows(self) -> list[dict[str, Plain]]:
         """Return a dictionary of plain values for each task, all with the same keys.
 
-        Diagnostics have their own names, and ``fresh_network/<name>`` is that of the initial weights,
+        Diagnostics have their own names, and ``fresh_<name>`` is that of the initial weights,
         ``<name>_before_repair`` and ``<name>_after_repair`` as in :class:`~lightning_plasticity.TaskReport`,
         ``logged/<name>`` what the module itself had logged. Repairs, errors and remarks are texts, with semicolons
         between them. What a task lacks is ``None``.
@@ -146,11 +146,7 @@ class History(list[TaskReport]):
         Args:
             path: The file, which is overwritten.
         """
-        rows = self.to_rows()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["task"])
-            writer.writeheader()
-            writer.writerows(rows)
+        Path(path).write_text(to_csv(self.to_rows()), encoding="utf-8", newline="")
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_rows` as a JSON array of objects; infinities and NaN, which JSON lacks, are ``null``.
@@ -235,7 +231,7 @@ def _row(report: TaskReport) -> dict[str, Plain]:
         "step": report.step,
         "collapsed": report.collapsed,
         "verdict": report.verdict,
-        "repairs": "; ".join(f"{repair}, undone" if repair.undone else str(repair) for repair in report.repairs),
+        "repaired_by": "; ".join(f"{repair}, undone" if repair.undone else str(repair) for repair in report.repairs),
         "effect": report.effect,
         "errors": "; ".join(f"{name}: {error}" for name, error in report.errors.items()),
         "remarks": "; ".join(report.remarks),
@@ -245,7 +241,7 @@ def _row(report: TaskReport) -> dict[str, Plain]:
         "limited": report.limited,
         "coupled": report.coupled,
         **_numbers(report.metrics),
-        **_numbers(report.fresh, prefix="fresh_network/"),
+        **_numbers(report.fresh, prefix="fresh_"),
         **_numbers(report.before, suffix="_before_repair"),
         **_numbers(report.after, suffix="_after_repair"),
         **_numbers(report.logged, prefix="logged/"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_plasticity.reporting.names import COMPARED, counts, lead_diagnostics
 from lightning_plasticity.reports import TaskReport
@@ -51,18 +51,18 @@ def task_rows(history: Sequence[TaskReport], watched: str) -> list[Row]:
     return rows
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
+def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the names of all columns, in the order of the row that has most of them.
 
     Example:
         >>> columns_of([{"task": 0, "step": 0}, {"task": 1, "handicap": 1.0, "step": 9}])
         ['task', 'handicap', 'step']
     """
-    fullest = max(rows, key=len, default={})
+    fullest: Mapping[str, object] = max(rows, key=len, default={})
     return list(dict.fromkeys([*fullest, *(name for row in rows for name in row)]))
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """Return a table as comma-separated values, with a header; what a row lacks is empty.
 
     Example:

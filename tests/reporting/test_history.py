@@ -52,10 +52,10 @@ def test_rows_hold_all_of_a_report() -> None:
     assert len({tuple(row) for row in rows}) == 1
     for row, report in zip(rows, history, strict=True):
         assert (row["task"], row["step"], row["collapsed"]) == (report.task, report.step, True)
-        assert row["repairs"] == f"ShrinkPerturb: {report.repairs[0].num_parameters_changed} parameters changed"
+        assert row["repaired_by"] == f"ShrinkPerturb: {report.repairs[0].num_parameters_changed} parameters changed"
         assert (row["verdict"], row["effect"]) == (report.verdict, report.effect)
         assert {name: row[name] for name in report.metrics} == report.metrics
-        assert row["fresh_network/fit_loss"] == report.fresh["fit_loss"]
+        assert row["fresh_fit_loss"] == report.fresh["fit_loss"]
         assert row["fit_loss_after_repair"] == report.after["fit_loss"]
         assert {type(value) for value in row.values()} <= {bool, int, float, str, type(None)}
     assert rows[1]["errors"] == "CSVLogger: OSError: disk full"
@@ -101,7 +101,7 @@ def test_empty_history_has_no_rows(tmp_path: Path) -> None:
     assert history.to_rows() == []
     history.to_csv(tmp_path / "history.csv")
     history.to_json(tmp_path / "history.json")
-    assert (tmp_path / "history.csv").read_text() == "task\n"
+    assert (tmp_path / "history.csv").read_text() == "\n"
     assert json.loads((tmp_path / "history.json").read_text()) == []
     assert str(history) == "no task yet"
 
