@@ -157,6 +157,8 @@ def _from_markdown(text: str) -> str:
     """Return the HTML of a paragraph and a list, which is all that the Markdown of an event has."""
     heading, _, items = text.partition("\n\n")
     lines = [f"<li>{_bold(item.removeprefix('- '))}</li>" for item in items.splitlines()]
+    if "**Repair**" not in items:
+        lines.append("<li>Nothing was repaired.</li>")
     return "\n".join([f"<p>{_bold(heading)}</p>", "<ul>", *lines, "</ul>"])
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
+from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback, TaskReport
 from lightning_plasticity.interventions import ReDo, ShrinkPerturb
+from lightning_plasticity.reporting.history import History
 from lightning_plasticity.reporting.names import LOGGED_NUMBERS
 from lightning_plasticity.reporting.page import report_page
-from lightning_plasticity.reporting.saved_runs import UnreadableRunError, read_runs
+from lightning_plasticity.reporting.saved_runs import SavedRun, UnreadableRunError, read_runs
+from lightning_plasticity.reporting.sentences import events
 from tests.helpers.modules import ALWAYS, NEVER, Classifier, loader, trainer
 
 
@@ -114,6 +116,7 @@ def test_page_shows_what_was_measured_and_done(tmp_path: Path) -> None:
     assert all(image.startswith(b"\x89PNG") for image in page.images)
     assert page.links == []
     assert "3 tasks, 3 alarms (the first at task 0)" in page.text
+    assert "Nothing was repaired" not in page.text
     header, *rows = page.rows[:4]
     for row, report in zip(rows, history, strict=True):
         cells = dict(zip(header, row, strict=True))
@@ -164,6 +167,12 @@ def test_event_files_give_the_lead_numbers(tmp_path: Path) -> None:
     page = Page(report_page([saved]))
     assert len(page.images) == 1
     assert callback.history[2].effect in page.text
+
+
+def test_alarm_without_repair_is_told() -> None:
+    report = TaskReport(4, None, 80, metrics={"handicap": 2.0}, collapsed=True, verdict="task 4: handicap 2")
+    saved = SavedRun("last.ckpt", None, History([report]), [events(report, [])])
+    assert "Alarm ▼ handicap 2\nNothing was repaired." in Page(report_page([saved])).text
 
 
 def test_directories_of_tasks_are_joined(tmp_path: Path) -> None:
