@@ -13,6 +13,7 @@ VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 VENV_BENCH := .venv-bench
 VENV_REAL := .venv-real
+VENV_DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
 comma := ,
@@ -21,7 +22,7 @@ PYTEST := $(PYTEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo lint test test-all test-oldest test-newest bench real-modules evidence-small evidence clean
+.PHONY: help .venv demo lint docs test test-all test-oldest test-newest bench real-modules evidence-small evidence clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +56,17 @@ lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A separate environment: the site is written from the sources, which needs neither torch nor Lightning.
+$(VENV_DOCS)/.installed: constraints-docs.txt
+	@echo "Installing into $(VENV_DOCS) ..."
+	@'$(PYTHON)' -m venv $(VENV_DOCS)
+	@$(VENV_DOCS)/bin/python -m pip install $(PIP_FLAGS) -r constraints-docs.txt
+	@touch $@
+
+# The variable silences a note of the theme on MkDocs 2.
+docs: $(VENV_DOCS)/.installed ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
 
 test: lint ## lint, then every test that is not slow
 	$(PYTEST) -m "not slow"
@@ -101,5 +113,5 @@ evidence: $(VENV)/.mlxtend ## the same on all tasks, seeds and interventions (a 
 	$(BIN)/python -m benchmarks.plasticity --table evidence-output/full
 
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) $(VENV_REAL) build dist demo-output evidence-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_BENCH) $(VENV_REAL) $(VENV_DOCS) build dist demo-output evidence-output lightning_logs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 DOCUMENTS = [
     *["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "Makefile"],
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 
 # Hatchling always adds these.
