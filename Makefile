@@ -66,7 +66,7 @@ $(VENV_DOCS)/.installed: constraints-docs.txt
 
 # The variable silences a note of the theme on MkDocs 2.
 docs: $(VENV_DOCS)/.installed ## build the documentation site into build/site
-	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 
 test: lint ## lint, then every test that is not slow
 	$(PYTEST) -m "not slow"

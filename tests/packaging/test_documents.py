@@ -42,7 +42,11 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if blocks(page, "python")]
+PAGES = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == "tutorial" else [])
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    if blocks(page, "python")
+]
 
 
 def run_blocks(document: Path, names: dict[str, Any]) -> None:
@@ -59,7 +63,11 @@ def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# Pages train networks that collapse, and their Trainers have the defaults of Lightning.
+@pytest.mark.filterwarnings("ignore:.*task .*:lightning_plasticity.PlasticityWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.parametrize("page", PAGES)
 def test_code_of_the_documentation_runs(page: Path) -> None:
     run_blocks(page, {})
 
