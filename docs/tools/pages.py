@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """Files of the root folder, and what they are called on the site."""
 
+EXPORTING = {"curvature": "Curvature", "functional": "Functions", "metrics": "Metrics"}
+"""Packages that get a page with all that they export, and its heading."""
+
 KINDS = {
     "Repair": "repair: at a collapse, at a task or every so many steps",
     "StepIntervention": "step intervention: after every optimizer step",
@@ -40,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, target, content=re.sub(r"\]\((?:docs/)?", "](", text)))
+    for name, heading in EXPORTING.items():
+        files.append(File.generated(config, f"api/{name}.md", content=_exports(name, heading)))
     found = interventions()
     for name in found:
         files.append(File.generated(config, _path(name), content=_page(name)))
@@ -66,13 +71,29 @@ def _mathml(match: re.Match[str]) -> str:
 
 def interventions() -> dict[str, griffe.Class]:
     """Return the concrete classes of interventions that the package exports, by name."""
-    package: Any = griffe.load("lightning_plasticity", search_paths=[ROOT], resolve_aliases=True)["interventions"]
+    package = _package("interventions")
     exported = {str(name): package[str(name)] for name in package.exports}
     return {
         name: value.final_target
         for name, value in sorted(exported.items(), key=lambda item: item[0].lower())
         if value.is_class and _kind(value) and name not in KINDS
     }
+
+
+def _package(name: str) -> Any:
+    """Return a package of this one, read from its sources."""
+    return griffe.load("lightning_plasticity", search_paths=[ROOT], resolve_aliases=True)[name]
+
+
+def _exports(name: str, heading: str) -> str:
+    names = sorted(map(str, _package(name).exports), key=str.lower)
+    directives = "\n\n".join(f"::: lightning_plasticity.{name}.{each}" for each in names)
+    return f"""# {heading}
+
+What `lightning_plasticity.{name}` exports. None of it needs Lightning.
+
+{directives}
+"""
 
 
 def _kind(value: Any) -> str:

@@ -19,6 +19,8 @@ def to_markdown(text: str) -> str:
     text = re.sub(r"^( *)\.\. math::((?:.*)(?:\n(?:\1 +.*|(?= *\n\1 )))*)", _display, text, flags=re.MULTILINE)
     text = re.sub(r":math:`([^`]*)`", r"\\(\1\\)", text)
     text = re.sub(r":\w+:`(?:~[\w.]*\.|\.?)([^`]*)`", r"`\1`", text)
+    # Examples between paragraphs; those of a section are indented.
+    text = re.sub(r"^>>> .*(?:\n.+)*", r"```pycon\n\g<0>\n```", text, flags=re.MULTILINE)
     # The parser of Google's style knows the plural only.
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
