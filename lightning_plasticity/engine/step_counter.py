@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from lightning_plasticity.messages import MisconfigurationError
 
 
 class StepCounter:
-    """Counts backward passes and the optimizer steps that were not skipped, also with manual optimization."""
+    """Counts backward passes and the optimizer steps that were not skipped, also with manual optimization.
+
+    A step without any gradient counts as skipped: Lightning takes one if ``training_step`` returns ``None``.
+    """
 
     def __init__(self) -> None:
         self.backward_passes = 0
@@ -60,7 +63,7 @@ class StepCounter:
     def before_backward(self) -> None:
         """Discard the passes of optimizers whose gradients were cleared without a step."""
         for optimizer in self._at_last_step:
-            if not any_grad(p for group in optimizer.param_groups for p in group["params"]):
+            if not any_grad(parameters_of(optimizer)):
                 self._at_last_step[optimizer] = self.backward_passes
 
     def after_backward(self) -> None:
@@ -95,11 +98,16 @@ class StepCounter:
                 ) from error
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not was_skipped(optimizer):
+        if any_grad(parameters_of(optimizer)) and not was_skipped(optimizer):
             self._steps += 1
         if not self._is_announced:
             self._unannounced = optimizer
         self._is_announced = False
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters that an optimizer holds."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def any_grad(parameters: Iterable[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from tests.helpers.interventions_in_training import (
     ByFusedAdam,
     ByLossBackward,
     Counting,
+    Regularized,
     cross_entropy,
     hooks,
 )
@@ -59,6 +60,15 @@ def test_steps_skipped_by_a_fused_optimizer_do_not_count() -> None:
     callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention], loss_fn=cross_entropy)
     trainer(callback, **half_precision()).fit(Overflowing(), loader(batches=4))
     assert intervention.steps == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
+def test_steps_of_batches_without_loss_do_not_count() -> None:
+    """Lightning steps the optimizer at the fourth batch, which has no loss."""
+    intervention = Counting()
+    callback = SpectralCollapseCallback(collapse=NEVER, interventions=[intervention], loss_fn=cross_entropy)
+    trainer(callback).fit(Regularized(), loader(batches=6))
+    assert intervention.steps == 5
 
 
 class RawOptimizer(ByLossBackward):
