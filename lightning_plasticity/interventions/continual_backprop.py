@@ -72,8 +72,8 @@ class ContinualBackprop(UnitReplacement):
     :math:`w_{\mathrm{out}} \cdot \partial L / \partial w_{\mathrm{out}}`, which is zero for every unit at a minimum.
 
     All micro-batches since the last :meth:`after_step` count as one batch, even those whose step was skipped: call it
-    once after each optimizer step that was not skipped. A layer that was not called in between stays as it is, and its
-    units do not age. All ranks choose the same units.
+    once after each optimizer step that was not skipped. A layer that was not called in between, or is frozen, stays as
+    it is, and its units do not age. All ranks choose the same units.
 
     Args:
         replacement_rate: Share of the mature units that is replaced at each step, :math:`\rho`.
@@ -175,7 +175,8 @@ class ContinualBackprop(UnitReplacement):
         """Record the step; update the utilities only if a unit may be due, which saves most of the time."""
         hooked = self._hooked
         waits = self.utility == "contribution" and not self.transfer_bias and not is_distributed()
-        if waits and hooked is not None and hooked.model() is model and hooked.units.groups:
+        waits = waits and hooked is not None and hooked.model() is model and bool(hooked.units.groups)
+        if waits and hooked is not None and not hooked.frozen_layers(model):
             if not self._waiting:
                 self._patience = min(self._steps_until_due(self._records[layer]) for layer in hooked.units.groups) - 1
             inputs = hooked.statistics.take() if len(self._waiting) < self._patience else None

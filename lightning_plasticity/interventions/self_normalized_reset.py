@@ -44,8 +44,8 @@ class SelfNormalizedReset(UnitReplacement):
     ``cap``.
 
     All micro-batches since the last :meth:`after_step` count as one step, even those whose step was skipped: call it
-    once after each optimizer step that was not skipped. A layer that was not called in between stays as it is. All
-    ranks choose the same units.
+    once after each optimizer step that was not skipped. A layer that was not called in between, or is frozen, stays as
+    it is. All ranks choose the same units.
 
     Args:
         rejection: Level of the test, :math:`\eta`, in (0, 1): the smaller, the more unusual a silence must be.

@@ -13,7 +13,13 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_plasticity import PlasticityWarning, SpectralCollapseCallback
-from lightning_plasticity.interventions import ContinualBackprop, L2Init, Regularizer, StepIntervention
+from lightning_plasticity.interventions import (
+    ContinualBackprop,
+    L2Init,
+    Regularizer,
+    SelfNormalizedReset,
+    StepIntervention,
+)
 from tests.helpers.interventions import INTERVENTIONS, Row, for_each, select
 from tests.helpers.interventions_in_training import (
     NEVER,
@@ -151,3 +157,28 @@ def test_frozen_layers_keep_their_ages() -> None:
     trainer(callback, Record(), max_epochs=4).fit(InTurn(), loader(batches=4))
     assert [layers["net.0"] for layers in ages] == [4, 4, 8, 8]
     assert [layers.get("net.3.0", 0) for layers in ages][1::2] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "intervention",
+    [
+        ContinualBackprop(replacement_rate=0.2, maturity_threshold=3),
+        SelfNormalizedReset(cap=200),
+    ],
+    ids=["contribution", "silence"],
+)
+def test_layers_frozen_in_mid_task_stay(intervention: StepIntervention) -> None:
+    frozen = []
+
+    class Freezing(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                self.net[0].requires_grad_(False)
+                # This unit never fires, and its utility is the lowest.
+                with torch.no_grad():
+                    self.net[0].bias[0] = -100
+                frozen.append(weights(self.net[0]))
+
+    module = Freezing()
+    trainer(SpectralCollapseCallback(collapse=NEVER, interventions=[intervention])).fit(module, loader(batches=8))
+    assert torch.equal(weights(module.net[0]), frozen[0])

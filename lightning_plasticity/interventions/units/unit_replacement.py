@@ -41,8 +41,9 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
     Each layer has one record. It is updated once per optimizer step, from all forward passes in training mode with
     gradients since the last one. All micro-batches since then count as one batch: those of all processes, and those of
     steps that were skipped, such as by a gradient scaler. The record of a layer stays as it is if the layer was not
-    called since, or if its consumers read values that are not finite. Where several layers read a unit, those that were
-    called count. The records are part of the state; statistics since the last step are not, like gradients.
+    called since, if it or a consumer is frozen, or if its consumers read values that are not finite. Where several
+    layers read a unit, those that were called count. The records are part of the state; statistics since the last step
+    are not, like gradients.
 
     Subclasses implement :meth:`new_record`, :meth:`update_records` and :meth:`restart_record`.
 
@@ -96,7 +97,12 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
         self.remember({name: tensors[name] for name in names}, context)
         channels = {name: len(index) for group in units.groups.values() for name, index in group.consumers.items()}
         statistics = UnitStatistics(model, channels, self._statistic, with_gradients=self._with_gradients)
-        self._hooked = _HookedModel(weakref.ref(model), _parameter_shapes(model), units, statistics)
+        is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        trained = {
+            layer: [name for name in {**group.incoming, **group.outgoing} if is_trained.get(name)]
+            for layer, group in units.groups.items()
+        }
+        self._hooked = _HookedModel(weakref.ref(model), _parameter_shapes(model), units, statistics, trained)
 
     @override
     def stop(self) -> None:
@@ -122,7 +128,9 @@ class UnitReplacement(RemembersInitialWeights, StepIntervention):
                 "discards it), and record nothing in evaluation mode (model.train() ends it); or these layers are not "
                 "used, and their weights change for another reason"
             )
-        observed = [group for group in hooked.units.groups.values() if self._is_observed(group, statistics)]
+        frozen = hooked.frozen_layers(model)
+        groups = [group for layer, group in hooked.units.groups.items() if layer not in frozen]
+        observed = [group for group in groups if self._is_observed(group, statistics)]
         records, chosen = self.update_records(model, observed, self._records, statistics) if observed else ({}, {})
         report = self._replace_units(hooked.units, model, context, records, chosen)
         self._records.update(records)
@@ -261,6 +269,16 @@ class _HookedModel(_TracedModel):
     """A traced model with hooks on it."""
 
     statistics: UnitStatistics
+    trained: dict[str, list[str]]
+    """Names of the parameters of each layer's units that were trained at the start."""
+
+    def frozen_layers(self, model: nn.Module) -> list[str]:
+        """Return the layers of whose units a parameter has been frozen since the start."""
+        return [
+            layer
+            for layer, names in self.trained.items()
+            if not all(model.get_parameter(name).requires_grad for name in names)
+        ]
 
 
 def _parameter_shapes(model: nn.Module) -> object:
