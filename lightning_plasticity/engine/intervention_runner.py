@@ -199,7 +199,8 @@ class InterventionRunner:
 
         The result is the same as with the penalties in the training step: if gradients are accumulated and only some
         batches had a loss, the gradients of the penalties are scaled by that share, and they are clipped with the rest.
-        With several optimizers, those of the second are taken after the step of the first. Those of decoupled regularizers are subtracted after the step instead, times the learning rate.
+        With several optimizers, those of the second are taken after the step of the first. Those of decoupled
+        regularizers are subtracted after the step instead, times the learning rate.
 
         Args:
             model: The model.
