@@ -359,15 +359,17 @@ class ParametersOf:
 
     Args:
         model: The model.
+        trained: Names of those that optimizers hold, as found at the start: each start finds them anew.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trained: Collection[str] | None) -> None:
+        self.trained = trained
         self._parameters = dict(model.named_parameters())
         self.key = [(name, id(parameter), parameter.requires_grad) for name, parameter in self._parameters.items()]
 
     @override
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ParametersOf) and self.key == other.key
+        return isinstance(other, ParametersOf) and self.trained is other.trained and self.key == other.key
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -595,7 +597,7 @@ class Regularizer(Intervention, ABC):
         Warns:
             UserWarning: If layers are left out because a hook that is not of torch computes their weights; once.
         """
-        parameters = ParametersOf(model)
+        parameters = ParametersOf(model, self._trained)
         if self._known_matrices is not None and self._known_matrices[0] == parameters:
             return self._known_matrices[1]
         selected = set(self.selected_parameters(model).values())

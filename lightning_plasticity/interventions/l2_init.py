@@ -76,7 +76,7 @@ class L2Init(InitialValueRegularizer):
     @override
     def closed_form(self, model: nn.Module, *, with_value: bool) -> ClosedForm:
         value = self.penalty(model) if with_value else None
-        parameters = ParametersOf(model)
+        parameters = ParametersOf(model, self._trained)
         if self._known_pairs is None or self._known_pairs[0] != parameters:
             pairs = self.pairs(model)
             self.rest_without(pairs, model)

@@ -902,3 +902,18 @@ def test_autocast_does_not_round_gradients(make: Callable[[], Regularizer]) -> N
             regularizer.add_gradients(model)
         results.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [L2Init, SpectralRegularizer, partial(Parseval, exclude=[])])
+def test_start_with_other_optimizers_acts_on_what_they_hold(make: Callable[[], Regularizer]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    regularizer = make()
+    for layer, other in ((model[0], model[1]), (model[1], model[0])):
+        regularizer.start(model, optimizers=[torch.optim.SGD(layer.parameters(), 0.1)])
+        with torch.no_grad():
+            layer.weight.add_(0.1)
+        model.zero_grad()
+        regularizer.add_gradients(model)
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.any()
+        assert other.weight.grad is None or not other.weight.grad.any()
