@@ -17,7 +17,7 @@ from lightning_plasticity.distributed.agreement import is_distributed
 from lightning_plasticity.interventions.base import InterventionContext
 from lightning_plasticity.interventions.selection import Patterns
 from lightning_plasticity.interventions.units.groups import UnitGroup, Units
-from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, other_dims
+from lightning_plasticity.interventions.units.layer_statistics import LayerStatistics, PooledUnits, other_dims
 from lightning_plasticity.interventions.units.unit_replacement import Record, UnitReplacement
 from lightning_plasticity.interventions.weights.updates import RepairReport, SparseUpdate, WeightUpdate
 from lightning_plasticity.layers import TRANSPOSED_CONVOLUTIONS, is_conv1d, weight_by_output
@@ -218,35 +218,19 @@ class ContinualBackprop(UnitReplacement):
             contributions = pooled.by_unit(
                 [_outgoing_weights(layer).cpu() * (x.sums[0] / x.num_values) for layer, x in called]
             )
-        before = [records[group.layer] for group in groups]
-        utilities = self._moving_average(torch.cat([record["utility"] for record in before]), contributions)
-        ages = torch.cat([record["age"] for record in before]) + 1
-        mature = ages > self.maturity_threshold
-        counters = torch.stack([record["counter"] for record in before])
-        counters = counters + self.replacement_rate * pooled.by_layer(mature)
-        counts = counters.floor()
-        pooled_records = zip(
-            groups,
-            before,
-            utilities.split(pooled.sizes),
-            ages.split(pooled.sizes),
-            (counters - counts).unbind(),
-            strict=True,
-        )
-        new = {
-            group.layer: {**record, "utility": utility, "age": age, "counter": counter}
-            for group, record, utility, age, counter in pooled_records
-        }
+        counted = torch.ones(1, len(groups), dtype=torch.bool)
+        new = self._add_steps(groups, pooled, records, contributions[None], counted)
         if self.transfer_bias:
-            for group, record in zip(groups, before, strict=True):
-                new[group.layer] |= self._mean_inputs(group, record, statistics)
+            for group in groups:
+                new[group.layer] |= self._mean_inputs(group, records[group.layer], statistics)
         chosen = {}
-        for group, count in zip(groups, counts.tolist(), strict=True):
+        for layer, record in new.items():
+            count = int(record["counter"])
             if count:
-                record = new[group.layer]
+                record["counter"] = record["counter"] - count
                 corrected = record["utility"] / self._bias_correction(record["age"])
                 corrected = corrected.masked_fill(record["age"] <= self.maturity_threshold, torch.inf)
-                chosen[group.layer] = corrected.argsort(stable=True)[: int(count)].sort().values
+                chosen[layer] = corrected.argsort(stable=True)[:count].sort().values
         return new, chosen
 
     def _steps_until_due(self, record: Record) -> int:
@@ -272,7 +256,26 @@ class ContinualBackprop(UnitReplacement):
         counted = torch.stack([torch.stack([finite[n] for n in group.consumers]).all(0) for group in groups], dim=1)
         for _, layer in (~counted).nonzero().tolist():
             warnings.warn(f"{self.name}: {groups[layer].layer!r} is skipped, values are not finite", stacklevel=4)
-        before = [self._records[group.layer] for group in groups]
+        self._records |= self._add_steps(groups, pooled, self._records, contributions, counted)
+
+    def _add_steps(
+        self,
+        groups: Sequence[UnitGroup],
+        pooled: PooledUnits,
+        records: Mapping[str, Record],
+        contributions: Tensor,
+        counted: Tensor,
+    ) -> dict[str, Record]:
+        """Return the records after some steps, with the units that are due in their counters.
+
+        Args:
+            groups: The layers.
+            pooled: Their units.
+            records: The records before, by name of the layer.
+            contributions: The contribution of each unit, ``(steps, units)``.
+            counted: Whether a step counts for a layer, ``(steps, layers)``.
+        """
+        before = [records[group.layer] for group in groups]
         utility = torch.cat([record["utility"] for record in before])
         for contribution, is_counted in zip(contributions, counted, strict=True):
             updated = self._moving_average(utility, contribution)
@@ -284,7 +287,7 @@ class ContinualBackprop(UnitReplacement):
         by_layer = zip(
             groups, before, utility.split(pooled.sizes), ages[-1].split(pooled.sizes), counters.unbind(), strict=True
         )
-        self._records |= {
+        return {
             group.layer: {**record, "utility": utility, "age": age, "counter": counter}
             for group, record, utility, age, counter in by_layer
         }
